@@ -1,0 +1,63 @@
+"""What a user may set about Fast Forward, checked where it is set."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ffkernels.engine.search import MAX_TAU_LIMIT, SEARCHES
+
+EXECUTORS = ("auto", "eager")
+IMPLS = ("auto", "torch", "cpp")
+
+
+@dataclass(frozen=True)
+class FastForwardConfig:
+    """When Fast Forward stages run, and how they search.
+
+    Args:
+        interval: optimizer steps from one stage to the next (the paper's T_interval = 6).
+        warmup: optimizer steps before the first interval begins; the first stage follows step ``warmup + interval``.
+        search: ``"parabolic"`` (doubling bracket and parabola vertices, about 10 validations a stage) or ``"linear"``
+            (the paper's: one step after the other until the loss does not fall).
+        max_tau: the most steps one stage may take.
+        patience: after so many stages in a row that found no step, Fast Forward is switched off for good (the paper's
+            section 5.1); None never switches off.
+        executor: how a stage runs; ``"auto"`` takes the fastest that works here.
+        impl: which implementation moves the weights; ``"auto"`` takes the fastest that works here.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+    """
+
+    interval: int = 6
+    warmup: int = 0
+    search: str = "parabolic"
+    max_tau: int = 1024
+    patience: int | None = 3
+    executor: str = "auto"
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        self._integer("interval", 1)
+        self._integer("warmup", 0)
+        self._integer("max_tau", 1, MAX_TAU_LIMIT)
+        if self.patience is not None:
+            self._integer("patience", 1, or_none=True)
+        self._choice("search", tuple(SEARCHES))
+        self._choice("executor", EXECUTORS)
+        self._choice("impl", IMPLS)
+
+    def _integer(self, field: str, low: int, high: int | None = None, or_none: bool = False) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high and value > high):
+            allowed = f"an integer from {low} to {high}" if high else f"an integer of at least {low}"
+            raise ValueError(f"{field}={value!r}: must be {allowed}{' or None' if or_none else ''}")
+
+    def _choice(self, field: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            raise ValueError(f"{field}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,300 @@
+"""When a Fast Forward stage runs: hooks on the optimizer's step, the record of every stage, and its state.
+
+    step s, the interval's last:   before it   best ← W                 (checkpoint)
+                                   after it    Δ ← W − best, best ← W   (delta), then one stage: search the best τ in
+                                               W + τ·Δ by validation loss and stay there
+
+Training goes on with the optimizer's own state untouched. Source: Rahamim et al., arXiv 2409.04206.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffkernels import ops
+from ffkernels.engine.config import FastForwardConfig
+from ffkernels.engine.executors import EagerExecutor, StageProgram
+from ffkernels.engine.search import BASELINE_NOT_FINITE, make_search
+from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.weights import NameFilter, signature, trainable_weights, unwrap_optimizer
+from ffkernels.ops.notices import announce_once
+
+STATE_VERSION = 1
+NO_UPDATE = "the optimizer did not change the weights"
+UPDATE_NOT_FINITE = "the optimizer's update is not finite"
+WEIGHTS_CHANGED = "the weights were replaced during the optimizer's step"
+
+_attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Stage:
+    """What one Fast Forward stage did.
+
+    Attributes:
+        optimizer_step: the optimizer step it followed, counted from 1.
+        tau: how many times the update was repeated in the end; 0 leaves the plain optimizer's weights.
+        losses: every validation ``(τ, loss)`` in the order of the search; empty when there was nothing to search.
+        seconds: wall time of the stage, with the checkpoint before the step; of it ``validate_seconds`` in the
+            validation loss and ``move_seconds`` in moving weights.
+        flops: FLOPs of the validations (measured) plus 2 per element and weight move; 0 for an interrupted stage.
+        executor: which executor ran it.
+        stopped_because: why the search ended.
+    """
+
+    optimizer_step: int
+    tau: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    validate_seconds: float = 0.0
+    move_seconds: float = 0.0
+    flops: int = 0
+    executor: str = "eager"
+    stopped_because: str = ""
+
+    @property
+    def evaluations(self) -> int:
+        """How many validation losses were measured."""
+        return len(self.losses)
+
+    @property
+    def loss_before(self) -> float:
+        """The validation loss at τ = 0; NaN when none was measured."""
+        return self.losses[0][1] if self.losses else math.nan
+
+    @property
+    def loss_after(self) -> float:
+        """The validation loss at the τ that was kept; NaN when none was measured."""
+        return next((loss for tau, loss in self.losses if tau == self.tau), math.nan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        return {**asdict(self), "losses": [[tau, loss] for tau, loss in self.losses]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Stage:
+        """The inverse of ``to_dict``."""
+        return cls(**{**values, "losses": [(int(tau), float(loss)) for tau, loss in values["losses"]]})
+
+
+class FastForward:
+    """Fast Forward for any training loop: every ``interval`` steps, repeat the last update while validation improves.
+
+    The loop does not change; the stage runs inside ``optimizer.step()``, after the step itself. Between steps the
+    model always holds plain weights that can be saved or evaluated. A context manager: leaving it detaches.
+
+    Args:
+        model: the module that trains.
+        optimizer: its optimizer, or a wrapper that keeps it as ``.optimizer``; the hooks sit on the inner one.
+        validation: a ``ValidationLoss``, or what makes one: batches or a callable ``loss_fn(model)``.
+        config: when and how; see ``FastForwardConfig``.
+        include, exclude: narrow the moved tensors by name (predicate, regular expression or several).
+
+    Attributes:
+        stages: list of ``Stage``, one per stage.
+        optimizer_steps: optimizer steps seen.
+        active: False after ``patience`` stages in a row without a step, or after ``detach()``.
+        on_stage: optional callable, called with each finished ``Stage``.
+
+    Raises:
+        ValueError: when no trainable parameter is left to move.
+        TypeError: when optimizer or model is not one.
+        RuntimeError: when the optimizer already carries a FastForward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        validation: ValidationLoss | Any,
+        config: FastForwardConfig | None = None,
+        *,
+        include: NameFilter | None = None,
+        exclude: NameFilter | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if config is not None and not isinstance(config, FastForwardConfig):
+            raise TypeError(f"config must be a FastForwardConfig, got {type(config).__name__}")
+        self.model = model
+        self.optimizer = unwrap_optimizer(optimizer)
+        self.config = config or FastForwardConfig()
+        other = _attached.get(self.optimizer, lambda: None)()
+        if other is not None:
+            raise RuntimeError(
+                "this optimizer already carries a FastForward; call its detach() before attaching another"
+            )
+        self.validation = (
+            validation if isinstance(validation, ValidationLoss) else ValidationLoss(model, validation)
+        )
+        self.include, self.exclude = include, exclude
+        self.stages: list[Stage] = []
+        self.optimizer_steps = 0
+        self.on_stage: Callable[[Stage], None] | None = None
+        self._failures = 0
+        self._switched_off = False
+        self._executor = EagerExecutor()
+        self._table: ops.TensorTable | None = None
+        self._signature: tuple = ()
+        self._armed = False
+        self._checkpoint_seconds = 0.0
+        self._refresh_table()
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+        _attached[self.optimizer] = weakref.ref(self)
+
+    # -- what a user reads ---------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        return bool(self._hooks) and not self._switched_off
+
+    @property
+    def trainable_numel(self) -> int:
+        """Elements in all tensors that a stage moves."""
+        return 0 if self._table is None else self._table.numel
+
+    def detach(self) -> None:
+        """Take the hooks off and free the buffers; ``stages`` stays readable. Calling it again does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._table, self._armed = None, False
+        _attached.pop(self.optimizer, None)
+
+    def __enter__(self) -> FastForward:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs besides model, optimizer and data: plain Python values."""
+        return {
+            "version": STATE_VERSION,
+            "config": self.config.to_dict(),
+            "optimizer_steps": self.optimizer_steps,
+            "failures": self._failures,
+            "switched_off": self._switched_off,
+            "stages": [stage.to_dict() for stage in self.stages],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken: bit-identically when model and optimizer are restored as well."""
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+            version = state.get("version") if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"not a FastForward state of version {STATE_VERSION}: got {version!r}")
+        mine = self.config.to_dict()
+        differing = {k: v for k, v in state["config"].items() if mine.get(k, v) != v}
+        if differing:
+            warnings.warn(
+                f"resuming with a different FastForwardConfig: the saved run had {differing}; "
+                "the present settings are kept, and the run will not be the saved one's exact continuation",
+                stacklevel=2,
+            )
+        self.optimizer_steps = int(state["optimizer_steps"])
+        self._failures = int(state["failures"])
+        self._switched_off = bool(state["switched_off"])
+        self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
+        self._armed = False
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _due(self, step: int) -> bool:
+        past = step - self.config.warmup
+        return past > 0 and past % self.config.interval == 0
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._armed = False
+        if self._switched_off or not self._due(self.optimizer_steps + 1):
+            return
+        start = perf_counter()
+        self._refresh_table()
+        ops.checkpoint_(self._table)
+        self._checkpoint_seconds = perf_counter() - start
+        self._armed = True
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self.optimizer_steps += 1
+        if self._armed:
+            self._armed = False
+            self._run_stage()
+
+    def _refresh_table(self) -> None:
+        """Make the table anew when the trainable tensors are not those it points at."""
+        weights = trainable_weights(self.model, self.optimizer, self.include, self.exclude)
+        now = signature(weights)
+        if self._table is not None and now == self._signature:
+            return
+        if self._table is not None:
+            announce_once(
+                f"weights-changed-{id(self)}",
+                "the trainable parameters changed since the last Fast Forward stage (an adapter was switched, added or "
+                "moved); the table was rebuilt for the present ones",
+            )
+        self._table = None  # free the old arenas first
+        small = sorted({str(p.dtype) for p in weights.values() if p.dtype in (torch.bfloat16, torch.float16)})
+        if small:
+            announce_once(
+                "16-bit-weights",
+                f"some trainable weights are {', '.join(small)}: much of an update rounds away when it is repeated, so "
+                "Fast Forward finds fewer steps; keep trainable weights in float32 (PEFT: autocast_adapter_dtype=True)",
+            )
+        self._table = ops.TensorTable(weights, impl=self.config.impl)
+        self._signature = now
+
+    # -- the stage -----------------------------------------------------------------------------------------------
+
+    def _run_stage(self) -> None:
+        table, stage = self._table, Stage(self.optimizer_steps, executor=self._executor.name)
+        start = perf_counter()
+        if table.is_stale():
+            return self._finish(stage, start, WEIGHTS_CHANGED)
+        ops.delta_(table)
+        largest = ops.delta_absmax(table)
+        moved = perf_counter() - start
+        if largest == 0.0 or not math.isfinite(largest):
+            stage.move_seconds = moved
+            return self._finish(stage, start, UPDATE_NOT_FINITE if largest else NO_UPDATE)
+        search = make_search(self.config.search, self.config.max_tau)
+        program = StageProgram(table, self.validation, search)
+        reason = None
+        try:
+            self._executor.run(program)
+        except BaseException as error:
+            reason = f"interrupted by {type(error).__name__}"
+            raise
+        finally:
+            stage.tau = search.best_tau
+            stage.losses = list(search.losses)
+            stage.validate_seconds = program.validate_seconds
+            stage.move_seconds = moved + program.move_seconds
+            if reason is None:
+                stage.flops = stage.evaluations * self.validation.flops + 2 * table.numel * program.moves
+            self._finish(stage, start, reason or search.stopped_because)
+        if search.stopped_because != BASELINE_NOT_FINITE:
+            self._count_failure(stage)
+
+    def _count_failure(self, stage: Stage) -> None:
+        self._failures = 0 if stage.tau else self._failures + 1
+        if self.config.patience is not None and self._failures >= self.config.patience:
+            self._switched_off = True
+
+    def _finish(self, stage: Stage, start: float, reason: str) -> None:
+        stage.stopped_because = reason
+        stage.move_seconds += self._checkpoint_seconds
+        stage.seconds = perf_counter() - start + self._checkpoint_seconds
+        self.stages.append(stage)
+        if self.on_stage is not None:
+            self.on_stage(stage)

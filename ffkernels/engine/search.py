@@ -1,0 +1,224 @@
+"""Which τ to try next: the line search along one optimizer update, as pure state machines.
+
+A stage asks ``propose()`` for τ, measures the validation loss of ``W + τ·Δ`` and reports it with ``observe(τ, loss)``
+until ``propose()`` returns None. τ is an integer, τ = 0 (the plain optimizer's weights) always comes first and is the
+baseline, and ``best_tau`` is the first τ with the lowest observed loss: never one that is worse than τ = 0.
+
+- ``LinearSearch`` is the paper's: τ = 0, 1, 2, … until the loss does not fall.
+- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …), then refines inside the bracket: parabola vertices while the
+  parabola keeps its promises, golden sections where it does not. It ends when what the parabola still promises, plus
+  the larger of its last two errors, is at most 0.05 % of the loss decrease found so far, or when no integer is left.
+
+A non-finite loss counts as +inf. All decisions are taken in float64 in a fixed order of operations, so that the
+device twin of these machines can make identical choices.
+
+Source of the linear search: Rahamim et al., "Fast Forwarding Low-Rank Training", EMNLP 2024, arXiv 2409.04206.
+"""
+
+from __future__ import annotations
+
+import math
+
+# What the parabola may still promise, plus how much it was last wrong by, when refining ends: relative to the decrease
+# found so far. Half of the 0.1 % that the result is allowed to miss.
+REFINE_TOLERANCE = 5e-4
+# The share of the longer side at which a golden section cuts: (3 − √5) / 2.
+GOLDEN = 0.3819660112501051
+MAX_TAU_LIMIT = 1 << 16
+
+IMPROVEMENT_ENDED = "loss stopped falling"
+NO_IMPROVEMENT = "first step did not lower the loss"
+REACHED_MAX_TAU = "reached max_tau"
+CONVERGED = "converged"
+BUDGET_SPENT = "evaluation budget spent"
+BASELINE_NOT_FINITE = "loss at tau 0 is not finite"
+
+
+class Search:
+    """What both searches share: the record of losses and the best of them.
+
+    Args:
+        max_tau: the largest τ that may be proposed, 1 … 65,536.
+
+    Attributes:
+        losses: every observation ``(τ, loss)`` in order.
+        best_tau, best_loss: the first lowest observation; ``(0, inf)`` before the first.
+        accepted: whether the last observation, at τ > 0, became the best.
+        stopped_because: None while the search goes on, else the reason in words.
+    """
+
+    name = "search"
+
+    def __init__(self, max_tau: int = 1024) -> None:
+        if not isinstance(max_tau, int) or isinstance(max_tau, bool) or not 1 <= max_tau <= MAX_TAU_LIMIT:
+            raise ValueError(f"max_tau must be an integer from 1 to {MAX_TAU_LIMIT}, got {max_tau!r}")
+        self.max_tau = max_tau
+        self.losses: list[tuple[int, float]] = []
+        self.best_tau = 0
+        self.best_loss = math.inf
+        self.accepted = False
+        self.stopped_because: str | None = None
+        self._next = 0
+
+    def propose(self) -> int | None:
+        """The τ to measure next, or None when the search has ended. Asking twice changes nothing."""
+        return None if self.stopped_because else self._next
+
+    def observe(self, tau: int, loss: float) -> None:
+        """Report the validation loss at the proposed τ.
+
+        Raises:
+            RuntimeError: when the search has ended.
+            ValueError: when ``tau`` is not the τ that was proposed.
+        """
+        if self.stopped_because:
+            raise RuntimeError(
+                f"the search has ended ({self.stopped_because}); start a new one for the next stage"
+            )
+        if tau != self._next:
+            raise ValueError(f"observe() got tau={tau!r}, but propose() asked for tau={self._next}")
+        loss = float(loss)
+        self.losses.append((tau, loss))
+        if not math.isfinite(loss):
+            loss = math.inf
+        if len(self.losses) == 1:
+            self.best_loss = loss
+            if loss == math.inf:
+                self._stop(BASELINE_NOT_FINITE)
+            else:
+                self._next = 1
+            return
+        self.accepted = loss < self.best_loss
+        if self.accepted:
+            self.best_tau, self.best_loss = tau, loss
+        self._advance(tau, loss)
+
+    def _advance(self, tau: int, loss: float) -> None:
+        raise NotImplementedError
+
+    def _stop(self, reason: str) -> None:
+        self.stopped_because = reason
+
+
+class LinearSearch(Search):
+    """The paper's search: one step after the other until the loss does not fall."""
+
+    name = "linear"
+
+    def _advance(self, tau: int, loss: float) -> None:
+        if not self.accepted:
+            self._stop(IMPROVEMENT_ENDED if tau > 1 else NO_IMPROVEMENT)
+        elif tau == self.max_tau:
+            self._stop(REACHED_MAX_TAU)
+        else:
+            self._next = tau + 1
+
+
+class ParabolicSearch(Search):
+    """Doubling bracket, then parabola vertices with golden sections as the safeguard.
+
+    At most ``2·log2(max_tau) + 6`` evaluations. On a unimodal loss the result is the argmin, or within ±2 of it, or
+    within 0.1 % of the decrease.
+    """
+
+    name = "parabolic"
+
+    def __init__(self, max_tau: int = 1024) -> None:
+        super().__init__(max_tau)
+        self.max_evaluations = int(2 * math.log2(max_tau)) + 6
+        # The bracket a < b < c with f(b) < f(a) and f(b) <= f(c); b is the best τ. c is unknown while doubling.
+        self._a, self._fa = 0, math.inf
+        self._c: int | None = None
+        self._fc = math.inf
+        self._vertices = 0
+        self._predicted = math.inf  # what the parabola promised for the τ that is being measured
+        self._last_miss = math.inf
+
+    def _advance(self, tau: int, loss: float) -> None:
+        if self._c is None:
+            self._double(tau, loss)
+        else:
+            self._narrow(tau, loss)
+
+    def _double(self, tau: int, loss: float) -> None:
+        if not self.accepted:
+            if tau == 1:
+                return self._stop(NO_IMPROVEMENT)
+            self._c, self._fc = tau, loss
+            return self._refine()
+        self._a, self._fa = self.losses[-2]  # while doubling, the former best is the point before
+        if tau < self.max_tau:
+            self._next = min(2 * tau, self.max_tau)
+            return None
+        # Still falling at the limit: the loss beyond counts as inf, and one point before the limit tells whether
+        # the minimum has been passed.
+        self._c = tau + 1
+        self._b, self._fb = self.best_tau, self.best_loss
+        if tau - self._a == 1:
+            return self._stop(REACHED_MAX_TAU)
+        self._next = tau - 1
+        return None
+
+    def _narrow(self, tau: int, loss: float) -> None:
+        miss = abs(loss - self._predicted)  # loss may be inf too: a miss is then nan, which counts as inf
+        if self.accepted:  # the former best becomes the end on its side
+            if tau > self._b:
+                self._a, self._fa = self._b, self._fb
+            else:
+                self._c, self._fc = self._b, self._fb
+        elif tau > self._b:
+            self._c, self._fc = tau, loss
+        else:
+            self._a, self._fa = tau, loss
+        self._refine(miss if math.isfinite(miss) else math.inf)
+
+    def _refine(self, miss: float = math.inf) -> None:
+        """Choose the next τ inside the bracket or end. ``miss``: by how much the last prediction was wrong."""
+        wrong, self._last_miss = max(miss, self._last_miss), miss
+        a, fa, b, fb, c, fc = self._a, self._fa, self.best_tau, self.best_loss, self._c, self._fc
+        self._b, self._fb = b, fb
+        if c - a <= 2:
+            return self._stop(REACHED_MAX_TAU if b == self.max_tau else CONVERGED)
+        if len(self.losses) >= self.max_evaluations:
+            return self._stop(BUDGET_SPENT)
+        left = (fb - fa) / (b - a)
+        right = (fc - fb) / (c - b)
+        curvature = (right - left) / (c - a)
+        if not 0.0 < curvature < math.inf:  # c is not finite, or the differences over- or underflow
+            self._predicted = math.inf
+            self._next = self._golden(a, b, c)
+            return None
+        vertex = 0.5 * (a + b) - 0.5 * left / curvature
+        tau = min(max(math.floor(vertex + 0.5), a + 1), c - 1)
+        promise = fb - self._parabola(tau, a, b, fb, left, curvature)
+        if promise + wrong <= REFINE_TOLERANCE * (self.losses[0][1] - fb):
+            return self._stop(CONVERGED)
+        if self._vertices < 2:
+            self._vertices += 1
+            if tau == b:  # the parabola is content: a point on the longer side tells whether it is right
+                tau = b + max(1, (c - b) // 4) if c - b >= b - a else b - max(1, (b - a) // 4)
+        else:
+            tau = self._golden(a, b, c)
+        self._predicted = self._parabola(tau, a, b, fb, left, curvature)
+        self._next = tau
+        return None
+
+    @staticmethod
+    def _parabola(tau: int, a: int, b: int, fb: float, left: float, curvature: float) -> float:
+        return fb + (tau - b) * (left + curvature * (tau - a))
+
+    @staticmethod
+    def _golden(a: int, b: int, c: int) -> int:
+        if c - b >= b - a:
+            return b + max(1, math.floor(GOLDEN * (c - b) + 0.5))
+        return b - max(1, math.floor(GOLDEN * (b - a) + 0.5))
+
+
+SEARCHES: dict[str, type[Search]] = {search.name: search for search in (ParabolicSearch, LinearSearch)}
+
+
+def make_search(name: str, max_tau: int = 1024) -> Search:
+    """A fresh search by its name, ``"parabolic"`` or ``"linear"``."""
+    if name not in SEARCHES:
+        raise ValueError(f"search must be one of {', '.join(map(repr, SEARCHES))}, got {name!r}")
+    return SEARCHES[name](max_tau)
