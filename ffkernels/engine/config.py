@@ -17,12 +17,13 @@ class FastForwardConfig:
 
     Args:
         interval: optimizer steps from one stage to the next (the paper's T_interval = 6).
-        warmup: optimizer steps before the first interval begins; the first stage follows step ``warmup + interval``.
-        search: ``"parabolic"`` (doubling bracket and parabola vertices, about 10 validations a stage) or ``"linear"``
-            (the paper's: one step after the other until the loss does not fall).
+        warmup: optimizer steps before the first interval begins; the first stage follows step ``warmup +
+            interval``.
+        search: ``"parabolic"`` (doubling bracket and parabola vertices, about 10 validations a stage) or
+            ``"linear"`` (the paper's: one step after the other until the loss does not fall).
         max_tau: the most steps one stage may take.
-        patience: after so many stages in a row that found no step, Fast Forward is switched off for good (the paper's
-            section 5.1); None never switches off.
+        patience: after so many stages in a row that found no step, Fast Forward is switched off for good
+            (the paper's section 5.1); None never switches off.
         executor: how a stage runs; ``"auto"`` takes the fastest that works here.
         impl: which implementation moves the weights; ``"auto"`` takes the fastest that works here.
 

@@ -1,7 +1,7 @@
 """How a stage runs: the loop ``validate → decide → step`` over one search.
 
-``StageProgram`` says what a stage is made of; an executor runs it. ``EagerExecutor`` is the plain loop on the host,
-correct on every device and the truth for every faster one.
+``StageProgram`` says what a stage is made of; an executor runs it. ``EagerExecutor`` is the plain loop on
+the host, correct on every device and the truth for every faster one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class EagerExecutor:
     name = "eager"
 
     def run(self, program: StageProgram) -> None:
-        """Run the stage; W ends bit-equal to the best weights that were validated, also when something raises."""
+        """Run the stage; W ends bit-equal to the best validated weights, also when something raises."""
         table, search = program.table, program.search
         base = 0  # the τ that best holds
         try:
@@ -54,7 +54,7 @@ class EagerExecutor:
                 start = perf_counter()
                 loss = float(program.validation())
                 validated = perf_counter()
-                # From the decision to the end of the move nothing may interrupt: half a move cannot be undone.
+                # Nothing may interrupt from the decision to the end of the move: half a move has no undo.
                 with _interrupt_later():
                     search.observe(tau, loss)
                     if search.accepted:

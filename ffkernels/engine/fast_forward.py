@@ -1,8 +1,8 @@
 """When a Fast Forward stage runs: hooks on the optimizer's step, the record of every stage, and its state.
 
-    step s, the interval's last:   before it   best ← W                 (checkpoint)
-                                   after it    Δ ← W − best, best ← W   (delta), then one stage: search the best τ in
-                                               W + τ·Δ by validation loss and stay there
+    before the interval's last step    best ← W                  (checkpoint)
+    after it                           Δ ← W − best; best ← W    (delta)
+    then one stage                     search the best τ in W + τ·Δ by validation loss and stay there
 
 Training goes on with the optimizer's own state untouched. Source: Rahamim et al., arXiv 2409.04206.
 """
@@ -43,10 +43,12 @@ class Stage:
     Attributes:
         optimizer_step: the optimizer step it followed, counted from 1.
         tau: how many times the update was repeated in the end; 0 leaves the plain optimizer's weights.
-        losses: every validation ``(τ, loss)`` in the order of the search; empty when there was nothing to search.
-        seconds: wall time of the stage, with the checkpoint before the step; of it ``validate_seconds`` in the
-            validation loss and ``move_seconds`` in moving weights.
-        flops: FLOPs of the validations (measured) plus 2 per element and weight move; 0 for an interrupted stage.
+        losses: every validation ``(τ, loss)`` in the order of the search; empty when there was nothing to
+            search.
+        seconds: wall time of the stage, with the checkpoint before the step; of it ``validate_seconds`` in
+            the validation loss and ``move_seconds`` in moving weights.
+        flops: FLOPs of the validations (measured) plus 2 per element and weight move; 0 for an interrupted
+            stage.
         executor: which executor ran it.
         stopped_because: why the search ended.
     """
@@ -87,14 +89,16 @@ class Stage:
 
 
 class FastForward:
-    """Fast Forward for any training loop: every ``interval`` steps, repeat the last update while validation improves.
+    """Fast Forward for any training loop: every ``interval`` steps, repeat the last update while it helps.
 
-    The loop does not change; the stage runs inside ``optimizer.step()``, after the step itself. Between steps the
-    model always holds plain weights that can be saved or evaluated. A context manager: leaving it detaches.
+    The loop does not change; the stage runs inside ``optimizer.step()``, after the step itself. Between
+    steps the model always holds plain weights that can be saved or evaluated. A context manager: leaving
+    it detaches.
 
     Args:
         model: the module that trains.
-        optimizer: its optimizer, or a wrapper that keeps it as ``.optimizer``; the hooks sit on the inner one.
+        optimizer: its optimizer, or a wrapper that keeps it as ``.optimizer``; the hooks sit on the inner
+            one.
         validation: a ``ValidationLoss``, or what makes one: batches or a callable ``loss_fn(model)``.
         config: when and how; see ``FastForwardConfig``.
         include, exclude: narrow the moved tensors by name (predicate, regular expression or several).
@@ -154,8 +158,6 @@ class FastForward:
         ]
         _attached[self.optimizer] = weakref.ref(self)
 
-    # -- what a user reads ---------------------------------------------------------------------------------------
-
     @property
     def active(self) -> bool:
         return bool(self._hooks) and not self._switched_off
@@ -166,7 +168,7 @@ class FastForward:
         return 0 if self._table is None else self._table.numel
 
     def detach(self) -> None:
-        """Take the hooks off and free the buffers; ``stages`` stays readable. Calling it again does nothing."""
+        """Take the hooks off and free the buffers; ``stages`` stays readable. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -191,7 +193,7 @@ class FastForward:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken: bit-identically when model and optimizer are restored as well."""
+        """Continue where ``state_dict`` was taken; bit-identical if model and optimizer are restored too."""
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             version = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"not a FastForward state of version {STATE_VERSION}: got {version!r}")
@@ -208,8 +210,6 @@ class FastForward:
         self._switched_off = bool(state["switched_off"])
         self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
         self._armed = False
-
-    # -- hooks ---------------------------------------------------------------------------------------------------
 
     def _due(self, step: int) -> bool:
         past = step - self.config.warmup
@@ -240,21 +240,20 @@ class FastForward:
         if self._table is not None:
             announce_once(
                 f"weights-changed-{id(self)}",
-                "the trainable parameters changed since the last Fast Forward stage (an adapter was switched, added or "
-                "moved); the table was rebuilt for the present ones",
+                "the trainable parameters changed since the last Fast Forward stage (an adapter was "
+                "switched, added or moved); the table was rebuilt for the present ones",
             )
         self._table = None  # free the old arenas first
         small = sorted({str(p.dtype) for p in weights.values() if p.dtype in (torch.bfloat16, torch.float16)})
         if small:
             announce_once(
                 "16-bit-weights",
-                f"some trainable weights are {', '.join(small)}: much of an update rounds away when it is repeated, so "
-                "Fast Forward finds fewer steps; keep trainable weights in float32 (PEFT: autocast_adapter_dtype=True)",
+                f"some trainable weights are {', '.join(small)}: much of an update rounds away when it is "
+                "repeated, so Fast Forward finds fewer steps; keep trainable weights in float32 (PEFT: "
+                "autocast_adapter_dtype=True)",
             )
         self._table = ops.TensorTable(weights, impl=self.config.impl)
         self._signature = now
-
-    # -- the stage -----------------------------------------------------------------------------------------------
 
     def _run_stage(self) -> None:
         table, stage = self._table, Stage(self.optimizer_steps, executor=self._executor.name)

@@ -1,26 +1,29 @@
 """Which τ to try next: the line search along one optimizer update, as pure state machines.
 
-A stage asks ``propose()`` for τ, measures the validation loss of ``W + τ·Δ`` and reports it with ``observe(τ, loss)``
-until ``propose()`` returns None. τ is an integer, τ = 0 (the plain optimizer's weights) always comes first and is the
-baseline, and ``best_tau`` is the first τ with the lowest observed loss: never one that is worse than τ = 0.
+A stage asks ``propose()`` for τ, measures the validation loss of ``W + τ·Δ`` and reports it with
+``observe(τ, loss)`` until ``propose()`` returns None. τ is an integer, τ = 0 (the plain optimizer's
+weights) always comes first and is the baseline, and ``best_tau`` is the first τ with the lowest observed
+loss: never one that is worse than τ = 0.
 
 - ``LinearSearch`` is the paper's: τ = 0, 1, 2, … until the loss does not fall.
-- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …), then refines inside the bracket: parabola vertices while the
-  parabola keeps its promises, golden sections where it does not. It ends when what the parabola still promises, plus
-  the larger of its last two errors, is at most 0.05 % of the loss decrease found so far, or when no integer is left.
+- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …), then refines inside the bracket: parabola vertices
+  while the parabola keeps its promises, golden sections where it does not. It ends when what the parabola
+  still promises, plus the larger of its last two errors, is at most 0.05 % of the loss decrease found so
+  far, or when no integer is left.
 
-A non-finite loss counts as +inf. All decisions are taken in float64 in a fixed order of operations, so that the
-device twin of these machines can make identical choices.
+A non-finite loss counts as +inf. All decisions are taken in float64 in a fixed order of operations, so
+that the device twin of these machines can make identical choices.
 
-Source of the linear search: Rahamim et al., "Fast Forwarding Low-Rank Training", EMNLP 2024, arXiv 2409.04206.
+Source of the linear search: Rahamim et al., "Fast Forwarding Low-Rank Training", EMNLP 2024, arXiv
+2409.04206.
 """
 
 from __future__ import annotations
 
 import math
 
-# What the parabola may still promise, plus how much it was last wrong by, when refining ends: relative to the decrease
-# found so far. Half of the 0.1 % that the result is allowed to miss.
+# What the parabola may still promise, plus how much it was last wrong by, when refining ends: relative to
+# the decrease found so far. Half of the 0.1 % that the result is allowed to miss.
 REFINE_TOLERANCE = 5e-4
 # The share of the longer side at which a golden section cuts: (3 − √5) / 2.
 GOLDEN = 0.3819660112501051
@@ -117,8 +120,8 @@ class LinearSearch(Search):
 class ParabolicSearch(Search):
     """Doubling bracket, then parabola vertices with golden sections as the safeguard.
 
-    At most ``2·log2(max_tau) + 6`` evaluations. On a unimodal loss the result is the argmin, or within ±2 of it, or
-    within 0.1 % of the decrease.
+    At most ``2·log2(max_tau) + 6`` evaluations. On a unimodal loss the result is the argmin, or within ±2
+    of it, or within 0.1 % of the decrease.
     """
 
     name = "parabolic"
@@ -126,7 +129,7 @@ class ParabolicSearch(Search):
     def __init__(self, max_tau: int = 1024) -> None:
         super().__init__(max_tau)
         self.max_evaluations = int(2 * math.log2(max_tau)) + 6
-        # The bracket a < b < c with f(b) < f(a) and f(b) <= f(c); b is the best τ. c is unknown while doubling.
+        # The bracket a < b < c: f(b) < f(a), f(b) <= f(c), b is the best τ; c is None while doubling.
         self._a, self._fa = 0, math.inf
         self._c: int | None = None
         self._fc = math.inf
@@ -150,8 +153,8 @@ class ParabolicSearch(Search):
         if tau < self.max_tau:
             self._next = min(2 * tau, self.max_tau)
             return None
-        # Still falling at the limit: the loss beyond counts as inf, and one point before the limit tells whether
-        # the minimum has been passed.
+        # Still falling at the limit: the loss beyond counts as inf, and one point before the limit tells
+        # whether the minimum has been passed.
         self._c = tau + 1
         self._b, self._fb = self.best_tau, self.best_loss
         if tau - self._a == 1:
@@ -173,7 +176,7 @@ class ParabolicSearch(Search):
         self._refine(miss if math.isfinite(miss) else math.inf)
 
     def _refine(self, miss: float = math.inf) -> None:
-        """Choose the next τ inside the bracket or end. ``miss``: by how much the last prediction was wrong."""
+        """Choose the next τ inside the bracket, or end. ``miss``: the error of the last prediction."""
         wrong, self._last_miss = max(miss, self._last_miss), miss
         a, fa, b, fb, c, fc = self._a, self._fa, self.best_tau, self.best_loss, self._c, self._fc
         self._b, self._fb = b, fb

@@ -22,7 +22,8 @@ def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
         optimizer, inner = inner, getattr(inner, "optimizer", None)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer or wrap one as .optimizer, got {type(optimizer).__name__}"
+            "optimizer must be a torch.optim.Optimizer or wrap one as .optimizer, "
+            f"got {type(optimizer).__name__}"
         )
     return optimizer
 
@@ -35,8 +36,8 @@ def trainable_weights(
 ) -> dict[str, nn.Parameter]:
     """Parameters of ``model`` that require a gradient and belong to ``optimizer``, by name.
 
-    ``include`` and ``exclude`` narrow the set: a predicate on the name, a regular expression (``re.search``), or
-    several of them.
+    ``include`` and ``exclude`` narrow the set: a predicate on the name, a regular expression
+    (``re.search``), or several of them.
 
     Raises:
         ValueError: when nothing is left, saying at which of the conditions.
@@ -45,7 +46,8 @@ def trainable_weights(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(
-            "the model has no trainable parameter (requires_grad is False on all of them); add an adapter or unfreeze"
+            "the model has no trainable parameter (requires_grad is False on all of them); "
+            "add an adapter or unfreeze some"
         )
     weights = {name: p for name, p in trainable.items() if id(p) in updated}
     if not weights:
@@ -61,8 +63,8 @@ def trainable_weights(
     }
     if not kept:
         raise ValueError(
-            f"include={include!r} and exclude={exclude!r} leave none of the {len(weights)} trainable parameters "
-            f"(the first is {next(iter(weights))!r})"
+            f"include={include!r} and exclude={exclude!r} leave none of the {len(weights)} trainable "
+            f"parameters (the first is {next(iter(weights))!r})"
         )
     return kept
 
@@ -84,5 +86,5 @@ def _matcher(names: NameFilter | None, field: str) -> Callable[[str], bool]:
 
 
 def signature(weights: dict[str, nn.Parameter]) -> tuple:
-    """What must not change while a table points at these weights: identity, address, shape, dtype and device."""
+    """What must not change while a table points at these weights."""
     return tuple((name, id(p), p.data_ptr(), p.shape, p.dtype, p.device) for name, p in weights.items())
