@@ -1,0 +1,54 @@
+# ffkernels: `make demo` and `make test` set up all they need in .venv first.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= runs
+
+.PHONY: help install demo test lint format bench gpu-check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make install    .venv with the pinned versions of constraints.txt and this package, its C++ core built"
+	@echo "make demo       Adam against Fast Forward on the embedded model, about 3 minutes; writes runs/demo/"
+	@echo "make test       the test suite"
+	@echo "make lint       ruff, formatting and the shape of the house"
+	@echo "make bench      kernel benchmarks on this machine; writes runs/bench/"
+	@echo "make gpu-check  tests and benchmarks on a GPU (FFK_DRY=1: the same in small, on the CPU); writes \$$OUT"
+	@echo "make clean      removes what the targets above made, the environment included"
+
+install: $(VENV)/.installed
+
+# torch comes first and alone: a resolver that meets it among other requirements may take another build of it.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+	@echo "Installed into $(VENV)."
+
+demo: install
+	$(BIN)/ffkernels compare --model tiny --task instruction --out $(OUT)/demo
+
+test: install
+	@mkdir -p $(OUT)/tests
+	$(BIN)/python -m pytest tests --junitxml $(OUT)/tests/junit.xml
+	@echo "The results of every test are in $(OUT)/tests/junit.xml."
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	@mkdir -p $(OUT)/bench
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json $(OUT)/bench/benchmark.json
+	@echo "Results are in $(OUT)/bench/."
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks runs report
+	find ffkernels tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find ffkernels -name '*.so' -delete

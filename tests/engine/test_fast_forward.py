@@ -1,0 +1,433 @@
+"""FastForward in plain torch loops, on models small enough to know what must come out."""
+
+import copy
+import math
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from ffkernels import FastForward, FastForwardConfig, Stage, ValidationLoss, ops
+from ffkernels.engine.fast_forward import NO_UPDATE, UPDATE_NOT_FINITE, WEIGHTS_CHANGED
+from ffkernels.engine.search import BASELINE_NOT_FINITE
+from ffkernels.ops.notices import FFKernelsNotice
+
+SCALES = torch.tensor([1.0, 0.3, 3.0, 0.1])
+TARGET = torch.tensor([2.0, -1.0, 0.5, 4.0])
+
+
+class Bowl(nn.Module):
+    """A quadratic bowl around TARGET; frozen and dropout parts beside the trained one."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4, dtype=dtype))
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.drop = nn.Dropout(0.5)
+
+    def loss(self, noise=0.0):
+        return (SCALES * (self.w.float() - TARGET + noise) ** 2).sum()
+
+
+def bowl_loss(model):
+    return model.loss()
+
+
+def rising():
+    """A validation loss that no step improves."""
+    calls = iter(range(10**6))
+    return lambda model: float(next(calls))
+
+
+def train(model, optimizer, steps, seed=0, first=0):
+    for step in range(first, first + steps):
+        noise = torch.randn(4, generator=torch.Generator().manual_seed(1000 * seed + step))
+        optimizer.zero_grad()
+        model.loss(0.1 * noise).backward()
+        optimizer.step()
+    return model
+
+
+def make(config=None, validation=bowl_loss, lr=1e-3, dtype=torch.float32, **kwargs):
+    model = Bowl(dtype)
+    optimizer = torch.optim.AdamW([model.w], lr=lr, weight_decay=0.0)
+    ff = FastForward(model, optimizer, validation, config, **kwargs)
+    return model, optimizer, ff
+
+
+@pytest.mark.parametrize("search", ["linear", "parabolic"])
+def test_a_stage_lands_on_the_best_multiple_of_the_last_update(search):
+    model, optimizer, ff = make(FastForwardConfig(interval=3, search=search))
+    train(model, optimizer, 2)
+    before = model.w.detach().clone()
+    # The same third step on a copy without Fast Forward gives Δ; brute force over τ gives the truth.
+    plain = Bowl()
+    plain.load_state_dict(model.state_dict())
+    plain_optimizer = torch.optim.AdamW([plain.w], lr=1e-3, weight_decay=0.0)
+    plain_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(plain, plain_optimizer, 1, first=2)
+    train(model, optimizer, 1, first=2)
+    delta = plain.w.detach() - before
+    after = plain.w.detach().clone()
+    losses = []
+    for tau in range(1025):
+        plain.w.data = after + tau * delta
+        losses.append(plain.loss().item())
+    best = min(range(1025), key=losses.__getitem__)
+    (stage,) = ff.stages
+    assert best > 50
+    assert abs(stage.tau - best) <= 1
+    assert stage.optimizer_step == 3
+    assert stage.loss_before == pytest.approx(losses[0], rel=1e-6)
+    assert stage.loss_after == model.loss().item()
+    assert stage.loss_after == pytest.approx(losses[best], rel=1e-3)
+    assert torch.allclose(model.w, after + stage.tau * delta, rtol=1e-5, atol=1e-6)
+    assert stage.evaluations < 20 if search == "parabolic" else stage.evaluations == stage.tau + 2
+
+
+def test_the_weights_kept_are_the_validated_ones_bit_for_bit():
+    seen = []
+
+    def validation(model):
+        seen.append((model.loss().item(), model.w.detach().clone()))
+        return model.loss()
+
+    model, optimizer, ff = make(FastForwardConfig(interval=2), validation)
+    train(model, optimizer, 2)
+    loss, weights = min(seen, key=lambda pair: pair[0])
+    assert ff.stages[0].loss_after == pytest.approx(loss, rel=1e-7)
+    assert torch.equal(model.w, weights)
+
+
+def test_stages_follow_warmup_and_interval():
+    model, optimizer, ff = make(FastForwardConfig(interval=4, warmup=3, patience=None))
+    train(model, optimizer, 16)
+    assert [stage.optimizer_step for stage in ff.stages] == [7, 11, 15]
+    assert ff.optimizer_steps == 16
+
+
+@pytest.mark.parametrize("search", ["linear", "parabolic"])
+def test_no_accepted_step_is_the_plain_run_bit_for_bit(search):
+    model, optimizer, ff = make(FastForwardConfig(interval=2, search=search, patience=None), rising())
+    train(model, optimizer, 11)
+    plain = Bowl()
+    plain_optimizer = torch.optim.AdamW([plain.w], lr=1e-3, weight_decay=0.0)
+    train(plain, plain_optimizer, 11)
+    assert [stage.tau for stage in ff.stages] == [0] * 5
+    assert torch.equal(model.w, plain.w)
+    mine, theirs = optimizer.state_dict()["state"][0], plain_optimizer.state_dict()["state"][0]
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def test_patience_switches_off_for_good():
+    model, optimizer, ff = make(FastForwardConfig(interval=2, patience=2), rising())
+    train(model, optimizer, 20)
+    assert len(ff.stages) == 2
+    assert not ff.active
+    assert ff.optimizer_steps == 20
+
+
+def test_a_stage_that_helps_resets_patience():
+    fail = {2, 6, 8, 10}
+    counter = {"stage": 0}
+
+    def validation(model):
+        step = ff.optimizer_steps
+        if step in fail:
+            counter["stage"] += 1
+            return float(counter["stage"])
+        return model.loss()
+
+    model, optimizer, ff = make(FastForwardConfig(interval=2, patience=3), validation)
+    train(model, optimizer, 14)
+    assert [stage.optimizer_step for stage in ff.stages if stage.tau == 0] == [2, 6, 8, 10]
+    assert len(ff.stages) == 5
+    assert not ff.active
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 5, 6, 7])
+def test_resume_continues_bit_identically(cut):
+    config = FastForwardConfig(interval=3)
+    whole, optimizer, ff_whole = make(config)
+    train(whole, optimizer, 9)
+
+    first, optimizer, ff = make(config)
+    train(first, optimizer, cut)
+    saved = copy.deepcopy((first.state_dict(), optimizer.state_dict(), ff.state_dict()))
+    second, optimizer, ff = make(config)
+    second.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    ff.load_state_dict(saved[2])
+    train(second, optimizer, 9 - cut, first=cut)
+    assert torch.equal(second.w, whole.w)
+    assert [(s.optimizer_step, s.tau, s.losses) for s in ff.stages] == [
+        (s.optimizer_step, s.tau, s.losses) for s in ff_whole.stages
+    ]
+
+
+def test_state_dict_holds_patience_and_refuses_foreign_state():
+    model, optimizer, ff = make(FastForwardConfig(interval=2, patience=2), rising())
+    train(model, optimizer, 4)
+    _, _, again = make(FastForwardConfig(interval=2, patience=2))
+    again.load_state_dict(ff.state_dict())
+    assert not again.active
+    assert again.stages == ff.stages
+    with pytest.raises(ValueError, match="not a FastForward state of version 1: got None"):
+        again.load_state_dict({"weights": 3})
+    _, _, other = make(FastForwardConfig(interval=3, patience=2))
+    with pytest.warns(UserWarning, match="'interval': 2"):
+        other.load_state_dict(ff.state_dict())
+
+
+def test_closures_run_and_are_followed_by_the_stage():
+    model = Bowl()
+    optimizer = torch.optim.LBFGS([model.w], lr=0.01, max_iter=1)
+    ff = FastForward(model, optimizer, bowl_loss, FastForwardConfig(interval=2))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model.loss()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(4)]
+    assert len(ff.stages) == 2
+    assert ff.stages[0].tau > 0
+    assert losses[2] == pytest.approx(ff.stages[0].loss_after, rel=1e-6)
+
+
+def test_a_skipped_step_has_nothing_to_repeat():
+    model, optimizer, ff = make(FastForwardConfig(interval=1, patience=1), lr=0.0)
+    train(model, optimizer, 3)
+    assert [stage.stopped_because for stage in ff.stages] == [NO_UPDATE] * 3
+    assert all(stage.losses == [] and stage.tau == 0 and math.isnan(stage.loss_before) for stage in ff.stages)
+    assert ff.active, "a step that was skipped is not a failure of Fast Forward"
+
+
+def test_an_update_that_is_not_finite_is_not_repeated():
+    model, optimizer, ff = make(FastForwardConfig(interval=1))
+    model.w.grad = torch.full((4,), math.nan)
+    optimizer.step()
+    assert ff.stages[0].stopped_because == UPDATE_NOT_FINITE
+    assert ff.stages[0].losses == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_baseline_that_is_not_finite_leaves_the_weights(bad):
+    model, optimizer, ff = make(FastForwardConfig(interval=1, patience=1), lambda model: bad)
+    train(model, optimizer, 1)
+    plain = Bowl()
+    train(plain, torch.optim.AdamW([plain.w], lr=1e-3, weight_decay=0.0), 1)
+    assert torch.equal(model.w, plain.w)
+    assert ff.stages[0].stopped_because == BASELINE_NOT_FINITE
+    assert ff.active
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_later_loss_that_is_not_finite_is_never_kept(bad):
+    model, optimizer, ff = make(
+        FastForwardConfig(interval=1, search="linear"),
+        lambda model: bad if (model.w.abs() > 0.0055).any() else model.loss(),
+    )
+    train(model, optimizer, 1)
+    assert ff.stages[0].tau == 4
+    assert torch.isfinite(model.w).all()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("at", [1, 2, 3, 6])
+@pytest.mark.parametrize("search", ["linear", "parabolic"])
+def test_an_exception_leaves_the_best_validated_weights(error, at, search):
+    seen = []
+
+    def validation(model):
+        if len(seen) + 1 == at:
+            raise error("stop here")
+        seen.append((model.loss().item(), model.w.detach().clone()))
+        return model.loss()
+
+    model, optimizer, ff = make(FastForwardConfig(interval=1, search=search), validation)
+    model.train()
+    model.frozen.eval()
+    with pytest.raises(error):
+        train(model, optimizer, 1)
+    plain = Bowl()
+    train(plain, torch.optim.AdamW([plain.w], lr=1e-3, weight_decay=0.0), 1)
+    best = min(seen, key=lambda pair: pair[0])[1] if seen else plain.w
+    assert torch.equal(model.w, best)
+    assert model.training and model.drop.training and not model.frozen.training
+    assert ff.stages[0].stopped_because == f"interrupted by {error.__name__}"
+    assert ff.stages[0].evaluations == at - 1
+    ff.detach()
+
+
+def test_an_interrupt_during_a_move_waits_for_its_end(monkeypatch):
+    real, calls = ops.step_, []
+
+    def step_with_ctrl_c_in_the_middle(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "step_", step_with_ctrl_c_in_the_middle)
+    seen = []
+
+    def validation(model):
+        seen.append((model.loss().item(), model.w.detach().clone()))
+        return model.loss()
+
+    model, optimizer, _ff = make(FastForwardConfig(interval=1), validation)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer, 1)
+    assert len(seen) == 3
+    assert torch.equal(model.w, min(seen, key=lambda pair: pair[0])[1])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_modes_grads_rng_and_grad_mode_are_untouched():
+    def noisy(model):
+        assert not model.training and not model.drop.training
+        assert not torch.is_grad_enabled()
+        torch.rand(7)
+        return model.loss()
+
+    model, optimizer, ff = make(FastForwardConfig(interval=1), noisy)
+    model.train()
+    model.frozen.eval()
+    model.loss().backward()
+    grad, rng = model.w.grad.clone(), torch.get_rng_state()
+    optimizer.step()
+    assert ff.stages[0].tau > 0
+    assert torch.equal(model.w.grad, grad)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert model.training and model.drop.training and not model.frozen.training
+    assert torch.is_grad_enabled()
+
+
+def test_a_changed_parameter_list_rebuilds_the_table():
+    model, optimizer, ff = make(FastForwardConfig(interval=2, patience=None))
+    train(model, optimizer, 2)
+    first = ff.stages[0]
+    model.extra = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [model.extra]})
+    with pytest.warns(FFKernelsNotice, match="the trainable parameters changed"):
+        train(model, optimizer, 2, first=2)
+    assert first.tau > 0
+    assert ff.trainable_numel == 7
+
+
+def test_weights_replaced_inside_a_step_are_left_alone():
+    model, optimizer, ff = make(FastForwardConfig(interval=1))
+    model.loss().backward()
+    # Registered after Fast Forward's own pre-hook: runs between its checkpoint and the update.
+    hook = optimizer.register_step_pre_hook(lambda *_: setattr(model.w, "data", model.w.data.clone()))
+    optimizer.step()
+    hook.remove()
+    assert ff.stages[0].stopped_because == WEIGHTS_CHANGED
+    assert ff.stages[0].tau == 0
+
+
+def test_an_optimizer_step_that_raises_runs_no_stage():
+    model, optimizer, ff = make(FastForwardConfig(interval=1))
+
+    def closure():
+        raise RuntimeError("bad batch")
+
+    with pytest.raises(RuntimeError, match="bad batch"):
+        optimizer.step(closure)
+    assert ff.stages == []
+    assert ff.optimizer_steps == 0
+    train(model, optimizer, 1)
+    assert len(ff.stages) == 1
+
+
+def test_detach_and_the_context_manager_take_the_hooks_off():
+    model, optimizer, ff = make(FastForwardConfig(interval=1))
+    with ff as same:
+        assert same is ff and ff.active
+        train(model, optimizer, 1)
+    assert not ff.active
+    assert ff.trainable_numel == 0
+    train(model, optimizer, 2, first=1)
+    assert len(ff.stages) == 1
+    ff.detach()
+    with FastForward(model, optimizer, bowl_loss) as again:
+        assert again.active
+
+
+def test_a_second_fast_forward_on_one_optimizer_is_refused():
+    model, optimizer, ff = make()
+    with pytest.raises(RuntimeError, match="already carries a FastForward; call its detach"):
+        FastForward(model, optimizer, bowl_loss)
+    ff.detach()
+
+
+def test_wrapped_optimizers_and_schedulers_are_seen_through():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = Bowl()
+    inner = torch.optim.AdamW([model.w], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1.0)
+    ff = FastForward(model, Wrapper(inner), bowl_loss, FastForwardConfig(interval=2))
+    for _ in range(4):
+        train(model, inner, 1)
+        scheduler.step()
+    assert len(ff.stages) == 2
+
+
+def test_on_stage_is_called_and_stages_become_plain_data():
+    model, optimizer, ff = make(FastForwardConfig(interval=2))
+    seen = []
+    ff.on_stage = seen.append
+    train(model, optimizer, 4)
+    assert seen == ff.stages
+    stage = seen[0]
+    assert Stage.from_dict(stage.to_dict()) == stage
+    assert stage.executor == "eager"
+    assert 0 < stage.validate_seconds + stage.move_seconds <= stage.seconds
+
+
+def test_flops_are_the_validations_and_two_per_moved_element():
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(8, 4))
+
+    x, y = torch.randn(16, 8), torch.randn(16, 4)
+
+    def loss(model):
+        return ((x @ model.w - y) ** 2).mean()
+
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    ff = FastForward(model, optimizer, ValidationLoss(model, loss), FastForwardConfig(interval=1))
+    loss(model).backward()
+    optimizer.step()
+    stage = ff.stages[0]
+    assert stage.flops == stage.evaluations * (2 * 16 * 8 * 4 + 2 * 32)
+
+
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_weights_work_and_are_warned_about(dtype, impl, recwarn):
+    model, optimizer, ff = make(FastForwardConfig(interval=2, impl=impl), lr=1e-2, dtype=dtype)
+    train(model, optimizer, 4)
+    assert ff.stages[0].tau > 0
+    assert model.w.dtype == dtype
+    best = min(loss for _, loss in ff.stages[-1].losses)
+    assert model.loss().item() == best
+
+
+def test_bad_arguments_are_named():
+    model = Bowl()
+    optimizer = torch.optim.SGD([model.w], lr=1e-3)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        FastForward("model", optimizer, bowl_loss)
+    with pytest.raises(TypeError, match="config must be a FastForwardConfig, got dict"):
+        FastForward(model, optimizer, bowl_loss, {"interval": 3})
+    with pytest.raises(ValueError, match="none of the model's 1 trainable parameters"):
+        FastForward(Bowl(), optimizer, bowl_loss)

@@ -1,0 +1,193 @@
+"""The searches against brute force: hypothesis draws the losses, every τ is tried for the truth."""
+
+import math
+from itertools import accumulate
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ffkernels.engine.search import (
+    BASELINE_NOT_FINITE,
+    CONVERGED,
+    IMPROVEMENT_ENDED,
+    NO_IMPROVEMENT,
+    REACHED_MAX_TAU,
+    LinearSearch,
+    ParabolicSearch,
+    make_search,
+)
+
+BOTH = [LinearSearch, ParabolicSearch]
+
+
+def run(search, loss):
+    while (tau := search.propose()) is not None:
+        assert 0 <= tau <= search.max_tau
+        search.observe(tau, loss(tau))
+    return search
+
+
+def budget(max_tau):
+    return 2 * math.log2(max_tau) + 6
+
+
+positive = st.floats(1e-3, 1.0)
+
+
+@st.composite
+def convex(draw):
+    """A strictly convex sequence: slopes grow by random amounts, the minimum lies anywhere."""
+    max_tau = draw(st.integers(1, 200))
+    growth = draw(st.lists(positive, min_size=max_tau, max_size=max_tau))
+    slopes = list(accumulate(growth))
+    turn = draw(st.floats(-0.2, 1.2)) * slopes[-1]
+    return max_tau, list(accumulate((s - turn for s in slopes), initial=draw(st.floats(-10, 10))))
+
+
+@st.composite
+def unimodal(draw):
+    """Falling to one minimum, rising after it, by random amounts: neither convex nor smooth."""
+    max_tau = draw(st.integers(1, 128))
+    bottom = draw(st.integers(0, max_tau))
+    steps = draw(st.lists(positive, min_size=max_tau, max_size=max_tau))
+    return max_tau, list(accumulate((-s if i < bottom else s for i, s in enumerate(steps)), initial=0.0))
+
+
+@st.composite
+def smooth(draw):
+    """What losses along an update look like: a skewed bowl of random width, anywhere."""
+    max_tau = draw(st.integers(1, 2048))
+    bottom = draw(st.floats(0, 1.5 * max_tau))
+    skew = draw(st.floats(0.05, 3.0)) / max(bottom, 1.0)
+    scale = draw(st.floats(1e-3, 10))
+    return max_tau, [scale * (1 - math.exp(-skew * (t - bottom))) ** 2 for t in range(max_tau + 1)]
+
+
+anything = st.lists(
+    st.one_of(
+        st.floats(allow_nan=True, allow_infinity=True), st.floats(0, 1), st.just(1.0), st.integers(0, 3)
+    ),
+    min_size=2,
+    max_size=300,
+)
+
+
+class TestLinear:
+    @given(st.one_of(convex(), unimodal(), smooth()))
+    def test_is_the_exact_argmin_of_a_unimodal_loss(self, case):
+        max_tau, losses = case
+        search = run(LinearSearch(max_tau), losses.__getitem__)
+        assert search.best_loss == min(losses)
+        assert search.best_tau == losses.index(min(losses))
+
+    @given(anything)
+    def test_takes_the_papers_steps_on_any_loss(self, losses):
+        search = run(LinearSearch(len(losses) - 1), losses.__getitem__)
+        expected = 0
+        if math.isfinite(losses[0]):
+            while expected + 1 < len(losses) and losses[expected + 1] < losses[expected]:
+                if not math.isfinite(losses[expected + 1]):
+                    break
+                expected += 1
+        assert search.best_tau == expected
+        assert [tau for tau, _ in search.losses] == list(range(len(search.losses)))
+
+
+class TestParabolic:
+    @settings(max_examples=300)
+    @given(st.one_of(convex(), unimodal(), smooth()))
+    def test_is_within_two_steps_or_a_thousandth_of_a_unimodal_loss(self, case):
+        max_tau, losses = case
+        search = run(ParabolicSearch(max_tau), losses.__getitem__)
+        lowest = min(losses)
+        near = abs(search.best_tau - losses.index(lowest)) <= 2
+        assert near or search.best_loss - lowest <= 1e-3 * (losses[0] - lowest)
+        assert len(search.losses) <= budget(max_tau)
+
+    def test_needs_about_ten_validations_where_linear_needs_a_hundred(self):
+        def loss(tau):  # a bowl with its bottom at 107, as the first stages at a small learning rate have it
+            return 2.2 + 1e-5 * (tau - 107) ** 2 + 2e-8 * (tau - 107) ** 3
+
+        linear, parabolic = run(LinearSearch(256), loss), run(ParabolicSearch(256), loss)
+        assert linear.best_tau == 107
+        assert len(linear.losses) == 109
+        assert abs(parabolic.best_tau - 107) <= 1
+        assert len(parabolic.losses) <= 14  # ten to bracket 107 in (64, 128, 256), four to refine
+
+    def test_doubles_then_refines_inside_the_bracket(self):
+        search = run(ParabolicSearch(256), lambda tau: (tau - 21.3) ** 2)
+        taus = [tau for tau, _ in search.losses]
+        assert taus[:7] == [0, 1, 2, 4, 8, 16, 32]
+        assert all(8 < tau < 32 for tau in taus[7:])
+        assert search.best_tau == 21
+        assert search.stopped_because == CONVERGED
+
+    def test_looks_back_from_the_limit(self):
+        assert run(ParabolicSearch(100), lambda tau: abs(tau - 70)).best_tau == 70
+        falling = run(ParabolicSearch(100), lambda tau: -tau)
+        assert falling.best_tau == 100
+        assert falling.stopped_because == REACHED_MAX_TAU
+        assert [tau for tau, _ in falling.losses][-2:] == [100, 99]
+
+
+@pytest.mark.parametrize("kind", BOTH)
+class TestBoth:
+    @given(losses=anything)
+    def test_any_loss_ends_and_never_gets_worse(self, kind, losses):
+        search = run(kind(len(losses) - 1), losses.__getitem__)
+        observed = [math.inf if not math.isfinite(loss) else loss for _, loss in search.losses]
+        assert search.best_loss == min(observed)
+        assert dict(search.losses)[search.best_tau] == search.best_loss or search.best_loss == math.inf
+        assert search.best_tau == search.losses[observed.index(min(observed))][0]
+        assert len({tau for tau, _ in search.losses}) == len(search.losses), "no τ is measured twice"
+        if kind is ParabolicSearch and len(losses) > 1:
+            assert len(search.losses) <= budget(len(losses) - 1)
+
+    @pytest.mark.parametrize("baseline", [math.nan, math.inf, -math.inf])
+    def test_a_baseline_that_is_not_finite_ends_it(self, kind, baseline):
+        search = run(kind(8), lambda tau: baseline if tau == 0 else 0.0)
+        assert (search.best_tau, len(search.losses)) == (0, 1)
+        assert search.stopped_because == BASELINE_NOT_FINITE
+
+    @pytest.mark.parametrize("second", [math.nan, math.inf, 1.0, 1.5])
+    def test_a_first_step_that_does_not_help_costs_one_validation(self, kind, second):
+        search = run(kind(8), lambda tau: 1.0 if tau == 0 else second)
+        assert (search.best_tau, len(search.losses)) == (0, 2)
+        assert search.stopped_because == NO_IMPROVEMENT
+
+    def test_minus_infinity_is_not_an_improvement(self, kind):
+        assert run(kind(8), lambda tau: 1.0 if tau == 0 else -math.inf).best_tau == 0
+
+    def test_accepted_says_whether_the_last_loss_became_the_best(self, kind):
+        search, seen = kind(8), []
+        while (tau := search.propose()) is not None:
+            search.observe(tau, [5.0, 4.0, 3.0, 9.0, 9.0, 9, 9, 9, 9][tau])
+            seen.append((tau, search.accepted))
+        assert seen[:3] == [(0, False), (1, True), (2, True)]
+        assert not any(accepted for tau, accepted in seen if tau > 2)
+
+    def test_misuse_is_refused(self, kind):
+        search = kind(1)
+        with pytest.raises(ValueError, match=r"tau=3, but propose\(\) asked for tau=0"):
+            search.observe(3, 1.0)
+        assert search.propose() == search.propose() == 0
+        run(search, lambda tau: 1.0)
+        with pytest.raises(RuntimeError, match="the search has ended"):
+            search.observe(2, 1.0)
+
+    @pytest.mark.parametrize("bad", [0, -1, 1.5, "8", True, None, 1 << 17])
+    def test_max_tau_is_checked(self, kind, bad):
+        with pytest.raises(ValueError, match="max_tau must be an integer from 1 to 65536"):
+            kind(bad)
+
+
+def test_linear_says_why_it_ended():
+    assert run(LinearSearch(8), lambda tau: abs(tau - 3)).stopped_because == IMPROVEMENT_ENDED
+    assert run(LinearSearch(3), lambda tau: -tau).stopped_because == REACHED_MAX_TAU
+
+
+def test_make_search_names_what_exists():
+    assert type(make_search("linear", 4)) is LinearSearch
+    with pytest.raises(ValueError, match="'parabolic', 'linear', got 'golden'"):
+        make_search("golden")
