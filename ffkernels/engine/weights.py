@@ -17,9 +17,9 @@ def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
     Raises:
         TypeError: when no torch optimizer is inside.
     """
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, torch.optim.Optimizer) and inner is not optimizer:
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    # A wrapper may itself be a torch.optim.Optimizer, and wrappers may be stacked.
+    while (inner := getattr(optimizer, "optimizer", None)) is not None and inner is not optimizer:
+        optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "optimizer must be a torch.optim.Optimizer or wrap one as .optimizer, "
