@@ -1,0 +1,176 @@
+"""Which model to fine-tune, and the adapter on it.
+
+``load_model("tiny")`` is the embedded one: a byte-level GPT-NeoX with its weights in the package, no download, no cache.
+Any other name is a local directory or a Hugging Face hub id and goes through ``AutoModelForCausalLM``.
+
+The frozen base may be 16-bit. The adapter never is: at small learning rates an update is below half a unit in the last
+place of a bf16 weight, rounds away, and Fast Forward would repeat a Δ that is mostly zeros. So every trainable tensor
+that ``add_adapter`` leaves behind is fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ffkernels.training.tokenizer import ByteTokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+EMBEDDED = {"tiny": Path(__file__).resolve().parents[1] / "data" / "tiny"}
+
+# All attention projections, the output projection included. In GPT-NeoX the MLP's layers are dense_h_to_4h and
+# dense_4h_to_h, so the suffix "dense" is the attention's alone. A family is recognised by having every name.
+ATTENTION_TARGETS = (("query_key_value", "dense"), ("q_proj", "k_proj", "v_proj", "o_proj"))
+
+METHODS = ("lora", "dora")
+
+
+def load_model(
+    name: str = "tiny",
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    attn: str | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """(model in eval mode, its tokenizer).
+
+    ``name``: "tiny", a directory, or a hub id. ``dtype``: of all weights. ``attn``: an attention implementation of
+    transformers ("sdpa", "eager", "flash_attention_2", …); None takes transformers' own choice.
+    """
+    transformers = _require("transformers")
+    source = str(EMBEDDED.get(name, name))
+    options = {"dtype": _dtype(dtype)}
+    if attn is not None:
+        options["attn_implementation"] = attn
+    if name in EMBEDDED:
+        options["local_files_only"] = True
+    with _explained(name), _no_progress_bars(name in EMBEDDED):
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+        tokenizer = _tokenizer(source, model.config)
+    model.config.use_cache = False  # no generation here; a cache would only cost memory
+    return model.to(device).eval(), tokenizer
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    *,
+    method: str = "lora",
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] | None = None,
+    seed: int | None = None,
+) -> PeftModel:
+    """Freeze ``model`` and put a LoRA or DoRA adapter on it; the adapter's tensors are fp32.
+
+    ``targets``: module-name suffixes, or one regular expression over full names. None takes every attention projection
+    of GPT-NeoX- and Llama-like models, and PEFT's default for others. ``seed`` fixes the adapter's initial values and
+    leaves the caller's random state alone; None draws from the global generator.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}; allowed are {', '.join(METHODS)}.")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank={rank!r}; it must be a whole number of at least 1.")
+    if not alpha > 0:
+        raise ValueError(f"alpha={alpha!r}; it must be above 0.")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout!r}; it must be at least 0 and below 1.")
+    peft = _require("peft")
+    if targets is None:
+        targets = attention_targets(model)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=method == "dora",
+        target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
+    )
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:
+            linear = {
+                n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+            }
+            raise ValueError(
+                f"PEFT could not place the adapter with targets={targets!r} ({error}). "
+                f"Linear modules of this model: {', '.join(sorted(linear)) or 'none'}."
+            ) from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def attention_targets(model: torch.nn.Module) -> list[str] | None:
+    """The names of the attention projections where the architecture is known, else None."""
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for names in ATTENTION_TARGETS:
+        if present.issuperset(names):
+            return list(names)
+    return None
+
+
+def _tokenizer(source: str, config: Any) -> Any:
+    # A copy of the embedded model that someone saved elsewhere still says whose bytes it reads.
+    if getattr(config, "tokenizer_class", None) == ByteTokenizer.__name__:
+        return ByteTokenizer()
+    tokenizer = _require("transformers").AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        # Padding is masked out of attention and loss, so any token can stand there.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(
+            f"dtype={dtype!r}; give a floating-point torch dtype or its name, such as 'bfloat16'."
+        )
+    return resolved
+
+
+def _require(package: str) -> Any:
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise RuntimeError(f"{package} is needed here: pip install 'ffkernels[hf]' ({error}).") from error
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """transformers reports a missing network, a typo and a private model alike; say what can be done."""
+    try:
+        yield
+    except OSError as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise RuntimeError(
+            f"model {name!r} could not be loaded: it is not an embedded model ({', '.join(EMBEDDED)}), and neither a "
+            "directory with a model and its tokenizer nor the Hugging Face hub or its local cache gave it "
+            f"({first}). Without a network: copy the model here and give its directory, or use 'tiny'."
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars(quiet: bool) -> Iterator[None]:
+    """A four-megabyte file needs no progress bar."""
+    logging = _require("transformers").utils.logging
+    shown = logging.is_progress_bar_enabled()
+    if quiet and shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet and shown:
+            logging.enable_progress_bar()
