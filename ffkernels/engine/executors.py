@@ -27,13 +27,11 @@ class StageProgram:
         table: the weights with their Δ and best.
         validation: the loss of the weights as they are, a 0-dim tensor or a float.
         search: which τ to try, in what order.
-        impl: the implementation that moves the weights.
     """
 
     table: ops.TensorTable
     validation: Callable[[], torch.Tensor | float]
     search: Search
-    impl: str | None = None
 
     validate_seconds: float = 0.0
     move_seconds: float = 0.0
@@ -61,13 +59,13 @@ class EagerExecutor:
                         base = tau
                     following = search.propose()
                     k = 0 if following is None else following - base
-                    ops.step_(table, search.accepted, float(k), impl=program.impl)
+                    ops.step_(table, search.accepted, float(k))
                 program.moves += 1
                 program.validate_seconds += validated - start
                 program.move_seconds += perf_counter() - validated
         except BaseException:
             with _interrupt_later():
-                ops.step_(table, False, 0.0, impl=program.impl)  # W ← best
+                ops.step_(table, False, 0.0)  # W ← best
             raise
 
 
