@@ -1,0 +1,71 @@
+/* The C ABI between the Python package and its compiled kernels.
+ *
+ * A table of tensors is a list of groups, one per storage dtype; a group is a list of rows, one per chunk of one
+ * tensor. A row is four int64: the addresses of the chunk in W, delta and best, and its element count. Plain integers
+ * and pointers only: one binary serves every torch version, and loading it needs nothing but the C library.
+ *
+ * Every entry point walks all groups in one call, so no signal handler of the interpreter can run half way through
+ * a weight move. All return 0, or a negative FFK_E code before anything was written.
+ */
+#ifndef FFKERNELS_H
+#define FFKERNELS_H
+
+#include <stdint.h>
+
+/* Raised whenever a signature or a layout below changes; the loader refuses any other number. */
+#define FFK_ABI 1
+
+#define FFK_E_DTYPE (-1)
+
+#if defined(__GNUC__)
+#define FFK_API __attribute__((visibility("default")))
+#else
+#define FFK_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum ffk_dtype { FFK_FLOAT32 = 0, FFK_BFLOAT16 = 1, FFK_FLOAT16 = 2 };
+
+/* w, delta or best may be 0 where the operation does not read or write it. */
+typedef struct {
+  int64_t w, delta, best, n;
+} ffk_row;
+
+typedef struct {
+  const ffk_row* rows;
+  int64_t count;
+  int64_t dtype;
+} ffk_group;
+
+FFK_API int32_t ffk_abi(void);
+
+/* The digest of the sources this library was built from, as the build passed it in. */
+FFK_API const char* ffk_source_id(void);
+
+/* 1 when the kernels can use more than one thread. */
+FFK_API int32_t ffk_cpu_threaded(void);
+
+/* Limits the instruction set to 0 (the architecture's baseline), 1 (AVX2) or 2 (AVX-512); a negative limit changes
+ * nothing. Returns the level in use, which never exceeds what the processor has. */
+FFK_API int32_t ffk_cpu_isa(int32_t limit);
+
+/* best <- W */
+FFK_API int32_t ffk_cpu_checkpoint(const ffk_group* groups, int64_t count, int32_t threads);
+
+/* delta <- W - best ; best <- W */
+FFK_API int32_t ffk_cpu_delta(const ffk_group* groups, int64_t count, int32_t threads);
+
+/* base = accept ? W : best ; best <- base ; W <- base + k * delta, where k == 0 copies base bit for bit */
+FFK_API int32_t ffk_cpu_step(const ffk_group* groups, int64_t count, int32_t accept, float k, int32_t threads);
+
+/* out <- max |delta|, NaN when any element is NaN, 0 when there is none */
+FFK_API int32_t ffk_cpu_absmax(const ffk_group* groups, int64_t count, int32_t threads, float* out);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

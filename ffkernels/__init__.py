@@ -1,0 +1,49 @@
+"""Fast Forward low-rank fine-tuning. Names load on first use: the import itself is cheap."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ffkernels import ops
+    from ffkernels.engine.config import FastForwardConfig
+    from ffkernels.engine.fast_forward import FastForward, Stage
+    from ffkernels.engine.search import LinearSearch, ParabolicSearch
+    from ffkernels.engine.validation import ValidationLoss
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FastForward": "ffkernels.engine.fast_forward",
+    "FastForwardConfig": "ffkernels.engine.config",
+    "LinearSearch": "ffkernels.engine.search",
+    "ParabolicSearch": "ffkernels.engine.search",
+    "Stage": "ffkernels.engine.fast_forward",
+    "ValidationLoss": "ffkernels.engine.validation",
+}
+
+__all__ = [
+    "FastForward",
+    "FastForwardConfig",
+    "LinearSearch",
+    "ParabolicSearch",
+    "Stage",
+    "ValidationLoss",
+    "__version__",
+    "ops",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("ffkernels.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ffkernels' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

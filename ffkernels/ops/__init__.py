@@ -1,0 +1,23 @@
+"""Weight moves over many tensors at once: checkpoint, difference, and the Fast Forward step."""
+
+from __future__ import annotations
+
+from ffkernels.ops.dispatch import Availability, available, resolve
+from ffkernels.ops.native import build_native
+from ffkernels.ops.notices import FFKernelsNotice, announce_once
+from ffkernels.ops.step import checkpoint_, delta_, delta_absmax, step_
+from ffkernels.ops.table import TensorTable
+
+__all__ = [
+    "Availability",
+    "FFKernelsNotice",
+    "TensorTable",
+    "announce_once",
+    "available",
+    "build_native",
+    "checkpoint_",
+    "delta_",
+    "delta_absmax",
+    "resolve",
+    "step_",
+]

@@ -1,0 +1,182 @@
+"""The compiled kernels of csrc, loaded over a plain C ABI with ctypes.
+
+Looked for, in this order: the file named by FFKERNELS_LIBRARY (then only that one), the library that
+installation built next to this module, the one `build_native` put into the user's cache. Nothing is loaded
+at import; the first question loads, and the answer, also a negative one with its reason, is kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ffkernels.ops import build
+from ffkernels.ops.table import Plan
+
+ABI = 1
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CURE = "run `ffkernels doctor --build` (needs a C++ compiler), or reinstall ffkernels where one is present"
+
+_PACKAGED = Path(__file__).parent / build.LIBRARY
+
+
+class _Group(ctypes.Structure):
+    _fields_ = (("rows", ctypes.c_void_p), ("count", ctypes.c_int64), ("dtype", ctypes.c_int64))
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """An open library, or the reason why there is none."""
+
+    library: ctypes.CDLL | None
+    path: Path | None
+    reason: str
+
+
+def source_dir() -> Path | None:
+    """Where the sources are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if all((folder / name).is_file() for name in (*build.HEADERS, *build.SOURCES)):
+            return folder
+    return None
+
+
+def cache_dir() -> Path:
+    """FFKERNELS_CACHE, else XDG_CACHE_HOME/ffkernels, else ~/.cache/ffkernels."""
+    chosen = os.environ.get("FFKERNELS_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "ffkernels"
+
+
+def _cached_library(sources: Path) -> Path:
+    # Machine in the name: a home directory may be shared between architectures.
+    return cache_dir() / f"cpu-{os.uname().machine}-{build.source_id(sources)}" / build.LIBRARY
+
+
+def build_native() -> Path:
+    """Compile csrc into the user's cache, load it, and return its path. `BuildError` says what is missing."""
+    sources = source_dir()
+    if sources is None:
+        raise build.BuildError("the C++ sources are not part of this installation; reinstall ffkernels")
+    if not hasattr(os, "uname"):
+        raise build.BuildError("the compiled ops are built on Linux and macOS only")
+    target = _cached_library(sources)
+    build.compile_library(sources, target)
+    load.cache_clear()
+    _open(target)
+    return target
+
+
+def _candidates() -> list[Path]:
+    chosen = os.environ.get("FFKERNELS_LIBRARY")
+    if chosen:
+        return [Path(chosen)]
+    found = [_PACKAGED]
+    sources = source_dir()
+    if sources is not None and hasattr(os, "uname"):
+        found.append(_cached_library(sources))
+    return [path for path in found if path.is_file()]
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Load one library and check that it speaks this ABI and comes from these sources."""
+    library = ctypes.CDLL(str(path))
+    library.ffk_abi.restype = ctypes.c_int32
+    abi = library.ffk_abi()
+    if abi != ABI:
+        raise OSError(f"it has ABI {abi}, this ffkernels needs {ABI}")
+    library.ffk_source_id.restype = ctypes.c_char_p
+    sources, built_from = source_dir(), library.ffk_source_id().decode()
+    if sources is not None and built_from != build.source_id(sources):
+        raise OSError("it was built from other sources than those installed")
+    groups = (ctypes.POINTER(_Group), ctypes.c_int64)
+    threads, result = ctypes.c_int32, ctypes.POINTER(ctypes.c_float)
+    for name, arguments in {
+        "ffk_cpu_threaded": (),
+        "ffk_cpu_isa": (ctypes.c_int32,),
+        "ffk_cpu_checkpoint": (*groups, threads),
+        "ffk_cpu_delta": (*groups, threads),
+        "ffk_cpu_step": (*groups, ctypes.c_int32, ctypes.c_float, threads),
+        "ffk_cpu_absmax": (*groups, threads, result),
+    }.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = ctypes.c_int32
+    return library
+
+
+@cache
+def load() -> NativeLibrary:
+    """The library, opened once per process."""
+    refused = []
+    for path in _candidates():
+        try:
+            return NativeLibrary(_open(path), path, f"loaded {path.name}")
+        except (OSError, AttributeError) as error:
+            refused.append(f"{path} was refused: {error}")
+    return NativeLibrary(None, None, "; ".join(refused) or "the C++ ops were not built on this machine")
+
+
+def isa() -> str:
+    """The instruction set the kernels use on this processor."""
+    library = load().library
+    return "none" if library is None else ("baseline", "avx2", "avx512")[library.ffk_cpu_isa(-1)]
+
+
+def _groups(plan: Plan) -> tuple[ctypes.Array, int]:
+    """The plan's rows as the ABI wants them; made once per plan."""
+    if plan.native is None:
+        groups = [(group.rows.data_ptr(), len(group.rows), DTYPE_CODES[group.dtype]) for group in plan.groups]
+        plan.native = ((_Group * len(groups))(*groups), len(groups))
+    return plan.native
+
+
+def _call(name: str, plan: Plan, *arguments) -> None:
+    library = load().library
+    if library is None:
+        raise RuntimeError(f"the C++ ops are not available: {load().reason}; {CURE}")
+    code = getattr(library, name)(*_groups(plan), *arguments)
+    if code != 0:
+        raise RuntimeError(f"{name} refused its table with code {code}; this is a bug in ffkernels")
+
+
+def _bump(tensors: Sequence[torch.Tensor]) -> None:
+    torch.autograd.graph.increment_version(tensors)
+
+
+def checkpoint_(plan: Plan, weights, best) -> None:
+    """best ← W"""
+    _call("ffk_cpu_checkpoint", plan, torch.get_num_threads())
+    _bump(best)
+
+
+def delta_(plan: Plan, weights, deltas, best) -> None:
+    """Δ ← W − best ; best ← W"""
+    _call("ffk_cpu_delta", plan, torch.get_num_threads())
+    _bump(deltas)
+    _bump(best)
+
+
+def step_(plan: Plan, weights, deltas, best, accept: bool, k: float) -> None:
+    """base = accept ? W : best ; best ← base ; W ← base + k·Δ"""
+    _call("ffk_cpu_step", plan, accept, k, torch.get_num_threads())
+    if accept:
+        _bump(best)
+    if k != 0 or not accept:
+        _bump(weights)
+
+
+def delta_absmax(plan: Plan, deltas) -> float:
+    """max |Δ|, NaN if any is"""
+    result = ctypes.c_float()
+    _call("ffk_cpu_absmax", plan, torch.get_num_threads(), ctypes.byref(result))
+    return result.value

@@ -1,0 +1,264 @@
+"""Where every tensor of a weight move lies: one int64 row per chunk.
+
+A row holds the addresses of one chunk in W, Δ and best and its element count; a group holds the rows of one
+storage dtype. Kernels walk rows, so one call moves any number of tensors of any sizes. Δ and best live in
+flat arenas of the table, one per dtype, in which each tensor starts on a 128-byte boundary: a chunk's
+alignment is then decided by its weight alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT = 128
+# Elements per chunk, a multiple of every vector width. On the CPU a chunk is a unit of thread scheduling.
+CPU_CHUNK = 32768
+
+
+@dataclass(frozen=True)
+class Group:
+    """All chunks of one dtype: `rows` is an int64 tensor [chunks, 4] of (W, Δ, best, elements)."""
+
+    dtype: torch.dtype
+    rows: Tensor
+
+
+@dataclass
+class Plan:
+    """The checked layout of one set of tensors. Holds addresses, never the tensors themselves."""
+
+    device: torch.device
+    numel: int
+    groups: list[Group]
+    impl: str = "torch"
+    native: Any = field(default=None, repr=False)  # the groups in the form a loaded backend wants
+
+
+def chunk_rows(
+    weights: Sequence[int],
+    deltas: Sequence[int],
+    best: Sequence[int],
+    numels: Sequence[int],
+    itemsize: int,
+    chunk: int,
+) -> Tensor:
+    """Cut tensors, given by addresses and sizes, into rows. A missing side has address 0 and keeps it."""
+    sizes = torch.tensor(numels, dtype=torch.int64)
+    chunks = (sizes + chunk - 1) // chunk
+    tensor = torch.repeat_interleave(chunks)
+    first = torch.cumsum(chunks, 0) - chunks
+    start = (torch.arange(len(tensor)) - first[tensor]) * chunk
+    columns = []
+    for addresses in (weights, deltas, best):
+        base = torch.tensor(addresses, dtype=torch.int64)[tensor]
+        columns.append(torch.where(base == 0, 0, base + start * itemsize))
+    columns.append((sizes[tensor] - start).clamp(max=chunk))
+    return torch.stack(columns, 1).contiguous()
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; only torch tensors can be moved")
+    if is_traceable_wrapper_subclass(tensor):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}, which has no one memory of its own; pass its plain tensor"
+            " (for a DTensor: its local shard, `.to_local()`)"
+        )
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise ValueError(
+            f"{name} has layout {tensor.layout} on {tensor.device}; only dense tensors with memory are moved"
+        )
+    if tensor.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}; allowed are {allowed}. The arithmetic is float32, which would"
+            " take from wider types what they are chosen for: convert the tensor or leave it out"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()}); make the"
+            " parameter from a `.contiguous()` tensor"
+        )
+    if tensor.numel() and tensor.data_ptr() % tensor.element_size():
+        raise ValueError(
+            f"{name} does not start on a multiple of its element size ({tensor.element_size()} bytes);"
+            " copy it with `.clone()`"
+        )
+
+
+def _check_overlap(named: Iterable[tuple[str, Tensor]]) -> None:
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in named if t.numel())
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"{name} and {other} share memory, so one move would be applied twice; pass each memory once"
+                " (of tied weights, one)"
+            )
+
+
+def _check_same_device(named: Sequence[tuple[str, Tensor]]) -> torch.device:
+    if not named:
+        return torch.device("cpu")
+    first_name, first = named[0]
+    for name, tensor in named:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {first_name} on {first.device}; a table has one device:"
+                " make one for each"
+            )
+    return first.device
+
+
+def _check_twin(name: str, tensor: Tensor, weight_name: str, weight: Tensor) -> None:
+    if tensor.shape != weight.shape or tensor.dtype != weight.dtype:
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype} but {weight_name} is {tuple(weight.shape)}"
+            f" {weight.dtype}; they must match"
+        )
+
+
+def make_plan(
+    weights: Sequence[Tensor],
+    deltas: Sequence[Tensor] | None,
+    best: Sequence[Tensor],
+    names: Sequence[str] | None = None,
+) -> Plan:
+    """Check the tensors and lay out their rows. `deltas` is None for moves that have no Δ."""
+    names = list(names) if names is not None else [f"weights[{i}]" for i in range(len(weights))]
+    named = list(zip(names, weights, strict=True))
+    for label, twins in (("deltas", deltas), ("best", best)):
+        if twins is None:
+            continue
+        if len(twins) != len(weights):
+            raise ValueError(
+                f"{label} has {len(twins)} tensors for {len(weights)} weights; give one for each"
+            )
+        named += [(f"{label}[{i}]", twin) for i, twin in enumerate(twins)]
+    for name, tensor in named:
+        _check_tensor(name, tensor)
+    for position, (name, tensor) in enumerate(named):
+        at = position % len(weights)
+        _check_twin(name, tensor, names[at], weights[at])
+    device = _check_same_device(named)
+    _check_overlap(named)
+
+    groups = []
+    for dtype in DTYPES:
+        members = [i for i, weight in enumerate(weights) if weight.dtype == dtype and weight.numel()]
+        if not members:
+            continue
+        rows = chunk_rows(
+            [weights[i].data_ptr() for i in members],
+            [deltas[i].data_ptr() if deltas is not None else 0 for i in members],
+            [best[i].data_ptr() for i in members],
+            [weights[i].numel() for i in members],
+            dtype.itemsize,
+            CPU_CHUNK,
+        )
+        groups.append(Group(dtype, rows))
+    return Plan(device, sum(weight.numel() for weight in weights), groups)
+
+
+def _named(weights: Any, names: Sequence[str] | None) -> tuple[list[str], list[Tensor]]:
+    if isinstance(weights, Tensor):
+        raise TypeError(
+            "weights is a single tensor; pass a list of tensors, a mapping or (name, tensor) pairs"
+        )
+    entries = list(weights.items()) if isinstance(weights, Mapping) else list(weights)
+    if entries and all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries):
+        own, tensors = [str(name) for name, _ in entries], [tensor for _, tensor in entries]
+    else:
+        own, tensors = [f"weights[{i}]" for i in range(len(entries))], entries
+    if names is None:
+        return own, tensors
+    names = [str(name) for name in names]
+    if len(names) != len(tensors):
+        raise ValueError(f"names has {len(names)} entries for {len(tensors)} weights; give one for each")
+    return names, tensors
+
+
+def _arena(weights: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Zeroed memory for twins of `weights`: (flat tensors, one per dtype; views, one per weight)."""
+    views: list[Tensor | None] = [None] * len(weights)
+    flats = []
+    for dtype in dict.fromkeys(weight.dtype for weight in weights):
+        step = ALIGNMENT // dtype.itemsize
+        starts, end = {}, 0
+        for i, weight in enumerate(weights):
+            if weight.dtype == dtype:
+                starts[i] = end
+                end += -(-weight.numel() // step) * step
+        # Room to start on a boundary even where the allocator promises less than ALIGNMENT.
+        memory = torch.zeros(end + step, dtype=dtype, device=device)
+        skip = (-memory.data_ptr() % ALIGNMENT) // dtype.itemsize
+        flats.append(memory)
+        for i, start in starts.items():
+            views[i] = memory[skip + start : skip + start + weights[i].numel()].view(weights[i].shape)
+    return flats, views  # type: ignore[return-value]
+
+
+class TensorTable:
+    """A fixed set of weights with room for Δ and best, ready to be moved in one call.
+
+    `weights` is a sequence of tensors, a mapping from name to tensor, or (name, tensor) pairs such as
+    `model.named_parameters()`. The tensors are kept by reference and moved in place. A new table holds best
+    = W and Δ = 0. `impl` is "auto", "cpp" or "torch".
+    """
+
+    def __init__(self, weights: Any, *, names: Sequence[str] | None = None, impl: str = "auto") -> None:
+        from ffkernels.ops.dispatch import choose
+
+        self.names, self.weights = _named(weights, names)
+        for name, weight in zip(self.names, self.weights, strict=True):
+            _check_tensor(name, weight)
+        self.device = _check_same_device(list(zip(self.names, self.weights, strict=True)))
+        self.impl = choose(impl, self.device)
+        # Arenas made under inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._delta_flats, self.deltas = _arena(self.weights, self.device)
+            self._best_flats, self.best = _arena(self.weights, self.device)
+            self.plan = make_plan(self.weights, self.deltas, self.best, self.names)
+            self.plan.impl = self.impl
+            if self.weights:
+                torch._foreach_copy_(self.best, self.weights)
+        self._identity = self._look()
+        self._addresses = [weight.data_ptr() for weight in self.weights]
+
+    def _look(self) -> list[tuple]:
+        return [(w.data_ptr(), w.shape, w.dtype, w.is_contiguous()) for w in self.weights]
+
+    @property
+    def numel(self) -> int:
+        """Elements over all weights."""
+        return self.plan.numel
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the table itself holds: Δ and best."""
+        return sum(flat.nbytes for flat in (*self._delta_flats, *self._best_flats))
+
+    def is_stale(self) -> bool:
+        """Whether any weight has moved, or changed its shape or dtype, since the table was made."""
+        return self._look() != self._identity
+
+    def check_addresses(self) -> None:
+        """Refuse to write through addresses that a weight has left."""
+        now = [weight.data_ptr() for weight in self.weights]
+        if now != self._addresses:
+            at = next(i for i, (new, old) in enumerate(zip(now, self._addresses, strict=True)) if new != old)
+            raise RuntimeError(
+                f"{self.names[at]} has moved in memory since the table was made (by `.to()`, `.data =` or"
+                " `load_state_dict(assign=True)`); make a new TensorTable"
+            )
+
+    def __repr__(self) -> str:
+        size = f"{len(self.weights)} tensors, {self.numel} elements"
+        return f"TensorTable({size}, {self.device}, impl={self.impl!r})"
