@@ -82,7 +82,8 @@ def test_a_stage_lands_on_the_best_multiple_of_the_last_update(search):
     assert stage.loss_before == pytest.approx(losses[0], rel=1e-6)
     assert stage.loss_after == model.loss().item()
     assert stage.loss_after == pytest.approx(losses[best], rel=1e-3)
-    assert torch.allclose(model.w, after + stage.tau * delta, rtol=1e-5, atol=1e-6)
+    # The linear search adds Δ hundreds of times, one rounding each.
+    assert torch.allclose(model.w, after + stage.tau * delta, rtol=1e-4, atol=0)
     assert stage.evaluations < 20 if search == "parabolic" else stage.evaluations == stage.tau + 2
 
 
