@@ -1,0 +1,183 @@
+"""FLOPs of a run in two conventions, side by side.
+
+                        paper                                    measured
+    training batch      3 × forward                              forward + backward as executed
+    optimizer step      –                                        12 per trainable weight (Adam)
+    validation          forward                                  forward
+    weight move         1 per element                            2 per element (a multiply and an add)
+
+*Paper* is the convention of the Fast Forward paper: a backward pass is charged as two forwards. With LoRA
+it costs little more than one, because the frozen weights need no weight gradients; so the paper's
+convention makes training dearer than it is and flatters Fast Forward, whose validations are forwards only.
+*Measured* runs PyTorch's FLOP counter over the real forward and backward. Whoever quotes a saving should
+quote it in *measured*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from ffkernels.engine.flop_counter import count_flops, counter
+
+__all__ = ["FlopMeter", "Flops", "count_flops"]
+
+# Adam per weight: two moments, two bias corrections, a square root, a division and the update.
+ADAM_FLOPS = 12
+PAPER_MOVE_FLOPS = 1
+MEASURED_MOVE_FLOPS = 2
+
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
+
+
+class Flops(NamedTuple):
+    """One amount of work in both conventions."""
+
+    paper: int
+    measured: int
+
+
+class StageCost(Protocol):
+    """What the meter needs of a stage: its FLOPs as measured, and how many validations they hold."""
+
+    flops: int
+
+    @property
+    def evaluations(self) -> int: ...
+
+
+class FlopMeter:
+    """Adds up a run's FLOPs in both conventions.
+
+    A training batch is measured by one extra forward and backward, once per batch shape; keep it off the
+    clock. It leaves the model, its gradients, its buffers, the train/eval modes and torch's random numbers
+    as they were.
+
+    Args:
+        trainable_numel: how many weights the optimizer updates and Fast Forward moves.
+
+    Attributes:
+        paper, measured: the totals so far.
+    """
+
+    def __init__(self, trainable_numel: int) -> None:
+        if isinstance(trainable_numel, bool) or not isinstance(trainable_numel, int) or trainable_numel < 0:
+            raise ValueError(
+                f"trainable_numel is {trainable_numel!r}; it must be an int ≥ 0, the trainable weights"
+            )
+        self.trainable_numel = trainable_numel
+        self.paper = 0
+        self.measured = 0
+        self._batches: dict[Any, Flops] = {}
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """``{"paper": …, "measured": …}``, as the run log has it."""
+        return {"paper": self.paper, "measured": self.measured}
+
+    def is_known(self, batch: Any) -> bool:
+        """Whether ``training_step`` knows this batch's shape already and will not run the model."""
+        return _shapes(batch) in self._batches
+
+    def training_step(self, model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Flops:
+        """Add one training batch (one micro-batch where gradients accumulate) and return what it costs.
+
+        Args:
+            model: the model as it trains.
+            batch: its inputs; the cost is measured once per combination of tensor shapes and dtypes.
+            loss_fn: ``loss_fn(model, batch) -> scalar``; ``model(**batch).loss`` when not given.
+        """
+        key = _shapes(batch)
+        if key not in self._batches:
+            self._batches[key] = _measure(model, batch, loss_fn or _own_loss)
+        return self._add(self._batches[key])
+
+    def optimizer_step(self) -> Flops:
+        """Add one Adam step: nothing in the paper's convention."""
+        return self._add(Flops(0, ADAM_FLOPS * self.trainable_numel))
+
+    def stage(self, stage: StageCost) -> Flops:
+        """Add one Fast Forward stage: its validations, and one weight move after each of them."""
+        if stage.flops == 0:  # nothing was searched, or the stage was interrupted
+            return Flops(0, 0)
+        moved = stage.evaluations * self.trainable_numel
+        validations = stage.flops - MEASURED_MOVE_FLOPS * moved
+        if validations < 0:
+            raise ValueError(
+                f"the stage has {stage.flops} FLOPs, fewer than its {stage.evaluations} moves of "
+                f"{self.trainable_numel} weights; the meter's trainable_numel must be FastForward's"
+            )
+        return self._add(Flops(validations + PAPER_MOVE_FLOPS * moved, stage.flops))
+
+    def state_dict(self) -> dict[str, int]:
+        """The totals; shapes are measured again after a resume."""
+        return self.totals
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue from ``state_dict()``."""
+        missing = {"paper", "measured"} - set(state)
+        if missing:
+            raise ValueError(
+                f"the meter's state lacks {sorted(missing)}; it must come from FlopMeter.state_dict()"
+            )
+        self.paper, self.measured = int(state["paper"]), int(state["measured"])
+
+    def _add(self, flops: Flops) -> Flops:
+        self.paper += flops.paper
+        self.measured += flops.measured
+        return flops
+
+
+def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    loss = model(**batch).loss
+    if loss is None:
+        raise ValueError(
+            "the model returned no loss: put labels into the batch, or pass loss_fn(model, batch)"
+        )
+    return loss
+
+
+def _measure(model: nn.Module, batch: Any, loss_fn: LossFn) -> Flops:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with _untouched(model), torch.enable_grad(), counter() as counted:
+        loss = loss_fn(model, batch)
+        forward = int(counted.get_total_flops())
+        if weights and loss.requires_grad:
+            # Not .backward(): it would add to .grad and fire the hooks of DDP and of optimizers that step
+            # in backward.
+            torch.autograd.grad(loss, weights, allow_unused=True)
+        measured = int(counted.get_total_flops())
+    return Flops(3 * forward, measured)
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass changes: torch's random numbers, and buffers that hold running sums."""
+    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    # Integer buffers of more than one element are quantised weights, which nothing writes and which may be
+    # large.
+    buffers = [b for b in model.buffers() if b.is_floating_point() or b.dim() == 0]
+    before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
+    with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, version, saved in before:
+                    if buffer._version != version:
+                        buffer.copy_(saved)
+
+
+def _shapes(batch: Any) -> Any:
+    """The tensor shapes and dtypes in ``batch``, hashable."""
+    if isinstance(batch, torch.Tensor):
+        return tuple(batch.shape), batch.dtype
+    if isinstance(batch, Mapping):
+        return tuple(sorted((str(name), _shapes(value)) for name, value in batch.items()))
+    if isinstance(batch, (list, tuple)):
+        return tuple(_shapes(value) for value in batch)
+    return type(batch).__name__
