@@ -2,10 +2,11 @@
 
     logits = head(backbone(input_ids))          optionally  softcap · tanh(logits / softcap)
 
-The validation loss runs the two halves itself, so that hidden states can be gathered between them. That is only
-right for models whose forward is these two halves and nothing else. Whatever can be read from the structure is
-decided here, with the reason in words; what cannot is left to the comparison with the model's own loss. Structure
-must catch everything that depends on the adapters: a fresh LoRA adapter has B = 0 and changes no loss.
+The validation loss runs the two halves itself, so that hidden states can be gathered between them. That
+is only right for models whose forward is these two halves and nothing else. Whatever can be read from the
+structure is decided here, with the reason in words; what cannot is left to the comparison with the
+model's own loss. Structure must catch everything that depends on the adapters: a fresh LoRA
+adapter has B = 0 and changes no loss.
 """
 
 from __future__ import annotations
@@ -13,17 +14,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["CausalLM", "FastPathRefused", "accepts_argument", "find_causal_lm", "model_device", "unwrap"]
+__all__ = [
+    "CausalLM",
+    "FastPathRefused",
+    "accepts_argument",
+    "find_autocast",
+    "find_causal_lm",
+    "model_device",
+    "unwrap",
+]
 
 # PEFT methods that act in the wrapper's forward, not inside the layers.
 _PEFT_AROUND_THE_MODEL = {"XLORA", "POLY"}
-# Config fields that transform the logits after the head; these values mean "not at all".
+# Config fields that scale the logits after the head (the neutral values mean "not at all"), or cap them.
 _LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _NEUTRAL = (None, False, 1, 1.0)
 _LOSSES_OF_CAUSAL_MODELS = (None, "ForCausalLM", "ForConditionalGeneration")
 
@@ -50,14 +61,14 @@ class CausalLM:
         limit = _rope_limit(self.config)
         if limit is not None and limit < longest:
             raise FastPathRefused(
-                f"the rotary embedding changes with the batch's length beyond {limit} positions and the longest "
-                f"example has {longest}"
+                f"the rotary embedding changes with the batch's length beyond {limit} positions and the "
+                f"longest example has {longest}"
             )
 
 
 def model_device(model: nn.Module) -> torch.device:
     """Where inputs go: the device of the first parameter or buffer that holds data."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):
         if tensor.device.type != "meta":
             return tensor.device
     return torch.device("cpu")
@@ -113,7 +124,7 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
         if getattr(module, "is_causal", True) is False:
             raise FastPathRefused(f"{name} attends in both directions")
 
-    softcap = getattr(text, "final_logit_softcapping", None)
+    softcap = next(filter(None, (getattr(text, name, None) for name in _SOFTCAPS)), None)
     inputs = inner.get_input_embeddings() if callable(getattr(inner, "get_input_embeddings", None)) else None
     return CausalLM(
         backbone=backbone,
@@ -153,10 +164,6 @@ def _next_layer(forward: Callable[..., Any]) -> Callable[..., Any] | None:
         layer = getattr(forward, attribute, None)
         if callable(layer):
             return layer
-    # accelerate hides its callable object behind a plain function: def forward(*a): return model_forward(*a)
-    for cell in getattr(forward, "__closure__", None) or ():
-        if hasattr(cell.cell_contents, "model_forward"):
-            return cell.cell_contents.model_forward
     return None
 
 
@@ -199,6 +206,8 @@ def _refuse_by_config(model: nn.Module, config: Any, text: Any) -> None:
         )
     if getattr(text, "use_bidirectional_attention", None):
         raise FastPathRefused("config.use_bidirectional_attention is set")
+    if getattr(text, "output_router_logits", False):
+        raise FastPathRefused("config.output_router_logits adds the routers' auxiliary loss")
     for name in _LOGIT_SCALES:
         value = getattr(text, name, None)
         if value not in _NEUTRAL:

@@ -3,8 +3,8 @@
 Inside the context all modules have `training = False`, gradients are off, an active autocast context stays
 active but without its cache, and PEFT's DoRA norm cache is off: both caches would keep values computed from
 weights that have moved since. Afterwards, also when an exception passes through, each module has its own
-`training` flag again and the random generators (CPU, the model's device, Python, NumPy when imported) stand where
-they stood.
+`training` flag again and the random generators (CPU, the model's device, Python, NumPy when imported)
+stand where they stood.
 
 `torch.no_grad` and not `inference_mode`: a buffer built lazily in here must stay usable for autograd later.
 """
@@ -52,13 +52,21 @@ def _accelerator_generator(device: torch.device) -> Any:
 
 @contextmanager
 def uncached_autocast(device_type: str) -> Iterator[None]:
-    """Keep the caller's autocast for `device_type`, if one is active, but never read or fill its weight cache."""
+    """Keep the caller's autocast for `device_type`, if one is active, but not what its cache holds.
+
+    Casts of weights that have moved since are stale. An autocast opened further inside brings its own
+    cache, which is cleared only with the outermost context: so the cache is emptied on both sides.
+    """
     if not torch.is_autocast_enabled(device_type):
         yield
         return
     dtype = torch.get_autocast_dtype(device_type)
-    with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
-        yield
+    torch.clear_autocast_cache()
+    try:
+        with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -4,8 +4,8 @@
 
 Three ways to that number, chosen at construction and kept in `path` with the `reason`:
 
-- fast      a causal language model on ordinary batches: trimmed micro-batches, logits at labelled positions only
-            (`validation_fast`), compared once with the model's own loss;
+- fast      a causal language model on ordinary batches: trimmed micro-batches, logits at labelled positions
+            only (`validation_fast`), compared once with the model's own loss;
 - generic   any model whose `model(**batch)` returns a loss: the batches as given, weighted by their targets
             (`validation_generic`);
 - callable  `loss_fn(model)`, whatever it computes.
@@ -41,16 +41,17 @@ _TOKENS_ELSEWHERE = 16384
 class ValidationLoss:
     """Calling it returns the loss of the model's weights as they are, a 0-dim float64 tensor on its device.
 
-    A call leaves no trace: per-module train/eval flags, grad mode, random generators, gradients and autocast's
-    cache are as before, also when it raises. Nothing of the weights is kept between calls. The model must not be
-    restructured (adapters added or removed, wrapped anew) during the life of this object.
+    A call leaves no trace: per-module train/eval flags, grad mode, random generators, gradients and
+    autocast's cache are as before, also when it raises. Nothing of the weights is kept between calls. The
+    model must not be restructured (adapters added or removed, wrapped anew) during the life of this
+    object.
 
     Args:
         model: a transformers model, plain or in PEFT, DDP or `torch.compile` wrappers, or any module whose
             `model(**batch)` returns a loss.
-        batches: an iterable of dicts with `input_ids`, `attention_mask` and `labels` as a collator makes them; a
-            dataset or list of examples, with `collator`; or a callable `loss_fn(model)` returning one number.
-            Iterables are read once, here.
+        batches: an iterable of dicts with `input_ids`, `attention_mask` and `labels` as a collator makes
+            them; a dataset or list of examples, with `collator`; or a callable `loss_fn(model)` returning one
+            number. Iterables are read once, here.
         collator: makes a batch of a list of examples.
         micro_batch_tokens: padded tokens per forward at most (one longer example is still one forward). By
             default 2,048 on a CPU, 16,384 elsewhere. The loss does not depend on it. The generic path applies
@@ -113,13 +114,12 @@ class ValidationLoss:
             self.examples, self.tokens = self._loss.rows, self._loss.scored
         if self.tokens == 0:
             raise ValueError(
-                "no labelled token in the whole validation set: all labels are -100 (or only the first token of a "
-                "row has one, which nothing predicts)"
+                "no labelled token in the whole validation set: all labels are -100, or only a row's first "
+                "token has one, which nothing predicts"
             )
         if self.path == "generic":
-            _announce(
-                f"ValidationLoss runs {type(unwrap(model)[0]).__name__} itself, with full logits: {self.reason}"
-            )
+            name = type(unwrap(model)[0]).__name__
+            _announce(f"ValidationLoss runs {name} as it is, with full logits: {self.reason}")
 
     @property
     def device(self) -> torch.device:
@@ -127,10 +127,10 @@ class ValidationLoss:
 
     @property
     def flops(self) -> int:
-        """Forward FLOPs of one evaluation, measured with `FlopCounterMode` by one evaluation at first access.
+        """Forward FLOPs of one evaluation, measured with `FlopCounterMode` by one more at first access.
 
-        Matrix products, convolutions and attention; the CPU's fused attention, which PyTorch's counter does not
-        know, is counted as the GPU's is. Attention counts all query-key pairs of a micro-batch.
+        Matrix products, convolutions and attention; the CPU's fused attention, which PyTorch's counter
+        does not know, is counted as the GPU's is. Attention counts all query-key pairs of a micro-batch.
         """
         if self._flops is None:
             self._flops = count_flops(self)
@@ -142,7 +142,7 @@ class ValidationLoss:
             return self._loss()
 
     def evaluate(self) -> torch.Tensor:
-        """The forward alone, for callers that hold the model in `evaluation_mode` themselves (graph capture)."""
+        """The forward alone, for callers that hold the model in `evaluation_mode` themselves."""
         return self._loss()
 
     def __repr__(self) -> str:
@@ -158,7 +158,7 @@ class ValidationLoss:
         except FastPathRefused as refusal:
             self.reason = str(refusal)
             return
-        self.path, self.reason = "fast", "a causal language model on right-padded examples"
+        self.path, self.reason = "fast", "a causal language model on plain batches"
         self._lm, self._rows = lm, rows
         if check and rows:
             with evaluation_mode(self.model, self._device):
@@ -203,4 +203,4 @@ def _is_loss_function(batches: Any) -> bool:
 def _announce(message: str) -> None:
     from ffkernels.ops.notices import announce_once
 
-    announce_once(f"validation: {message}", message)
+    announce_once(f"validation: {message}", message, stacklevel=3)

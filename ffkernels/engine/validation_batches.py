@@ -3,14 +3,15 @@
 Accepted: one dict, an iterable of dicts as a Hugging Face collator makes them (`input_ids`, `attention_mask`,
 `labels`, −100 where nothing is scored), or a dataset of examples together with its collator.
 
-An example of the fast path is a row without its padding. A causal model computes position i from positions ≤ i
-only, so everything after the last scored prediction is cut off as well.
+An example of the fast path is a row without its padding. A causal model computes position i from
+positions ≤ i only, so everything after the last scored prediction is cut off as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,12 +36,12 @@ class Example:
     labels: torch.Tensor  # (length,) int64
     left_padded: bool = False
 
-    @property
+    @cached_property
     def computed(self) -> int:
         """Positions a causal model has to compute: up to the one that predicts the last label."""
         return int(self.labels.ne(IGNORE).nonzero()[-1])
 
-    @property
+    @cached_property
     def scored(self) -> int:
         return int(self.labels[1:].ne(IGNORE).sum())
 
@@ -60,9 +61,7 @@ def read_batches(batches: Any, collator: Callable[..., Any] | None, tokens: int)
         raise ValueError(f"the validation set is empty: {_ACCEPTED}")
     if collator is not None:
         if not callable(collator):
-            raise TypeError(
-                f"collator is a {type(collator).__name__}: it must be callable on a list of examples"
-            )
+            raise TypeError(f"collator is a {type(collator).__name__}: a callable is needed")
         items = [collator(group) for group in _groups(items, tokens)]
     return [_read_batch(item, index, collated=collator is not None) for index, item in enumerate(items)]
 
@@ -100,8 +99,8 @@ def _read_batch(item: Any, index: int, *, collated: bool) -> dict[str, Any]:
                 batch[key] = torch.as_tensor(value)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(
-                    f"validation batch {index}: {key} cannot be made one tensor ({error}); pad the rows to one "
-                    "length or pass collator="
+                    f"validation batch {index}: {key} cannot be made one tensor ({error}); pad the rows "
+                    "to one length or pass collator="
                 ) from error
     _check_shapes(batch, index)
     return batch
@@ -113,8 +112,8 @@ def _check_shapes(batch: dict[str, Any], index: int) -> None:
         return
     if ids.ndim == 1:
         raise ValueError(
-            f"validation batch {index}: input_ids has one dimension, so this is an example, not a batch; pass "
-            "collator= to make batches of examples, or add the batch dimension"
+            f"validation batch {index}: input_ids has one dimension, so this is an example, not a batch; "
+            "pass collator= to make batches of examples, or add the batch dimension"
         )
     if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"validation batch {index}: input_ids must be integers, not {ids.dtype}")
@@ -127,27 +126,29 @@ def _check_shapes(batch: dict[str, Any], index: int) -> None:
         )
     if labels is not None and labels.ndim > 0 and labels.shape[0] != ids.shape[0]:
         raise ValueError(
-            f"validation batch {index}: labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} differ in "
-            "their number of rows"
+            f"validation batch {index}: labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} differ "
+            "in their number of rows"
         )
 
 
 def check_causal_batches(
     batches: list[dict[str, Any]], vocabulary: int | None, embeddings: int | None
 ) -> None:
-    """Errors that only a causal language model's batches can have: keys, shapes, ids outside the vocabulary."""
+    """Refuse what a causal language model's batches cannot be: unlabelled, or outside the vocabulary."""
     for index, batch in enumerate(batches):
         if "labels" not in batch:
             raise ValueError(
-                f"validation batch {index} has no labels, only {sorted(batch)}; a causal language model's labels "
-                "are the input_ids with -100 where nothing is scored"
+                f"validation batch {index} has no labels, only {sorted(batch)}; a causal language model's "
+                "labels are the input_ids with -100 where nothing is scored"
             )
         labels, ids = batch["labels"], batch.get("input_ids")
         if ids is not None and labels.shape != ids.shape:
             raise ValueError(
-                f"validation batch {index}: labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} must "
-                "have one shape"
+                f"validation batch {index}: labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} "
+                "must have one shape"
             )
+        if labels.is_floating_point():
+            raise ValueError(f"validation batch {index}: labels must be integers, not {labels.dtype}")
         _check_range(labels[labels != IGNORE], vocabulary, f"validation batch {index}: labels", "−100 or ")
         if ids is not None:
             _check_range(ids, embeddings, f"validation batch {index}: input_ids", "")

@@ -2,11 +2,12 @@
 
     loss = 1/N · Σ over labelled positions  logsumexp(head(h)) − head(h)[label]        h = backbone(input_ids)
 
-Examples are sorted by length and cut into micro-batches so that little padding is computed. Rows are padded on the
-right and no mask is passed: under causal attention real tokens never see what follows them, and the attention
-kernel keeps its causal fast path. Hidden states are gathered at the N labelled positions only; the head and the
-cross-entropy run over them in chunks, so logits exist for one chunk at a time. Per-token losses are fp32 (float64 for
-a float64 model), their sum float64: how examples are grouped does not show in the result.
+Examples are sorted by length and cut into micro-batches so that little padding is computed. Rows are
+padded on the right and no mask is passed: under causal attention real tokens never see what follows them,
+and the attention kernel keeps its causal fast path. Hidden states are gathered at the N labelled
+positions only; the head and the cross-entropy run over them in chunks, so logits exist for one chunk at a
+time. Per-token losses are fp32 (float64 for a float64 model), their sum float64: how examples are grouped
+does not show in the result.
 
 All tensors are made once, at fixed addresses; a call reads nothing back to the host.
 """
@@ -30,7 +31,7 @@ __all__ = ["LabelledLoss", "MicroBatch", "plan_micro_batches"]
 # What one more forward costs, in tokens of computing: launches and Python on a GPU, Python on a CPU.
 _FORWARD_IN_TOKENS = {"cpu": 32}
 _FORWARD_IN_TOKENS_ELSEWHERE = 512
-# Bytes of one chunk's logits in fp32. On a CPU they should stay in the cache, on a GPU fill the head's product.
+# Bytes of one chunk's logits in fp32: on a CPU they should stay in the cache, on a GPU fill the machine.
 _CHUNK_BYTES = {"cpu": 8 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 
@@ -47,15 +48,15 @@ class MicroBatch:
 def plan_micro_batches(lengths: Sequence[int], max_tokens: int, forward_cost: int) -> list[list[int]]:
     """Cut the examples, sorted by length, where Σ (rows · longest + forward_cost) is smallest.
 
-    No micro-batch exceeds `max_tokens` padded tokens unless a single example does. Dynamic programming over the
-    sorted order, from short to long.
+    No micro-batch exceeds `max_tokens` padded tokens unless a single example does. Dynamic programming
+    over the sorted order, from short to long; the last group's start never moves back as examples are added.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first n examples, start of their last group
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
         choice = (float("inf"), end - 1)
-        for start in range(end - 1, -1, -1):
+        for start in range(end - 1, best[end - 1][1] - 1, -1):
             padded = (end - start) * longest
             if padded > max_tokens and start < end - 1:
                 break
@@ -75,8 +76,8 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, forward_cost: in
 class LabelledLoss:
     """Token-weighted mean NLL of `examples`: calling it runs the forward and returns a 0-dim float64 tensor.
 
-    It does not touch modes or random state; the caller does. Everything between the call and the returned tensor
-    is asynchronous on a GPU.
+    It does not touch modes or random state; the caller does. Everything between the call and the returned
+    tensor is asynchronous on a GPU.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class LabelledLoss:
     def __call__(self) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with ExitStack() as stack:
-            stack.enter_context(maskless_attention(self._attention_configs))
+            stack.enter_context(maskless_attention(self.lm.backbone, self._attention_configs))
             autocast = find_autocast(self.lm.wrappers)
             if autocast is not None and autocast._enabled:
                 stack.enter_context(
@@ -142,9 +143,9 @@ class LabelledLoss:
 
     def _chunk_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self.lm.head(hidden.unsqueeze(0)).squeeze(0)
-        if logits.dtype != torch.float64:
-            logits = logits.float()
         if self.lm.softcap is not None:
             logits = torch.tanh(logits / self.lm.softcap) * self.lm.softcap
-        losses = F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+        precision = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        log_probabilities = F.log_softmax(logits, dim=-1, dtype=precision)
+        losses = F.nll_loss(log_probabilities, targets.to(logits.device), reduction="none")
         return losses.sum(dtype=torch.float64)

@@ -1,13 +1,17 @@
 """The validation loss through `model(**batch)`: any model that returns a loss, batches as they were given.
 
-    L = Σ_batches loss(batch) · weight(batch) / Σ weight        weight: how many targets the model's mean runs over
+    L = Σ_batches loss(batch) · weight(batch) / Σ weight
 
-For causal language models these are the labels after the shift, `labels[:, 1:] != −100`; encoder-decoder models, masked
-and token classification do not shift; labels that are one number or one vector per row count rows.
+The weight is the number of targets over which the model's own mean runs.
+
+For causal language models these are the labels after the shift, `labels[:, 1:] != −100`; encoder-decoder
+models, masked and token classification do not shift; labels that are one number or one vector per row
+count rows.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +41,12 @@ def count_targets(model: nn.Module, batch: Mapping[str, Any]) -> int:
     return int((labels[:, 1:] if shifted else labels).ne(IGNORE).sum())
 
 
+def _names_labels(model: nn.Module) -> bool:
+    """Whether this is a transformers model whose loss comes from an argument called labels."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return hasattr(model, "config") and "labels" in parameters
+
+
 def _rows(batch: Mapping[str, Any]) -> int:
     for value in batch.values():
         if isinstance(value, torch.Tensor) and value.ndim > 0:
@@ -53,6 +63,12 @@ class ModelLoss:
         parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
         self.model = model.module if parallel else model
         self.device = device
+        for index, batch in enumerate(batches):
+            if "labels" not in batch and _names_labels(inner):
+                raise ValueError(
+                    f"validation batch {index} has no labels, only {sorted(batch)}, and "
+                    f"{type(inner).__name__} needs them for a loss"
+                )
         weighted = [(batch, count_targets(inner, batch)) for batch in batches]
         self.weights = [weight for _, weight in weighted if weight]
         self.scored = sum(self.weights)
