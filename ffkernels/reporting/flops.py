@@ -161,14 +161,14 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     # Integer buffers of more than one element are quantised weights, which nothing writes and which may be
     # large.
     buffers = [b for b in model.buffers() if b.is_floating_point() or b.dim() == 0]
-    before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
+    before = [(buffer, buffer.detach().clone()) for buffer in buffers]
     with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, version, saved in before:
-                    if buffer._version != version:
+                for buffer, saved in before:
+                    if not torch.equal(buffer, saved):
                         buffer.copy_(saved)
 
 

@@ -114,7 +114,7 @@ def print_table(report: Report, console: Console | None = None) -> None:
     for number, (short, long) in enumerate(zip(headings, header, strict=True)):
         table.add_column(short or long, justify="left" if number == 0 else "right", no_wrap=number > 0)
     for row in rows:
-        table.add_row(*(cell.replace(" %", "%") for cell in row))
+        table.add_row(*(cell.replace(" %", "%").replace("not reached", "missed") for cell in row))
     console.print(table)
     console.print()
     for line in spread_lines(report.spreads):
