@@ -90,12 +90,22 @@ def _all_modules_in_eval(model: nn.Module) -> Iterator[None]:
     try:
         for module, training in flags:
             if training:
-                module.training = False
+                _set_training(module, False)
         yield
     finally:
         for module, training in flags:
             if module.training != training:
-                module.training = training
+                _set_training(module, training)
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    # Past Module.__setattr__, which looks for parameters, buffers and submodules first: a large model has
+    # thousands of modules. A scripted module keeps the flag elsewhere.
+    attributes = vars(module)
+    if "training" in attributes:
+        attributes["training"] = training
+    else:
+        module.training = training
 
 
 @contextmanager

@@ -43,8 +43,7 @@ class ValidationLoss:
 
     A call leaves no trace: per-module train/eval flags, grad mode, random generators, gradients and
     autocast's cache are as before, also when it raises. Nothing of the weights is kept between calls. The
-    model must not be restructured (adapters added or removed, wrapped anew) during the life of this
-    object.
+    model must not be restructured (adapters added or removed, wrapped anew) during the life of this object.
 
     Args:
         model: a transformers model, plain or in PEFT, DDP or `torch.compile` wrappers, or any module whose
@@ -60,7 +59,7 @@ class ValidationLoss:
 
     Attributes:
         path, reason: "fast", "generic" or "callable", and why.
-        examples: rows that have something to score; 0 for a callable.
+        examples: rows that are run (rows with nothing to score are not, on the fast path); 0 for a callable.
         tokens: targets the mean runs over; 0 for a callable.
     """
 

@@ -29,10 +29,10 @@ from ffkernels.engine.validation_batches import IGNORE, Example
 __all__ = ["LabelledLoss", "MicroBatch", "plan_micro_batches"]
 
 # What one more forward costs, in tokens of computing: launches and Python on a GPU, Python on a CPU.
-_FORWARD_IN_TOKENS = {"cpu": 32}
+_FORWARD_IN_TOKENS = {"cpu": 48}
 _FORWARD_IN_TOKENS_ELSEWHERE = 512
-# Bytes of one chunk's logits in fp32: on a CPU they should stay in the cache, on a GPU fill the machine.
-_CHUNK_BYTES = {"cpu": 8 << 20}
+# Bytes of one chunk's logits in fp32: enough rows for an efficient matrix product with the head, no more.
+_CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 

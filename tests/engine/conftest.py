@@ -92,3 +92,8 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_announced_yet(monkeypatch):
+    monkeypatch.setattr("ffkernels.ops.notices._announced", set())
