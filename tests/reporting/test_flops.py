@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ffkernels.engine.fast_forward import Stage
 from ffkernels.reporting.flops import FlopMeter, count_flops
@@ -97,6 +98,21 @@ def test_measuring_leaves_no_trace():
     assert torch.equal(model.down.weight.grad, torch.full_like(model.down.weight, 3.0))
     assert model.up.weight.grad is None and model.base.weight.grad is None
     assert not fired
+    loss_of(model, {"x": torch.ones(ROWS, IN)}).backward()
+    assert len(fired) == 1  # the hook is back
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_checkpointing_computes_again_is_counted(reentrant):
+    first, second = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 8)
+
+    def loss_fn(model, x):
+        return model[1](checkpoint(model[0], x.requires_grad_(), use_reentrant=reentrant)).sum()
+
+    cost = FlopMeter(0).training_step(nn.Sequential(first, second), torch.ones(4, 8), loss_fn)
+    layer = 2 * 4 * 8 * 8
+    assert cost.paper == 3 * 2 * layer
+    assert cost.measured == (2 + 1 + 4) * layer  # forward, the first layer again, two gradients of each
 
 
 def test_measuring_leaves_no_trace_when_the_model_raises():
