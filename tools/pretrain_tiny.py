@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pretrain the embedded model: a byte-level GPT-NeoX (d=128, 4 layers, 4 heads) on plain English.
 
-    python tools/pretrain_tiny.py --fetch build/corpus     # Debian: apt-get download and unpack; installs nothing
+    python tools/pretrain_tiny.py --fetch build/corpus     # Debian: apt-get download, unpack; no install
     python tools/pretrain_tiny.py --corpus build/corpus    # train; writes ffkernels/data/tiny/
 
 All it reads is text from Debian packages (bookworm's versions made the embedded weights) that is free to use:
@@ -19,9 +19,9 @@ All it reads is text from Debian packages (bookworm's versions made the embedded
 --corpus may also name a root where they are installed (`/`). None of this text is stored in this repository,
 only weights. No Python source is among it: the model meets the fine-tuning task when it is fine-tuned.
 
-Documents (novel chapters, dictionary entries, runs of 40 definitions) are shuffled with the seed, joined by the
-end token and cut into blocks; one block in a hundred is held out for the loss that is reported. The same seed,
-thread count, torch version and kind of CPU give the same weights.
+Documents (novel chapters, dictionary entries, runs of 40 definitions) are shuffled with the seed, joined by
+the end token and cut into blocks; one block in a hundred is held out for the loss that is reported. The same
+seed, thread count, torch version and kind of CPU give the same weights.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def r_text_vectors(path: Path) -> Iterator[list[str]]:
         decoder = zlib.decompressobj()
         record = decoder.decompress(data[4:])
         data = decoder.unused_data
-        # "X\n" (XDR), format version 3, writer's and oldest reader's version, native encoding, then the object.
+        # "X\n" (XDR), format version 3, the writer's and oldest reader's version, encoding, the object.
         if record[:6] != b"X\n\0\0\0\x03":
             raise ValueError(f"{path} holds a record that is not R's XDR serialisation, version 3.")
         at = 18 + struct.unpack_from(">i", record, 14)[0]
@@ -270,7 +270,7 @@ def main() -> None:
         "--threads",
         type=int,
         default=2,
-        help="torch threads; part of what makes a run repeatable [%(default)s]",
+        help="torch threads [%(default)s]",
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -142,33 +142,42 @@ def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def _measure(model: nn.Module, batch: Any, loss_fn: LossFn) -> Flops:
-    weights = [p for p in model.parameters() if p.requires_grad]
     with _untouched(model), torch.enable_grad(), counter() as counted:
         loss = loss_fn(model, batch)
         forward = int(counted.get_total_flops())
-        if weights and loss.requires_grad:
-            # Not .backward(): it would add to .grad and fire the hooks of DDP and of optimizers that step
-            # in backward.
-            torch.autograd.grad(loss, weights, allow_unused=True)
+        if loss.requires_grad:
+            # Not autograd.grad(): through reentrant checkpointing it finds no gradients and counts nothing.
+            loss.backward()
         measured = int(counted.get_total_flops())
     return Flops(3 * forward, measured)
 
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass changes: torch's random numbers, and buffers that hold running sums."""
-    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    # Integer buffers of more than one element are quantised weights, which nothing writes and which may be
-    # large.
+    """Put back what a forward and a backward pass change: gradients, running sums, torch's random numbers."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    grads = [p.grad for p in weights]
+    # Optimizers that step inside the backward pass sit in these hooks.
+    hooks = [(p._post_accumulate_grad_hooks, dict(p._post_accumulate_grad_hooks or {})) for p in weights]
+    # Integer buffers of more than one element are quantised weights: never written, and maybe large.
     buffers = [b for b in model.buffers() if b.is_floating_point() or b.dim() == 0]
-    before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
-    with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
+    before = [buffer.detach().clone() for buffer in buffers]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
         try:
+            for weight, (own, _) in zip(weights, hooks, strict=True):
+                weight.grad = None
+                if own:
+                    own.clear()
             yield
         finally:
+            for weight, grad, (own, saved) in zip(weights, grads, hooks, strict=True):
+                weight.grad = grad
+                if saved:
+                    own.update(saved)
             with torch.no_grad():
-                for buffer, version, saved in before:
-                    if buffer._version != version:
+                for buffer, saved in zip(buffers, before, strict=True):
+                    if not torch.equal(buffer, saved):
                         buffer.copy_(saved)
 
 

@@ -32,7 +32,7 @@ def machine_info() -> dict[str, Any]:
 
 
 def version_info() -> dict[str, Any]:
-    """Versions of Python and the libraries that matter, None where not installed; the commit of a checkout."""
+    """Versions of Python and libraries, None for what is not installed; the commit of a checkout."""
     versions: dict[str, Any] = {
         "ffkernels": __version__,
         "git_commit": git_commit(),

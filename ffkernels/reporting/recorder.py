@@ -2,10 +2,12 @@
 
 Every line has ``event`` and ``time`` (seconds since the epoch):
 
-    run     name, config, machine, versions              once, and again at every resume step
-    optimizer_step, train_loss, lr, flops, seconds stage   what ``Stage.to_dict()`` holds, and run_flops,
-    run_seconds test    optimizer_step, loss, flops, seconds end     optimizer_steps, test_loss, flops,
-    seconds, validation_forwards, stages, stopped_because, reached_target
+    run     name, config, machine, versions        once; a resumed run may write it again
+    step    optimizer_step, train_loss, lr, flops, seconds
+    stage   what ``Stage.to_dict()`` holds, and run_flops, run_seconds
+    test    optimizer_step, loss, flops, seconds
+    end     optimizer_steps, test_loss, flops, seconds, validation_forwards, stages, stopped_because,
+            reached_target
 
 ``flops`` is ``{"paper", "measured"}`` and ``seconds`` is ``{"train", "validate", "move", "other",
 "total"}``, both counted from the start of the run. JSON has no NaN and no infinity: they are written as the
@@ -38,7 +40,7 @@ class Recorder:
     Each line is a single write, so a run that is killed leaves at most one incomplete line, the last.
 
     Args:
-        path: the file, by custom ``<name>.jsonl``; missing folders are made. append: go on with an existing
+        path: the file, by habit ``<name>.jsonl``; missing folders are made. append: go on with an existing
         log (a resumed run) instead of replacing it; an incomplete last line goes.
     """
 

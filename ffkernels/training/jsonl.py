@@ -1,8 +1,8 @@
 """One's own data: JSON lines with `text`, or `prompt` and `response`, or `messages`.
 
 A line becomes segments (text, counted): the loss counts a `text` whole, of a pair only the `response`, of a
-conversation only what the assistant says. Conversations use the tokenizer's chat template where it has one; else every
-turn is ``Role: content`` on a line of its own.
+conversation only what the assistant says. Conversations use the tokenizer's chat template where it has one;
+else every turn is ``Role: content`` on a line of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ALLOWED = "`text`, or `prompt` and `response`, or `messages`"
 
 
 def read_lines(path: Path, tokenizer: Any) -> Iterator[tuple[Segment, ...]]:
-    """The segments of each line; empty lines are passed over, a bad one is a ValueError that says where it is."""
+    """The segments of each line; empty lines are passed over, a bad one is a ValueError that says where."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a JSONL file whose lines have {ALLOWED}.")
     with path.open(encoding="utf-8-sig") as lines:
@@ -92,7 +92,7 @@ def _plain(messages: list[dict[str, str]]) -> Iterator[Segment]:
 
 
 def _templated(messages: list[dict[str, str]], where: str, tokenizer: Any) -> Iterator[Segment]:
-    """What each turn adds to the rendered conversation; the assistant's header is prompt, its content is counted."""
+    """What each turn adds to the rendered conversation; the assistant's header belongs to the prompt."""
 
     def render(count: int, header: bool = False) -> str:
         return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=header)
@@ -104,8 +104,8 @@ def _templated(messages: list[dict[str, str]], where: str, tokenizer: Any) -> It
         before, after = render(turn, header=True) if turn else done, render(turn + 1)
         if not before.startswith(done) or not after.startswith(before):
             raise ValueError(
-                f"{where}: the tokenizer's chat template rewrites earlier turns, so messages[{turn}] cannot be told "
-                "from its prompt. Give `prompt` and `response` instead."
+                f"{where}: the tokenizer's chat template rewrites earlier turns, so messages[{turn}] "
+                "cannot be told from its prompt. Give `prompt` and `response` instead."
             )
         yield before[len(done) :], False
         yield after[len(before) :], True

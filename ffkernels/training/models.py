@@ -1,16 +1,18 @@
 """Which model to fine-tune, and the adapter on it.
 
-``load_model("tiny")`` is the embedded one: a byte-level GPT-NeoX with its weights in the package, no download, no cache.
-Any other name is a local directory or a Hugging Face hub id and goes through ``AutoModelForCausalLM``.
+``load_model("tiny")`` is the embedded one: a byte-level GPT-NeoX with its weights in the package, no
+download, no cache. Any other name is a local directory or a Hugging Face hub id, read by
+``AutoModelForCausalLM``.
 
-The frozen base may be 16-bit. The adapter never is: at small learning rates an update is below half a unit in the last
-place of a bf16 weight, rounds away, and Fast Forward would repeat a Δ that is mostly zeros. So every trainable tensor
-that ``add_adapter`` leaves behind is fp32.
+The frozen base may be 16-bit. The adapter never is: at small learning rates an update is below half a unit
+in the last place of a bf16 weight and rounds away, and Fast Forward would repeat a Δ that is mostly zeros.
+So every trainable tensor that ``add_adapter`` leaves behind is fp32.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
 
 EMBEDDED = {"tiny": Path(__file__).resolve().parents[1] / "data" / "tiny"}
 
-# All attention projections, the output projection included. In GPT-NeoX the MLP's layers are dense_h_to_4h and
-# dense_4h_to_h, so the suffix "dense" is the attention's alone. A family is recognised by having every name.
+# All attention projections, the output included. In GPT-NeoX the MLP's layers are dense_h_to_4h and
+# dense_4h_to_h, so the suffix "dense" is the attention's alone. A family is recognised by having every
+# name.
 ATTENTION_TARGETS = (("query_key_value", "dense"), ("q_proj", "k_proj", "v_proj", "o_proj"))
 
 METHODS = ("lora", "dora")
@@ -41,11 +44,14 @@ def load_model(
 ) -> tuple[PreTrainedModel, Any]:
     """(model in eval mode, its tokenizer).
 
-    ``name``: "tiny", a directory, or a hub id. ``dtype``: of all weights. ``attn``: an attention implementation of
-    transformers ("sdpa", "eager", "flash_attention_2", …); None takes transformers' own choice.
+    ``name``: "tiny", a directory, or a hub id. ``dtype``: of all weights. ``attn``: one of transformers'
+    attention implementations ("sdpa", "eager", "flash_attention_2", …); None leaves the choice to
+    transformers.
     """
     transformers = _require("transformers")
     source = str(EMBEDDED.get(name, name))
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"model {name!r}: this directory holds no config.json, so it is no saved model.")
     options = {"dtype": _dtype(dtype)}
     if attn is not None:
         options["attn_implementation"] = attn
@@ -70,9 +76,9 @@ def add_adapter(
 ) -> PeftModel:
     """Freeze ``model`` and put a LoRA or DoRA adapter on it; the adapter's tensors are fp32.
 
-    ``targets``: module-name suffixes, or one regular expression over full names. None takes every attention projection
-    of GPT-NeoX- and Llama-like models, and PEFT's default for others. ``seed`` fixes the adapter's initial values and
-    leaves the caller's random state alone; None draws from the global generator.
+    ``targets``: module-name suffixes, or one regular expression over full names. None takes every attention
+    projection of GPT-NeoX- and Llama-like models, and PEFT's default for others. ``seed`` fixes the adapter's
+    initial values and leaves the caller's random state alone; None draws from the global generator.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}; allowed are {', '.join(METHODS)}.")
@@ -93,7 +99,9 @@ def add_adapter(
         use_dora=method == "dora",
         target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
     )
-    with torch.random.fork_rng(enabled=seed is not None):
+    with torch.random.fork_rng(enabled=seed is not None), warnings.catch_warnings():
+        # PEFT asks for it under its old name; nothing here concerns the caller.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         if seed is not None:
             torch.manual_seed(seed)
         try:
@@ -156,9 +164,11 @@ def _explained(name: str) -> Iterator[None]:
     except OSError as error:
         first = str(error).strip().split("\n", 1)[0]
         raise RuntimeError(
-            f"model {name!r} could not be loaded: it is not an embedded model ({', '.join(EMBEDDED)}), and neither a "
-            "directory with a model and its tokenizer nor the Hugging Face hub or its local cache gave it "
-            f"({first}). Without a network: copy the model here and give its directory, or use 'tiny'."
+            f"model {name!r} could not be loaded: it is not embedded here ({', '.join(EMBEDDED)}), not a "
+            "directory with a model and its tokenizer, and neither the Hugging Face hub nor its local cache "
+            f"gave it ({first}). "
+            "Without a network: copy the model here and name its directory (HF_HUB_OFFLINE=1 saves "
+            "the waiting), or use 'tiny'."
         ) from error
 
 

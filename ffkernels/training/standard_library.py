@@ -1,15 +1,16 @@
-"""Pairs of a docstring's first paragraph and its function, cut from the running Python's own standard library.
+"""Pairs of a docstring's first paragraph and its function, cut from the running Python's standard library.
 
-The order of the pairs is a property of the source files alone: files are visited by a hash of their relative path, which
-mixes packages and owes nothing to the file system. A body that has been seen is skipped (``raise NotImplementedError``
-under a hundred names is one lesson, not a hundred), so no function of one split can stand in another. Tests, installed
-packages and generated tables are left out.
+The order of the pairs is a property of the source files alone: files are visited by a hash of their
+relative path, which mixes packages and owes nothing to the file system. A body that has been seen is
+skipped (``raise NotImplementedError`` under a hundred names is one lesson, not a hundred), so no function
+of one split stands in another. Tests, installed packages and generated tables are left out.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import gc
 import hashlib
 import inspect
 import os
@@ -19,8 +20,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# site-packages and dist-packages are not the standard library; lib2to3 and the like differ between distributions but do
-# no harm; encodings and pydoc_data are generated tables.
+# site-packages and dist-packages are not the standard library; encodings and pydoc_data are generated tables.
 SKIPPED_DIRECTORIES = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 )
@@ -31,14 +31,22 @@ def documented_functions() -> tuple[tuple[str, str], ...]:
     """(summary, function source without its docstring), every body once; read once per process."""
     root = Path(sysconfig.get_paths()["stdlib"])
     pairs, seen = [], set()
-    for name in _source_files(root):
-        for summary, source, body in _functions_in(root / name):
-            if body not in seen:
-                seen.add(body)
-                pairs.append((summary, source))
+    # Syntax trees are millions of objects without a cycle among them: the collector would walk all of them,
+    # and all of torch, again and again for nothing.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for name in _source_files(root):
+            for summary, source, body in _functions_in(root / name):
+                if body not in seen:
+                    seen.add(body)
+                    pairs.append((summary, source))
+    finally:
+        if collecting:
+            gc.enable()
     if not pairs:
         raise RuntimeError(
-            f"No documented function found under {root}: this Python came without the source of its standard library. "
+            f"No documented function found under {root}: it holds no source of the standard library. "
             "Use a Python with its .py files, or a JSONL file of your own (--data FILE.jsonl)."
         )
     return tuple(pairs)
@@ -54,12 +62,12 @@ def _source_files(root: Path) -> list[str]:
 
 
 def _functions_in(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(summary, source, body) of every documented function or method of one file; nothing if it cannot be read."""
+    """(summary, source, body) of every documented function of one file; nothing if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return
-    if '"""' not in text:  # a quarter of the files, and parsing is what takes the time
+    if '"""' not in text:  # parsing is what takes the time
         return
     try:
         with warnings.catch_warnings():
@@ -68,11 +76,19 @@ def _functions_in(path: Path) -> Iterator[tuple[str, str, str]]:
     except (SyntaxError, ValueError, RecursionError):  # templates and deliberately broken files
         return
     lines = text.split("\n")  # as ast counts lines; str.splitlines would also split at form feeds
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            function = _cut(node, lines)
-            if function is not None:
-                yield function
+    for node in _functions(tree):
+        function = _cut(node, lines)
+        if function is not None:
+            yield function
+
+
+def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions and methods, nested ones too; ast.walk would visit every expression as well."""
+    for block in ("body", "handlers", "orelse", "finalbody"):
+        for statement in getattr(node, block, ()):
+            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield statement
+            yield from _functions(statement)
 
 
 def _cut(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str, str] | None:
@@ -93,5 +109,5 @@ def _cut(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tupl
 
 
 def _dedented(lines: list[str], columns: int) -> str:
-    """Less the function's own indentation; lines that have less of it, inside long strings, stay as they are."""
+    """Less the function's own indentation; lines with less of it, inside long strings, stay as they are."""
     return "\n".join(line[columns:] if line[:columns].isspace() else line for line in lines).strip("\n")

@@ -1,11 +1,10 @@
-"""What to train on: tasks as lists of examples, split as in the paper (1,000 test, 32 validation, the rest to train).
+"""What to train on: tasks as lists of examples, split as in the paper (1,000 test, 32 validation, the rest).
 
-An example is ``{"input_ids": [...], "labels": [...]}``; labels repeat the tokens the loss counts and are −100 elsewhere.
-The three splits share no example, and which example falls where depends on the seed alone.
+An example is ``{"input_ids": [...], "labels": [...]}``; labels repeat the tokens that the loss counts and
+are −100 elsewhere. The three splits share no source text, and what falls where depends on the seed alone.
 
-``instruction`` pairs docstrings with the functions they describe, cut at run time from the standard library of the Python
-that runs, so there is nothing
-to download. ``load_file`` reads JSON lines of one's own.
+``instruction`` pairs docstrings with the functions they describe, cut at run time from the standard library
+of the Python that runs, so there is nothing to download. ``load_file`` reads JSON lines of one's own.
 """
 
 from __future__ import annotations
@@ -77,8 +76,9 @@ def load_file(
 ) -> Task:
     """A task from a JSONL file whose lines have `text`, or `prompt` and `response`, or `messages`.
 
-    The loss counts all of a `text`, only the `response`, or only what the assistant says. Examples longer than
-    ``max_length`` are cut, never packed. Repeated lines are read once, so that no line is in two splits.
+    The loss counts all of a `text`, only the `response`, or only what the assistant says. Longer examples
+    than ``max_length`` are cut, never packed. A repeated line is taken once, so that no line is in two
+    splits.
     """
     path = Path(path)
     sources = list(dict.fromkeys(read_lines(path, tokenizer)))
@@ -120,8 +120,8 @@ def _split(
     held_out = test_examples + validation_examples
     if len(sources) <= held_out:
         raise ValueError(
-            f"task {name!r} has {len(sources)} different examples; {test_examples} test and {validation_examples} "
-            "validation examples leave none to train on. Ask for fewer of them."
+            f"task {name!r} has {len(sources)} different examples; {test_examples} test and "
+            f"{validation_examples} validation examples leave none to train on. Ask for fewer of them."
         )
     start = _start(tokenizer)
     examples = [_example(source, tokenizer, start, max_length) for source in sources]
@@ -135,7 +135,7 @@ def _split(
 
 
 def _start(tokenizer: Any) -> list[int]:
-    """The start token where the tokenizer puts one before every text by itself (Llama does, GPT-NeoX does not)."""
+    """The start token, where the tokenizer itself puts one before a text (Llama's does, GPT-NeoX's not)."""
     start = getattr(tokenizer, "bos_token_id", None)
     return (
         [start] if start is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [start] else []
@@ -143,7 +143,7 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def _example(segments: Sequence[Segment], tokenizer: Any, start: list[int], max_length: int) -> Example:
-    """Tokens and labels. The first prompt keeps its end and at most half the room, so a response is always left."""
+    """Tokens and labels. The first prompt keeps its end, half the room at most; so some response is left."""
     pieces = [(tokenizer.encode(text, add_special_tokens=False), counted) for text, counted in segments]
     if not pieces[0][1]:
         room = max_length // 2 - len(start)

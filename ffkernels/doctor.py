@@ -1,0 +1,149 @@
+"""What would run on this machine, why, and what would make it faster.
+
+``diagnose()`` returns plain data; ``describe()`` makes text of it. Nothing here needs more than torch.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from ffkernels import __version__, ops
+from ffkernels.engine.config import EXECUTORS
+from ffkernels.ops.build import find_compiler
+from ffkernels.reporting.machine import machine_info, version_info
+
+__all__ = ["describe", "diagnose"]
+
+PACKAGES = ("safetensors", "numpy", "matplotlib", "typer", "rich")
+NEEDED_TO_TRAIN = ("transformers", "peft", "safetensors")
+
+
+def diagnose(device: str = "auto") -> dict[str, Any]:
+    """Versions, machine, which implementation and executor ``"auto"`` means here, and advice.
+
+    Args:
+        device: the device to ask about; ``"auto"`` is what training would take.
+
+    Raises:
+        ValueError: when ``device`` is not one torch knows.
+    """
+    chosen = _device(device)
+    versions = {**version_info(), "ffkernels": __version__}
+    versions.update({name: _version(name) for name in PACKAGES})
+    name, reason = ops.resolve("auto", chosen)
+    implementations = {
+        impl: {"ok": found.ok, "reason": found.reason, "cure": found.cure}
+        for impl, found in ops.available().items()
+    }
+    compiler = find_compiler()
+    report: dict[str, Any] = {
+        "versions": versions,
+        "machine": {
+            **machine_info(),
+            "device": str(chosen),
+            "compiler": " ".join(compiler) if compiler else None,
+        },
+        "implementations": implementations,
+        "ops": {"name": name, "reason": reason},
+        "executor": _executor(chosen),
+    }
+    report["advice"] = _advice(report, chosen)
+    return report
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The diagnosis as text for a terminal."""
+    lines = ["versions"]
+    lines += [f"  {name:13} {version or '-'}" for name, version in report["versions"].items()]
+    lines += ["machine"]
+    lines += [f"  {name:13} {_text(value)}" for name, value in report["machine"].items()]
+    lines += ["weight moves"]
+    for name, found in report["implementations"].items():
+        lines += [f"  {name:13} {'yes' if found['ok'] else 'no '}  {found['reason']}"]
+    lines += [
+        "what would run",
+        f"  ops           {report['ops']['name']}: {report['ops']['reason']}",
+        f"  executor      {report['executor']['name']}: {report['executor']['reason']}",
+        "what would make it faster" if report["advice"] else "nothing here would make it faster",
+    ]
+    lines += [f"  - {advice['what']}: {advice['cure']}" for advice in report["advice"]]
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: must be 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: this torch sees no CUDA device")
+    return chosen
+
+
+def _executor(device: torch.device) -> dict[str, str]:
+    if device.type == "cpu":
+        return {"name": "eager", "reason": "on a CPU there are no launches to save"}
+    known = ", ".join(name for name in EXECUTORS if name != "auto")
+    return {"name": "eager", "reason": f"executors of this version: {known}"}
+
+
+def _advice(report: dict[str, Any], device: torch.device) -> list[dict[str, str]]:
+    advice = []
+    for name, found in report["implementations"].items():
+        if not found["ok"] and found["cure"]:
+            what = f"{name} ops are not available ({found['reason']})"
+            if name == "cpp" and report["machine"]["compiler"] is None:
+                advice.append(
+                    {"what": what, "cure": f"{_how_to_get_a_compiler()}, then `ffkernels doctor --build`"}
+                )
+            else:
+                advice.append({"what": what, "cure": found["cure"]})
+        elif name == "cpp" and "without OpenMP" in found["reason"]:
+            cure = "install the compiler's OpenMP runtime (libgomp, libomp), then `ffkernels doctor --build`"
+            advice.append({"what": "the cpp ops run on one thread", "cure": cure})
+    if device.type == "cpu":
+        threads, cores = report["machine"]["threads"], report["machine"]["cores"]
+        if threads < cores:
+            what = f"torch uses {threads} of {cores} cores"
+            advice.append({"what": what, "cure": f"--threads {cores}, or OMP_NUM_THREADS={cores}"})
+        if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+            cure = (
+                "install a CUDA build of torch (pytorch.org/get-started)"
+                if torch.version.cuda is None
+                else ("check that the NVIDIA driver matches torch's CUDA version, and CUDA_VISIBLE_DEVICES")
+            )
+            advice.append({"what": "an NVIDIA driver is installed, but torch sees no GPU", "cure": cure})
+    missing = [name for name in NEEDED_TO_TRAIN if report["versions"][name] is None]
+    if missing:
+        what = f"{', '.join(missing)} not installed; train and compare need them"
+        advice.append({"what": what, "cure": "pip install 'ffkernels[hf]'"})
+    return advice
+
+
+def _how_to_get_a_compiler() -> str:
+    if platform.system() == "Darwin":
+        return "install one with `xcode-select --install`"
+    for tool, command in (("apt-get", "apt-get install g++"), ("dnf", "dnf install gcc-c++")):
+        if shutil.which(tool):
+            return f"install a C++ compiler (`{command}`)"
+    return "install a C++ compiler (g++ or clang++), or set CXX"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

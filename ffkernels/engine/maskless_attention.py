@@ -1,0 +1,74 @@
+"""Causal attention without a mask: keep transformers from looking for one.
+
+With `attention_mask=None` transformers still examines the position ids for packed sequences: on a GPU one
+device-to-host read per forward, and inside a CUDA graph capture, where it cannot read, a materialised
+mask that costs flash attention and grouped heads. It leaves a model alone whose attention implementation
+its mask table does not know. So the same SDPA function is registered under a private name, and the
+model's configs carry that name for the duration of a call.
+
+Right only for causal attention over right-padded rows: exactly what the fast path runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["PRIVATE_NAME", "attention_configs", "maskless_attention"]
+
+PRIVATE_NAME = "ffkernels_sdpa"
+_FIELD = "_attn_implementation_internal"
+_WARNING = "warn_if_padding_and_no_attention_mask"
+
+
+def attention_configs(backbone: nn.Module) -> list[Any]:
+    """The config objects from which the modules of `backbone` read their attention implementation."""
+    if not _register():
+        return []
+    configs: dict[int, Any] = {}
+    for module in backbone.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, _FIELD):
+            configs[id(config)] = config
+    return list(configs.values())
+
+
+def _register() -> bool:
+    """False where this version of transformers has no table of attention functions."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    functions = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", None)
+    if functions is None or "sdpa" not in functions or not hasattr(type(functions), "register"):
+        return False
+    if PRIVATE_NAME not in functions:
+        type(functions).register(PRIVATE_NAME, functions["sdpa"])
+    return True
+
+
+@contextmanager
+def maskless_attention(backbone: nn.Module, configs: list[Any]) -> Iterator[None]:
+    """Run what uses plain "sdpa" under the private name; other implementations stay as they are.
+
+    A few families also search their input for padding tokens to warn about the missing mask, which is one
+    more read and, here, a false alarm: that method is shadowed.
+    """
+    changed = [config for config in configs if getattr(config, _FIELD) == "sdpa"]
+    shadowed = hasattr(backbone, _WARNING) and _WARNING not in vars(backbone)
+    try:
+        for config in changed:
+            setattr(config, _FIELD, PRIVATE_NAME)
+        if shadowed:
+            setattr(backbone, _WARNING, _no_warning)
+        yield
+    finally:
+        for config in changed:
+            setattr(config, _FIELD, "sdpa")
+        if shadowed:
+            delattr(backbone, _WARNING)
+
+
+def _no_warning(*args: Any, **kwargs: Any) -> None:
+    pass

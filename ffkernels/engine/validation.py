@@ -1,0 +1,205 @@
+"""The validation loss of Fast Forward: one number, the token-weighted mean NLL over all labelled tokens.
+
+    L(W) = Σ NLL over labelled tokens / their number        not a mean of batch means
+
+Three ways to that number, chosen at construction and kept in `path` with the `reason`:
+
+- fast      a causal language model on ordinary batches: trimmed micro-batches, logits at labelled positions
+            only (`validation_fast`), compared once with the model's own loss;
+- generic   any model whose `model(**batch)` returns a loss: the batches as given, weighted by their targets
+            (`validation_generic`);
+- callable  `loss_fn(model)`, whatever it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffkernels.engine.causal_lm import CausalLM, FastPathRefused, find_causal_lm, model_device, unwrap
+from ffkernels.engine.evaluation_mode import evaluation_mode, keep_random_state
+from ffkernels.engine.flop_counter import count_flops
+from ffkernels.engine.validation_batches import (
+    Example,
+    check_causal_batches,
+    read_batches,
+    read_examples,
+)
+from ffkernels.engine.validation_check import disagreement
+from ffkernels.engine.validation_fast import LabelledLoss
+from ffkernels.engine.validation_generic import ModelLoss
+
+__all__ = ["ValidationLoss"]
+
+_TOKENS = {"cpu": 2048}
+_TOKENS_ELSEWHERE = 16384
+
+
+class ValidationLoss:
+    """Calling it returns the loss of the model's weights as they are, a 0-dim float64 tensor on its device.
+
+    A call leaves no trace: per-module train/eval flags, grad mode, random generators, gradients and
+    autocast's cache are as before, also when it raises. Nothing of the weights is kept between calls. The
+    model must not be restructured (adapters added or removed, wrapped anew) during the life of this object.
+
+    Args:
+        model: a transformers model, plain or in PEFT, DDP or `torch.compile` wrappers, or any module whose
+            `model(**batch)` returns a loss.
+        batches: an iterable of dicts with `input_ids`, `attention_mask` and `labels` as a collator makes
+            them; a dataset or list of examples, with `collator`; or a callable `loss_fn(model)` returning one
+            number. Iterables are read once, here.
+        collator: makes a batch of a list of examples.
+        micro_batch_tokens: padded tokens per forward at most (one longer example is still one forward). By
+            default 2,048 on a CPU, 16,384 elsewhere. The loss does not depend on it. The generic path applies
+            it only where it makes the batches itself, with `collator`.
+        check: compare the fast path once with the model's own loss; without it structure alone decides.
+
+    Attributes:
+        path, reason: "fast", "generic" or "callable", and why.
+        examples: rows that are run (rows with nothing to score are not, on the fast path); 0 for a callable.
+        tokens: targets the mean runs over; 0 for a callable.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Any,
+        *,
+        collator: Callable[..., Any] | None = None,
+        micro_batch_tokens: int | None = None,
+        check: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
+        if micro_batch_tokens is not None and (
+            isinstance(micro_batch_tokens, bool)
+            or not isinstance(micro_batch_tokens, int)
+            or micro_batch_tokens < 1
+        ):
+            raise ValueError(
+                f"micro_batch_tokens = {micro_batch_tokens!r}: a positive integer or None is allowed"
+            )
+        self.model = model
+        self.path = "generic"
+        self.reason = ""
+        self.examples = 0
+        self.tokens = 0
+        self._device = model_device(model)
+        self._max_tokens = micro_batch_tokens or _TOKENS.get(self._device.type, _TOKENS_ELSEWHERE)
+        self._flops: int | None = None
+        self._lm: CausalLM | None = None
+        self._rows: list[Example] = []
+        self._batches: list[dict[str, Any]] = []
+
+        if _is_loss_function(batches):
+            if collator is not None:
+                raise TypeError("collator goes with a dataset, not with a callable loss_fn(model)")
+            self.path, self.reason = "callable", "the loss is a callable"
+            self._function = batches
+            self._loss: Callable[[], torch.Tensor] = self._call_function
+            return
+        # Shuffling loaders and masking collators draw random numbers.
+        with keep_random_state(self._device):
+            self._batches = read_batches(batches, collator, self._max_tokens)
+        self._choose_path(check)
+        self._loss = self._build()
+        if self.path == "fast":
+            self.examples, self.tokens = len(self._rows), self._loss.scored
+            self._batches = []
+        else:
+            self.examples, self.tokens = self._loss.rows, self._loss.scored
+        if self.tokens == 0:
+            raise ValueError(
+                "no labelled token in the whole validation set: all labels are -100, or only a row's first "
+                "token has one, which nothing predicts"
+            )
+        if self.path == "generic":
+            name = type(unwrap(model)[0]).__name__
+            _announce(f"ValidationLoss runs {name} as it is, with full logits: {self.reason}")
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs of one evaluation, measured with `FlopCounterMode` by one more at first access.
+
+        Matrix products, convolutions and attention; the CPU's fused attention, which PyTorch's counter
+        does not know, is counted as the GPU's is. Attention counts all query-key pairs of a micro-batch.
+        """
+        if self._flops is None:
+            self._flops = count_flops(self)
+        return self._flops
+
+    def __call__(self) -> torch.Tensor:
+        self._follow_device()
+        with evaluation_mode(self.model, self._device):
+            return self._loss()
+
+    def evaluate(self) -> torch.Tensor:
+        """The forward alone, for callers that hold the model in `evaluation_mode` themselves."""
+        return self._loss()
+
+    def __repr__(self) -> str:
+        return f"ValidationLoss(path={self.path!r}, examples={self.examples}, tokens={self.tokens})"
+
+    def _choose_path(self, check: bool) -> None:
+        try:
+            lm = find_causal_lm(self.model)
+            check_causal_batches(self._batches, lm.vocabulary, lm.embeddings)
+            rows = read_examples(self._batches)
+            if rows:
+                lm.check_length(max(row.input_ids.numel() for row in rows))
+        except FastPathRefused as refusal:
+            self.reason = str(refusal)
+            return
+        self.path, self.reason = "fast", "a causal language model on plain batches"
+        self._lm, self._rows = lm, rows
+        if check and rows:
+            with evaluation_mode(self.model, self._device):
+                difference = disagreement(lm, self.model, rows, self._device)
+            if difference is not None:
+                self.path, self.reason = "generic", difference
+                self._lm, self._rows = None, []
+            else:
+                self.reason += ", equal to the model's own loss"
+
+    def _build(self) -> LabelledLoss | ModelLoss:
+        if self._lm is None:
+            return ModelLoss(self.model, self._batches, self._device)
+        return LabelledLoss(self._lm, self._rows, max_tokens=self._max_tokens, device=self._device)
+
+    def _follow_device(self) -> None:
+        device = model_device(self.model)
+        if device != self._device:
+            self._device = device
+            if self.path != "callable":
+                self._loss = self._build()
+
+    def _call_function(self) -> torch.Tensor:
+        loss = self._function(self.model)
+        if isinstance(loss, torch.Tensor):
+            loss = loss.detach()
+        try:
+            value = torch.as_tensor(loss, dtype=torch.float64, device=self._device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"loss_fn(model) returned {type(loss).__name__}: one number is needed") from error
+        if value.numel() != 1:
+            raise ValueError(
+                f"loss_fn(model) returned a tensor of shape {tuple(value.shape)}: one number is needed"
+            )
+        return value.reshape(())
+
+
+def _is_loss_function(batches: Any) -> bool:
+    return callable(batches) and not any(hasattr(batches, name) for name in ("__iter__", "__getitem__"))
+
+
+def _announce(message: str) -> None:
+    from ffkernels.ops.notices import announce_once
+
+    announce_once(f"validation: {message}", message, stacklevel=3)

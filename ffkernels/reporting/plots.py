@@ -1,0 +1,259 @@
+"""The report's four pictures. matplotlib is imported when one is drawn, and never opens a window.
+
+test_loss_flops.png     test loss over measured FLOPs
+test_loss_seconds.png   test loss over seconds, everything charged
+tau.png                 τ* of every stage over optimizer steps
+training.png            the loss along the path: optimizer steps and Fast Forward steps told apart
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from ffkernels.reporting.savings import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+# Okabe and Ito's colours, which the colour-blind can tell apart; line styles and markers say the same again.
+STYLES: dict[str, dict[str, Any]] = {
+    "adam": {"color": "#4d4d4d", "marker": "o", "linestyle": "-"},
+    "linear": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
+    "parabolic": {"color": "#0072B2", "marker": "^", "linestyle": "-"},
+    "adam-tuned": {"color": "#009E73", "marker": "D", "linestyle": "--"},
+    "other": {"color": "#CC79A7", "marker": "v", "linestyle": "-."},
+}
+SGD = {"color": STYLES["adam"]["color"], "marker": "o", "linestyle": "none", "markersize": 3.5}
+LEGEND = {"frameon": True, "edgecolor": "none", "facecolor": "white", "framealpha": 0.85}
+TEXT = "#333333"
+UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
+
+
+def flop_unit(largest: float) -> tuple[float, str]:
+    """The unit that keeps ``largest`` between 1 and 1000, as (size, name)."""
+    return next(((size, name) for size, name in UNITS if largest >= size), UNITS[-1])
+
+
+def kind_label(run: Run) -> str:
+    """What a run is called in pictures and tables."""
+    labels = {"adam": "Adam", "linear": "Fast Forward, linear", "parabolic": "Fast Forward, parabolic"}
+    if run.kind == "adam-tuned":
+        return "Adam, tuned lr" if run.lr is None else f"Adam, tuned lr {run.lr:g}"
+    return labels.get(run.kind, run.name)
+
+
+def draw_all(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
+    """Draw what the runs have something to show for; the files by their stems, in the order of the report."""
+    largest = max((e["flops"]["measured"] for run in runs for e in run.log.tests), default=0)
+    size, unit = flop_unit(largest)
+    tested = any(run.log.tests for run in runs)
+    staged = any(run.log.stages for run in runs)
+
+    def over_flops(figure: Figure) -> None:
+        label = f"training compute ({unit}, measured)"
+        _test_loss(figure, runs, "flops_measured", lambda e: e["flops"]["measured"] / size, label)
+
+    def over_seconds(figure: Figure) -> None:
+        _test_loss(figure, runs, "seconds", lambda e: e["seconds"]["total"], "training time (s)")
+
+    pictures = (
+        ("test_loss_flops", tested, over_flops),
+        ("test_loss_seconds", tested, over_seconds),
+        ("tau", staged, lambda figure: _taus(figure, runs)),
+        ("training", staged, lambda figure: _training(figure, runs)),
+    )
+    drawn = {}
+    for stem, wanted, draw in pictures:
+        if wanted:
+            drawn[stem] = folder / f"{stem}.png"
+            _save(draw, drawn[stem])
+    return drawn
+
+
+def _save(draw: Callable[[Figure], None], path: Path) -> None:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    settings = {"font.size": 10, "axes.titlesize": 11, "text.color": TEXT, "axes.labelcolor": TEXT}
+    settings |= {"axes.edgecolor": "#999999", "xtick.color": TEXT, "ytick.color": TEXT}
+    with rc_context(settings):
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        figure.savefig(path, dpi=DPI)
+
+
+def _test_loss(
+    figure: Figure,
+    runs: Sequence[Run],
+    cost: str,
+    x_of: Callable[[dict[str, Any]], float],
+    x_label: str,
+) -> None:
+    axes = figure.add_subplot()
+    _clean(axes)
+    labelled: set[str] = set()
+    furthest = 0.0
+    for run in runs:
+        points = [(x_of(e), e["loss"]) for e in run.log.tests if math.isfinite(e["loss"])]
+        if not points:
+            continue
+        furthest = max(furthest, points[-1][0])
+        style, label = STYLES[run.kind], kind_label(run)
+        axes.plot(
+            *zip(*points, strict=True),
+            color=style["color"],
+            linestyle=style["linestyle"],
+            linewidth=1.6,
+            alpha=_alpha(runs, run),
+        )
+        # The last point is where the run ended, at the target or not.
+        axes.plot(
+            *points[-1],
+            color=style["color"],
+            linestyle=style["linestyle"],
+            linewidth=1.6,
+            marker=style["marker"],
+            markersize=6,
+            label=None if label in labelled else label + _saved(runs, run.kind, cost),
+            zorder=3,
+        )
+        labelled.add(label)
+    # The room on the right is for the name of the target line, which runs end at.
+    axes.set_xlim(0, 1.16 * furthest or 1.0)
+    _target_line(axes, runs)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("test loss (nats per token)")
+    axes.legend(loc="upper right", **LEGEND)
+
+
+def _saved(runs: Sequence[Run], kind: str, cost: str) -> str:
+    """What the runs of a kind saved, for the legend; nothing where one of them has no number."""
+    values = [run.saved and run.saved[cost] for run in runs if run.kind == kind]
+    if not values or None in values:
+        return ""
+    share = f"{100 * median(values):.0f} %".replace("-", "−")
+    return f": {share} saved" if len(values) == 1 else f": {share} saved (median of {len(values)})"
+
+
+def _target_line(axes: Axes, runs: Sequence[Run]) -> None:
+    targets = sorted({run.target for run in runs if run.kind == "adam" and run.target is not None})
+    for target in targets:
+        axes.axhline(target, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
+    if targets:
+        axes.annotate(
+            f"target {targets[0]:.4f}" if len(targets) == 1 else "targets",
+            (1.0, targets[-1]),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=9,
+        )
+
+
+def _taus(figure: Figure, runs: Sequence[Run]) -> None:
+    axes = figure.add_subplot()
+    _clean(axes)
+    labelled: set[str] = set()
+    for run in (run for run in runs if run.log.stages):
+        style, label = STYLES[run.kind], kind_label(run)
+        axes.plot(
+            [stage["optimizer_step"] for stage in run.log.stages],
+            [stage["tau"] for stage in run.log.stages],
+            color=style["color"],
+            linestyle=style["linestyle"],
+            marker=style["marker"],
+            # Both searches often find the same τ*: the one below must show through.
+            markerfacecolor="none",
+            markeredgewidth=1.5,
+            markersize=9 if run.kind == "linear" else 6,
+            linewidth=2.4 if run.kind == "linear" else 1.2,
+            alpha=_alpha(runs, run),
+            label=None if label in labelled else label,
+        )
+        labelled.add(label)
+    stages = [stage for run in runs for stage in run.log.stages]
+    axes.set_xlim(0, 1.05 * max(stage["optimizer_step"] for stage in stages))
+    axes.set_ylim(0, 1.08 * max(1, *(stage["tau"] for stage in stages)))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("optimizer step at which the stage ran")
+    axes.set_ylabel("τ*: times the update was repeated")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, frameon=False)
+
+
+def _training(figure: Figure, runs: Sequence[Run]) -> None:
+    shown: list[Run] = []
+    for run in runs:
+        if run.log.stages and run.kind not in {other.kind for other in shown}:
+            shown.append(run)
+    figure.set_size_inches(7.2, 1.2 + 3.0 * len(shown))
+    panels = figure.subplots(len(shown), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, run in zip(panels, shown, strict=True):
+        _clean(axes)
+        sgd, stages = walk(run)
+        axes.plot(*zip(*sgd, strict=True), **SGD, label="optimizer step: training loss of its batch")
+        for number, stage in enumerate(stages):
+            axes.plot(
+                *zip(*stage, strict=True),
+                color=STYLES[run.kind]["color"],
+                marker=STYLES[run.kind]["marker"],
+                markersize=2.0 if len(stage) > 30 else 4.0,  # so many would merge
+                linewidth=1.2,
+                label="Fast Forward step: validation loss, where it fell" if number == 0 else None,
+            )
+        several = len([r for r in runs if r.kind == run.kind]) > 1
+        axes.set_title(kind_label(run) + (f" ({run.name})" if several else ""), loc="left")
+        axes.set_ylabel("loss (nats per token)")
+        axes.legend(loc="upper right", fontsize=9, **LEGEND)
+    panels[-1].set_xlim(left=0)
+    panels[-1].set_xlabel("steps along the path: optimizer steps + Fast Forward steps (τ)")
+
+
+def walk(run: Run) -> tuple[list[tuple[float, float]], list[list[tuple[float, float]]]]:
+    """A run along its path, on which a step is 1 long and a stage τ*: SGD points, points per stage.
+
+    A stage's points are the validation losses the search accepted on its way to τ*, the first of them τ = 0.
+    """
+    stage_of = {stage["optimizer_step"]: stage for stage in run.log.stages}
+    sgd, stages, forwarded = [], [], 0
+    for step in run.log.steps:
+        x = step["optimizer_step"] + forwarded
+        if math.isfinite(step["train_loss"]):
+            # The loss was taken before the update, so it belongs one step back.
+            sgd.append((x - 1, step["train_loss"]))
+        stage = stage_of.get(step["optimizer_step"])
+        if stage is not None and stage["losses"]:
+            stages.append([(x + tau, loss) for tau, loss in accepted(stage)])
+            forwarded += stage["tau"]
+    return sgd, [stage for stage in stages if stage]
+
+
+def accepted(stage: dict[str, Any]) -> list[tuple[int, float]]:
+    """The (τ, loss) of a stage that became the best when they were measured, up to τ*, by rising τ."""
+    best, found = math.inf, []
+    for tau, loss in stage["losses"]:
+        if loss < best:
+            best = loss
+            found.append((tau, loss))
+    return sorted((tau, loss) for tau, loss in found if tau <= stage["tau"])
+
+
+def _alpha(runs: Sequence[Run], run: Run) -> float:
+    """Lines of several seeds are drawn over each other, lighter."""
+    return 1.0 if sum(other.kind == run.kind for other in runs) == 1 else 0.55
+
+
+def _clean(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)

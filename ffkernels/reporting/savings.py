@@ -1,0 +1,252 @@
+"""What a run saved: its cost to reach the Adam run's test loss, against what that run cost.
+
+    L*      final test loss of the Adam run at the same learning rate
+    saved   1 − cost(first test loss ≤ L* + tolerance) / cost(Adam run), in FLOPs (both kinds) and seconds
+
+A run that never got there saved nothing that could be named: None, with the reason. A negative saving is a
+loss and stands as it is. A run of Adam at another learning rate, its name containing ``tuned``, is held to
+the same target.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from ffkernels.reporting.recorder import RunLog
+
+COSTS = ("flops_paper", "flops_measured", "seconds")
+KINDS = ("adam", "linear", "parabolic", "adam-tuned", "other")
+SECONDS = ("train", "validate", "move", "other", "total")
+# What two runs must share for one to be measured by the other, besides the learning rate.
+CONDITIONS = (
+    "model",
+    "task",
+    "data",
+    "method",
+    "rank",
+    "alpha",
+    "dropout",
+    "targets",
+    "weight_decay",
+    "schedule",
+    "batch_size",
+    "max_length",
+    "seed",
+    "dtype",
+)
+
+
+@dataclass(eq=False)
+class Run:
+    """A run log with what the report needs to know of it.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        row: its entry in report.json.
+        adam: the Adam run it is measured by; None for Adam itself and where there is none.
+        target: the test loss it had to reach; for an Adam run the one it sets.
+        reached_at: the event of the first test loss at or below the target.
+        saved: fractions by name (``COSTS``); None for an Adam run.
+        reason: why ``saved`` holds no numbers.
+    """
+
+    log: RunLog
+    kind: str
+    row: dict[str, Any]
+    adam: Run | None = None
+    target: float | None = None
+    reached_at: dict[str, Any] | None = None
+    saved: dict[str, float | None] | None = None
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.log.name
+
+    @property
+    def lr(self) -> float | None:
+        return self.log.config.get("lr")
+
+    def entry(self) -> dict[str, Any]:
+        """Its entry under ``savings`` in report.json."""
+        return _entry(self.name, self.saved, self.reason)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and range of the savings of several seeds; empty, with the reason, when one of them has none."""
+
+    kind: str
+    count: int
+    median: dict[str, float] | None
+    low: dict[str, float] | None = None
+    high: dict[str, float] | None = None
+    reason: str | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """Its entry under ``savings`` in report.json."""
+        return _entry(f"{self.kind}-median", self.median, self.reason)
+
+
+def kind_of(log: RunLog) -> str:
+    """What a run is, by its name first and by what it did second."""
+    name = log.name.lower()
+    if "adam" in name and not log.stages:
+        return "adam-tuned" if "tuned" in name else "adam"
+    for kind in ("parabolic", "linear"):
+        if kind in name:
+            return kind
+    search = (log.config.get("fast_forward") or {}).get("search")
+    return search if search in KINDS else "other"
+
+
+def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
+    """Every run with its saving, in the order Adam, linear, parabolic, tuned, others and by name within.
+
+    Raises:
+        ValueError: when two runs have the same name, or tolerance is not a number ≥ 0.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"target_tolerance is {tolerance!r}; it must be a number ≥ 0")
+    names = [log.name for log in logs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"several runs are named {', '.join(twice)}; rename them or report them separately")
+    runs = [Run(log, kind_of(log), _row(log)) for log in logs]
+    runs.sort(key=lambda run: (KINDS.index(run.kind), _natural(run.name)))
+    adams = [run for run in runs if run.kind == "adam"]
+    for run in adams:
+        if run.log.end is not None and _finite(run.row["test_loss"]):
+            run.target = run.row["test_loss"] + tolerance
+            run.reached_at = _first_at(run.log, run.target)
+    for run in runs:
+        if run.kind in ("linear", "parabolic", "adam-tuned"):
+            _judge(run, adams)
+    return runs
+
+
+def spreads(runs: Sequence[Run]) -> list[Spread]:
+    """Median and range per kind that has two or more runs."""
+    found = []
+    for kind in ("linear", "parabolic", "adam-tuned"):
+        same = [run for run in runs if run.kind == kind]
+        missing = [run for run in same if run.reason is not None]
+        if len(same) < 2:
+            continue
+        if missing:
+            reason = f"no number for {', '.join(run.name for run in missing)}"
+            found.append(Spread(kind, len(same), None, reason=reason))
+            continue
+        values = {cost: [run.saved[cost] for run in same] for cost in COSTS}
+        found.append(
+            Spread(
+                kind,
+                len(same),
+                *({cost: f(numbers) for cost, numbers in values.items()} for f in (median, min, max)),
+            )
+        )
+    return found
+
+
+def last_state(log: RunLog) -> dict[str, Any]:
+    """Cumulative ``flops`` and ``seconds`` at the end, or at the last thing an unfinished run logged."""
+    if log.end is not None:
+        return {"flops": log.end["flops"], "seconds": log.end["seconds"]}
+    states = [{"flops": e["flops"], "seconds": e["seconds"]} for e in (*log.steps[-1:], *log.tests[-1:])]
+    states += [{"flops": e["run_flops"], "seconds": e["run_seconds"]} for e in log.stages[-1:]]
+    nothing = {"flops": {"paper": 0, "measured": 0}, "seconds": {"total": 0.0}}
+    return max(states, key=lambda state: state["flops"]["measured"], default=nothing)
+
+
+def _row(log: RunLog) -> dict[str, Any]:
+    end, state = log.end or {}, last_state(log)
+    steps = [e["optimizer_step"] for e in (*log.steps[-1:], *log.tests[-1:])]
+    losses = [e["loss"] for e in log.tests[-1:]]
+    return {
+        "name": log.name,
+        "optimizer_steps": end.get("optimizer_steps", max(steps, default=0)),
+        "test_loss": end.get("test_loss", losses[0] if losses else None),
+        "flops": {name: state["flops"][name] for name in ("paper", "measured")},
+        "seconds": {name: state["seconds"].get(name, 0.0) for name in SECONDS},
+        "validation_forwards": end.get("validation_forwards", sum(len(s["losses"]) for s in log.stages)),
+        "stages": end.get("stages", len(log.stages)),
+    }
+
+
+def _judge(run: Run, adams: Sequence[Run]) -> None:
+    run.saved = dict.fromkeys(COSTS)
+    run.adam, run.reason = _adam_for(run, adams)
+    if run.adam is None:
+        return
+    if run.adam.target is None:
+        run.reason = f"{run.adam.name} did not end with a finite test loss"
+        return
+    run.target = run.adam.target
+    run.reached_at = _first_at(run.log, run.target)
+    if run.reached_at is None:
+        losses = [e["loss"] for e in run.log.tests if _finite(e["loss"])]
+        best = f"the best was {min(losses):.4f}" if losses else "none was measured"
+        run.reason = f"did not reach test loss {run.target:.4f}; {best}"
+        return
+    spent, whole = _costs(run.reached_at), _costs(last_state(run.adam.log))
+    run.saved = {cost: 1.0 - spent[cost] / whole[cost] if whole[cost] > 0 else None for cost in COSTS}
+
+
+def _adam_for(run: Run, adams: Sequence[Run]) -> tuple[Run | None, str | None]:
+    """The Adam run of the same name but for its kind, else the only one under the same conditions."""
+    named = [adam for adam in adams if _rest(adam) == _rest(run)]
+    differing = {adam.name: _differences(run, adam) for adam in adams}
+    alike = [adam for adam in adams if not differing[adam.name]]
+    if fitting := [adam for adam in named if adam in alike]:
+        return fitting[0], None
+    if len(alike) == 1:
+        return alike[0], None
+    if named:
+        return None, f"{named[0].name} ran with another {' and '.join(differing[named[0].name])}"
+    if alike:
+        return None, f"cannot tell which Adam run it belongs to: {', '.join(adam.name for adam in alike)}"
+    return None, "no Adam run under the same conditions"
+
+
+def _differences(run: Run, adam: Run) -> list[str]:
+    keys = CONDITIONS if run.kind == "adam-tuned" else ("lr", *CONDITIONS)
+    mine, other = run.log.config, adam.log.config
+    return [key for key in keys if key in mine and key in other and mine[key] != other[key]]
+
+
+def _rest(run: Run) -> str:
+    return run.name.lower().replace(run.kind, "", 1)
+
+
+def _first_at(log: RunLog, target: float) -> dict[str, Any] | None:
+    for event in log.tests:
+        if event["loss"] <= target:
+            return event
+    if log.end is not None and _finite(log.end["test_loss"]) and log.end["test_loss"] <= target:
+        return {**log.end, "optimizer_step": log.end["optimizer_steps"], "loss": log.end["test_loss"]}
+    return None
+
+
+def _costs(event: dict[str, Any]) -> dict[str, float]:
+    return {
+        "flops_paper": event["flops"]["paper"],
+        "flops_measured": event["flops"]["measured"],
+        "seconds": event["seconds"]["total"],
+    }
+
+
+def _entry(name: str, saved: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+    entry = {"name": name, **(saved or dict.fromkeys(COSTS))}
+    return entry if reason is None else {**entry, "reason": reason}
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,114 @@
+"""A training run on disk: the adapter for its users, and one state file from which the run continues.
+
+    <out>/<name>.jsonl          the run log
+    <out>/<name>/adapter_*      what ``PeftModel.from_pretrained`` loads
+    <out>/<name>/state.pt       trainable weights, optimizer, random generators, Fast Forward, counters and
+    clock
+
+Every file is written beside its place and then moved there, so that an interruption leaves the old one or
+the new one. ``state.pt`` alone decides where a run continues; it holds tensors and plain values only and
+is read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["load_state", "save_adapter", "save_state", "state_path"]
+
+STATE_VERSION = 1
+
+
+def state_path(folder: Path) -> Path:
+    return folder / "state.pt"
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write the adapter files of a PEFT model into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as writing:
+        model.save_pretrained(writing)
+        for path in sorted(Path(writing).glob("**/adapter_*")):
+            target = folder / path.relative_to(writing)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+
+
+def save_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, **plain: Any
+) -> Path:
+    """Write ``state.pt``: everything that continues the run bit for bit; ``plain`` are the caller's own
+    values."""
+    state = {
+        "version": STATE_VERSION,
+        "weights": {
+            name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad
+        },
+        "optimizer": optimizer.state_dict(),
+        "random": {
+            "cpu": torch.get_rng_state(),
+            "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        },
+        **plain,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    target = state_path(folder)
+    writing = target.with_suffix(".pt.writing")
+    try:
+        with open(writing, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(writing, target)
+    finally:
+        writing.unlink(missing_ok=True)
+    return target
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read ``state.pt``.
+
+    Raises:
+        ValueError: when there is none, or it is not one of this version.
+    """
+    path = state_path(folder)
+    if not path.is_file():
+        raise ValueError(f"nothing to resume: {path} does not exist; start the run without resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it and start the run again") from error
+    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+        raise ValueError(f"{path} was not written by this version; delete it and start the run again")
+    return state
+
+
+def restore(
+    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
+    """Put weights, optimizer and random generators back. The counters in ``state`` are the caller's."""
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if weights.keys() != state["weights"].keys():
+        odd = sorted(weights.keys() ^ state["weights"].keys())
+        raise ValueError(f"the saved run trained other tensors: {odd[0]!r} and {len(odd) - 1} more differ")
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(state["weights"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if device.type == "cuda" and state["random"]["device"] is not None:
+        torch.cuda.set_rng_state(state["random"]["device"], device)
+
+
+def discard(folder: Path) -> None:
+    """Delete an earlier run's files, so that nobody resumes it by mistake."""
+    state_path(folder).unlink(missing_ok=True)
+    for path in folder.glob("adapter_*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

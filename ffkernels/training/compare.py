@@ -1,0 +1,213 @@
+"""The paper's comparison: how much training does Fast Forward save on the way to Adam's own test loss?
+
+For every seed, with the same data order, adapter initialisation and learning rate:
+
+    adam-s0         N steps; its final test loss is L*
+    linear-s0       Fast Forward with the paper's search until test loss ≤ L* + 1e-4, N steps at most
+    parabolic-s0    the same with the bracketing search
+    adam-tuned-s0   no Fast Forward but a tuned learning rate, until the same test loss: the honest row,
+                    because a tuned learning rate is what a user would try first
+
+All runs share one process, after a throwaway run through every code path, so that first-use costs fall on
+none of them. The tuned learning rate is an option, the outcome of a sweep, or a number measured once per
+model and task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffkernels.engine.config import FastForwardConfig
+from ffkernels.engine.search import SEARCHES
+from ffkernels.training.config import TrainConfig
+from ffkernels.training.trainer import RunResult, train
+
+__all__ = ["SWEEP", "TUNED_LR", "Comparison", "compare"]
+
+# Adam's best constant learning rate for rank-8 adapters, measured with --sweep. Others: give --tuned-lr or
+# --sweep.
+TUNED_LR = {("tiny", "instruction"): 1e-2}
+FALLBACK_TUNED_LR = 3e-3
+SWEEP = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        base: the Adam run; ``name``, ``fast_forward`` and ``target_loss`` are the comparison's to set.
+        seeds: one round of runs for each.
+        searches: which searches Fast Forward runs with.
+        fast_forward: interval, max_tau and so on; its ``search`` is replaced.
+        tuned_lr: the learning rate of the tuned row; None takes the sweep's or the table's.
+        sweep: find the tuned learning rate first: the one that reaches the target in the fewest steps,
+            seed 0's.
+        check_every: optimizer steps between test losses in the runs that stop at the target.
+        tolerance: how far above Adam's final test loss counts as reached.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+    """
+
+    base: TrainConfig
+    seeds: Sequence[int] = (0,)
+    searches: Sequence[str] = ("linear", "parabolic")
+    fast_forward: FastForwardConfig = field(default_factory=FastForwardConfig)
+    tuned_lr: float | None = None
+    sweep: bool = False
+    check_every: int = 3
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        seeds = tuple(self.seeds)
+        if not seeds or any(not isinstance(s, int) or isinstance(s, bool) or s < 0 for s in seeds):
+            raise ValueError(f"seeds={self.seeds!r}: must be integers of at least 0, one or more")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds={self.seeds!r}: each may occur once")
+        if not self.searches or any(s not in SEARCHES for s in self.searches):
+            raise ValueError(
+                f"searches={self.searches!r}: must be of {', '.join(map(repr, SEARCHES))}, one or more"
+            )
+        if self.tuned_lr is not None and not self.tuned_lr > 0:
+            raise ValueError(f"tuned_lr={self.tuned_lr!r}: must be a number above 0 or None")
+        if self.tuned_lr is not None and self.sweep:
+            raise ValueError(f"tuned_lr={self.tuned_lr!r} and sweep=True: give one of them")
+        if (
+            isinstance(self.check_every, bool)
+            or not isinstance(self.check_every, int)
+            or self.check_every < 1
+        ):
+            raise ValueError(f"check_every={self.check_every!r}: must be an integer of at least 1")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance={self.tolerance!r}: must be a number of at least 0")
+
+    def adam(self, seed: int) -> TrainConfig:
+        return dataclasses.replace(
+            self.base, name=f"adam-s{seed}", seed=seed, fast_forward=None, target_loss=None
+        )
+
+    def until(self, reached: RunResult, seed: int, name: str, **changes: Any) -> TrainConfig:
+        """A run that stops when it is as good as ``reached``, and takes no more steps than it."""
+        return dataclasses.replace(
+            self.adam(seed),
+            name=f"{name}-s{seed}",
+            epochs=None,
+            steps=reached.optimizer_steps,
+            target_loss=reached.test_loss + self.tolerance,
+            evaluate_every=self.check_every,
+            **changes,
+        )
+
+
+class Interrupted(Exception):
+    """Ctrl-C between or inside runs; the logs written so far stay."""
+
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def compare(
+    comparison: Comparison,
+    *,
+    on_run: Callable[[TrainConfig], None] | None = None,
+    on_event: OnEvent | None = None,
+) -> tuple[list[RunResult], dict[str, Any]]:
+    """Run the protocol; return every run's result and what else belongs into the report's ``config``.
+
+    ``on_run`` is told each run before it starts, ``on_event`` gets its log events.
+
+    Raises:
+        Interrupted: after Ctrl-C, when the present run has been closed.
+    """
+    base = comparison.base
+
+    def run(config: TrainConfig) -> RunResult:
+        if on_run is not None:
+            on_run(config)
+        result = train(config, on_event=on_event, save=False)
+        if result.interrupted:
+            raise Interrupted(config.name)
+        return result
+
+    if base.threads is not None:
+        torch.set_num_threads(base.threads)
+    warm_up(comparison)
+    results = []
+    tuned_lr, source = _tuned_lr(comparison)
+    for seed in comparison.seeds:
+        adam = run(comparison.adam(seed))
+        results.append(adam)
+        for search in comparison.searches:
+            ff = dataclasses.replace(comparison.fast_forward, search=search)
+            results.append(run(comparison.until(adam, seed, search, fast_forward=ff)))
+        if tuned_lr is None:
+            tuned_lr, source = sweep(comparison, adam, seed, run), "sweep"
+        results.append(run(comparison.until(adam, seed, "adam-tuned", lr=tuned_lr)))
+    protocol = {
+        "seeds": list(comparison.seeds),
+        "searches": list(comparison.searches),
+        "tuned_lr": tuned_lr,
+        "tuned_lr_source": source,
+        "tolerance": comparison.tolerance,
+        "check_every": comparison.check_every,
+    }
+    return results, protocol
+
+
+def warm_up(comparison: Comparison) -> None:
+    """One throwaway optimizer step with a stage and a test loss, so that first-use costs fall on no run."""
+    ff = dataclasses.replace(comparison.fast_forward, interval=1, warmup=0, max_tau=4)
+    with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
+        config = dataclasses.replace(
+            comparison.adam(comparison.seeds[0]),
+            name="warm-up",
+            out=folder,
+            epochs=None,
+            steps=1,
+            fast_forward=ff,
+        )
+        train(config, save=False)
+
+
+def sweep(
+    comparison: Comparison, adam: RunResult, seed: int, run: Callable[[TrainConfig], RunResult]
+) -> float:
+    """The learning rate with which Adam gets to the target in the fewest steps; ties by the test loss there.
+
+    It is chosen by the test loss it is then judged by: generous to Adam, on purpose.
+    """
+    best: tuple[tuple[bool, int, float], float] | None = None
+    with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
+        for lr in SWEEP:
+            config = comparison.until(adam, seed, f"sweep-{lr:g}", lr=lr, out=folder)
+            if best is not None and not best[0][0] and comparison.base.schedule == "constant":
+                config = dataclasses.replace(config, steps=best[0][1])  # more steps could not win
+            result = run(config)
+            score = (not result.reached_target, result.optimizer_steps, result.test_loss)
+            if best is None or score < best[0]:
+                best = (score, lr)
+    return best[1]
+
+
+def _tuned_lr(comparison: Comparison) -> tuple[float | None, str]:
+    if comparison.tuned_lr is not None:
+        return comparison.tuned_lr, "option"
+    if comparison.sweep:
+        return None, "sweep"
+    base = comparison.base
+    known = TUNED_LR.get((base.model, base.task)) if base.data is None else None
+    if known is not None:
+        return known, "table"
+    return FALLBACK_TUNED_LR, "a usual value, not measured for this model and task"
+
+
+def logs(results: Sequence[RunResult]) -> list[Path]:
+    return [result.log for result in results]

@@ -1,0 +1,185 @@
+"""What a user may set about a training run, checked where it is set."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ffkernels.engine.config import FastForwardConfig
+
+__all__ = ["METHODS", "SCHEDULES", "TrainConfig"]
+
+METHODS = ("lora", "dora")
+SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# A resumed run may differ in these and is still the continuation of the same run.
+_FREE_ON_RESUME = frozenset({"name", "out", "evaluate_every", "checkpoint_every", "target_loss", "threads"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: what is trained on what, for how long, and where its files go.
+
+    Args:
+        name: the run's name; its files are ``<out>/<name>.jsonl`` and the folder ``<out>/<name>/``.
+        out: the folder of the runs.
+        model: ``"tiny"`` (embedded), a folder, or a Hugging Face hub id.
+        task: which data set; ignored when ``data`` is given.
+        data: a JSONL file with ``text``, ``prompt``/``response`` or ``messages`` lines.
+        method, rank, alpha, dropout, targets: the adapter; ``targets`` are module names, None means the
+            attention projections.
+        lr: the learning rate after warm-up.
+        weight_decay, beta1, beta2, max_grad_norm: AdamW; ``max_grad_norm=None`` does not clip.
+        schedule, warmup_steps: the learning rate over the steps; the warm-up rises linearly from ``lr /
+            warmup_steps``.
+        batch_size: examples per optimizer step.
+        micro_batch_size: examples per forward and backward pass; None means the whole batch at once. The
+            gradient is the mean over the batch's labelled tokens, whatever this is.
+        steps: optimizer steps. ``epochs``, when given, sets them instead.
+        max_length: tokens per example at most.
+        test_examples, validation_examples: sizes of the held-out sets. The test loss is only measured; the
+            validation loss is what Fast Forward sees.
+        evaluate_every: optimizer steps between test losses; 0 measures before the first step and after the
+            last only. A test loss is measured right after every Fast Forward stage as well.
+        target_loss: stop as soon as a measured test loss is at most this.
+        checkpoint_every: optimizer steps between checkpoints; 0 saves at the end and on Ctrl-C only.
+        fast_forward: when and how to Fast Forward; None trains with the plain optimizer.
+        seed: data order, adapter initialisation, dropout, and how the data is split.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, …
+        dtype: of the frozen base model; the adapter trains in float32.
+        threads: CPU threads; None leaves torch's number.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+    """
+
+    name: str = "run"
+    out: str = "runs"
+    model: str = "tiny"
+    task: str = "instruction"
+    data: str | None = None
+    method: str = "lora"
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float | None = None
+    schedule: str = "constant"
+    warmup_steps: int = 8
+    batch_size: int = 64
+    micro_batch_size: int | None = None
+    steps: int = 120
+    epochs: float | None = None
+    max_length: int = 64
+    test_examples: int = 1000
+    validation_examples: int = 32
+    evaluate_every: int = 10
+    target_loss: float | None = None
+    checkpoint_every: int = 0
+    fast_forward: FastForwardConfig | None = field(default=None)
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "task", "out", "device"):
+            self._require(
+                name,
+                isinstance(getattr(self, name), str | os.PathLike) and str(getattr(self, name)),
+                "a text",
+            )
+        plain = (
+            isinstance(self.name, str)
+            and self.name
+            and not set(self.name) & set('/\\:*?"<>|')
+            and self.name[0] != "."
+        )
+        self._require("name", plain, 'a file name without / \\ : * ? " < > | and without a leading dot')
+        for name in ("rank", "batch_size", "steps", "test_examples", "validation_examples"):
+            self._integer(name, 1)
+        for name in ("micro_batch_size", "threads"):
+            self._integer(name, 1, optional=True)
+        self._integer("max_length", 2)
+        for name in ("warmup_steps", "evaluate_every", "checkpoint_every", "seed"):
+            self._integer(name, 0)
+        for name in ("lr", "alpha"):
+            self._number(name, lambda x: x > 0, "a number above 0")
+        self._number("weight_decay", lambda x: x >= 0, "a number of at least 0")
+        for name in ("beta1", "beta2", "dropout"):
+            self._number(name, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+        for name in ("max_grad_norm", "epochs"):
+            self._number(name, lambda x: x > 0, "a number above 0", optional=True)
+        self._number("target_loss", lambda x: True, "a number", optional=True)
+        for name, allowed in (("method", METHODS), ("schedule", SCHEDULES), ("dtype", DTYPES)):
+            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(map(repr, allowed))}")
+        self._require(
+            "fast_forward",
+            self.fast_forward is None or isinstance(self.fast_forward, FastForwardConfig),
+            "a FastForwardConfig or None",
+        )
+        if self.targets is not None:
+            names = isinstance(self.targets, list | tuple) and all(
+                isinstance(t, str) and t for t in self.targets
+            )
+            self._require("targets", names and self.targets, "module names, or None")
+            object.__setattr__(self, "targets", tuple(self.targets))
+
+    def _require(self, name: str, good: object, allowed: str) -> None:
+        if not good:
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
+
+    def _integer(self, name: str, low: int, optional: bool = False) -> None:
+        value = getattr(self, name)
+        good = (optional and value is None) or (
+            isinstance(value, int) and not isinstance(value, bool) and value >= low
+        )
+        self._require(name, good, f"an integer of at least {low}{' or None' if optional else ''}")
+
+    def _number(self, name: str, inside: Any, allowed: str, optional: bool = False) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = (optional and value is None) or (number and inside(value))
+        self._require(name, good, allowed + (" or None" if optional else ""))
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """The learning rate of optimizer step ``step`` (counted from 0) in a run of ``steps``."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        if self.schedule == "linear":
+            return self.lr * (1.0 - done)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.lr
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the run log and the checkpoint."""
+        values = asdict(self)
+        values["out"] = str(values["out"])
+        values["targets"] = list(self.targets) if self.targets is not None else None
+        return values
+
+    def check_continues(self, saved: dict[str, Any], steps: int) -> None:
+        """Raise ValueError unless a run saved with ``saved`` may go on under this configuration.
+
+        ``steps`` may grow under a constant schedule; under the others the learning rate depends on it.
+        """
+        mine, before = dict(self.to_dict(), steps=steps), dict(saved)
+        free = set(_FREE_ON_RESUME) | {"epochs"} | ({"steps"} if self.schedule == "constant" else set())
+        differing = sorted(
+            k for k in mine.keys() | before.keys() if k not in free and mine.get(k) != before.get(k)
+        )
+        if differing:
+            given = ", ".join(f"{k}={mine.get(k)!r} (saved: {before.get(k)!r})" for k in differing)
+            raise ValueError(
+                f"cannot resume run {self.name!r} with other settings: {given}; "
+                "use the saved ones, or start a run of another name"
+            )

@@ -1,0 +1,366 @@
+"""Fine-tune an adapter: one linear loop, with or without Fast Forward, measured in FLOPs and in seconds.
+
+    for every optimizer step
+        batch              a pure function of (seed, step)
+        forward, backward  in micro-batches, weighted by their labelled tokens
+        optimizer.step()   a Fast Forward stage runs inside when one is due
+        test loss          now and then, and right after every stage; charged to nobody
+
+What a run is charged for: collating, forward, backward, the optimizer, and everything Fast Forward does
+(validation losses, search, weight moves). Making the model, counting FLOPs, test losses, logging and
+checkpoints are outside the clock. ``total`` is the sum of ``train``, ``validate``, ``move`` and ``other``.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ffkernels.engine.fast_forward import FastForward, Stage
+from ffkernels.engine.validation import ValidationLoss
+from ffkernels.reporting.flops import FlopMeter
+from ffkernels.reporting.machine import machine_info, version_info
+from ffkernels.reporting.recorder import Recorder
+from ffkernels.training import checkpoint
+from ffkernels.training.config import TrainConfig
+from ffkernels.training.models import add_adapter, load_model
+from ffkernels.training.tasks import Task, collate, load_file, load_task
+
+__all__ = ["RunResult", "TrainConfig", "prepare_task", "train"]
+
+ALL_STEPS = "all steps done"
+TARGET_REACHED = "target loss reached"
+NOT_FINITE = "training loss is not finite"
+INTERRUPTED = "interrupted"
+SPLIT = ("train", "validate", "move", "other")
+
+
+@dataclass
+class RunResult:
+    """How a run ended. ``test_loss`` is that of the final weights."""
+
+    name: str
+    optimizer_steps: int
+    test_loss: float
+    flops: dict[str, int]
+    seconds: dict[str, float]
+    validation_forwards: int
+    stages: list[Stage]
+    stopped_because: str
+    reached_target: bool | None
+    log: Path
+    folder: Path
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped_because == INTERRUPTED
+
+
+@dataclass
+class Progress:
+    """What a run has counted so far; saved and restored with it."""
+
+    optimizer_steps: int = 0
+    test_loss: float = math.nan
+    tested_at: int = -1
+    validation_forwards: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPLIT, 0.0))
+
+    def charge(self, **seconds: float) -> None:
+        for part, value in seconds.items():
+            self.seconds[part] += value
+
+    def clock(self) -> dict[str, float]:
+        return {**self.seconds, "total": sum(self.seconds.values())}
+
+
+class DataOrder:
+    """Which examples make the batch of a step: epoch after epoch in fresh permutations, cut into batches."""
+
+    def __init__(self, examples: int, batch_size: int, seed: int) -> None:
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self._epoch, self._permutation = -1, []
+
+    def __call__(self, step: int) -> list[int]:
+        first = step * self.batch_size
+        return [self._at(position) for position in range(first, first + self.batch_size)]
+
+    def _at(self, position: int) -> int:
+        epoch, index = divmod(position, self.examples)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._permutation = torch.randperm(self.examples, generator=generator).tolist()
+            self._epoch = epoch
+        return self._permutation[index]
+
+
+def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:
+    """The run's data: train, validation and test examples, disjoint."""
+    sizes = {
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "test_examples": config.test_examples,
+        "validation_examples": config.validation_examples,
+    }
+    if config.data is not None:
+        return load_file(config.data, tokenizer, **sizes)
+    return load_task(config.task, tokenizer, **sizes)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    save: bool = True,
+) -> RunResult:
+    """Run ``config`` from its beginning, or with ``resume`` from where its last checkpoint stands.
+
+    Writes the run log as it goes, and at the end the adapter and a checkpoint (not with ``save=False``).
+    Ctrl-C ends the run after the present step, saved. ``on_event`` gets every log event as a dict; a
+    KeyboardInterrupt it raises counts as Ctrl-C.
+
+    Raises:
+        ValueError: when there is nothing to resume, or the checkpoint was made under other settings.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device if config.device != "auto" else _best_device())
+    log, folder = Path(config.out) / f"{config.name}.jsonl", Path(config.out) / config.name
+    saved = checkpoint.load_state(folder) if resume else None
+    if not resume:
+        checkpoint.discard(folder)
+
+    model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), device=str(device))
+    torch.manual_seed(config.seed)  # the adapter's initialisation, then dropout
+    model = add_adapter(
+        model,
+        method=config.method,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        targets=list(config.targets) if config.targets else None,
+    )
+    model.train()
+    task = prepare_task(config, tokenizer)
+    collator = partial(collate, pad_token_id=tokenizer.pad_token_id)
+    steps = config.steps
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * len(task.train) / config.batch_size)
+    if saved is not None:
+        config.check_continues(saved["config"], steps)
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+    )
+    order = DataOrder(len(task.train), config.batch_size, config.seed)
+    meter = FlopMeter(sum(p.numel() for p in trainable))
+    test = ValidationLoss(model, task.test, collator=collator)
+    progress, stopped = Progress(), None
+
+    with ExitStack() as stack:
+        ff = None
+        if config.fast_forward is not None:
+            validation = ValidationLoss(model, task.validation, collator=collator)
+            ff = stack.enter_context(FastForward(model, optimizer, validation, config.fast_forward))
+            _ = validation.flops  # counted at its first reading: here, outside the clock
+        if saved is not None:
+            checkpoint.restore(saved, model, optimizer, device)
+            progress = Progress(**saved["progress"])
+            meter.load_state_dict(saved["meter"])
+            if ff is not None:
+                ff.load_state_dict(saved["fast_forward"])
+        recorder = stack.enter_context(Recorder(log, append=saved is not None))
+        interrupt = stack.enter_context(_interrupt_after_the_step())
+
+        def emit(event: str, **fields: Any) -> None:
+            recorder.write(event, **fields)
+            if on_event is not None:
+                try:
+                    on_event({"event": event, **fields})
+                except KeyboardInterrupt:
+                    interrupt.wanted = True
+
+        def measure_test_loss() -> None:
+            progress.test_loss = float(test())
+            progress.tested_at = progress.optimizer_steps
+            emit(
+                "test",
+                optimizer_step=progress.optimizer_steps,
+                loss=progress.test_loss,
+                flops=meter.totals,
+                seconds=progress.clock(),
+            )
+
+        def reached_target() -> bool:
+            tested = progress.tested_at == progress.optimizer_steps
+            return config.target_loss is not None and tested and progress.test_loss <= config.target_loss
+
+        def save_checkpoint() -> None:
+            checkpoint.save_adapter(model, folder)
+            checkpoint.save_state(
+                folder,
+                model,
+                optimizer,
+                device,
+                config={**config.to_dict(), "steps": steps},
+                progress=vars(progress),
+                meter=meter.state_dict(),
+                fast_forward=ff.state_dict() if ff is not None else None,
+            )
+
+        resumed = {"resumed_from": progress.optimizer_steps} if saved is not None else {}
+        emit(
+            "run",
+            name=config.name,
+            config={**config.to_dict(), "steps": steps},
+            machine=machine_info(),
+            versions=version_info(),
+            **resumed,
+        )
+        if saved is None:
+            measure_test_loss()
+        if reached_target():
+            stopped = TARGET_REACHED
+
+        while progress.optimizer_steps < steps and stopped is None:
+            if interrupt.wanted:
+                stopped = INTERRUPTED
+                break
+            step = progress.optimizer_steps
+            start = _now(device)
+            batch = [task.train[i] for i in order(step)]
+            size = config.micro_batch_size or len(batch)
+            micro_batches = [collator(batch[i : i + size]) for i in range(0, len(batch), size)]
+            micro_batches = [{k: v.to(device) for k, v in mb.items()} for mb in micro_batches]
+            labelled = [int((mb["labels"][:, 1:] != -100).sum()) for mb in micro_batches]
+            collated = _now(device)
+            for mb in micro_batches:
+                meter.training_step(model, mb)  # a batch shape's first time runs the model: outside the clock
+
+            begin = _now(device)
+            lr = config.learning_rate(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = torch.zeros((), device=device)
+            for mb, tokens in zip(micro_batches, labelled, strict=True):
+                if tokens == 0:
+                    continue  # its mean loss would be nan
+                part = model(**mb).loss * (tokens / sum(labelled))
+                part.backward()
+                loss += part.detach()
+            if config.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+            stages_before = len(ff.stages) if ff is not None else 0
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            train_loss = loss.item()  # the step's one wait for the device
+            end = _now(device)
+
+            progress.optimizer_steps += 1
+            stage = ff.stages[-1] if ff is not None and len(ff.stages) > stages_before else None
+            staged = stage.seconds if stage is not None else 0.0
+            progress.charge(train=end - begin - staged, other=collated - start)
+            meter.optimizer_step()
+            emit(
+                "step",
+                optimizer_step=progress.optimizer_steps,
+                train_loss=train_loss,
+                lr=lr,
+                flops=meter.totals,
+                seconds=progress.clock(),
+            )
+            if stage is not None:
+                rest = stage.seconds - stage.validate_seconds - stage.move_seconds
+                progress.charge(validate=stage.validate_seconds, move=stage.move_seconds, other=rest)
+                progress.validation_forwards += stage.evaluations
+                meter.stage(stage)
+                emit("stage", **stage.to_dict(), run_flops=meter.totals, run_seconds=progress.clock())
+            due = config.evaluate_every and progress.optimizer_steps % config.evaluate_every == 0
+            if stage is not None or due or progress.optimizer_steps == steps:
+                measure_test_loss()
+
+            if reached_target():
+                stopped = TARGET_REACHED
+            elif not math.isfinite(train_loss):
+                stopped = NOT_FINITE
+            elif save and config.checkpoint_every and progress.optimizer_steps % config.checkpoint_every == 0:
+                save_checkpoint()
+
+        if progress.tested_at != progress.optimizer_steps and stopped != INTERRUPTED:
+            measure_test_loss()
+        if save:
+            save_checkpoint()
+        result = RunResult(
+            name=config.name,
+            optimizer_steps=progress.optimizer_steps,
+            test_loss=progress.test_loss,
+            flops=meter.totals,
+            seconds=progress.clock(),
+            validation_forwards=progress.validation_forwards,
+            stages=list(ff.stages) if ff is not None else [],
+            stopped_because=stopped or ALL_STEPS,
+            reached_target=None if config.target_loss is None else reached_target(),
+            log=log,
+            folder=folder,
+        )
+        emit(
+            "end",
+            optimizer_steps=result.optimizer_steps,
+            test_loss=result.test_loss,
+            flops=result.flops,
+            seconds=result.seconds,
+            validation_forwards=result.validation_forwards,
+            stages=len(result.stages),
+            stopped_because=result.stopped_because,
+            reached_target=result.reached_target,
+        )
+    return result
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+class _Interrupt:
+    """SIGINT's handler: the first Ctrl-C asks for an end after the present step, the second ends at once."""
+
+    wanted = False
+
+    def __call__(self, *signal_and_frame: object) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+
+@contextmanager
+def _interrupt_after_the_step() -> Iterator[_Interrupt]:
+    interrupt = _Interrupt()
+    # Signals arrive in the main thread only; a process started with SIGINT ignored keeps ignoring it.
+    if threading.current_thread() is not threading.main_thread() or not callable(
+        signal.getsignal(signal.SIGINT)
+    ):
+        yield interrupt
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,99 @@
+"""Tiny random causal language models and padded batches of random lengths for the engine's tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+VOCABULARY = 97
+_SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+_FAMILIES = {
+    "gpt_neox": ("GPTNeoX", dict(attention_dropout=0.3, hidden_dropout=0.3)),
+    "llama": ("Llama", dict(num_key_value_heads=2, attention_dropout=0.3)),
+    "gpt2": ("GPT2", {}),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=8, attention_dropout=0.3)),
+    "gemma": ("Gemma", dict(num_key_value_heads=1, head_dim=8, attention_dropout=0.3)),
+    "gemma2": ("Gemma2", dict(num_key_value_heads=2, head_dim=8)),
+    "mistral": ("Mistral", dict(num_key_value_heads=2)),
+    "granite": ("Granite", dict(num_key_value_heads=2, logits_scaling=4.0)),
+}
+
+
+def _build(family: str, **changes):
+    transformers = pytest.importorskip("transformers")
+    name, extra = _FAMILIES[family]
+    head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    config = getattr(transformers, f"{name}Config")(**(_SIZES | extra | changes))
+    torch.manual_seed(7)
+    model = getattr(transformers, head)(config)
+    with torch.no_grad():  # far from uniform predictions, so that a wrong position or token shows
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model.train()
+
+
+@pytest.fixture
+def tiny_model():
+    """`tiny_model(family, **config)`: a fresh model in training mode, the same weights every time."""
+    return _build
+
+
+def _batch(rows: int = 5, length: int = 24, *, left: bool = False, seed: int = 0, prompt: int = 2):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    for row in range(rows):
+        kept = int(torch.randint(prompt + 2, length + 1, (), generator=generator))
+        padding = slice(0, length - kept) if left else slice(kept, length)
+        first = length - kept if left else 0
+        mask[row, padding] = 0
+        ids[row, padding] = 0
+        labels[row, padding] = -100
+        labels[row, first : first + prompt] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture
+def padded_batch():
+    """`padded_batch(rows, length, left=, seed=, prompt=)`: random rows, the prompt's labels −100."""
+    return _batch
+
+
+@pytest.fixture
+def own_loss():
+    """`own_loss(model, batches)`: the token-weighted mean of `model(**batch).loss`, in eval mode."""
+
+    def measure(model, batches, shifted=True):
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            counts = [int(((b["labels"][:, 1:] if shifted else b["labels"]) != -100).sum()) for b in batches]
+            losses = [float(model(**batch).loss) for batch in batches]
+        model.train(training)
+        return sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
+
+    return measure
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_announced_yet(monkeypatch):
+    monkeypatch.setattr("ffkernels.ops.notices._announced", set())

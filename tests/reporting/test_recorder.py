@@ -1,0 +1,179 @@
+"""What is written comes back, after any kind of end."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from ffkernels.engine.fast_forward import Stage
+from ffkernels.reporting.recorder import Recorder, read_run
+
+RUN = {"name": "adam-s0", "config": {"lr": 1e-4}, "machine": {"cpu": "toy"}, "versions": {"torch": "2"}}
+
+
+def steps(log):
+    return [event["optimizer_step"] for event in log.steps]
+
+
+def test_a_run_comes_back(tmp_path):
+    stage = Stage(2, tau=3, losses=[(0, 2.5), (3, math.inf)], seconds=0.1, flops=7, stopped_because="nan")
+    with Recorder(tmp_path / "deep" / "adam-s0.jsonl") as recorder:
+        recorder.write("run", **RUN)
+        recorder.write(
+            "step", optimizer_step=1, train_loss=math.nan, lr=torch.tensor(0.5), flops={"paper": 3}
+        )
+        recorder.write("stage", **stage.to_dict(), run_flops={"paper": 10})
+        recorder.write("test", optimizer_step=2, loss=2.25)
+        recorder.write("end", optimizer_steps=2, test_loss=-math.inf)
+    log = read_run(tmp_path / "deep" / "adam-s0.jsonl")
+    assert (log.name, log.config, log.machine, log.versions) == tuple(RUN.values())
+    assert math.isnan(log.steps[0]["train_loss"]) and log.steps[0]["lr"] == 0.5
+    assert log.steps[0]["flops"] == {"paper": 3} and log.steps[0]["time"] > 1.7e9
+    assert log.stages[0]["losses"] == [[0, 2.5], [3, math.inf]]
+    assert log.stages[0]["stopped_because"] == "nan"  # a text stays one
+    assert log.tests[0]["loss"] == 2.25
+    assert log.end["test_loss"] == -math.inf
+    assert (log.resumes, log.truncated) == (0, False)
+
+
+def test_every_line_is_plain_json(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    with Recorder(tmp_path / "x.jsonl") as recorder:
+        recorder.write("test", loss=[math.nan, math.inf, -math.inf, 1e-300])
+    line = (tmp_path / "x.jsonl").read_text()
+    assert json.loads(line, parse_constant=refuse)["loss"] == ["nan", "inf", "-inf", 1e-300]
+
+
+def test_lines_are_there_before_the_run_ends(tmp_path):
+    recorder = Recorder(tmp_path / "x.jsonl")
+    recorder.write("run", **RUN)
+    recorder.write("step", optimizer_step=1)
+    assert steps(read_run(tmp_path / "x.jsonl")) == [1]
+    recorder.close()
+    recorder.close()
+
+
+def test_a_run_event_says_where_it_runs(tmp_path):
+    with Recorder(tmp_path / "x.jsonl") as recorder:
+        recorder.write("run", name="x", config={})
+    log = read_run(tmp_path / "x.jsonl")
+    assert log.machine["threads"] == torch.get_num_threads()
+    assert log.versions["torch"] == torch.__version__
+
+
+@pytest.fixture
+def cut_log(tmp_path):
+    """A log whose last line was cut after ``keep`` of its bytes."""
+
+    def cut(keep):
+        path = tmp_path / f"cut{keep}.jsonl"
+        with Recorder(path) as recorder:
+            recorder.write("run", **RUN)
+            recorder.write("step", optimizer_step=1)
+        size = path.stat().st_size
+        with Recorder(path, append=True) as recorder:
+            recorder.write("step", optimizer_step=2, text="τ*")
+        line = path.stat().st_size - size
+        with open(path, "r+b") as file:
+            file.truncate(size + (keep if keep >= 0 else line + keep))
+        return path
+
+    return cut
+
+
+@pytest.mark.parametrize("keep", [1, 10, -4, -2])
+def test_a_truncated_last_line_is_left_out(cut_log, keep):
+    log = read_run(cut_log(keep))
+    assert log.truncated and steps(log) == [1] and log.end is None
+
+
+def test_a_complete_last_line_without_its_newline_counts(cut_log):
+    log = read_run(cut_log(-1))
+    assert not log.truncated and steps(log) == [1, 2]
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(10, [1, 3]), (-4, [1, 3]), (-1, [1, 2, 3]), (0, [1, 3])])
+def test_appending_mends_the_last_line(cut_log, keep, expected):
+    path = cut_log(keep)
+    with Recorder(path, append=True) as recorder:
+        recorder.write("step", optimizer_step=3)
+    assert steps(read_run(path)) == expected
+
+
+def test_not_appending_begins_anew(tmp_path):
+    for step in (1, 2):
+        with Recorder(tmp_path / "x.jsonl") as recorder:
+            recorder.write("run", **RUN)
+            recorder.write("step", optimizer_step=step)
+    assert steps(read_run(tmp_path / "x.jsonl")) == [2]
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_resumed_run_replaces_what_it_took_back(tmp_path, said):
+    path = tmp_path / "x.jsonl"
+    with Recorder(path) as recorder:
+        recorder.write("run", **RUN)
+        recorder.write("test", optimizer_step=0, loss=9.0)
+        for step in range(1, 7):
+            recorder.write("step", optimizer_step=step, train_loss=1.0)
+            if step in (3, 6):
+                recorder.write("stage", optimizer_step=step, tau=step, losses=[])
+                recorder.write("test", optimizer_step=step, loss=float(step))
+        recorder.write("end", optimizer_steps=6, test_loss=6.0)
+    with Recorder(path, append=True) as recorder:
+        recorder.write("run", **{**RUN, "config": {"lr": 2.0}}, **({"resumed_from": 4} if said else {}))
+        recorder.write("step", optimizer_step=5, train_loss=2.0)
+    log = read_run(path)
+    assert [(e["optimizer_step"], e["train_loss"]) for e in log.steps] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 1),
+        (5, 2),
+    ]
+    assert [e["optimizer_step"] for e in log.stages] == [3]
+    assert [e["optimizer_step"] for e in log.tests] == [0, 3]
+    assert log.end is None and log.resumes == 1 and log.config == {"lr": 2.0}
+
+
+def test_a_resume_that_logged_nothing_yet_keeps_what_led_to_it(tmp_path):
+    with Recorder(tmp_path / "x.jsonl") as recorder:
+        recorder.write("run", **RUN)
+        for step in (1, 2, 3):
+            recorder.write("step", optimizer_step=step)
+        recorder.write("run", **RUN, resumed_from=2)
+    assert steps(read_run(tmp_path / "x.jsonl")) == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"event":"ru'])
+def test_an_empty_log_is_named(tmp_path, content):
+    (tmp_path / "empty.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no complete line"):
+        read_run(tmp_path / "empty.jsonl")
+
+
+def test_a_broken_line_inside_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"event":"run"}\n{"event":"st\n{"event":"end"}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2"):
+        read_run(tmp_path / "x.jsonl")
+
+
+def test_a_log_must_begin_with_its_run(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"event":"step","optimizer_step":1}\n')
+    with pytest.raises(ValueError, match="begins with a 'step' event"):
+        read_run(tmp_path / "x.jsonl")
+
+
+def test_events_and_values_of_other_kinds_are_refused(tmp_path):
+    with Recorder(tmp_path / "x.jsonl") as recorder:
+        with pytest.raises(ValueError, match="'epoch'"):
+            recorder.write("epoch")
+        with pytest.raises(TypeError, match="object"):
+            recorder.write("test", loss=object())
+        recorder.write("run", **RUN)
+    assert read_run(tmp_path / "x.jsonl").name == "adam-s0"  # a refused event leaves no part of a line

@@ -1,0 +1,194 @@
+"""The report's files and words, from runs with known numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from ffkernels.reporting.plots import accepted, flop_unit, walk
+from ffkernels.reporting.report import build_report, print_table
+from ffkernels.reporting.savings import compare_runs
+
+TRIED = [(0, 2.0), (1, 1.8), (2, 1.6), (4, 1.9), (3, 1.5)]
+PICTURES = ["test_loss_flops", "test_loss_seconds", "tau", "training"]
+
+
+@pytest.fixture
+def logs(write_log):
+    """Adam, both searches and the tuned row; Fast Forward saves 1 − 550/2000 of the measured FLOPs."""
+    return [
+        write_log("adam-s0", {0: 3.0, 10: 2.0, 20: 1.0}, seed=0),
+        write_log(
+            "linear-s0", {0: 3.0, 10: 1.5, 20: 1.2}, seed=0, stages={10: (3, TRIED), 16: (0, [(0, 1.0)])}
+        ),
+        write_log("parabolic-s0", {0: 3.0, 5: 0.9}, seed=0, stages={5: (3, TRIED)}),
+        write_log("adam-tuned-s0", {0: 3.0, 4: 0.9}, seed=0, lr=3e-3),
+    ]
+
+
+def shape(value):
+    return {key: shape(item) for key, item in value.items()} if isinstance(value, dict) else type(value)
+
+
+def test_report_json_keeps_its_schema(logs, tmp_path):
+    report = build_report(logs, tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert data == report.data
+    assert list(data) == ["runs", "savings", "machine", "versions", "config"]
+    assert [run["name"] for run in data["runs"]] == ["adam-s0", "linear-s0", "parabolic-s0", "adam-tuned-s0"]
+    for run in data["runs"]:
+        assert shape(run) == {
+            "name": str,
+            "optimizer_steps": int,
+            "test_loss": float,
+            "flops": {"paper": int, "measured": int},
+            "seconds": dict.fromkeys(("train", "validate", "move", "other", "total"), float),
+            "validation_forwards": int,
+            "stages": int,
+        }
+    linear, parabolic, tuned = data["savings"]
+    assert parabolic == {
+        "name": "parabolic-s0",
+        "flops_paper": 1 - 800 / 3000,
+        "flops_measured": 1 - 550 / 2000,
+        "seconds": 1 - 11.25 / 40,
+    }
+    assert tuned["flops_measured"] == 0.8
+    assert linear["flops_measured"] is None and linear["reason"].startswith("did not reach")
+    assert data["machine"] == {"cpu": "toy", "threads": 1}
+    assert data["versions"] == {"torch": "2", "git_commit": "abc"}
+    assert data["config"] == {"lr": 1e-4, "batch_size": 8, "seed": 0}
+
+
+def test_the_given_config_wins_and_tells_the_tolerance(logs, tmp_path):
+    config = {"lr": 1e-4, "tolerance": 0.3, "out": "/home/me/runs", "data": "/home/me/chat.jsonl"}
+    report = build_report(logs, tmp_path, config=config)
+    assert report.data["config"] == {"lr": 1e-4, "tolerance": 0.3, "data": "chat.jsonl"}
+    assert report.data["savings"][0]["flops_measured"] == 1 - 2060 / 2000  # linear reaches 1.3 at step 20
+    assert (
+        build_report(logs, tmp_path, target_tolerance=0.0, config=config).data["savings"][0]["seconds"]
+        is None
+    )
+
+
+def test_what_is_not_finite_becomes_null(write_log, tmp_path):
+    build_report([write_log("adam", {0: 3.0, 5: math.nan})], tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["test_loss"] is None
+    assert "| – |" in (tmp_path / "report.md").read_text()
+
+
+def test_pictures_are_drawn_and_not_empty(logs, tmp_path):
+    from matplotlib.image import imread
+
+    report = build_report(logs, tmp_path)
+    assert [path.name for path in report.files[2:]] == [f"{stem}.png" for stem in PICTURES]
+    for path in report.files[2:]:
+        pixels = imread(path)[..., :3]
+        assert pixels.shape[0] >= 600 and pixels.shape[1] == 1080  # 7.2 inches at 150 dpi
+        colours = {tuple(colour) for colour in (pixels[::3, ::3].reshape(-1, 3) * 255).astype(int).tolist()}
+        assert len(colours) > 20
+    assert [path for path in report.files if not path.is_file()] == []
+
+
+def test_runs_without_stages_have_no_pictures_of_them(write_log, tmp_path):
+    report = build_report([write_log("mine", {0: 3.0, 5: 2.0})], tmp_path)
+    assert [path.name for path in report.files[2:]] == ["test_loss_flops.png", "test_loss_seconds.png"]
+    assert report.data["savings"] == []
+
+
+def test_a_run_killed_at_once_is_reported(write_log, tmp_path):
+    report = build_report([write_log("adam", {}, steps=0, end=False)], tmp_path)
+    assert report.data["runs"][0]["test_loss"] is None
+    assert any("adam has no end in its log" in line for line in report.caveats)
+
+
+def test_markdown_tells_the_whole_story(logs, tmp_path):
+    build_report(logs, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    for expected in (
+        "lr 0.0001, batch_size 8",
+        "| parabolic-s0 | 0.0001 | 5 | 1 | 5 | 0.9000 | 550 | 11.2 | 72.5 % | 73.3 % | 71.9 % |",
+        "| linear-s0 | 0.0001 | 20 | 2 | 6 | 1.2000 | 2060 | 41.5 | not reached | – | – |",
+        "FLOPs saved, measured",
+        "FLOPs saved, paper",
+        "flatters Fast Forward",
+        "at the same learning rate",
+        "linear-s0 has no saving: did not reach test loss 1.0001; the best was 1.2000.",
+        "Adam at a tuned learning rate (0.003) saves 80.0 % of the FLOPs (measured) and 80.0 % of the time",
+        "Fast Forward parabolic 72.5 % of the FLOPs (measured) and 71.9 % of the time",
+        "| parabolic-s0 | 10.00 | 1.25 | 0.00 | 0.00 | 11.25 |",
+        *(f"]({stem}.png)" for stem in PICTURES),
+    ):
+        assert expected in text, expected
+
+
+def test_caveats_name_what_is_wrong_with_the_runs(write_log, tmp_path):
+    logs = [
+        write_log("adam", {0: 3.0, 5: 0.9, 10: 1.0}),
+        write_log("linear", {2: 1.0, 6: 0.8}, machine={"cpu": "another"}),
+        write_log("parabolic", {2: 2.0}, end=False),
+    ]
+    caveats = "\n".join(build_report(logs, tmp_path).caveats)
+    assert "adam itself was at its target, step 10's, already at step 5." in caveats
+    assert "linear went on after the target: its saving is taken at step 2 of 6." in caveats
+    assert "parabolic has no end in its log" in caveats
+    assert "The runs differ in cpu, threads of their machine: their seconds do not compare." in caveats
+
+
+def test_medians_come_last_and_with_their_range(write_log, tmp_path):
+    logs = [write_log(f"adam-s{seed}", {20: 1.0}, seed=seed) for seed in range(3)]
+    logs += [write_log(f"linear-s{seed}", {5 + 10 * seed: 1.0}, seed=seed) for seed in range(3)]
+    report = build_report(logs, tmp_path)
+    names = [entry["name"] for entry in report.data["savings"]]
+    assert names == ["linear-s0", "linear-s1", "linear-s2", "linear-median"]
+    assert report.data["savings"][-1]["flops_measured"] == 0.25
+    row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "median of 3 |" in line)
+    assert row.count("25.0 % (−25.0 to 75.0)") == 3
+
+
+def test_the_terminal_table_fits_eighty_columns(logs, tmp_path):
+    out = io.StringIO()
+    print_table(build_report(logs, tmp_path), Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    row = next(line for line in lines if line.startswith("parabolic-s0"))
+    assert row.split() == "parabolic-s0 0.0001 5 1 5 0.9000 550 11.2 72.5% 73.3% 71.9%".split()
+    assert any("missed" in line for line in lines if line.startswith("linear-s0"))
+
+
+def test_the_path_of_a_run(logs):
+    run = next(run for run in compare_runs(logs, 1e-4) if run.name == "linear-s0")
+    sgd, stages = walk(run)
+    # Training losses stand one step back, before their update; ten of them, then τ* = 3 moves what follows.
+    assert [x for x, _ in sgd] == [*range(10), *range(13, 23)]
+    assert sgd[10] == (13, pytest.approx(4.0 - 0.11))
+    assert stages == [[(10, 2.0), (11, 1.8), (12, 1.6), (13, 1.5)], [(19, 1.0)]]
+
+
+def test_accepted_losses_end_at_the_best():
+    losses = [[0, 3.0], [1, 2.0], [4, 1.5], [8, 1.4], [16, math.nan], [5, 1.2], [6, 1.3]]
+    stage = {"tau": 5, "losses": losses}
+    assert accepted(stage) == [(0, 3.0), (1, 2.0), (4, 1.5), (5, 1.2)]
+    assert accepted({"tau": 0, "losses": [[0, math.nan]]}) == []
+
+
+def test_flop_units():
+    assert flop_unit(999) == (1.0, "FLOP") and flop_unit(0) == (1.0, "FLOP")
+    assert flop_unit(1.2e12) == (1e12, "TFLOP")
+
+
+def test_no_runs_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="at least one run log"):
+        build_report([], tmp_path)
+
+
+def test_importing_draws_in_neither_matplotlib_nor_rich():
+    code = "import sys, ffkernels.reporting.report; print({'matplotlib', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

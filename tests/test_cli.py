@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("typer")
+from typer.testing import CliRunner
+
+from ffkernels.cli import _seeds, app, run
+
+
+@pytest.fixture
+def invoke():
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def sums(tmp_path):
+    lines = [{"prompt": f"{a}+{b}=", "response": f"{a + b}."} for a in range(10) for b in range(10)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def quick(sums, tmp_path):
+    pytest.importorskip("peft")
+    options = {
+        "--data": sums,
+        "--max-length": 12,
+        "--batch-size": 4,
+        "--test-examples": 8,
+        "--validation-examples": 4,
+        "--device": "cpu",
+        "--threads": 1,
+        "--out": tmp_path / "out",
+    }
+    return [part for option in options.items() for part in option]
+
+
+def fails(capsys, *arguments):
+    """The one line that a user error prints."""
+    with pytest.raises(SystemExit) as exit:
+        run([str(a) for a in arguments])
+    assert exit.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_help_is_quick_to_import():
+    code = "import sys, ffkernels.cli; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["compare", "train", "report", "doctor"])
+def test_every_command_has_help(invoke, command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+
+
+def test_seeds():
+    assert _seeds("3") == (0, 1, 2)
+    assert _seeds("0,7") == (0, 7)
+    assert _seeds("7,") == (7,)
+    with pytest.raises(ValueError, match="seeds='x'"):
+        _seeds("x")
+
+
+def test_doctor(invoke):
+    text = invoke("doctor", "--device", "cpu")
+    assert text.exit_code == 0 and "what would run" in text.stdout
+    diagnosis = json.loads(invoke("doctor", "--json", "--device", "cpu").stdout)
+    assert diagnosis["executor"]["name"] == "eager"
+
+
+def test_doctor_builds_the_ops(invoke, monkeypatch, tmp_path):
+    from ffkernels import ops
+
+    monkeypatch.setattr(ops, "build_native", lambda: tmp_path / "built.so")
+    assert f"built {tmp_path / 'built.so'}" in invoke("doctor", "--build").stdout
+
+
+def test_train_then_resume_then_report(invoke, quick, tmp_path, capsys):
+    out = tmp_path / "out"
+    result = invoke("train", *quick, "--steps", 2, "--interval", 2, "--name", "a")
+    assert result.exit_code == 0, result.output
+    assert f"The adapter is in {out / 'a'}" in result.stdout
+    assert (out / "a" / "adapter_model.safetensors").is_file()
+
+    assert "a.jsonl exists: --resume" in fails(capsys, "train", *quick, "--steps", 2, "--name", "a")
+    other = fails(capsys, "train", *quick, "--steps", 4, "--name", "a", "--resume", "--no-fast-forward")
+    assert "cannot resume run 'a'" in other and "fast_forward" in other
+
+    result = invoke("train", *quick, "--steps", 4, "--interval", 2, "--name", "a", "--resume")
+    assert result.exit_code == 0, result.output
+    assert "all steps done after 4 steps" in result.stdout
+
+    result = invoke("report", out / "a.jsonl", "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [(r["name"], r["optimizer_steps"]) for r in report["runs"]] == [("a", 4)]
+
+
+def test_compare_writes_the_report(invoke, quick, tmp_path):
+    result = invoke("compare", *quick, "--steps", 6, "--interval", 3, "--lr", 3e-4, "--evaluate-every", 3)
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    names = ["adam-s0", "linear-s0", "parabolic-s0", "adam-tuned-s0"]
+    assert [run["name"] for run in report["runs"]] == names
+    assert {"runs", "savings", "machine", "versions", "config"} <= report.keys()
+    for entry in report["runs"]:
+        assert set(entry["flops"]) == {"paper", "measured"}
+        assert set(entry["seconds"]) == {"train", "validate", "move", "other", "total"}
+        assert entry.keys() >= {"optimizer_steps", "test_loss", "validation_forwards", "stages"}
+    assert {s["name"] for s in report["savings"]} <= set(names)
+    for saving in report["savings"]:
+        assert saving.keys() >= {"name", "flops_paper", "flops_measured", "seconds"}
+    assert report["config"]["seeds"] == [0] and report["config"]["tuned_lr"] > 0
+    assert (out / "report.md").is_file() and list(out.glob("*.png"))
+    assert all((out / f"{name}.jsonl").is_file() for name in names)
+    last = re.sub(r"\s+", "", result.stdout.strip().splitlines()[-1])
+    assert f"reportisin{out}" in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--lr", "-1"], "lr=-1.0: must be a number above 0"),
+        (["train", "--search", "golden"], "search='golden'"),
+        (["train", "--resume", "--overwrite"], "give one of them"),
+        (["compare", "--seeds", "none"], "seeds='none'"),
+        (["compare", "--search", "golden"], "searches=('golden',)"),
+        (["report", "no-such-run.jsonl"], "no such run log: no-such-run.jsonl"),
+        (["train", "--data", "no-such-file.jsonl"], "no-such-file.jsonl"),
+        (["train", "--task", "poetry"], "poetry"),
+        (["doctor", "--device", "gpu"], "device='gpu'"),
+    ],
+)
+def test_user_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *arguments)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    from ffkernels import doctor
+
+    def broken(device):
+        return json.loads("not json")  # a ValueError from outside the package
+
+    monkeypatch.setattr(doctor, "diagnose", broken)
+    with pytest.raises(ValueError):
+        run(["doctor"])
+
+
+def test_a_missing_command_line_package_is_named():
+    code = "import sys; sys.modules['typer'] = None\nfrom ffkernels.__main__ import main\nmain()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.strip() == "ffkernels: the command line needs typer: pip install 'ffkernels[hf]'"

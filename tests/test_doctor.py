@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ffkernels import doctor, ops
+from ffkernels.doctor import describe, diagnose
+from ffkernels.ops import Availability
+
+
+def test_the_diagnosis_says_what_auto_means():
+    found = diagnose("cpu")
+    assert json.loads(json.dumps(found)) == found
+    assert (found["ops"]["name"], found["ops"]["reason"]) == ops.resolve("auto", "cpu")
+    assert found["executor"]["name"] == "eager"
+    assert found["versions"]["torch"] == str(torch.__version__)
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert found["machine"]["device"] == "cpu"
+    assert set(found["implementations"]) == set(ops.available())
+
+
+def test_the_text_names_everything_that_was_found():
+    found = diagnose("cpu")
+    text = describe(found)
+    for part in (found["versions"]["torch"], found["ops"]["reason"], found["executor"]["reason"]):
+        assert part in text
+
+
+def without_cpp(monkeypatch, compiler):
+    torch_only = {"torch": Availability(True, "always"), "cpp": Availability(False, "not built", "build it")}
+    monkeypatch.setattr(doctor.ops, "available", lambda: torch_only)
+    monkeypatch.setattr(doctor.ops, "resolve", lambda impl, device: ("torch", "not built"))
+    monkeypatch.setattr(doctor, "find_compiler", lambda: compiler)
+
+
+def test_advice_where_the_compiled_ops_are_missing(monkeypatch):
+    without_cpp(monkeypatch, ["g++"])
+    advice = diagnose("cpu")["advice"]
+    assert {"what": "cpp ops are not available (not built)", "cure": "build it"} in advice
+
+
+def test_advice_where_the_compiler_is_missing_too(monkeypatch):
+    without_cpp(monkeypatch, None)
+    found = diagnose("cpu")
+    cure = next(a["cure"] for a in found["advice"] if a["what"].startswith("cpp"))
+    assert "install" in cure and cure.endswith("`ffkernels doctor --build`")
+    assert cure in describe(found)
+
+
+def test_advice_where_cores_are_idle_and_packages_missing(monkeypatch):
+    machine = {**doctor.machine_info(), "cores": torch.get_num_threads() + 1}
+    monkeypatch.setattr(doctor, "machine_info", lambda: machine)
+    versions = {**doctor.version_info(), "peft": None}
+    monkeypatch.setattr(doctor, "version_info", lambda: versions)
+    cures = [a["cure"] for a in diagnose("cpu")["advice"]]
+    assert f"--threads {torch.get_num_threads() + 1}" in cures[0]
+    assert "pip install 'ffkernels[hf]'" in cures
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:0:1"])
+def test_an_unknown_device_is_refused(device):
+    with pytest.raises(ValueError, match=f"device='{device}'"):
+        diagnose(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_refused():
+    with pytest.raises(ValueError, match="no CUDA device"):
+        diagnose("cuda")

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ffkernels.engine.config import FastForwardConfig
+from ffkernels.training import compare as module
+from ffkernels.training.compare import Comparison, Interrupted, compare
+from ffkernels.training.config import TrainConfig
+
+
+@pytest.fixture
+def comparison(small, tmp_path):
+    base = TrainConfig(**{**small, "steps": 24, "evaluate_every": 8, "lr": 3e-4}, out=str(tmp_path))
+    return Comparison(base, fast_forward=FastForwardConfig(interval=4), tuned_lr=3e-3)
+
+
+def test_the_protocol(comparison):
+    told = []
+    results, protocol = compare(replace(comparison, seeds=(0, 2)), on_run=told.append)
+    assert [r.name for r in results] == [
+        f"{name}-s{seed}" for seed in (0, 2) for name in ("adam", "linear", "parabolic", "adam-tuned")
+    ]
+    assert [c.name for c in told] == [r.name for r in results]
+    assert protocol["tuned_lr"] == 3e-3 and protocol["tuned_lr_source"] == "option"
+    for config, result in zip(told, results, strict=True):
+        adam = results[0] if config.seed == 0 else results[4]
+        assert result.log.name == f"{config.name}.jsonl" and result.log.is_file()
+        assert config.lr == (3e-3 if config.name.startswith("adam-tuned") else 3e-4)
+        if result is adam:
+            assert result.optimizer_steps == 24 and result.reached_target is None and not result.stages
+            continue
+        assert config.target_loss == adam.test_loss + 1e-4
+        assert config.steps == 24
+        assert result.reached_target == (result.test_loss <= config.target_loss)
+        assert result.reached_target or result.optimizer_steps == 24
+        searched = config.fast_forward.search if config.fast_forward else "adam-tuned"
+        assert config.name == f"{searched}-s{config.seed}"
+    parabolic = results[2]
+    assert parabolic.reached_target and parabolic.optimizer_steps < 24 and parabolic.stages[0].tau > 0
+    assert results[0].test_loss != results[4].test_loss
+
+
+def test_the_sweep_takes_the_rate_that_gets_there_first(comparison, monkeypatch):
+    monkeypatch.setattr(module, "SWEEP", (3e-4, 1e-3, 1e-2))
+    told = []
+    results, protocol = compare(
+        replace(comparison, tuned_lr=None, sweep=True, searches=("parabolic",)), on_run=told.append
+    )
+    names = [c.name for c in told]
+    assert names == [
+        "adam-s0",
+        "parabolic-s0",
+        "sweep-0.0003-s0",
+        "sweep-0.001-s0",
+        "sweep-0.01-s0",
+        "adam-tuned-s0",
+    ]
+    assert [r.name for r in results] == ["adam-s0", "parabolic-s0", "adam-tuned-s0"]
+    assert protocol["tuned_lr_source"] == "sweep" and protocol["tuned_lr"] > 3e-4
+    assert results[-1].optimizer_steps < 24
+
+
+def test_where_the_tuned_rate_comes_from(comparison):
+    base = replace(comparison.base, model="tiny", data=None)
+    table = replace(comparison, tuned_lr=None, base=base)
+    assert module._tuned_lr(table) == (module.TUNED_LR["tiny", "instruction"], "table")
+    lr, source = module._tuned_lr(replace(comparison, tuned_lr=None))
+    assert lr > 0 and "not measured" in source
+
+
+def test_interrupted(comparison):
+    def stop(event):
+        if event["event"] == "step" and event["optimizer_step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="adam-s0"):
+        compare(comparison, on_event=stop)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seeds", ()),
+        ("seeds", (0, 0)),
+        ("seeds", (-1,)),
+        ("searches", ("golden",)),
+        ("tuned_lr", 0.0),
+        ("check_every", 0),
+        ("tolerance", -1.0),
+    ],
+)
+def test_a_bad_setting_is_named(comparison, field, value):
+    with pytest.raises(ValueError, match=field):
+        replace(comparison, **{field: value})
+
+
+def test_tuned_lr_and_sweep_exclude_each_other(comparison):
+    with pytest.raises(ValueError, match="one of them"):
+        replace(comparison, sweep=True)

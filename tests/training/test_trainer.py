@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from ffkernels.engine.config import FastForwardConfig
+from ffkernels.engine.search import LinearSearch
+from ffkernels.reporting.recorder import read_run
+from ffkernels.training.config import TrainConfig
+from ffkernels.training.trainer import DataOrder, _interrupt_after_the_step, train
+
+STAGES = FastForwardConfig(interval=4, max_tau=16)
+
+
+@pytest.fixture
+def config(small, tmp_path):
+    return TrainConfig(**small, out=str(tmp_path))
+
+
+def state(config, name=None):
+    return torch.load(f"{config.out}/{name or config.name}/state.pt", weights_only=True)
+
+
+def assert_same(mine, other):
+    """Equal to the bit, through dicts and lists."""
+    assert type(mine) is type(other)
+    if isinstance(mine, torch.Tensor):
+        assert torch.equal(mine, other)
+    elif isinstance(mine, dict):
+        assert mine.keys() == other.keys()
+        for key in mine:
+            assert_same(mine[key], other[key])
+    elif isinstance(mine, (list, tuple)):
+        assert len(mine) == len(other)
+        for a, b in zip(mine, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert mine == other
+
+
+def events(config, kind, name=None):
+    log = read_run(f"{config.out}/{name or config.name}.jsonl")
+    return {"step": log.steps, "stage": log.stages, "test": log.tests, "end": [log.end]}[kind]
+
+
+def assert_same_run(config, a, b):
+    """Weights, optimizer, random numbers, FLOPs, losses and stages; not the clock."""
+    mine, other = state(config, a), state(config, b)
+    for part in ("weights", "optimizer", "random", "meter"):
+        assert_same(mine[part], other[part])
+    for kind, field in (
+        ("step", "train_loss"),
+        ("step", "flops"),
+        ("stage", "losses"),
+        ("stage", "run_flops"),
+    ):
+        assert [e[field] for e in events(config, kind, a)] == [e[field] for e in events(config, kind, b)]
+    finals = [(e["optimizer_steps"], e["test_loss"], e["flops"]) for e in events(config, "end", a)]
+    assert finals == [(e["optimizer_steps"], e["test_loss"], e["flops"]) for e in events(config, "end", b)]
+
+
+# The configuration
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("lr", 0, "above 0"),
+        ("lr", math.nan, "above 0"),
+        ("steps", 0, "at least 1"),
+        ("steps", 2.5, "integer"),
+        ("steps", True, "integer"),
+        ("batch_size", -1, "at least 1"),
+        ("micro_batch_size", 0, "or None"),
+        ("method", "ia3", "'dora'"),
+        ("schedule", "step", "'cosine'"),
+        ("dropout", 1.0, "below 1"),
+        ("name", "a/b", "file name"),
+        ("name", "", "file name"),
+        ("targets", "dense", "module names"),
+        ("fast_forward", True, "FastForwardConfig"),
+        ("target_loss", "low", "number"),
+        ("dtype", "int8", "'bfloat16'"),
+    ],
+)
+def test_a_bad_setting_names_field_value_and_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError) as error:
+        TrainConfig(**{field: value})
+    assert f"{field}={value!r}" in str(error.value)
+    assert allowed in str(error.value)
+
+
+def test_learning_rates():
+    constant = TrainConfig(lr=1.0, warmup_steps=4)
+    assert [constant.learning_rate(s, 8) for s in range(8)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    linear = TrainConfig(lr=1.0, warmup_steps=0, schedule="linear")
+    assert [linear.learning_rate(s, 4) for s in range(4)] == [1, 0.75, 0.5, 0.25]
+    cosine = TrainConfig(lr=1.0, warmup_steps=2, schedule="cosine")
+    rates = [cosine.learning_rate(s, 6) for s in range(6)]
+    assert rates[:3] == [0.5, 1, 1]
+    assert rates[4] == pytest.approx(0.5)
+    assert rates[5] == pytest.approx(0.5 - math.sqrt(0.125))
+
+
+def test_data_order_is_a_function_of_seed_and_step():
+    order = DataOrder(10, 4, seed=3)
+    batches = [order(step) for step in range(10)]
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat[:10]) == sorted(flat[30:]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+    assert DataOrder(10, 4, seed=3)(7) == order(7) == batches[7]
+    assert order(0) == batches[0]
+    assert DataOrder(10, 4, seed=4)(0) != batches[0]
+    assert len(DataOrder(3, 8, seed=0)(0)) == 8
+
+
+# The run
+
+
+def test_a_run_learns_counts_and_saves(config, small):
+    from ffkernels.engine.validation import ValidationLoss
+    from ffkernels.training.models import load_model
+    from ffkernels.training.tasks import collate
+    from ffkernels.training.trainer import prepare_task
+
+    config = replace(config, fast_forward=STAGES, evaluate_every=5, lr=3e-3)
+    seen = []
+    result = train(config, on_event=lambda event: seen.append(event["event"]))
+    tests = events(config, "test")
+    assert [t["optimizer_step"] for t in tests] == [0, 4, 5, 8, 10]
+    assert result.test_loss == tests[-1]["loss"] < tests[0]["loss"]
+    assert [s.optimizer_step for s in result.stages] == [4, 8]
+    assert result.validation_forwards == sum(len(s.losses) for s in result.stages) > 2
+    assert result.flops["measured"] > 0 and result.flops["paper"] > 0
+    assert result.stopped_because == "all steps done" and result.reached_target is None
+    assert seen == [e["event"] for e in map(json.loads, result.log.read_text().splitlines())]
+    assert seen[0] == "run" and seen[-1] == "end" and seen.count("step") == 10
+
+    for event in events(config, "step") + tests + events(config, "end"):
+        s = event["seconds"]
+        assert s["total"] == pytest.approx(s["train"] + s["validate"] + s["move"] + s["other"], abs=1e-12)
+    stages = events(config, "stage")
+    assert result.seconds["validate"] == pytest.approx(sum(s["validate_seconds"] for s in stages))
+    assert result.seconds["move"] == pytest.approx(sum(s["move_seconds"] for s in stages))
+
+    # The saved adapter on a fresh base is the model that was tested.
+    peft = pytest.importorskip("peft")
+    base, tokenizer = load_model(config.model)
+    loaded = peft.PeftModel.from_pretrained(base, str(result.folder))
+    task = prepare_task(config, tokenizer)
+    test = ValidationLoss(loaded, task.test, collator=partial(collate, pad_token_id=tokenizer.pad_token_id))
+    assert float(test()) == result.test_loss
+    saved = state(config)["weights"]
+    weights = {name: p for name, p in loaded.named_parameters() if name in saved}
+    assert_same({n: p.detach() for n, p in weights.items()}, saved)
+    leftovers = [p.name for p in result.folder.iterdir() if "writing" in p.name]
+    assert not leftovers
+
+
+@pytest.mark.parametrize(
+    ("cut", "method"),
+    [(1, "lora"), (3, "lora"), (4, "lora"), (6, "lora"), (8, "lora"), (9, "dora")],
+    ids=["first step", "before a stage", "after a stage", "mid-interval", "after the second stage", "dora"],
+)
+def test_resume_is_bit_identical(config, cut, method):
+    config = replace(config, fast_forward=STAGES, method=method, dropout=0.1, micro_batch_size=3)
+    train(replace(config, name="straight"))
+    train(replace(config, name="parts", steps=cut))
+    train(replace(config, name="parts"), resume=True)
+    assert_same_run(config, "straight", "parts")
+    assert len(events(config, "step", "parts")) == 10
+    stages = [s["optimizer_step"] for s in events(config, "stage", "parts")]
+    assert stages == [4, 8]
+
+
+def test_resume_drops_what_was_logged_after_the_checkpoint(config):
+    config = replace(config, fast_forward=STAGES, checkpoint_every=3)
+    train(replace(config, name="straight"))
+
+    def crash(event):
+        if event["event"] == "step" and event["optimizer_step"] == 5:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(replace(config, name="crashed"), on_event=crash)
+    assert len(events(config, "step", "crashed")) == 5
+    train(replace(config, name="crashed"), resume=True)
+    assert_same_run(config, "straight", "crashed")
+
+
+def test_resume_under_a_decaying_schedule(config):
+    config = replace(config, schedule="cosine", checkpoint_every=4)
+
+    def stop(event):
+        if event["event"] == "step" and event["optimizer_step"] == 6:
+            raise KeyboardInterrupt
+
+    train(replace(config, name="straight"))
+    train(replace(config, name="parts"), on_event=stop)
+    with pytest.raises(ValueError, match=r"steps=12 \(saved: 10\)"):
+        train(replace(config, name="parts", steps=12), resume=True)
+    train(replace(config, name="parts"), resume=True)
+    assert_same_run(config, "straight", "parts")
+
+
+def test_resume_refuses_what_it_cannot_continue(config):
+    with pytest.raises(ValueError, match="nothing to resume"):
+        train(config, resume=True)
+    train(replace(config, steps=1))
+    with pytest.raises(ValueError, match=r"lr=0\.5 \(saved: 0\.001\)"):
+        train(replace(config, lr=0.5), resume=True)
+    (open(f"{config.out}/run/state.pt", "wb")).close()
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(config, resume=True)
+
+
+class NeverBetter(LinearSearch):
+    """Sees a loss that rises with τ, whatever the model says."""
+
+    def observe(self, tau, loss):
+        super().observe(tau, float(tau))
+
+
+def test_no_accepted_step_means_the_plain_run_bit_for_bit(config, monkeypatch):
+    monkeypatch.setattr(
+        "ffkernels.engine.fast_forward.make_search", lambda name, max_tau: NeverBetter(max_tau)
+    )
+    config = replace(config, dropout=0.1)
+    train(replace(config, name="plain"))
+    result = train(
+        replace(
+            config, name="ff", fast_forward=FastForwardConfig(interval=2, patience=None), evaluate_every=1
+        )
+    )
+    assert [s.tau for s in result.stages] == [0] * 5
+    assert [len(s.losses) for s in result.stages] == [2] * 5
+    for part in ("weights", "optimizer", "random"):
+        assert_same(state(config, "plain")[part], state(config, "ff")[part])
+    assert result.flops["measured"] > state(config, "plain")["meter"]["measured"]
+
+
+def test_the_result_does_not_depend_on_the_micro_batch_size(config):
+    runs = {}
+    for size in (None, 1, 3, 8):
+        name = f"micro-{size}"
+        train(replace(config, name=name, micro_batch_size=size))
+        losses = [e["train_loss"] for e in events(config, "step", name)]
+        runs[size] = losses, state(config, name)["weights"]
+    losses, weights = runs[None]
+    for size in (1, 3, 8):
+        assert runs[size][0] == pytest.approx(losses, rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(runs[size][1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_seeds_change_the_run_and_repeat_it(config):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(replace(config, name=name, seed=seed, steps=3))
+    assert_same(state(config, "a")["weights"], state(config, "b")["weights"])
+    lora_a = next(n for n in state(config, "a")["weights"] if "lora_A" in n)
+    assert not torch.equal(state(config, "a")["weights"][lora_a], state(config, "c")["weights"][lora_a])
+
+
+@pytest.mark.parametrize(
+    ("fast_forward", "evaluate_every", "step"), [(None, 3, 3), (STAGES, 3, 3), (STAGES, 0, 4)]
+)
+def test_the_target_is_checked_at_the_cadence_and_after_every_stage(
+    config, fast_forward, evaluate_every, step
+):
+    train(replace(config, name="start", steps=1))
+    before = events(config, "test", "start")[0]["loss"]
+    config = replace(
+        config,
+        fast_forward=fast_forward,
+        evaluate_every=evaluate_every,
+        target_loss=before - 1e-7,
+        lr=1e-2,
+        warmup_steps=0,
+    )
+    result = train(config)
+    assert (result.stopped_because, result.reached_target) == ("target loss reached", True)
+    assert result.optimizer_steps == step
+    assert result.test_loss <= config.target_loss
+
+
+def test_a_target_out_of_reach_and_one_already_reached(config):
+    result = train(replace(config, steps=2, target_loss=0.0))
+    assert (result.optimizer_steps, result.reached_target) == (2, False)
+    result = train(replace(config, steps=2, target_loss=100.0))
+    assert (result.optimizer_steps, result.reached_target) == (0, True)
+
+
+def test_a_diverged_run_ends(config):
+    result = train(replace(config, lr=1e30, warmup_steps=0))
+    assert result.stopped_because == "training loss is not finite"
+    assert result.optimizer_steps < 10
+
+
+def test_ctrl_c_in_a_callback_saves_and_the_run_goes_on(config):
+    config = replace(config, fast_forward=STAGES)
+
+    def stop(event):
+        if event["event"] == "stage":
+            raise KeyboardInterrupt
+
+    train(replace(config, name="straight"))
+    result = train(replace(config, name="parts"), on_event=stop)
+    assert result.interrupted and result.optimizer_steps == 4
+    assert events(config, "end", "parts")[0]["stopped_because"] == "interrupted"
+    assert (result.folder / "adapter_model.safetensors").is_file()
+    train(replace(config, name="parts"), resume=True)
+    assert_same_run(config, "straight", "parts")
+
+
+def test_a_signal_ends_the_run_after_the_step(config):
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(event):
+        if event["event"] == "step" and event["optimizer_step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = train(config, on_event=interrupt)
+    assert result.interrupted and result.optimizer_steps == 3
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_signal_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with _interrupt_after_the_step() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.wanted
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
