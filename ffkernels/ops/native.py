@@ -26,7 +26,7 @@ CURE = "run `ffkernels doctor --build` (needs a C++ compiler), or reinstall ffke
 _PACKAGED = Path(__file__).parent / build.LIBRARY
 
 
-class _Group(ctypes.Structure):
+class Group(ctypes.Structure):
     _fields_ = (("rows", ctypes.c_void_p), ("count", ctypes.c_int64), ("dtype", ctypes.c_int64))
 
 
@@ -98,7 +98,7 @@ def _open(path: Path) -> ctypes.CDLL:
     sources, built_from = source_dir(), library.ffk_source_id().decode()
     if sources is not None and built_from != build.source_id(sources):
         raise OSError("it was built from other sources than those installed")
-    groups = (ctypes.POINTER(_Group), ctypes.c_int64)
+    groups = (ctypes.POINTER(Group), ctypes.c_int64)
     threads, result = ctypes.c_int32, ctypes.POINTER(ctypes.c_float)
     for name, arguments in {
         "ffk_cpu_threaded": (),
@@ -132,11 +132,11 @@ def isa() -> str:
     return "none" if library is None else ("baseline", "avx2", "avx512")[library.ffk_cpu_isa(-1)]
 
 
-def _groups(plan: Plan) -> tuple[ctypes.Array, int]:
+def groups_of(plan: Plan) -> tuple[ctypes.Array, int]:
     """The plan's rows as the ABI wants them; made once per plan."""
     if plan.native is None:
         groups = [(group.rows.data_ptr(), len(group.rows), DTYPE_CODES[group.dtype]) for group in plan.groups]
-        plan.native = ((_Group * len(groups))(*groups), len(groups))
+        plan.native = ((Group * len(groups))(*groups), len(groups))
     return plan.native
 
 
@@ -144,35 +144,35 @@ def _call(name: str, plan: Plan, *arguments) -> None:
     library = load().library
     if library is None:
         raise RuntimeError(f"the C++ ops are not available: {load().reason}; {CURE}")
-    code = getattr(library, name)(*_groups(plan), *arguments)
+    code = getattr(library, name)(*groups_of(plan), *arguments)
     if code != 0:
         raise RuntimeError(f"{name} refused its table with code {code}; this is a bug in ffkernels")
 
 
-def _bump(tensors: Sequence[torch.Tensor]) -> None:
+def bump(tensors: Sequence[torch.Tensor]) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
 def checkpoint_(plan: Plan, weights, best) -> None:
     """best ← W"""
     _call("ffk_cpu_checkpoint", plan, torch.get_num_threads())
-    _bump(best)
+    bump(best)
 
 
 def delta_(plan: Plan, weights, deltas, best) -> None:
     """Δ ← W − best ; best ← W"""
     _call("ffk_cpu_delta", plan, torch.get_num_threads())
-    _bump(deltas)
-    _bump(best)
+    bump(deltas)
+    bump(best)
 
 
 def step_(plan: Plan, weights, deltas, best, accept: bool, k: float) -> None:
     """base = accept ? W : best ; best ← base ; W ← base + k·Δ"""
     _call("ffk_cpu_step", plan, accept, k, torch.get_num_threads())
     if accept:
-        _bump(best)
+        bump(best)
     if k != 0 or not accept:
-        _bump(weights)
+        bump(weights)
 
 
 def delta_absmax(plan: Plan, deltas) -> float:

@@ -25,9 +25,7 @@ _CONSTANTS_KEPT = 1024
 
 def _one(name: str, allowed: str, value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; give {allowed} or a tensor of one element"
-        )
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; give {allowed} or a tensor of one element")
     return value
 
 

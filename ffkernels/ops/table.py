@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 128
-# Elements per chunk, a multiple of every vector width. On the CPU a chunk is a unit of thread scheduling; on a
-# GPU it is one program: small enough that a set of a few megabytes still fills every multiprocessor.
+# Elements per chunk, a multiple of every vector width. On the CPU a chunk is a unit of thread scheduling; on
+# a GPU it is one program: small enough that a set of a few megabytes still fills every multiprocessor.
 CPU_CHUNK = 32768
 GPU_CHUNK = 2048
 
@@ -30,7 +30,7 @@ class Group:
     """All chunks of one dtype: `rows` is an int64 tensor [chunks, 4] of (W, Δ, best, elements).
 
     The rows are on the plan's device: one launch over them moves the whole group. Rows of misaligned tensors
-    stand among the others; a kernel tests the three addresses of its row and takes the wide or the narrow path.
+    stand among the others; a kernel tests the addresses of its row and takes the wide or the narrow path.
     """
 
     dtype: torch.dtype
@@ -187,8 +187,8 @@ def _groups(parts: Sequence[tuple[torch.dtype, Tensor]], device: torch.device) -
         return []
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "these tensors are laid out for the first time while a CUDA graph is being captured, which needs a"
-            " copy that a graph cannot hold; make the TensorTable, or call once, before the capture"
+            "these tensors are laid out for the first time while a CUDA graph is being captured, and that takes"
+            " a copy which a graph cannot hold; make the TensorTable, or call once, before the capture"
         )
     everything = torch.cat([rows for _, rows in parts]).to(device)
     split = everything.split([len(rows) for _, rows in parts])
@@ -238,7 +238,7 @@ class TensorTable:
 
     `weights` is a sequence of tensors, a mapping from name to tensor, or (name, tensor) pairs such as
     `model.named_parameters()`. The tensors are kept by reference and moved in place. A new table holds best
-    = W and Δ = 0. `impl` is "auto", "cpp" or "torch".
+    = W and Δ = 0. `impl` is "auto", "cuda", "triton", "cpp" or "torch".
     """
 
     def __init__(self, weights: Any, *, names: Sequence[str] | None = None, impl: str = "auto") -> None:
@@ -251,9 +251,10 @@ class TensorTable:
         self.impl = choose(impl, self.device)
         # Arenas made under inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._delta_flats, self.deltas = _arena(self.weights, self.device)
+            self.delta_flats, self.deltas = _arena(self.weights, self.device)
             self._best_flats, self.best = _arena(self.weights, self.device)
-            self.plan = make_plan(self.weights, self.deltas, self.best, self.names)
+            chunk = GPU_CHUNK if self.impl == "triton" else None
+            self.plan = make_plan(self.weights, self.deltas, self.best, self.names, chunk=chunk)
             self.plan.impl = self.impl
             if self.weights:
                 torch._foreach_copy_(self.best, self.weights)
@@ -271,7 +272,7 @@ class TensorTable:
     @property
     def nbytes(self) -> int:
         """Bytes the table itself holds: Δ and best."""
-        return sum(flat.nbytes for flat in (*self._delta_flats, *self._best_flats))
+        return sum(flat.nbytes for flat in (*self.delta_flats, *self._best_flats))
 
     def is_stale(self) -> bool:
         """Whether any weight has moved, or changed its shape or dtype, since the table was made."""

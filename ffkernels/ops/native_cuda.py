@@ -1,0 +1,154 @@
+"""The CUDA kernels of csrc, loaded over the same plain C ABI.
+
+The library stands apart from the CPU's, so that neither needs the other. It is looked for in the same way:
+the file named by FFKERNELS_CUDA_LIBRARY (then only that one), what installation built, what `build_cuda` put
+into the user's cache. Loading needs no GPU; whether one can run the kernels is asked once per device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ffkernels.ops import build
+from ffkernels.ops.native import ABI, Group, NativeLibrary, bump, cache_dir, groups_of, source_dir
+from ffkernels.ops.table import Plan
+
+CURE = "run `ffkernels doctor --build` (needs nvcc), or reinstall ffkernels where nvcc is present"
+
+_PACKAGED = Path(__file__).parent / build.CUDA_LIBRARY
+
+
+def _sources() -> Path | None:
+    folder = source_dir()
+    if folder is None or not all((folder / name).is_file() for name in build.CUDA_SOURCES):
+        return None
+    return folder
+
+
+def _cached_library(sources: Path) -> Path:
+    digest = build.source_id(sources, build.CUDA_SOURCES)
+    return cache_dir() / f"cuda-{os.uname().machine}-{digest}" / build.CUDA_LIBRARY
+
+
+def build_cuda() -> Path:
+    """Compile the CUDA kernels into the user's cache, load them; `BuildError` says why not."""
+    sources = _sources()
+    if sources is None:
+        raise build.BuildError("the CUDA sources are not part of this installation; reinstall ffkernels")
+    if not hasattr(os, "uname"):
+        raise build.BuildError("the CUDA kernels are built on Linux only")
+    target = _cached_library(sources)
+    build.compile_cuda_library(sources, target)
+    load.cache_clear()
+    usable.cache_clear()
+    _open(target)
+    return target
+
+
+def _candidates() -> list[Path]:
+    chosen = os.environ.get("FFKERNELS_CUDA_LIBRARY")
+    if chosen:
+        return [Path(chosen)]
+    found = [_PACKAGED]
+    sources = _sources()
+    if sources is not None and hasattr(os, "uname"):
+        found.append(_cached_library(sources))
+    return [path for path in found if path.is_file()]
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Load one library and check that it speaks this ABI and comes from these sources."""
+    library = ctypes.CDLL(str(path))
+    library.ffk_cuda_abi.restype = ctypes.c_int32
+    abi = library.ffk_cuda_abi()
+    if abi != ABI:
+        raise OSError(f"it has ABI {abi}, this ffkernels needs {ABI}")
+    library.ffk_cuda_source_id.restype = ctypes.c_char_p
+    sources, built_from = _sources(), library.ffk_cuda_source_id().decode()
+    if sources is not None and built_from != build.source_id(sources, build.CUDA_SOURCES):
+        raise OSError("it was built from other sources than those installed")
+    library.ffk_cuda_error_string.argtypes = (ctypes.c_int32,)
+    library.ffk_cuda_error_string.restype = ctypes.c_char_p
+    groups = (ctypes.POINTER(Group), ctypes.c_int64)
+    pointer, where = ctypes.c_void_p, (ctypes.c_int32, ctypes.c_void_p)
+    for name, arguments in {
+        "ffk_cuda_prepare": (ctypes.c_int32,),
+        "ffk_cuda_checkpoint": (*groups, *where),
+        "ffk_cuda_delta": (*groups, *where),
+        "ffk_cuda_step": (*groups, pointer, pointer, ctypes.c_int32, ctypes.c_float, *where),
+    }.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = ctypes.c_int32
+    return library
+
+
+@cache
+def load() -> NativeLibrary:
+    """The library, opened once per process."""
+    refused = []
+    for path in _candidates():
+        try:
+            return NativeLibrary(_open(path), path, f"loaded {path.name}")
+        except (OSError, AttributeError) as error:
+            refused.append(f"{path} was refused: {error}")
+    return NativeLibrary(None, None, "; ".join(refused) or "the CUDA kernels were not built on this machine")
+
+
+@cache
+def usable(index: int) -> str | None:
+    """None when the kernels run on CUDA device `index`, else why not. Loads them there."""
+    loaded = load()
+    if loaded.library is None:
+        return loaded.reason
+    code = loaded.library.ffk_cuda_prepare(index)
+    return None if code == 0 else f"{loaded.path} does not run on cuda:{index}: {_message(loaded, code)}"
+
+
+def _message(loaded: NativeLibrary, code: int) -> str:
+    return f"{loaded.library.ffk_cuda_error_string(code).decode()} (code {code})"
+
+
+def _call(name: str, plan: Plan, *arguments) -> None:
+    loaded = load()
+    if loaded.library is None:
+        raise RuntimeError(f"the CUDA kernels are not available: {loaded.reason}; {CURE}")
+    stream = torch.cuda.current_stream(plan.device).cuda_stream
+    code = getattr(loaded.library, name)(*groups_of(plan), *arguments, plan.device.index, stream)
+    if code != 0:
+        raise RuntimeError(f"{name} failed on {plan.device}: {_message(loaded, code)}")
+
+
+def checkpoint_(plan: Plan, weights, best) -> None:
+    """best ← W"""
+    _call("ffk_cuda_checkpoint", plan)
+    bump(best)
+
+
+def delta_(plan: Plan, weights, deltas, best) -> None:
+    """Δ ← W − best ; best ← W"""
+    _call("ffk_cuda_delta", plan)
+    bump(deltas)
+    bump(best)
+
+
+def step_(plan: Plan, weights, deltas, best, accept: bool | Tensor, k: float | Tensor) -> None:
+    """base = accept ? W : best ; best ← base ; W ← base + k·Δ
+
+    `accept` (int32 [1]) and `k` (float32 [1]) are on the device and read by the kernel, or they are host
+    numbers and part of the launch.
+    """
+    accept_at, accept = (accept.data_ptr(), 0) if isinstance(accept, Tensor) else (None, int(accept))
+    k_at, k = (k.data_ptr(), 0.0) if isinstance(k, Tensor) else (None, k)
+    _call("ffk_cuda_step", plan, accept_at, k_at, accept, k)
+    # What the device will decide is not known here: both may change.
+    if accept or accept_at is not None:
+        bump(best)
+    if k != 0 or k_at is not None or not accept:
+        bump(weights)
