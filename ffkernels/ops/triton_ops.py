@@ -94,8 +94,8 @@ def _add(
         change = tl.load(delta + i, mask).to(tl.float32)
         if accept:
             tl.store(best + i, base, mask)
-        # The product as fma(Δ, k, -0.0), which is k·Δ rounded, signs of zero included: a plain product beside a
-        # sum is contracted by ptxas of CUDA 12.9 and 13.0 for sm_100, even where both are marked as rounded.
+        # fma(Δ, k, -0.0) is k·Δ rounded, signs of zero included. A plain product beside a sum is contracted
+        # by ptxas of CUDA 12.9 and 13.0 for sm_100, even where both are marked as rounded.
         moved = base.to(tl.float32) + tl.fma(change, k, minus_zero)
         tl.store(w + i, moved.to(DTYPE), mask)
         start += SIZE
