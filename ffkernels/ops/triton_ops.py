@@ -26,7 +26,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ffkernels.ops.scalars import as_tensor
 from ffkernels.ops.table import GPU_CHUNK, Plan
 
 # With 8 warps a step fits in 32 registers: a multiprocessor then holds as many threads as it has room for.
@@ -170,15 +169,12 @@ def step_(
     weights: Sequence[Tensor],
     deltas: Sequence[Tensor],
     best: Sequence[Tensor],
-    accept: bool | Tensor,
-    k: float | Tensor,
+    accept: Tensor,
+    k: Tensor,
 ) -> None:
-    """base = accept ? W : best ; best ← base ; W ← base + k·Δ
-
-    `accept` is a bool or one int32 element on the plan's device, `k` a float or one float32 element there.
-    """
-    # -0.0 is an argument for the compiler not to know it.
-    _launch(_step_kernel, plan, as_tensor(plan, accept, torch.int32), as_tensor(plan, k, torch.float32), -0.0)
-    # What a tensor on the device says is not known here: both sides count as written.
+    """base = accept ? W : best ; best ← base ; W ← base + k·Δ, with accept int32 [1] and k float32 [1]"""
+    # -0.0 is an argument so that no compiler can know it.
+    _launch(_step_kernel, plan, accept, k, -0.0)
+    # What accept and k say is not known here: both sides count as written.
     torch.autograd.graph.increment_version(best)
     torch.autograd.graph.increment_version(weights)
