@@ -31,6 +31,7 @@ from ffkernels.ops.notices import announce_once
 STATE_VERSION = 1
 NO_UPDATE = "the optimizer did not change the weights"
 UPDATE_NOT_FINITE = "the optimizer's update is not finite"
+INTERRUPTED = "interrupted"
 WEIGHTS_CHANGED = "the weights were replaced during the optimizer's step"
 
 _attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref] = weakref.WeakKeyDictionary()
@@ -268,32 +269,32 @@ class FastForward:
             return self._finish(stage, start, UPDATE_NOT_FINITE if largest else NO_UPDATE)
         search = make_search(self.config.search, self.config.max_tau)
         program = StageProgram(table, self.validation, search)
-        reason = None
         try:
             self._executor.run(program)
         except BaseException as error:
-            reason = f"interrupted by {type(error).__name__}"
+            search.stopped_because = f"{INTERRUPTED} by {type(error).__name__}"
             raise
+        else:
+            if search.stopped_because != BASELINE_NOT_FINITE:
+                self._count_failure(search.best_tau)
         finally:
             stage.tau = search.best_tau
             stage.losses = list(search.losses)
             stage.validate_seconds = program.validate_seconds
             stage.move_seconds = moved + program.move_seconds
-            if reason is None:
-                stage.flops = stage.evaluations * self.validation.flops + 2 * table.numel * program.moves
-            self._finish(stage, start, reason or search.stopped_because)
-        if search.stopped_because != BASELINE_NOT_FINITE:
-            self._count_failure(stage)
+            self._finish(stage, start, search.stopped_because, program.moves)
 
-    def _count_failure(self, stage: Stage) -> None:
-        self._failures = 0 if stage.tau else self._failures + 1
+    def _count_failure(self, tau: int) -> None:
+        self._failures = 0 if tau else self._failures + 1
         if self.config.patience is not None and self._failures >= self.config.patience:
             self._switched_off = True
 
-    def _finish(self, stage: Stage, start: float, reason: str) -> None:
+    def _finish(self, stage: Stage, start: float, reason: str, moves: int = 0) -> None:
         stage.stopped_because = reason
         stage.move_seconds += self._checkpoint_seconds
         stage.seconds = perf_counter() - start + self._checkpoint_seconds
+        if moves and not reason.startswith(INTERRUPTED):  # the first reading of .flops runs the validation
+            stage.flops = stage.evaluations * self.validation.flops + 2 * self.trainable_numel * moves
         self.stages.append(stage)
         if self.on_stage is not None:
             self.on_stage(stage)
