@@ -6,9 +6,11 @@ Only typer is imported here; a command imports what it needs when it runs, so th
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 import warnings
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,7 +167,8 @@ def compare(
                 f"interrupted in {error}; finished runs are in {out}: ffkernels report {out}/*.jsonl"
             )
             raise typer.Exit(INTERRUPTED) from None
-    _write_report([result.log for result in results], out, {**base.to_dict(), **protocol})
+    provenance = {"command": shlex.join(["ffkernels", *sys.argv[1:]]), "date": date.today().isoformat()}
+    _write_report([result.log for result in results], out, {**provenance, **base.to_dict(), **protocol})
 
 
 @app.command()
