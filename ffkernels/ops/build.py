@@ -18,7 +18,7 @@ SOURCES = ("step_cpu.cpp",)
 HEADERS = ("ffkernels.h",)
 LIBRARY = "libffkernels.so"
 
-# fma contraction would skip the rounding of k·Δ, so it is off: results must not depend on the processor.
+# Contraction to fma would skip the rounding of k·Δ: results must not depend on the processor.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
 
 

@@ -59,5 +59,5 @@ def choose(impl: str, device: torch.device) -> str:
     """`resolve`, and say so once where "auto" had to take the slower one on the CPU."""
     name, reason = resolve(impl, device)
     if impl == "auto" and name == "torch" and device.type == "cpu":
-        announce_once("ops.cpp", f"weight moves run as plain torch ops: {reason}", stacklevel=4)
+        announce_once("ops.cpp", f"weight moves run as plain torch ops: {reason}")
     return name
