@@ -111,7 +111,7 @@ class FastForward:
         on_stage: optional callable, called with each finished ``Stage``.
 
     Raises:
-        ValueError: when no trainable parameter is left to move.
+        ValueError: when no trainable parameter is left to move, or validation is of another model.
         TypeError: when optimizer or model is not one.
         RuntimeError: when the optimizer already carries a FastForward.
     """
@@ -153,6 +153,12 @@ class FastForward:
         self._armed = False
         self._checkpoint_seconds = 0.0
         self._refresh_table()
+        validated = {id(p) for p in self.validation.model.parameters()}
+        if not any(id(weight) in validated for weight in self._table.weights):
+            raise ValueError(
+                "validation belongs to a model that has none of the weights Fast Forward moves; make the "
+                "ValidationLoss from the model that trains"
+            )
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -174,7 +180,8 @@ class FastForward:
             hook.remove()
         self._hooks = []
         self._table, self._armed = None, False
-        _attached.pop(self.optimizer, None)
+        if _attached.get(self.optimizer, lambda: None)() is self:  # else another has been attached since
+            del _attached[self.optimizer]
 
     def __enter__(self) -> FastForward:
         return self
@@ -198,6 +205,9 @@ class FastForward:
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             version = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"not a FastForward state of version {STATE_VERSION}: got {version!r}")
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise ValueError(f"the FastForward state is incomplete: {', '.join(missing)} missing")
         mine = self.config.to_dict()
         differing = {k: v for k, v in state["config"].items() if mine.get(k, v) != v}
         if differing:
@@ -293,8 +303,11 @@ class FastForward:
         stage.stopped_because = reason
         stage.move_seconds += self._checkpoint_seconds
         stage.seconds = perf_counter() - start + self._checkpoint_seconds
-        if moves and not reason.startswith(INTERRUPTED):  # the first reading of .flops runs the validation
-            stage.flops = stage.evaluations * self.validation.flops + 2 * self.trainable_numel * moves
+        # Recorded before its FLOPs: their first reading runs the validation and may be interrupted.
         self.stages.append(stage)
-        if self.on_stage is not None:
-            self.on_stage(stage)
+        try:
+            if moves and not reason.startswith(INTERRUPTED):
+                stage.flops = stage.evaluations * self.validation.flops + 2 * self.trainable_numel * moves
+        finally:
+            if self.on_stage is not None:
+                self.on_stage(stage)
