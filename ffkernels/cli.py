@@ -6,8 +6,11 @@ Only typer is imported here; a command imports what it needs when it runs, so th
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
+import warnings
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -164,7 +167,8 @@ def compare(
                 f"interrupted in {error}; finished runs are in {out}: ffkernels report {out}/*.jsonl"
             )
             raise typer.Exit(INTERRUPTED) from None
-    _write_report([result.log for result in results], out, {**base.to_dict(), **protocol})
+    provenance = {"command": shlex.join(["ffkernels", *sys.argv[1:]]), "date": date.today().isoformat()}
+    _write_report([result.log for result in results], out, {**provenance, **base.to_dict(), **protocol})
 
 
 @app.command()
@@ -325,7 +329,7 @@ def _write_report(logs: list[Path], out: Path, config: dict[str, Any] | None) ->
     from ffkernels.reporting.report import build_report, print_table
 
     built = build_report([read_run(log) for log in logs], out, config=config)
-    print_table(built)
+    print_table(built, _console())
     typer.echo(f"\nThe report is in {out}: report.md, report.json and the plots.")
 
 
@@ -344,7 +348,10 @@ def _say_how_it_ended(result: RunResult, console: Any) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a file or a pipe has no width; the table needs this much
+    return console
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -359,6 +366,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 def run(arguments: list[str] | None = None) -> None:
     """The ``ffkernels`` command: one clear line and exit code 2 where the user can help it."""
+    _show_notices_as_lines()
     try:
         app(arguments, standalone_mode=True)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -366,6 +374,19 @@ def run(arguments: list[str] | None = None) -> None:
             raise
         typer.echo(f"ffkernels: {error}", err=True)
         sys.exit(USER_ERROR)
+
+
+def _show_notices_as_lines() -> None:
+    """A notice of this package is meant for the person at the terminal: without file, line and source."""
+    show = warnings.showwarning
+
+    def show_notice(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category.__name__ == "FFKernelsNotice":
+            typer.echo(f"note: {message}", err=True)
+        else:
+            show(message, category, *where, **more)
+
+    warnings.showwarning = show_notice
 
 
 def _users(error: Exception) -> bool:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -157,6 +158,23 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(doctor, "diagnose", broken)
     with pytest.raises(ValueError):
         run(["doctor"])
+
+
+def test_a_notice_is_one_line_without_its_place(capsys, monkeypatch):
+    from ffkernels import doctor, ops
+
+    def noticing(device):
+        ops.announce_once("test-cli", "slower, because of this; cured by that")
+        return {}
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(doctor, "diagnose", noticing)
+    with warnings.catch_warnings(), pytest.raises(SystemExit):
+        warnings.simplefilter("always")
+        run(["doctor", "--json"])
+    captured = capsys.readouterr()
+    assert captured.err.strip() == "note: slower, because of this; cured by that"
+    assert captured.out.strip() == "{}"
 
 
 def test_a_missing_command_line_package_is_named():

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffkernels.engine.interrupts import interrupt_later
+
 __all__ = ["evaluation_mode", "keep_random_state", "uncached_autocast"]
 
 
@@ -110,11 +112,16 @@ def _set_training(module: nn.Module, training: bool) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Everything above at once."""
+    """Everything above at once. Ctrl-C waits while state is changed or put back."""
     with ExitStack() as stack:
-        stack.enter_context(keep_random_state(device))
-        stack.enter_context(_all_modules_in_eval(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(uncached_autocast(device.type))
-        stack.enter_context(_without_dora_cache())
-        yield
+        try:
+            with interrupt_later():
+                stack.enter_context(keep_random_state(device))
+                stack.enter_context(_all_modules_in_eval(model))
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(uncached_autocast(device.type))
+                stack.enter_context(_without_dora_cache())
+            yield
+        finally:
+            with interrupt_later():
+                stack.close()

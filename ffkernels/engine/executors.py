@@ -6,16 +6,14 @@ the host, correct on every device and the truth for every faster one.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 
 from ffkernels import ops
+from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.search import Search
 
 
@@ -53,7 +51,7 @@ class EagerExecutor:
                 loss = float(program.validation())
                 validated = perf_counter()
                 # Nothing may interrupt from the decision to the end of the move: half a move has no undo.
-                with _interrupt_later():
+                with interrupt_later():
                     search.observe(tau, loss)
                     if search.accepted:
                         base = tau
@@ -64,23 +62,6 @@ class EagerExecutor:
                 program.validate_seconds += validated - start
                 program.move_seconds += perf_counter() - validated
         except BaseException:
-            with _interrupt_later():
+            with interrupt_later():
                 ops.step_(table, False, 0.0)  # W ← best
             raise
-
-
-@contextmanager
-def _interrupt_later() -> Iterator[None]:
-    """Hold Ctrl-C back until the block has ended; then deliver it as the installed handler would have."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    caught: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if caught:
-            handler(*caught[-1])

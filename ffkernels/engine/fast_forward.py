@@ -31,6 +31,7 @@ from ffkernels.ops.notices import announce_once
 STATE_VERSION = 1
 NO_UPDATE = "the optimizer did not change the weights"
 UPDATE_NOT_FINITE = "the optimizer's update is not finite"
+INTERRUPTED = "interrupted"
 WEIGHTS_CHANGED = "the weights were replaced during the optimizer's step"
 
 _attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref] = weakref.WeakKeyDictionary()
@@ -110,7 +111,7 @@ class FastForward:
         on_stage: optional callable, called with each finished ``Stage``.
 
     Raises:
-        ValueError: when no trainable parameter is left to move.
+        ValueError: when no trainable parameter is left to move, or validation is of another model.
         TypeError: when optimizer or model is not one.
         RuntimeError: when the optimizer already carries a FastForward.
     """
@@ -152,6 +153,12 @@ class FastForward:
         self._armed = False
         self._checkpoint_seconds = 0.0
         self._refresh_table()
+        validated = {id(p) for p in self.validation.model.parameters()}
+        if not any(id(weight) in validated for weight in self._table.weights):
+            raise ValueError(
+                "validation belongs to a model that has none of the weights Fast Forward moves; make the "
+                "ValidationLoss from the model that trains"
+            )
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -173,7 +180,8 @@ class FastForward:
             hook.remove()
         self._hooks = []
         self._table, self._armed = None, False
-        _attached.pop(self.optimizer, None)
+        if _attached.get(self.optimizer, lambda: None)() is self:  # else another has been attached since
+            del _attached[self.optimizer]
 
     def __enter__(self) -> FastForward:
         return self
@@ -197,6 +205,9 @@ class FastForward:
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             version = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"not a FastForward state of version {STATE_VERSION}: got {version!r}")
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise ValueError(f"the FastForward state is incomplete: {', '.join(missing)} missing")
         mine = self.config.to_dict()
         differing = {k: v for k, v in state["config"].items() if mine.get(k, v) != v}
         if differing:
@@ -268,32 +279,35 @@ class FastForward:
             return self._finish(stage, start, UPDATE_NOT_FINITE if largest else NO_UPDATE)
         search = make_search(self.config.search, self.config.max_tau)
         program = StageProgram(table, self.validation, search)
-        reason = None
         try:
             self._executor.run(program)
         except BaseException as error:
-            reason = f"interrupted by {type(error).__name__}"
+            search.stopped_because = f"{INTERRUPTED} by {type(error).__name__}"
             raise
+        else:
+            if search.stopped_because != BASELINE_NOT_FINITE:
+                self._count_failure(search.best_tau)
         finally:
             stage.tau = search.best_tau
             stage.losses = list(search.losses)
             stage.validate_seconds = program.validate_seconds
             stage.move_seconds = moved + program.move_seconds
-            if reason is None:
-                stage.flops = stage.evaluations * self.validation.flops + 2 * table.numel * program.moves
-            self._finish(stage, start, reason or search.stopped_because)
-        if search.stopped_because != BASELINE_NOT_FINITE:
-            self._count_failure(stage)
+            self._finish(stage, start, search.stopped_because, program.moves)
 
-    def _count_failure(self, stage: Stage) -> None:
-        self._failures = 0 if stage.tau else self._failures + 1
+    def _count_failure(self, tau: int) -> None:
+        self._failures = 0 if tau else self._failures + 1
         if self.config.patience is not None and self._failures >= self.config.patience:
             self._switched_off = True
 
-    def _finish(self, stage: Stage, start: float, reason: str) -> None:
+    def _finish(self, stage: Stage, start: float, reason: str, moves: int = 0) -> None:
         stage.stopped_because = reason
         stage.move_seconds += self._checkpoint_seconds
         stage.seconds = perf_counter() - start + self._checkpoint_seconds
+        # Recorded before its FLOPs: their first reading runs the validation and may be interrupted.
         self.stages.append(stage)
-        if self.on_stage is not None:
-            self.on_stage(stage)
+        try:
+            if moves and not reason.startswith(INTERRUPTED):
+                stage.flops = stage.evaluations * self.validation.flops + 2 * self.trainable_numel * moves
+        finally:
+            if self.on_stage is not None:
+                self.on_stage(stage)

@@ -17,9 +17,11 @@ def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
     Raises:
         TypeError: when no torch optimizer is inside.
     """
-    # A wrapper may itself be a torch.optim.Optimizer, and wrappers may be stacked.
-    while (inner := getattr(optimizer, "optimizer", None)) is not None and inner is not optimizer:
+    # A wrapper may itself be a torch.optim.Optimizer, and wrappers may be stacked; `seen` ends a circle.
+    seen = {id(optimizer)}
+    while (inner := getattr(optimizer, "optimizer", None)) is not None and id(inner) not in seen:
         optimizer = inner
+        seen.add(id(inner))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "optimizer must be a torch.optim.Optimizer or wrap one as .optimizer, "
@@ -87,4 +89,6 @@ def _matcher(names: NameFilter | None, field: str) -> Callable[[str], bool]:
 
 def signature(weights: dict[str, nn.Parameter]) -> tuple:
     """What must not change while a table points at these weights."""
-    return tuple((name, id(p), p.data_ptr(), p.shape, p.dtype, p.device) for name, p in weights.items())
+    return tuple(
+        (name, id(p), p.data_ptr(), p.shape, p.stride(), p.dtype, p.device) for name, p in weights.items()
+    )

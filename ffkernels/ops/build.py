@@ -20,7 +20,7 @@ LIBRARY = "libffkernels.so"
 CUDA_SOURCES = ("step_cuda.cu",)
 CUDA_LIBRARY = "libffkernels_cuda.so"
 
-# fma contraction would skip the rounding of k·Δ, so it is off: results must not depend on the processor.
+# Contraction to fma would skip the rounding of k·Δ: results must not depend on the processor.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
 
 # Machine code for each of these that nvcc knows, and PTX of the newest for the GPUs after it; code for 8.0 runs

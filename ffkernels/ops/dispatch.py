@@ -155,5 +155,5 @@ def choose(impl: str, device: torch.device) -> str:
     order = ORDER.get(device.type, ())
     if impl == "auto" and order and name != order[0]:
         ran = "plain torch ops" if name == "torch" else f"{name} kernels"
-        announce_once(f"ops.{order[0]}", f"weight moves run as {ran}: {reason}", stacklevel=4)
+        announce_once(f"ops.{order[0]}", f"weight moves run as {ran}: {reason}")
     return name

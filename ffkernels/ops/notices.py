@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 _announced: set[str] = set()
@@ -11,10 +12,23 @@ class FFKernelsNotice(UserWarning):
     """Something runs in another way than it could; the message names the cause and the cure."""
 
 
-def announce_once(key: str, message: str, *, stacklevel: int = 2) -> bool:
-    """Warn with `message` unless `key` was announced in this process. Returns whether it warned."""
+def _caller_depth() -> int:
+    """The `stacklevel` at which a warning points at the first frame outside this package."""
+    frame, depth = sys._getframe(2), 2
+    package = __name__.partition(".")[0]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+def announce_once(key: str, message: str, *, stacklevel: int | None = None) -> bool:
+    """Warn with `message` unless `key` was announced in this process. Returns whether it warned.
+
+    The warning points at the user's own line, or `stacklevel` frames above the caller where that is given.
+    """
     if key in _announced:
         return False
     _announced.add(key)
-    warnings.warn(message, FFKernelsNotice, stacklevel=stacklevel + 1)
+    depth = _caller_depth() if stacklevel is None else stacklevel + 1
+    warnings.warn(message, FFKernelsNotice, stacklevel=depth)
     return True

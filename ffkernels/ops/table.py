@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 128
@@ -74,7 +73,7 @@ def chunk_rows(
 def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; only torch tensors can be moved")
-    if is_traceable_wrapper_subclass(tensor):
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"{name} is a {type(tensor).__name__}, which has no one memory of its own; pass its plain tensor"
             " (for a DTensor: its local shard, `.to_local()`)"

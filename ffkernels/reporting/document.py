@@ -75,7 +75,7 @@ def markdown(
     pictures: Mapping[str, Path],
 ) -> str:
     """The whole of report.md."""
-    lines = ["# Fast Forward report", "", *_conditions(data, runs), "", "## Runs and savings", ""]
+    lines = ["# Fast Forward report", "", *_conditions(data), "", "## Runs and savings", ""]
     lines += _lines(*runs_table(runs, several))
     if several:
         lines += ["", "Medians with the range over the seeds in parentheses."]
@@ -134,11 +134,11 @@ def _unit(runs: Sequence[Run]) -> tuple[float, str]:
     return flop_unit(max((run.row["flops"]["measured"] for run in runs), default=0))
 
 
-def _conditions(data: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+def _conditions(data: Mapping[str, Any]) -> list[str]:
     config = data["config"]
     settings = [f"{key} {_text(config[key])}" for key in CONDITIONS if config.get(key) is not None]
     lines = [f"Conditions: {', '.join(settings)}."] if settings else []
-    forward = next((found for run in runs if (found := run.log.config.get("fast_forward"))), None)
+    forward = config.get("fast_forward")
     if isinstance(forward, Mapping):
         named = [f"{key} {_text(value)}" for key, value in forward.items() if key != "search"]
         lines += ["", f"Fast Forward: {', '.join(named)}."]

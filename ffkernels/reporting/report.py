@@ -85,7 +85,7 @@ def build_report(
         "savings": [entry.entry() for entry in (*judged, *several)],
         "machine": runs[0].log.machine,
         "versions": runs[0].log.versions,
-        "config": _conditions(config or runs[0].log.config),
+        "config": _conditions(config or runs[0].log.config, runs),
     }
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,10 +193,14 @@ def _differing(of_runs: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(k for k in keys if any(m.get(k) != mappings[0].get(k) for m in mappings))
 
 
-def _conditions(config: Mapping[str, Any]) -> dict[str, Any]:
+def _conditions(config: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """The settings to report; Fast Forward's come from a run that has them, which Adam's has not."""
     kept = {key: value for key, value in config.items() if key not in NOT_CONDITIONS}
     if isinstance(kept.get("data"), str):
         kept["data"] = Path(kept["data"]).name  # the file, not somebody's folders
+    forward = next((found for run in runs if (found := run.log.config.get("fast_forward"))), None)
+    if not kept.get("fast_forward") and isinstance(forward, Mapping):
+        kept["fast_forward"] = {key: value for key, value in forward.items() if key != "search"}
     return kept
 
 

@@ -47,7 +47,7 @@ SPLIT = ("train", "validate", "move", "other")
 
 @dataclass
 class RunResult:
-    """How a run ended. ``test_loss`` is that of the final weights."""
+    """How a run ended. ``test_loss`` is of the final weights; after Ctrl-C, the last that was measured."""
 
     name: str
     optimizer_steps: int

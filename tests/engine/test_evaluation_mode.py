@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import numpy
 import pytest
 import torch
 from torch import nn
 
+from ffkernels.engine import evaluation_mode as modes
 from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.validation import ValidationLoss
 
@@ -180,3 +182,25 @@ def test_a_module_can_be_evaluated_by_hand():
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_ctrl_c_waits_until_modes_are_put_back(at, monkeypatch):
+    real, calls = modes._set_training, []
+
+    def set_training(module, training):
+        calls.append(module)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        real(module, training)
+
+    monkeypatch.setattr(modes, "_set_training", set_training)
+    model = nn.Sequential(nn.Dropout())  # two modules into eval, two back
+    before = random_state()
+    with pytest.raises(KeyboardInterrupt), evaluation_mode(model, torch.device("cpu")):
+        draw()
+    assert len(calls) == 4
+    assert model.training and model[0].training
+    assert torch.is_grad_enabled()
+    assert random_state() == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

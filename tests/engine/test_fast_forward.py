@@ -432,3 +432,62 @@ def test_bad_arguments_are_named():
         FastForward(model, optimizer, bowl_loss, {"interval": 3})
     with pytest.raises(ValueError, match="none of the model's 1 trainable parameters"):
         FastForward(Bowl(), optimizer, bowl_loss)
+
+
+def test_detaching_twice_leaves_the_next_one_attached():
+    model, optimizer, ff = make()
+    ff.detach()
+    with FastForward(model, optimizer, bowl_loss):
+        ff.detach()
+        with pytest.raises(RuntimeError, match="already carries a FastForward"):
+            FastForward(model, optimizer, bowl_loss)
+
+
+def test_a_validation_of_another_model_is_refused():
+    model = Bowl()
+    optimizer = torch.optim.SGD([model.w], lr=1e-3)
+    with pytest.raises(ValueError, match="validation belongs to a model that has none of the weights"):
+        FastForward(model, optimizer, ValidationLoss(Bowl(), bowl_loss))
+
+
+def test_an_incomplete_state_is_refused_before_anything_changes():
+    model, optimizer, ff = make(FastForwardConfig(interval=2))
+    train(model, optimizer, 2)
+    state = ff.state_dict()
+    del state["stages"], state["config"]
+    with pytest.raises(ValueError, match="incomplete: config, stages missing"):
+        ff.load_state_dict(state)
+    assert len(ff.stages) == 1
+
+
+def test_weights_that_turned_non_contiguous_are_named():
+    model = nn.Module()
+    model.w = nn.Parameter(torch.eye(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    FastForward(model, optimizer, lambda model: (model.w**2).sum(), FastForwardConfig(interval=1))
+    model.w.data = model.w.data.t()  # same address and shape
+    model.w.grad = torch.ones(3, 3).t()
+    with (
+        pytest.raises(ValueError, match="w is not contiguous"),
+        pytest.warns(FFKernelsNotice, match="the trainable parameters changed"),
+    ):
+        optimizer.step()
+
+
+def test_an_interrupt_while_flops_are_counted_keeps_the_stage():
+    class Interrupted(ValidationLoss):
+        @property
+        def flops(self):
+            raise KeyboardInterrupt
+
+    model = Bowl()
+    optimizer = torch.optim.AdamW([model.w], lr=1e-3)
+    ff = FastForward(model, optimizer, Interrupted(model, bowl_loss), FastForwardConfig(interval=1))
+    seen = []
+    ff.on_stage = seen.append
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer, 1)
+    assert seen == ff.stages
+    assert ff.stages[0].tau > 0
+    assert ff.stages[0].flops == 0
+    assert model.loss().item() == ff.stages[0].loss_after

@@ -76,3 +76,10 @@ def test_signature_sees_a_replaced_storage_behind_the_same_parameter():
     assert signature(weights) == before
     net.scale.data = net.scale.data.clone()
     assert signature(weights) != before
+
+
+def test_a_circle_of_wrappers_is_an_error():
+    one, other = Wrapper(None), Wrapper(None)
+    one.optimizer, other.optimizer = other, one
+    with pytest.raises(TypeError, match="got Wrapper"):
+        unwrap_optimizer(one)

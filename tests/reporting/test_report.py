@@ -77,6 +77,16 @@ def test_the_given_config_wins_and_tells_the_tolerance(logs, tmp_path):
     )
 
 
+def test_fast_forward_s_settings_come_from_the_runs_that_have_them(write_log, tmp_path):
+    forward = {"interval": 6, "search": "linear"}
+    logs = [
+        write_log("adam", {5: 1.0}, fast_forward=None),
+        write_log("linear", {3: 1.0}, fast_forward=forward),
+    ]
+    assert build_report(logs, tmp_path).data["config"]["fast_forward"] == {"interval": 6}
+    assert "Fast Forward: interval 6." in (tmp_path / "report.md").read_text()
+
+
 def test_what_is_not_finite_becomes_null(write_log, tmp_path):
     build_report([write_log("adam", {0: 3.0, 5: math.nan})], tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["test_loss"] is None

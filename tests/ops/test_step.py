@@ -1,0 +1,363 @@
+"""The C++ moves against the torch reference, bit for bit, and what both promise around them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ffkernels import ops
+from ffkernels.ops.table import DTYPES
+
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40, 6e-8, 3.4e38, 65504.0, 65520.0]
+KS = [0.0, 1.0, -1.0, 3.0, 0.37, -2.5e-3, 1e30, math.inf, math.nan]
+
+
+def tensors(dtype, *, seed=0, scale=1.0, offset=0, sizes=(0, 1, 7, 8, 33, 1000, 40_000)):
+    """Tensors of awkward sizes that start `offset` elements into their memory, special values among them."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for size in sizes:
+        memory = torch.randn(size + offset, generator=generator) * scale
+        special = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (size + offset,), generator=generator)]
+        memory = torch.where(torch.rand(size + offset, generator=generator) < 0.1, special, memory)
+        found.append(memory.to(dtype)[offset:])
+    return found
+
+
+def twin_tables(make, first="cpp", second="torch"):
+    """Two tables over equal tensors, with equal non-trivial Δ and best."""
+    tables = []
+    for impl in (first, second):
+        table = ops.TensorTable(make(), impl=impl)
+        for delta, best, weight in zip(table.deltas, table.best, table.weights, strict=True):
+            generator = torch.Generator().manual_seed(weight.numel())
+            delta.copy_(weight.roll(3) * 1e-2)
+            best.copy_(torch.randn(weight.shape, generator=generator))
+        tables.append(table)
+    return tables
+
+
+def state(table):
+    return [*table.weights, *table.deltas, *table.best]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("offset", [0, 1, 5])
+def test_cpp_equals_reference(cpp, dtype, offset, threads, assert_same_bits):
+    torch.set_num_threads(threads)
+    for accept in (False, True):
+        for k in KS:
+            a, b = twin_tables(lambda: tensors(dtype, offset=offset))
+            for table in (a, b):
+                ops.step_(table, accept, k)
+            assert_same_bits(state(a), state(b))
+    for move in (ops.delta_, ops.checkpoint_):
+        a, b = twin_tables(lambda: tensors(dtype, offset=offset))
+        for table in (a, b):
+            move(table)
+        assert_same_bits(state(a), state(b))
+        assert repr(ops.delta_absmax(a)) == repr(ops.delta_absmax(b))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_every_instruction_set_gives_the_same_bits(cpp, dtype, level, isa_restored, assert_same_bits):
+    library = ops.native.load().library
+    if library.ffk_cpu_isa(level) != level:
+        pytest.skip("this processor lacks the instruction set")
+    for accept, k in [(True, 0.37), (False, 0.37), (True, 0.0), (False, 0.0)]:
+        a, b = twin_tables(lambda: tensors(dtype))
+        for table in (a, b):
+            ops.delta_(table)
+            ops.step_(table, accept, k)
+        assert_same_bits(state(a), state(b))
+        assert repr(ops.delta_absmax(a)) == repr(ops.delta_absmax(b))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_streaming_stores_give_the_same_bits(cpp, dtype, threads, assert_same_bits):
+    """Above 16 MiB the kernels bypass the cache; odd offset and odd size take every edge of that."""
+    torch.set_num_threads(threads)
+    size = (16 << 20) // dtype.itemsize + 4097
+    weights = torch.randn(size + 1).to(dtype)[1:]
+    a, b = (ops.TensorTable([weights.clone()], impl=impl) for impl in ("cpp", "torch"))
+    change = torch.randn(size).to(dtype)
+    for table in (a, b):
+        table.weights[0].add_(change)
+    for move, *arguments in [
+        (ops.delta_,),
+        (ops.step_, True, 0.37),
+        (ops.step_, False, 1.7),
+        (ops.step_, True, 0),
+        (ops.step_, False, -1),
+        (ops.step_, False, 0),
+        (ops.checkpoint_,),
+    ]:
+        for table in (a, b):
+            move(table, *arguments)
+        assert_same_bits(state(a), state(b))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", [0, 2])
+def test_every_sixteen_bit_value(cpp, dtype, level, isa_restored, assert_same_bits):
+    ops.native.load().library.ffk_cpu_isa(level)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    for k in (0.37, -1.0, 1024.0, 2.0**-14):
+        a, b = (ops.TensorTable([every.clone(), every.roll(1)], impl=impl) for impl in ("cpp", "torch"))
+        for table in (a, b):
+            table.deltas[0].copy_(every.roll(12345))
+            table.deltas[1].copy_(every.roll(-777))
+            ops.step_(table, True, k)
+        assert_same_bits(state(a), state(b))
+
+
+moves = st.one_of(
+    st.just(("checkpoint",)),
+    st.just(("delta",)),
+    st.tuples(st.just("step"), st.booleans(), st.floats(width=32, allow_nan=True, allow_infinity=True)),
+    st.tuples(st.just("step"), st.booleans(), st.integers(-300, 300)),
+)
+members = st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 70), st.integers(0, 9)), max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(members, st.lists(moves, max_size=6), st.integers(0, 1000))
+def test_any_table_any_sequence(layout, sequence, seed):
+    if not ops.available()["cpp"].ok:
+        pytest.skip("the C++ ops are not there")
+
+    def make():
+        return [
+            tensors(dtype, seed=seed + i, offset=offset, sizes=[size])[0]
+            for i, (dtype, size, offset) in enumerate(layout)
+        ]
+
+    a, b = twin_tables(make)
+    for name, *arguments in sequence:
+        for table in (a, b):
+            getattr(ops, f"{name}_")(table, *arguments)
+    for found, expected in zip(state(a), state(b), strict=True):
+        same = (found == expected) & (found.signbit() == expected.signbit())
+        assert bool((same | (found.isnan() & expected.isnan())).all())
+    assert repr(ops.delta_absmax(a)) == repr(ops.delta_absmax(b))
+
+
+def test_step_is_the_paper_s_step_and_checkpoint(impl, dtype, assert_same_bits):
+    table = ops.TensorTable(tensors(dtype), impl=impl)
+    for delta, weight in zip(table.deltas, table.weights, strict=True):
+        delta.copy_(weight * 0.01)
+    best = [weight.clone() for weight in table.weights]
+    moved = [weight + delta for weight, delta in zip(table.weights, table.deltas, strict=True)]
+    ops.step_(table, 1, 1)
+    assert_same_bits(table.best, best)
+    assert_same_bits(table.weights, moved)
+
+
+def test_rollback_restores_every_bit(impl, dtype):
+    """k = 0 must not compute: Δ is infinite, base is −0.0 and NaN with a payload."""
+    table = ops.TensorTable([torch.tensor([-0.0, 1.0, math.inf, math.nan], dtype=dtype)], impl=impl)
+    integers = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    table.weights[0].view(integers)[3] += 5
+    ops.checkpoint_(table)
+    before = table.weights[0].view(integers).clone()
+    table.weights[0].fill_(7.0)
+    table.deltas[0].fill_(math.inf)
+    ops.step_(table, False, 0)
+    assert torch.equal(table.weights[0].view(integers), before)
+    ops.step_(table, True, -0.0)
+    assert torch.equal(table.weights[0].view(integers), before)
+    assert torch.equal(table.best[0].view(integers), before)
+
+
+def test_a_stage(impl):
+    """checkpoint, an optimizer's step, delta, three steps forward of which the last is refused, rollback."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    table = ops.TensorTable([weight], impl=impl)
+    ops.checkpoint_(table)
+    with torch.no_grad():
+        weight.add_(torch.tensor([0.5, -0.25]))
+    ops.delta_(table)
+    assert table.deltas[0].tolist() == [0.5, -0.25] and table.best[0].tolist() == [1.5, 1.75]
+    ops.step_(table, True, 1)
+    assert weight.tolist() == [2.0, 1.5]
+    ops.step_(table, True, 2)
+    assert weight.tolist() == [3.0, 1.0] and table.best[0].tolist() == [2.0, 1.5]
+    ops.step_(table, False, 0)
+    assert weight.tolist() == [2.0, 1.5]
+    assert weight.requires_grad and weight.grad is None and weight.is_leaf
+
+
+def test_scalars_may_be_tensors(impl):
+    table = ops.TensorTable([torch.ones(3)], impl=impl)
+    table.deltas[0].fill_(1.0)
+    ops.step_(table, torch.tensor([True]), torch.tensor(0.1, dtype=torch.float64))
+    assert torch.equal(table.weights[0], torch.ones(3) + torch.tensor(0.1))
+    with pytest.raises(ValueError, match=r"accept has shape \(2,\)"):
+        ops.step_(table, torch.ones(2), 1)
+    with pytest.raises(ValueError, match=r"k has shape \(0,\)"):
+        ops.step_(table, True, torch.ones(0))
+
+
+def test_version_counters_move_with_what_was_written(impl):
+    weights = [torch.nn.Parameter(torch.ones(n)) for n in (3, 0, 5)]
+    table = ops.TensorTable(weights, impl=impl)
+
+    def versions():
+        return [w._version for w in weights], table.deltas[0]._version, table.best[0]._version
+
+    def moved(move, *arguments):
+        before = versions()
+        move(table, *arguments)
+        after = versions()
+        w = {b > a for a, b in zip(before[0], after[0], strict=True)}
+        assert len(w) == 1
+        return w.pop(), after[1] > before[1], after[2] > before[2]
+
+    assert moved(ops.checkpoint_) == (False, False, True)
+    assert moved(ops.delta_) == (False, True, True)
+    assert moved(ops.step_, True, 1) == (True, False, True)
+    assert moved(ops.step_, False, 2) == (True, False, False)
+    assert moved(ops.step_, False, 0) == (True, False, False)
+    assert moved(ops.step_, True, 0) == (False, False, True)
+
+
+def test_backward_through_moved_weights_is_refused(impl):
+    weight = torch.nn.Parameter(torch.ones(3))
+    table = ops.TensorTable([weight], impl=impl)
+    loss = (weight * weight).sum()
+    ops.step_(table, True, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_best_is_complete_when_the_addition_fails(monkeypatch):
+    table = ops.TensorTable([torch.ones(3), torch.full((2,), 2.0)], impl="torch")
+    for best in table.best:
+        best.zero_()
+
+    def out_of_memory(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "_foreach_add_", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ops.step_(table, True, 1)
+    assert table.best[0].tolist() == [1, 1, 1] and table.best[1].tolist() == [2, 2]
+
+
+def test_list_forms_equal_the_table_and_keep_their_plan(impl, assert_same_bits, monkeypatch):
+    table = ops.TensorTable(tensors(torch.float32, seed=1), impl=impl)
+    weights = tensors(torch.float32, seed=1)
+    deltas, best = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    ops.checkpoint_(weights, best, impl=impl)
+    assert_same_bits(best, table.best)
+    for w, v in zip(weights, table.weights, strict=True):
+        w.mul_(1.01)
+        v.mul_(1.01)
+    ops.delta_(weights, deltas, best, impl=impl)
+    ops.step_(weights, deltas, best, True, 0.3, impl=impl)
+    ops.delta_(table)
+    ops.step_(table, True, 0.3)
+    assert_same_bits([*weights, *deltas, *best], state(table))
+
+    from ffkernels.ops import step as module
+
+    def refuse(*_):
+        raise AssertionError("the plan was made again")
+
+    monkeypatch.setattr(module, "make_plan", refuse)
+    ops.step_(weights, deltas, best, True, 0.3, impl=impl)
+    with pytest.raises(AssertionError, match="made again"):
+        ops.step_([w.clone() for w in weights], deltas, best, True, 0.3, impl=impl)
+
+
+def test_the_plan_cache_is_bounded_and_holds_no_tensors():
+    import weakref
+
+    from ffkernels.ops import step as module
+
+    weight = torch.ones(4)
+    alive = weakref.ref(weight)
+    ops.checkpoint_([weight], [torch.zeros(4)])
+    del weight
+    assert alive() is None
+    kept = [([torch.ones(4)], [torch.zeros(4)]) for _ in range(40)]
+    for weights, best in kept:
+        ops.checkpoint_(weights, best)
+        assert best[0].tolist() == [1, 1, 1, 1]
+    assert len(module._plans) <= 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda w: (w, w[:1], w), "deltas has 1 tensors for 2 weights"),
+        (lambda w: (w, w, w), r"weights\[[01]\].*share memory|share memory"),
+        (lambda w: (w, [torch.ones(3), torch.ones(3)], [x + 1 for x in w]), r"deltas\[0\] is \(3,\)"),
+        (
+            lambda w: (w, [x.clone() for x in w], [x.clone().bfloat16() for x in w]),
+            r"best\[0\] is \(2,\) torch.bfloat16 but weights\[0\]",
+        ),
+    ],
+)
+def test_list_forms_refuse_what_does_not_fit(arguments, message):
+    weights = [torch.ones(2), torch.ones(3)]
+    with pytest.raises(ValueError, match=message):
+        ops.step_(*arguments(weights), True, 1)
+    with pytest.raises(TypeError, match=r"weights\[1\] is a int"):
+        ops.checkpoint_([torch.ones(2), 3], [torch.ones(2), torch.ones(2)])
+
+
+def test_an_empty_table_is_a_no_op(impl):
+    table = ops.TensorTable([], impl=impl)
+    ops.checkpoint_(table)
+    ops.delta_(table)
+    ops.step_(table, True, 1)
+    ops.step_([], [], [], True, 1, impl=impl)
+    assert ops.delta_absmax(table) == 0.0 and table.numel == 0
+
+
+def test_absmax(impl, dtype):
+    table = ops.TensorTable([torch.ones(n, dtype=dtype) for n in (5, 0, 40_000)], impl=impl)
+    assert ops.delta_absmax(table) == 0.0
+    table.deltas[2][39_999] = -3.5
+    assert ops.delta_absmax(table) == 3.5
+    table.deltas[0][1] = -math.inf
+    assert ops.delta_absmax(table) == math.inf
+    table.deltas[2][17] = math.nan
+    assert math.isnan(ops.delta_absmax(table))
+
+
+def test_many_tensors(impl):
+    weights = [torch.full((3,), float(i)) for i in range(1200)]
+    table = ops.TensorTable(weights, impl=impl)
+    for delta in table.deltas:
+        delta.fill_(1.0)
+    ops.step_(table, True, 2)
+    assert [w[2].item() for w in weights] == [i + 2.0 for i in range(1200)]
+    assert [b[0].item() for b in table.best] == [float(i) for i in range(1200)]
+
+
+def test_neighbours_in_memory_are_left_alone(impl, dtype):
+    memory = torch.full((1000,), 5.0, dtype=dtype)
+    table = ops.TensorTable([memory[3:500], memory[501:998]], impl=impl)
+    for delta in table.deltas:
+        delta.fill_(1.0)
+    ops.step_(table, True, 1)
+    expected = torch.full((1000,), 6.0, dtype=dtype)
+    expected[[0, 1, 2, 500, 998, 999]] = 5.0
+    assert torch.equal(memory, expected)
+
+
+def test_moves_work_under_inference_mode(impl):
+    weight = torch.nn.Parameter(torch.ones(3))
+    with torch.inference_mode():
+        table = ops.TensorTable([weight], impl=impl)
+        table.deltas[0].fill_(1.0)
+        ops.step_(table, True, 1)
+    assert weight.tolist() == [2.0, 2.0, 2.0]
+    ops.delta_(table)
+    assert table.deltas[0].tolist() == [1.0, 1.0, 1.0]
