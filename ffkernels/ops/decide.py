@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language import core
+from triton.language.core import dtype, extern, extern_elementwise
 
 # Repeated from engine.search, which stands above this room; a test holds them together.
 REASONS = (
@@ -56,11 +56,10 @@ MAX_TAU_LIMIT = 1 << 16
 CONDITION_LIBRARY = {"ffk_condition": str(Path(__file__).with_name("condition.ll"))}
 
 
-@core.extern
+@extern
 def _set_condition(handle, value, _semantic=None):
-    signature = (core.dtype("int64"), core.dtype("int32"))
-    symbol = ("ffk_set_condition", core.dtype("int32"))
-    return core.extern_elementwise(
+    signature, symbol = (dtype("int64"), dtype("int32")), ("ffk_set_condition", dtype("int32"))
+    return extern_elementwise(
         "ffk_condition", "", [handle, value], {signature: symbol}, is_pure=False, _semantic=_semantic
     )
 

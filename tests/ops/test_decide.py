@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,15 @@ MAX_TAUS = [1, 2, 3, 4, 5, 7, 16, 31, 100, 256, 1024, 1 << 16]
 
 @pytest.fixture(scope="module")
 def device(interpreted):
-    return interpreted("decide")
+    """The module, its kernels interpreted without preparing Triton's language anew for each of many launches."""
+    from triton.runtime import interpreter
+
+    module, prepare = interpreted("decide"), interpreter._patch_lang
+    prepared = prepare(module._decide_kernel.fn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
+        yield module
+    prepared.restore()
 
 
 class Twins:
