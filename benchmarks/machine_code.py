@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, and what they would with other choices: no GPU is needed.
 
-    python benchmarks/machine_code.py --out benchmarks/results     writes JSON with date and version, prints a table
+    python benchmarks/machine_code.py --out benchmarks/results     writes a dated JSON, prints a table
 
 Every variant is the shipped `ops/triton_ops.py` with one thing changed, compiled for three GPU generations.
 Counts are of instructions in the machine code, not of instructions executed: a kernel holds its wide path
