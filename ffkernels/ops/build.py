@@ -23,8 +23,8 @@ CUDA_LIBRARY = "libffkernels_cuda.so"
 # Contraction to fma would skip the rounding of k·Δ: results must not depend on the processor.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
 
-# Machine code for each of these that nvcc knows, and PTX of the newest for the GPUs after it; code for 8.0 runs
-# on all of 8.x. The CUDA runtime is linked in: any build of torch, or none, may be in the process.
+# Machine code for each of these that nvcc knows, and PTX of the newest for the GPUs after it. Code for 8.0
+# runs on all of 8.x. The CUDA runtime is linked in: any build of torch, or none, may be in the process.
 CUDA_ARCHITECTURES = (80, 90, 100)
 CUDA_FLAGS = (
     *("-std=c++17", "-O3", "--fmad=false", "--shared", "--cudart=static"),

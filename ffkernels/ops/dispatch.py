@@ -146,7 +146,7 @@ def resolve(impl: str, device: torch.device | str) -> tuple[str, str]:
             first = f"fastest on {'the CPU' if device.type == 'cpu' else 'a GPU'}: {found.reason}"
             return name, "; ".join([f"{name} runs ({found.reason})", *refused]) if refused else first
         refused.append(found.reason + (f"; {found.cure}" if found.cure else ""))
-    return "torch", "; ".join(refused) or f"there is no compiled kernel for {device.type}"
+    return "torch", "; ".join(dict.fromkeys(refused)) or f"there is no compiled kernel for {device.type}"
 
 
 def choose(impl: str, device: torch.device) -> str:

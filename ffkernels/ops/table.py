@@ -186,8 +186,8 @@ def _groups(parts: Sequence[tuple[torch.dtype, Tensor]], device: torch.device) -
         return []
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "these tensors are laid out for the first time while a CUDA graph is being captured, which takes a"
-            " copy that a graph cannot hold; make the TensorTable, or call once, before the capture"
+            "these tensors are laid out for the first time while a CUDA graph is being captured, which needs"
+            " a copy that a graph cannot hold; make the TensorTable, or call once, before the capture"
         )
     everything = torch.cat([rows for _, rows in parts]).to(device)
     split = everything.split([len(rows) for _, rows in parts])

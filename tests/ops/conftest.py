@@ -1,4 +1,4 @@
-"""What the tests of the weight moves share: implementations, kernel modules, dtypes, comparison bit by bit."""
+"""What the tests of the weight moves share: implementations, kernel modules, dtypes, bitwise comparison."""
 
 from __future__ import annotations
 
