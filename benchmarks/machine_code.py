@@ -91,7 +91,7 @@ def measure(variant: Variant, folder: Path) -> list[dict]:
                     ARGUMENTS[kernel],
                     {"DTYPE": ops._DTYPES[dtype], "BLOCK": variant.block},
                     variant.warps,
-                    aligned=[name for name, kind in ARGUMENTS[kernel].items() if kind.startswith("*")],
+                    aligned=["rows"],
                 )
                 narrow = "" if dtype == torch.float32 else ".U16"
                 found.append(

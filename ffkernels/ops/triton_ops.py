@@ -118,7 +118,7 @@ def _delta_kernel(rows, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
         _subtract(w, delta, best, n, DTYPE, PIECE, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("accept_ptr", "k_ptr"))  # one build, wherever the two lie in memory
 def _step_kernel(rows, accept_ptr, k_ptr, minus_zero, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     w, delta, best, n = _row(rows)
     accept = tl.load(accept_ptr) != 0

@@ -96,7 +96,7 @@ def move(compiled, tmp_path_factory):
             arguments,
             {"DTYPE": ops._DTYPES[dtype], "BLOCK": GPU_CHUNK},
             ops.WARPS,
-            aligned=[argument for argument in arguments if arguments[argument].startswith("*")],
+            aligned=["rows"],
         )
 
     build.threads = ops.WARPS * THREADS_OF_A_WARP

@@ -20,7 +20,7 @@ MAX_TAUS = [1, 2, 3, 4, 5, 7, 16, 31, 100, 256, 1024, 1 << 16]
 
 @pytest.fixture(scope="module")
 def device(interpreted):
-    """The module, its kernels interpreted without preparing Triton's language anew for each of many launches."""
+    """The module; Triton's language is made ready for the interpreter once, not for each of many launches."""
     from triton.runtime import interpreter
 
     module, prepare = interpreted("decide"), interpreter._patch_lang
