@@ -67,8 +67,8 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     elif not dry:
         build += "; raise SystemExit('no nvcc on PATH or in CUDA_HOME: the CUDA kernels cannot be built')"
     found = [
-        Stage("provenance", [python, __file__, "--provenance"], 60),
         Stage("build", [python, "-c", build], 90),
+        Stage("provenance", [python, __file__, "--provenance"], 60),
         Stage("tests", pytest, 150),
     ]
     for tool in ("memcheck", "racecheck"):
@@ -76,7 +76,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         found.append(Stage(tool, command, 60, no_sanitizer, {"CUDA_MODULE_LOADING": "LAZY"}))
     if dry:
         found.insert(3, Stage("sanitizer's case", script, 60))
-    found.append(Stage("benchmark", [*measure, "--dry"] if dry else [*measure, "--seconds", "120"], 200))
+    found.append(Stage("benchmark", [*measure, "--dry"] if dry else [*measure, "--seconds", "100"], 240))
     return found
 
 

@@ -72,7 +72,9 @@ def _triton(device: torch.device | None) -> Availability:
         return Availability(False, NO_GPU)
     if importlib.util.find_spec("triton") is None:
         return Availability(False, "triton is not installed", GET_TRITON)
-    refused = _triton_trial(device.type, _index(device))
+    # A trial waits for the device, which nothing may do during a capture.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    refused = None if capturing else _triton_trial(device.type, _index(device))
     if refused is not None:
         return Availability(False, refused, "install a C compiler and a triton that suits this torch and GPU")
     return Availability(True, f"triton {importlib.import_module('triton').__version__}")
