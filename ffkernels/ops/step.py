@@ -46,7 +46,7 @@ def _k(value: Scalar) -> float:
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> tuple:
-    return tuple((t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for t in tensors)
+    return tuple((t.data_ptr(), t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors)
 
 
 def _plan_for(
@@ -70,43 +70,54 @@ def _plan_for(
     return plan
 
 
-def _checkpoint(plan: Plan, weights, best) -> None:
+def _checkpoint_lists(weights: Sequence[Tensor], best: Sequence[Tensor], *, impl: str = "auto") -> None:
+    plan = _plan_for(weights, None, best, impl)
     if plan.impl == "cpp":
-        native.checkpoint_(plan, weights, best)
+        native.checkpoint_(plan, best)
     else:
         reference.checkpoint_(weights, best)
 
 
-def _delta(plan: Plan, weights, deltas, best) -> None:
+def _delta_lists(weights, deltas, best, *, impl: str = "auto") -> None:
+    plan = _plan_for(weights, deltas, best, impl)
     if plan.impl == "cpp":
-        native.delta_(plan, weights, deltas, best)
+        native.delta_(plan, deltas, best)
     else:
         reference.delta_(weights, deltas, best)
 
 
-def _step(plan: Plan, weights, deltas, best, accept: Scalar, k: Scalar) -> None:
+def _step_lists(weights, deltas, best, accept: Scalar, k: Scalar, *, impl: str = "auto") -> None:
+    plan = _plan_for(weights, deltas, best, impl)
     accept, k = _accept(accept), _k(k)
     if plan.impl == "cpp":
-        native.step_(plan, weights, deltas, best, accept, k)
+        native.step_(plan, weights, best, accept, k)
     else:
         reference.step_(weights, deltas, best, accept, k)
 
 
-def _checkpoint_lists(weights: Sequence[Tensor], best: Sequence[Tensor], *, impl: str = "auto") -> None:
-    _checkpoint(_plan_for(weights, None, best, impl), weights, best)
+def _checkpoint_table(table: TensorTable) -> None:
+    table.check_addresses()
+    if table.impl == "cpp":
+        native.checkpoint_(table.plan, table.best_flats)
+    else:
+        reference.checkpoint_(table.weights, table.best)
 
 
-def _delta_lists(weights, deltas, best, *, impl: str = "auto") -> None:
-    _delta(_plan_for(weights, deltas, best, impl), weights, deltas, best)
-
-
-def _step_lists(weights, deltas, best, accept: Scalar, k: Scalar, *, impl: str = "auto") -> None:
-    _step(_plan_for(weights, deltas, best, impl), weights, deltas, best, accept, k)
+def _delta_table(table: TensorTable) -> None:
+    table.check_addresses()
+    if table.impl == "cpp":
+        native.delta_(table.plan, table.delta_flats, table.best_flats)
+    else:
+        reference.delta_(table.weights, table.deltas, table.best)
 
 
 def _step_table(table: TensorTable, accept: Scalar, k: Scalar) -> None:
     table.check_addresses()
-    _step(table.plan, table.weights, table.deltas, table.best, accept, k)
+    accept, k = _accept(accept), _k(k)
+    if table.impl == "cpp":
+        native.step_(table.plan, table.weights, table.best_flats, accept, k)
+    else:
+        reference.step_(table.weights, table.deltas, table.best, accept, k)
 
 
 @overload
@@ -115,10 +126,8 @@ def checkpoint_(table: TensorTable) -> None: ...
 def checkpoint_(weights: Sequence[Tensor], best: Sequence[Tensor], *, impl: str = "auto") -> None: ...
 def checkpoint_(weights, *args, **kwargs):
     """best ← W"""
-    if not isinstance(weights, TensorTable):
-        return _checkpoint_lists(weights, *args, **kwargs)
-    weights.check_addresses(*args, **kwargs)
-    return _checkpoint(weights.plan, weights.weights, weights.best)
+    form = _checkpoint_table if isinstance(weights, TensorTable) else _checkpoint_lists
+    form(weights, *args, **kwargs)
 
 
 @overload
@@ -129,10 +138,8 @@ def delta_(
 ) -> None: ...
 def delta_(weights, *args, **kwargs):
     """Δ ← W − best ; best ← W"""
-    if not isinstance(weights, TensorTable):
-        return _delta_lists(weights, *args, **kwargs)
-    weights.check_addresses(*args, **kwargs)
-    return _delta(weights.plan, weights.weights, weights.deltas, weights.best)
+    form = _delta_table if isinstance(weights, TensorTable) else _delta_lists
+    form(weights, *args, **kwargs)
 
 
 @overload
@@ -149,13 +156,12 @@ def step_(
 ) -> None: ...
 def step_(weights, *args, **kwargs):
     """base = accept ? W : best ; best ← base ; W ← base + k·Δ"""
-    if isinstance(weights, TensorTable):
-        return _step_table(weights, *args, **kwargs)
-    return _step_lists(weights, *args, **kwargs)
+    form = _step_table if isinstance(weights, TensorTable) else _step_lists
+    form(weights, *args, **kwargs)
 
 
 def delta_absmax(table: TensorTable) -> float:
     """max |Δ| over all tensors; NaN if any element is NaN, 0.0 for an empty table"""
-    if table.plan.impl == "cpp":
-        return native.delta_absmax(table.plan, table.deltas)
+    if table.impl == "cpp":
+        return native.delta_absmax(table.plan)
     return reference.delta_absmax(table.deltas)

@@ -222,10 +222,9 @@ class TensorTable:
         self.impl = choose(impl, self.device)
         # Arenas made under inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._delta_flats, self.deltas = _arena(self.weights, self.device)
-            self._best_flats, self.best = _arena(self.weights, self.device)
+            self.delta_flats, self.deltas = _arena(self.weights, self.device)
+            self.best_flats, self.best = _arena(self.weights, self.device)
             self.plan = make_plan(self.weights, self.deltas, self.best, self.names)
-            self.plan.impl = self.impl
             if self.weights:
                 torch._foreach_copy_(self.best, self.weights)
         self._identity = self._look()
@@ -242,7 +241,7 @@ class TensorTable:
     @property
     def nbytes(self) -> int:
         """Bytes the table itself holds: Δ and best."""
-        return sum(flat.nbytes for flat in (*self._delta_flats, *self._best_flats))
+        return sum(flat.nbytes for flat in (*self.delta_flats, *self.best_flats))
 
     def is_stale(self) -> bool:
         """Whether any weight has moved, or changed its shape or dtype, since the table was made."""
@@ -250,7 +249,7 @@ class TensorTable:
 
     def check_addresses(self) -> None:
         """Refuse to write through addresses that a weight has left."""
-        now = [weight.data_ptr() for weight in self.weights]
+        now = list(map(Tensor.data_ptr, self.weights))
         if now != self._addresses:
             at = next(i for i, (new, old) in enumerate(zip(now, self._addresses, strict=True)) if new != old)
             raise RuntimeError(
