@@ -113,7 +113,7 @@ class FastForward:
     Raises:
         ValueError: when no trainable parameter is left to move, or validation is of another model.
         TypeError: when optimizer or model is not one.
-        RuntimeError: when the optimizer already carries a FastForward.
+        RuntimeError: when the optimizer already carries a FastForward, or in a job of several processes.
     """
 
     def __init__(
@@ -130,6 +130,13 @@ class FastForward:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if config is not None and not isinstance(config, FastForwardConfig):
             raise TypeError(f"config must be a FastForwardConfig, got {type(config).__name__}")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size()
+            if ranks > 1:
+                raise RuntimeError(
+                    f"FastForward does not run in several processes yet (there are {ranks}): each rank would "
+                    "choose its own τ and the weights would drift apart; train in one process or without it"
+                )
         self.model = model
         self.optimizer = unwrap_optimizer(optimizer)
         self.config = config or FastForwardConfig()

@@ -50,7 +50,10 @@ def disagreement(
 def _choose(examples: Sequence[Example], vocabulary: int) -> list[Example]:
     ordered = sorted(examples, key=lambda example: example.input_ids.numel())
     last = len(ordered) - 1
-    chosen = [ordered[i] for i in sorted({0, last // 3, 2 * last // 3, last})]
+    picked = {0, last // 3, 2 * last // 3, last}
+    # Absolute positions differ from the fast path's only where padding stood on the left.
+    left = next((i for i, example in enumerate(ordered) if example.left_padded), None)
+    chosen = [ordered[i] for i in sorted(picked if left is None else {left, *picked})]
     budget = max(256, min(4096, _LOGIT_BYTES // (4 * vocabulary)))
     return [_cut(example, budget // len(chosen)) for example in chosen]
 

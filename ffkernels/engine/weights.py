@@ -68,6 +68,11 @@ def trainable_weights(
             f"include={include!r} and exclude={exclude!r} leave none of the {len(weights)} trainable "
             f"parameters (the first is {next(iter(weights))!r})"
         )
+    if not any(p.numel() for p in kept.values()):
+        raise ValueError(
+            f"all {len(kept)} trainable parameters are empty on this process, as DeepSpeed ZeRO-3 and FSDP "
+            "leave them between steps; Fast Forward moves whole weights: use DDP, ZeRO-1 or ZeRO-2"
+        )
     return kept
 
 

@@ -14,20 +14,27 @@ from torch import Tensor
 
 from ffkernels.ops import moves
 
+_CHECKPOINT = '(Tensor[] weights, Tensor(b!)[] best, str impl="auto") -> ()'
+_DELTA = '(Tensor[] weights, Tensor(a!)[] deltas, Tensor(b!)[] best, str impl="auto") -> ()'
+_STEP = (
+    "(Tensor(a!)[] weights, Tensor[] deltas, Tensor(b!)[] best, Tensor accept, Tensor k,"
+    ' str impl="auto") -> ()'
+)
 
-@torch.library.custom_op("ffkernels::checkpoint_", mutates_args=("best",))
+
+@torch.library.custom_op("ffkernels::checkpoint_", mutates_args=("best",), schema=_CHECKPOINT)
 def checkpoint_(weights: Sequence[Tensor], best: Sequence[Tensor], impl: str = "auto") -> None:
     moves.checkpoint_lists(weights, best, impl=impl)
 
 
-@torch.library.custom_op("ffkernels::delta_", mutates_args=("deltas", "best"))
+@torch.library.custom_op("ffkernels::delta_", mutates_args=("deltas", "best"), schema=_DELTA)
 def delta_(
     weights: Sequence[Tensor], deltas: Sequence[Tensor], best: Sequence[Tensor], impl: str = "auto"
 ) -> None:
     moves.delta_lists(weights, deltas, best, impl=impl)
 
 
-@torch.library.custom_op("ffkernels::step_", mutates_args=("weights", "best"))
+@torch.library.custom_op("ffkernels::step_", mutates_args=("weights", "best"), schema=_STEP)
 def step_(
     weights: Sequence[Tensor],
     deltas: Sequence[Tensor],

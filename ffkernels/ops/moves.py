@@ -25,7 +25,7 @@ from ffkernels.ops.scalars import (
     k_argument,
     on_device,
 )
-from ffkernels.ops.table import GPU_CHUNK, Plan, make_plan
+from ffkernels.ops.table import GPU_CHUNK, Plan, TensorTable, make_plan
 
 _PLANS_KEPT = 16
 _plans: OrderedDict[tuple, Plan] = OrderedDict()
@@ -40,7 +40,7 @@ def _kernels(impl: str) -> ModuleType:
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> tuple:
-    return tuple((t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for t in tensors)
+    return tuple((t.data_ptr(), t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors)
 
 
 def _plan_for(
@@ -64,21 +64,25 @@ def _plan_for(
     return plan
 
 
-def checkpoint(plan: Plan, weights, best) -> None:
+# Kernels get addresses from the plan. The tensors beside it are those whose autograd version counters they
+# move on: views of one memory share a counter, so a table hands over its arenas, not the views into them.
+
+
+def checkpoint(plan: Plan, weights, best, best_written) -> None:
     if plan.impl == "torch":
         reference.checkpoint_(weights, best)
     else:
-        _kernels(plan.impl).checkpoint_(plan, weights, best)
+        _kernels(plan.impl).checkpoint_(plan, best_written)
 
 
-def delta(plan: Plan, weights, deltas, best) -> None:
+def delta(plan: Plan, weights, deltas, best, deltas_written, best_written) -> None:
     if plan.impl == "torch":
         reference.delta_(weights, deltas, best)
     else:
-        _kernels(plan.impl).delta_(plan, weights, deltas, best)
+        _kernels(plan.impl).delta_(plan, deltas_written, best_written)
 
 
-def step(plan: Plan, weights, deltas, best, accept: Scalar, k: Scalar) -> None:
+def step(plan: Plan, weights, deltas, best, best_written, accept: Scalar, k: Scalar) -> None:
     if plan.impl == "cuda":
         accept, k = accept_argument(plan, accept), k_argument(plan, k)
     elif plan.impl == "triton" or (plan.impl == "torch" and (on_device(accept) or on_device(k))):
@@ -87,7 +91,7 @@ def step(plan: Plan, weights, deltas, best, accept: Scalar, k: Scalar) -> None:
     else:
         accept, k = host_accept(accept), host_k(k)
     if plan.impl != "torch":
-        _kernels(plan.impl).step_(plan, weights, deltas, best, accept, k)
+        _kernels(plan.impl).step_(plan, weights, best_written, accept, k)
     elif isinstance(accept, Tensor):
         reference.step_by_device_(weights, deltas, best, accept, k)
     else:
@@ -95,19 +99,35 @@ def step(plan: Plan, weights, deltas, best, accept: Scalar, k: Scalar) -> None:
 
 
 def checkpoint_lists(weights: Sequence[Tensor], best: Sequence[Tensor], *, impl: str = "auto") -> None:
-    checkpoint(_plan_for(weights, None, best, impl), weights, best)
+    checkpoint(_plan_for(weights, None, best, impl), weights, best, best)
 
 
 def delta_lists(weights, deltas, best, *, impl: str = "auto") -> None:
-    delta(_plan_for(weights, deltas, best, impl), weights, deltas, best)
+    delta(_plan_for(weights, deltas, best, impl), weights, deltas, best, deltas, best)
 
 
 def step_lists(weights, deltas, best, accept: Scalar, k: Scalar, *, impl: str = "auto") -> None:
-    step(_plan_for(weights, deltas, best, impl), weights, deltas, best, accept, k)
+    step(_plan_for(weights, deltas, best, impl), weights, deltas, best, best, accept, k)
 
 
-def delta_absmax(plan: Plan, delta_flats: Sequence[Tensor]) -> float:
+def checkpoint_table(table: TensorTable) -> None:
+    table.check_addresses()
+    checkpoint(table.plan, table.weights, table.best, table.best_flats)
+
+
+def delta_table(table: TensorTable) -> None:
+    table.check_addresses()
+    flats = (table.delta_flats, table.best_flats)
+    delta(table.plan, table.weights, table.deltas, table.best, *flats)
+
+
+def step_table(table: TensorTable, accept: Scalar, k: Scalar) -> None:
+    table.check_addresses()
+    step(table.plan, table.weights, table.deltas, table.best, table.best_flats, accept, k)
+
+
+def delta_absmax(table: TensorTable) -> float:
     """max |Δ|; the flat arenas stand for their tensors, since what lies between those is zero."""
-    if plan.impl == "cpp":
-        return _kernels("cpp").delta_absmax(plan, delta_flats)
-    return reference.delta_absmax(delta_flats)
+    if table.impl == "cpp":
+        return _kernels("cpp").delta_absmax(table.plan)
+    return reference.delta_absmax(table.delta_flats)

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ffkernels.ops import build
 from ffkernels.ops.table import Plan
@@ -149,33 +151,33 @@ def _call(name: str, plan: Plan, *arguments) -> None:
         raise RuntimeError(f"{name} refused its table with code {code}; this is a bug in ffkernels")
 
 
-def bump(tensors: Sequence[torch.Tensor]) -> None:
-    torch.autograd.graph.increment_version(tensors)
+# The moves below take, beside the plan, the tensors whose autograd version counter they move on: those
+# written to. Views of one memory share a counter, so a table hands over its arenas, not the views into them.
 
 
-def checkpoint_(plan: Plan, weights, best) -> None:
+def checkpoint_(plan: Plan, best: Sequence[Tensor]) -> None:
     """best ← W"""
     _call("ffk_cpu_checkpoint", plan, torch.get_num_threads())
-    bump(best)
+    increment_version(best)
 
 
-def delta_(plan: Plan, weights, deltas, best) -> None:
+def delta_(plan: Plan, deltas: Sequence[Tensor], best: Sequence[Tensor]) -> None:
     """Δ ← W − best ; best ← W"""
     _call("ffk_cpu_delta", plan, torch.get_num_threads())
-    bump(deltas)
-    bump(best)
+    increment_version(deltas)
+    increment_version(best)
 
 
-def step_(plan: Plan, weights, deltas, best, accept: bool, k: float) -> None:
+def step_(plan: Plan, weights: Sequence[Tensor], best: Sequence[Tensor], accept: bool, k: float) -> None:
     """base = accept ? W : best ; best ← base ; W ← base + k·Δ"""
     _call("ffk_cpu_step", plan, accept, k, torch.get_num_threads())
     if accept:
-        bump(best)
+        increment_version(best)
     if k != 0 or not accept:
-        bump(weights)
+        increment_version(weights)
 
 
-def delta_absmax(plan: Plan, deltas) -> float:
+def delta_absmax(plan: Plan) -> float:
     """max |Δ|, NaN if any is"""
     result = ctypes.c_float()
     _call("ffk_cpu_absmax", plan, torch.get_num_threads(), ctypes.byref(result))

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ffkernels.ops import build
-from ffkernels.ops.native import ABI, Group, NativeLibrary, bump, cache_dir, groups_of, source_dir
+from ffkernels.ops.native import ABI, Group, NativeLibrary, cache_dir, groups_of, source_dir
 from ffkernels.ops.table import Plan
 
 CURE = "run `ffkernels doctor --build` (needs nvcc), or reinstall ffkernels where nvcc is present"
@@ -125,20 +127,26 @@ def _call(name: str, plan: Plan, *arguments) -> None:
         raise RuntimeError(f"{name} failed on {plan.device}: {_message(loaded, code)}")
 
 
-def checkpoint_(plan: Plan, weights, best) -> None:
+def checkpoint_(plan: Plan, best: Sequence[Tensor]) -> None:
     """best ← W"""
     _call("ffk_cuda_checkpoint", plan)
-    bump(best)
+    increment_version(best)
 
 
-def delta_(plan: Plan, weights, deltas, best) -> None:
+def delta_(plan: Plan, deltas: Sequence[Tensor], best: Sequence[Tensor]) -> None:
     """Δ ← W − best ; best ← W"""
     _call("ffk_cuda_delta", plan)
-    bump(deltas)
-    bump(best)
+    increment_version(deltas)
+    increment_version(best)
 
 
-def step_(plan: Plan, weights, deltas, best, accept: bool | Tensor, k: float | Tensor) -> None:
+def step_(
+    plan: Plan,
+    weights: Sequence[Tensor],
+    best: Sequence[Tensor],
+    accept: bool | Tensor,
+    k: float | Tensor,
+) -> None:
     """base = accept ? W : best ; best ← base ; W ← base + k·Δ
 
     `accept` (int32 [1]) and `k` (float32 [1]) are on the device and read by the kernel, or they are host
@@ -149,6 +157,6 @@ def step_(plan: Plan, weights, deltas, best, accept: bool | Tensor, k: float | T
     _call("ffk_cuda_step", plan, accept_at, k_at, accept, k)
     # What the device will decide is not known here: both may change.
     if accept or accept_at is not None:
-        bump(best)
+        increment_version(best)
     if k != 0 or k_at is not None or not accept:
-        bump(weights)
+        increment_version(weights)

@@ -30,11 +30,6 @@ from ffkernels.ops.scalars import Scalar
 from ffkernels.ops.table import TensorTable
 
 
-def _step_table(table: TensorTable, accept: Scalar, k: Scalar) -> None:
-    table.check_addresses()
-    moves.step(table.plan, table.weights, table.deltas, table.best, accept, k)
-
-
 @torch.no_grad()
 def _traced_step(weights, deltas, best, accept: Scalar, k: Scalar, *, impl: str = "auto") -> None:
     accept = library.traced_scalar(accept, torch.int32, weights)
@@ -62,10 +57,8 @@ def checkpoint_(weights, *args, **kwargs):
         if isinstance(weights, TensorTable):
             return _traced_checkpoint(weights.weights, weights.best, *args, impl=weights.impl, **kwargs)
         return _traced_checkpoint(weights, *args, **kwargs)
-    if not isinstance(weights, TensorTable):
-        return moves.checkpoint_lists(weights, *args, **kwargs)
-    weights.check_addresses(*args, **kwargs)
-    return moves.checkpoint(weights.plan, weights.weights, weights.best)
+    form = moves.checkpoint_table if isinstance(weights, TensorTable) else moves.checkpoint_lists
+    return form(weights, *args, **kwargs)
 
 
 @overload
@@ -81,10 +74,8 @@ def delta_(weights, *args, **kwargs):
             table = weights
             return _traced_delta(table.weights, table.deltas, table.best, *args, impl=table.impl, **kwargs)
         return _traced_delta(weights, *args, **kwargs)
-    if not isinstance(weights, TensorTable):
-        return moves.delta_lists(weights, *args, **kwargs)
-    weights.check_addresses(*args, **kwargs)
-    return moves.delta(weights.plan, weights.weights, weights.deltas, weights.best)
+    form = moves.delta_table if isinstance(weights, TensorTable) else moves.delta_lists
+    return form(weights, *args, **kwargs)
 
 
 @overload
@@ -106,11 +97,10 @@ def step_(weights, *args, **kwargs):
             table = weights
             return _traced_step(table.weights, table.deltas, table.best, *args, impl=table.impl, **kwargs)
         return _traced_step(weights, *args, **kwargs)
-    if isinstance(weights, TensorTable):
-        return _step_table(weights, *args, **kwargs)
-    return moves.step_lists(weights, *args, **kwargs)
+    form = moves.step_table if isinstance(weights, TensorTable) else moves.step_lists
+    return form(weights, *args, **kwargs)
 
 
 def delta_absmax(table: TensorTable) -> float:
     """max |Δ| over all tensors; NaN if any element is NaN, 0.0 for an empty table"""
-    return moves.delta_absmax(table.plan, table.delta_flats)
+    return moves.delta_absmax(table)

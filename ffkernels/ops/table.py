@@ -251,7 +251,7 @@ class TensorTable:
         # Arenas made under inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self.delta_flats, self.deltas = _arena(self.weights, self.device)
-            self._best_flats, self.best = _arena(self.weights, self.device)
+            self.best_flats, self.best = _arena(self.weights, self.device)
             chunk = GPU_CHUNK if self.impl == "triton" else None
             self.plan = make_plan(self.weights, self.deltas, self.best, self.names, chunk=chunk)
             self.plan.impl = self.impl
@@ -271,7 +271,7 @@ class TensorTable:
     @property
     def nbytes(self) -> int:
         """Bytes the table itself holds: Δ and best."""
-        return sum(flat.nbytes for flat in (*self.delta_flats, *self._best_flats))
+        return sum(flat.nbytes for flat in (*self.delta_flats, *self.best_flats))
 
     def is_stale(self) -> bool:
         """Whether any weight has moved, or changed its shape or dtype, since the table was made."""
@@ -279,7 +279,7 @@ class TensorTable:
 
     def check_addresses(self) -> None:
         """Refuse to write through addresses that a weight has left."""
-        now = [weight.data_ptr() for weight in self.weights]
+        now = list(map(Tensor.data_ptr, self.weights))
         if now != self._addresses:
             at = next(i for i, (new, old) in enumerate(zip(now, self._addresses, strict=True)) if new != old)
             raise RuntimeError(

@@ -151,13 +151,13 @@ def _launch(kernel, plan: Plan, *arguments) -> None:
             )
 
 
-def checkpoint_(plan: Plan, weights: Sequence[Tensor], best: Sequence[Tensor]) -> None:
+def checkpoint_(plan: Plan, best: Sequence[Tensor]) -> None:
     """best ← W"""
     _launch(_checkpoint_kernel, plan)
     torch.autograd.graph.increment_version(best)
 
 
-def delta_(plan: Plan, weights: Sequence[Tensor], deltas: Sequence[Tensor], best: Sequence[Tensor]) -> None:
+def delta_(plan: Plan, deltas: Sequence[Tensor], best: Sequence[Tensor]) -> None:
     """Δ ← W − best ; best ← W"""
     _launch(_delta_kernel, plan)
     torch.autograd.graph.increment_version(deltas)
@@ -167,7 +167,6 @@ def delta_(plan: Plan, weights: Sequence[Tensor], deltas: Sequence[Tensor], best
 def step_(
     plan: Plan,
     weights: Sequence[Tensor],
-    deltas: Sequence[Tensor],
     best: Sequence[Tensor],
     accept: Tensor,
     k: Tensor,

@@ -89,6 +89,21 @@ def test_left_padding(family, tiny_model, padded_batch, own_loss):
     assert float(validation()) == pytest.approx(per_token_reference(model, batches)[0], rel=1e-6)
 
 
+def test_one_left_padded_row_among_many_is_not_missed(tiny_model, padded_batch, own_loss):
+    model = tiny_model("gpt2")
+    batches = [
+        padded_batch(12, 24, seed=3),
+        padded_batch(1, 12, left=True, seed=4),
+        padded_batch(12, 30, seed=5),
+    ]
+    if int(batches[1]["attention_mask"][0, 0]):
+        batches[1]["attention_mask"][0, :3], batches[1]["labels"][0, :4] = 0, -100
+    with pytest.warns(UserWarning, match="fast path gives"):
+        validation = ValidationLoss(model, batches)
+    assert validation.path == "generic"
+    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=1e-6)
+
+
 def test_learned_positions_make_left_padding_another_loss(tiny_model, padded_batch, own_loss):
     model, batches = tiny_model("gpt2"), [padded_batch(5, 20, left=True, seed=1)]
     with pytest.warns(UserWarning, match="fast path gives"):

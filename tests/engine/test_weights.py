@@ -83,3 +83,12 @@ def test_a_circle_of_wrappers_is_an_error():
     one.optimizer, other.optimizer = other, one
     with pytest.raises(TypeError, match="got Wrapper"):
         unwrap_optimizer(one)
+
+
+def test_partitioned_parameters_are_refused():
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for parameter in net.parameters():
+        parameter.data = torch.empty(0)
+    with pytest.raises(ValueError, match="empty on this process, as DeepSpeed ZeRO-3"):
+        trainable_weights(net, optimizer)

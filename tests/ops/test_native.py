@@ -130,7 +130,7 @@ def test_threads_are_torch_s(cpp, fresh_native):
 
     fresh_native.setattr(native, "load", lambda: native.NativeLibrary(Spy(), None, ""))
     table = ops.TensorTable([torch.ones(3)], impl="torch")
-    table.plan.impl = "cpp"
+    table.impl = table.plan.impl = "cpp"
     for threads in (1, 2):
         torch.set_num_threads(threads)
         ops.checkpoint_(table)

@@ -69,7 +69,7 @@ def assert_same_memory(one, other):
 def step(ops, sides, accept, k):
     plan = sides.plan()
     accept, k = torch.tensor([accept], dtype=torch.int32), torch.tensor([k], dtype=torch.float32)
-    ops.step_(plan, *sides.sides, accept, k)
+    ops.step_(plan, sides.weights, sides.best, accept, k)
     return float(k)
 
 
@@ -120,14 +120,14 @@ class TestAgainstTheReference:
     def test_checkpoint(self, ops, dtype):
         sides = Sides([dtype])
         expected = sides.clone()
-        ops.checkpoint_(sides.plan(deltas=False), sides.weights, sides.best)
+        ops.checkpoint_(sides.plan(deltas=False), sides.best)
         reference.checkpoint_(expected.weights, expected.best)
         assert_same_memory(sides, expected)
 
     def test_delta(self, ops, dtype):
         sides = Sides([dtype])
         expected = sides.clone()
-        ops.delta_(sides.plan(), *sides.sides)
+        ops.delta_(sides.plan(), sides.deltas, sides.best)
         reference.delta_(*expected.sides)
         assert_same_memory(sides, expected)
 
@@ -183,11 +183,11 @@ def test_a_step_moves_no_more_than_it_must(ops, traffic, accept, k, loads, store
 def test_checkpoint_and_delta_move_no_more_than_they_must(ops, traffic):
     sides = Sides([torch.bfloat16])
     total = sum(weight.numel() for weight in sides.weights)
-    ops.checkpoint_(sides.plan(deltas=False), sides.weights, sides.best)
+    ops.checkpoint_(sides.plan(deltas=False), sides.best)
     counts = [[moved(traffic, kind, side) for side in sides.sides] for kind in ("load", "store")]
     assert counts == [[total, 0, 0], [0, 0, total]]
     traffic.clear()
-    ops.delta_(sides.plan(), *sides.sides)
+    ops.delta_(sides.plan(), sides.deltas, sides.best)
     counts = [[moved(traffic, kind, side) for side in sides.sides] for kind in ("load", "store")]
     assert counts == [[total, 0, total], [0, total, total]]
 
@@ -238,7 +238,7 @@ def test_ten_thousand_tensors_are_one_launch(ops, monkeypatch):
     monkeypatch.setattr(ops, "_step_kernel", launches)
     arenas = [torch.zeros(10_000, 64) for _ in range(3)]
     weights, deltas, best = (list(arena.unbind()) for arena in arenas)
-    ops.step_(make_plan(weights, deltas, best, chunk=GPU_CHUNK), weights, deltas, best, None, None)
+    ops.step_(make_plan(weights, deltas, best, chunk=GPU_CHUNK), weights, best, None, None)
     assert launches.grids == [(10_000,)]
 
 
@@ -247,22 +247,22 @@ def test_more_than_a_thousand_tensors(ops):
     weights, deltas, best = (list(arena.unbind()) for arena in arenas)
     expected = arenas[0] + 2.0 * arenas[1]
     plan = make_plan(weights, deltas, best, chunk=GPU_CHUNK)
-    ops.step_(plan, weights, deltas, best, torch.ones(1, dtype=torch.int32), torch.tensor([2.0]))
+    ops.step_(plan, weights, best, torch.ones(1, dtype=torch.int32), torch.tensor([2.0]))
     assert torch.equal(arenas[0], expected)
 
 
 def test_rows_longer_than_a_program_are_still_moved(ops):
     """A plan made for another device's chunk is slow, not wrong."""
     weight, best = torch.randn(5000), torch.zeros(5000)
-    ops.checkpoint_(make_plan([weight], None, [best]), [weight], [best])
+    ops.checkpoint_(make_plan([weight], None, [best]), [best])
     assert torch.equal(best, weight)
 
 
 def test_no_tensors_is_no_launch(ops):
-    ops.checkpoint_(make_plan([], None, [], chunk=GPU_CHUNK), [], [])
+    ops.checkpoint_(make_plan([], None, [], chunk=GPU_CHUNK), [])
     empty = torch.zeros(0, 8)
     plan = make_plan([empty], None, [torch.zeros(0, 8)], chunk=GPU_CHUNK)
-    ops.checkpoint_(plan, [empty], [torch.zeros(0, 8)])
+    ops.checkpoint_(plan, [torch.zeros(0, 8)])
 
 
 def test_rows_beyond_two_to_the_31_elements_keep_their_addresses():
@@ -279,8 +279,8 @@ def test_writes_are_seen_by_autograd(ops):
     sides = Sides([torch.float32], sizes=[3])
     before = [[t._version for t in side] for side in sides.sides]
     step(ops, sides, 1, 1.0)
-    ops.delta_(sides.plan(), *sides.sides)
-    ops.checkpoint_(sides.plan(deltas=False), sides.weights, sides.best)
+    ops.delta_(sides.plan(), sides.deltas, sides.best)
+    ops.checkpoint_(sides.plan(deltas=False), sides.best)
     after = [[t._version for t in side] for side in sides.sides]
     assert [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(before, after, strict=True)] == [
         [1, 1],
