@@ -57,10 +57,10 @@ ADAPTERS: dict[str, Shapes] = {
 }
 # Time of ours over time of foreach, warm, one thread.
 TARGETS = {PYTHIA: 0.65, LLAMA: 0.90}
-ROUNDS = {PYTHIA: 100, LLAMA: 15}
+ROUNDS = {PYTHIA: 31, LLAMA: 15}
 # Before and during a warm timing the same way runs again and again; a large set is as cold either way.
-WARM_UPS = {PYTHIA: 3, LLAMA: 1}
-CALLS = {PYTHIA: 5, LLAMA: 1}
+WARM_UPS = {PYTHIA: 10, LLAMA: 1}
+CALLS = {PYTHIA: 10, LLAMA: 1}
 
 
 def _weights(shapes: Shapes) -> list[torch.Tensor]:
@@ -218,7 +218,7 @@ def test_step(benchmark, one_thread, adapter):
         benchmark(ways["ours"])
         return
     ours = Ours(shapes)
-    benchmark.pedantic(ours, rounds=ROUNDS[adapter], warmup_rounds=2)
+    benchmark.pedantic(ours, rounds=ROUNDS[adapter], iterations=CALLS[adapter], warmup_rounds=2)
     del ours
     benchmark.extra_info.update(summarise(shapes, measure(adapter)))
     ratio = benchmark.extra_info["modes"]["warm"]["foreach"]["ours_over_this"]

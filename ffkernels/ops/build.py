@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = ("step_cpu.cpp",)
-HEADERS = ("ffkernels.h", "loops_cpu.h")
+HEADERS = ("ffkernels.h", "loops_cpu.h", "stream_cpu.h")
 LIBRARY = "libffkernels.so"
 
 # Contraction to fma would skip the rounding of k·Δ: results must not depend on the processor.
