@@ -16,6 +16,7 @@
 
 #include "ffkernels.h"
 #include "loops_cpu.h"
+#include "stream_cpu.h"
 
 #ifndef FFK_SOURCE_ID
 #define FFK_SOURCE_ID ""
@@ -25,33 +26,8 @@ using namespace ffk;
 
 namespace {
 
-// A destination that is only written would first be read into the cache by an ordinary store. Above the size where
-// the tables leave the cache anyway that read is a fifth of the traffic of step; below it, bypassing is a loss.
-constexpr int64_t kStreamBytes = int64_t{12} << 20;
-
 // Elements per block of the streaming variants: what is staged stays in the first-level cache.
 constexpr int64_t kBlock = 1024;
-
-FFK_INLINE void stream(void* to, const void* from, size_t bytes) {
-#if FFK_X86
-  char* dst = static_cast<char*>(to);
-  const char* src = static_cast<const char*>(from);
-  const size_t head = std::min(bytes, static_cast<size_t>(-reinterpret_cast<intptr_t>(dst) & 15));
-  std::memcpy(dst, src, head);
-  size_t i = head;
-  for (; i + 16 <= bytes; i += 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(dst + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)));
-  std::memcpy(dst + i, src + i, bytes - i);
-#else
-  std::memcpy(to, from, bytes);
-#endif
-}
-
-FFK_INLINE void finish_streaming() {
-#if FFK_X86
-  _mm_sfence();
-#endif
-}
 
 struct Call {
   bool accept;
@@ -71,24 +47,24 @@ struct Chunk {
         n(row.n) {}
 };
 
-template <class S>
+template <class Stream, class S>
 FFK_INLINE void copy(S* to, const S* from, int64_t n, bool streaming) {
   const size_t bytes = static_cast<size_t>(n) * sizeof(S);
   if (streaming)
-    stream(to, from, bytes);
+    Stream::copy(to, from, bytes);
   else
     std::memcpy(to, from, bytes);
 }
 
-template <class T, class L>
+template <class T, class L, class Stream>
 FFK_INLINE void step_chunk(const ffk_row& row, const Call& call) {
   using S = typename T::Store;
   const Chunk<T> c(row);
   if (call.k == 0.0f) {
     if (call.accept)
-      copy(c.best, c.w, c.n, call.streaming);
+      copy<Stream>(c.best, c.w, c.n, call.streaming);
     else
-      copy(c.w, c.best, c.n, call.streaming);
+      copy<Stream>(c.w, c.best, c.n, call.streaming);
   } else if (!call.streaming) {
     if (call.accept)
       L::add_saving(c.w, c.best, c.delta, c.n, call.k);
@@ -99,17 +75,17 @@ FFK_INLINE void step_chunk(const ffk_row& row, const Call& call) {
     for (int64_t at = 0; at < c.n; at += kBlock) {
       const int64_t n = std::min(kBlock, c.n - at);
       if (call.accept) {
-        stream(c.best + at, c.w + at, static_cast<size_t>(n) * sizeof(S));
+        copy<Stream>(c.best + at, c.w + at, n, true);
         L::add(c.w + at, c.delta + at, n, call.k);
       } else {
         L::add_to(staged, c.best + at, c.delta + at, n, call.k);
-        stream(c.w + at, staged, static_cast<size_t>(n) * sizeof(S));
+        copy<Stream>(c.w + at, staged, n, true);
       }
     }
   }
 }
 
-template <class T, class L>
+template <class T, class L, class Stream>
 FFK_INLINE void delta_chunk(const ffk_row& row, const Call& call) {
   using S = typename T::Store;
   const Chunk<T> c(row);
@@ -118,7 +94,7 @@ FFK_INLINE void delta_chunk(const ffk_row& row, const Call& call) {
   for (int64_t at = 0; at < c.n; at += kBlock) {
     const int64_t n = std::min(kBlock, c.n - at);
     L::subtract(staged, c.w + at, c.best + at, n);
-    stream(c.delta + at, staged, static_cast<size_t>(n) * sizeof(S));
+    copy<Stream>(c.delta + at, staged, n, true);
   }
 }
 
@@ -136,30 +112,38 @@ struct Kernels {
   void (*delta)(const ffk_row&, const Call&);
   uint32_t (*absmax)(const ffk_row&);
   float (*from_magnitude)(uint32_t);
-  int64_t itemsize;
+  int64_t itemsize, stream_above;
 };
 
-#define FFK_DEFINE_ISA(NAME, TARGET)                                                                                   \
-  template <class T, class L = Loops<T>>                                                                               \
-  struct NAME {                                                                                                        \
-    TARGET static void step(const ffk_row& row, const Call& call) { step_chunk<T, L>(row, call); }                     \
-    TARGET static void delta(const ffk_row& row, const Call& call) { delta_chunk<T, L>(row, call); }                   \
-    TARGET static uint32_t absmax(const ffk_row& row) { return absmax_chunk<T>(row); }                                 \
-    static constexpr Kernels kernels() { return {step, delta, absmax, T::from_magnitude, sizeof(typename T::Store)}; } \
+#define FFK_DEFINE_ISA(NAME, TARGET)                                                                         \
+  template <class T, class L, class Stream>                                                                  \
+  struct NAME {                                                                                              \
+    TARGET static void step(const ffk_row& row, const Call& call) { step_chunk<T, L, Stream>(row, call); }   \
+    TARGET static void delta(const ffk_row& row, const Call& call) { delta_chunk<T, L, Stream>(row, call); } \
+    TARGET static uint32_t absmax(const ffk_row& row) { return absmax_chunk<T>(row); }                       \
+    static constexpr Kernels kernels() {                                                                     \
+      return {step, delta, absmax, T::from_magnitude, sizeof(typename T::Store), Stream::above};             \
+    }                                                                                                        \
   };
-
-#define FFK_ISA_KERNELS(NAME, HALF_LOOPS) \
-  {NAME<Float32>::kernels(), NAME<BFloat16>::kernels(), NAME<Float16, HALF_LOOPS>::kernels()}
 
 FFK_DEFINE_ISA(Baseline, )
 #if FFK_X86
 FFK_DEFINE_ISA(Avx2, __attribute__((target("avx2"))))
 FFK_DEFINE_ISA(Avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))))
-constexpr Kernels kKernels[][3] = {FFK_ISA_KERNELS(Baseline, Loops<Float16>), FFK_ISA_KERNELS(Avx2, F16cLoops),
-                                   FFK_ISA_KERNELS(Avx512, F16cLoops)};
-#else
-constexpr Kernels kKernels[][3] = {FFK_ISA_KERNELS(Baseline, Loops<Float16>)};
 #endif
+
+// By instruction set, then by ffk_dtype. Float32 waits for memory, so wider registers bring it nothing; bfloat16
+// computes enough to gain from them.
+constexpr Kernels kKernels[][3] = {
+    {Baseline<Float32, Loops<Float32>, Stream>::kernels(), Baseline<BFloat16, Loops<BFloat16>, Stream>::kernels(),
+     Baseline<Float16, Loops<Float16>, Stream>::kernels()},
+#if FFK_X86
+    {Avx2<Float32, Loops<Float32>, Stream>::kernels(), Avx2<BFloat16, Loops<BFloat16>, Stream>::kernels(),
+     Avx2<Float16, F16cLoops, Stream>::kernels()},
+    {Avx2<Float32, Loops<Float32>, LineStream>::kernels(), Avx512<BFloat16, Loops<BFloat16>, LineStream>::kernels(),
+     Avx2<Float16, F16cLoops, LineStream>::kernels()},
+#endif
+};
 
 int detect_isa() {
 #if FFK_X86
@@ -223,10 +207,11 @@ void for_rows(const ffk_group& group, int32_t threads, bool streaming, const Bod
 int32_t step(const ffk_group* groups, int64_t count, bool accept, float k, int32_t threads) {
   if (!known(groups, count)) return FFK_E_DTYPE;
   const Kernels* kernels = kKernels[isa_in_use.load(std::memory_order_relaxed)];
-  const Call call{accept, bytes(groups, count, kernels) > kStreamBytes, k};
+  const int64_t size = bytes(groups, count, kernels);
   for (int64_t g = 0; g < count; ++g) {
-    const auto run = kernels[groups[g].dtype].step;
-    for_rows(groups[g], threads, call.streaming, [&](const ffk_row& row) { run(row, call); });
+    const Kernels& kernel = kernels[groups[g].dtype];
+    const Call call{accept, size > kernel.stream_above, k};
+    for_rows(groups[g], threads, call.streaming, [&](const ffk_row& row) { kernel.step(row, call); });
   }
   return 0;
 }
@@ -263,10 +248,11 @@ int32_t ffk_cpu_step(const ffk_group* groups, int64_t count, int32_t accept, flo
 int32_t ffk_cpu_delta(const ffk_group* groups, int64_t count, int32_t threads) {
   if (!known(groups, count)) return FFK_E_DTYPE;
   const Kernels* kernels = kKernels[isa_in_use.load(std::memory_order_relaxed)];
-  const Call call{true, bytes(groups, count, kernels) > kStreamBytes, 0.0f};
+  const int64_t size = bytes(groups, count, kernels);
   for (int64_t g = 0; g < count; ++g) {
-    const auto run = kernels[groups[g].dtype].delta;
-    for_rows(groups[g], threads, call.streaming, [&](const ffk_row& row) { run(row, call); });
+    const Kernels& kernel = kernels[groups[g].dtype];
+    const Call call{true, size > kernel.stream_above, 0.0f};
+    for_rows(groups[g], threads, call.streaming, [&](const ffk_row& row) { kernel.delta(row, call); });
   }
   return 0;
 }

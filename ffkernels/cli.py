@@ -318,10 +318,9 @@ def doctor(
 
     from ffkernels import ops
     from ffkernels.doctor import describe, diagnose
-    from ffkernels.ops.build import find_nvcc
 
     if build:
-        for path in (ops.build_native(), *([ops.build_cuda()] if find_nvcc() else [])):
+        for path in (ops.build_native(), *([ops.build_cuda()] if ops.find_nvcc() else [])):
             if not as_json:
                 typer.echo(f"built {path}")
     diagnosis = diagnose(device)

@@ -82,13 +82,12 @@ def test_doctor(invoke):
 
 def test_doctor_builds_the_ops(invoke, monkeypatch, tmp_path):
     from ffkernels import ops
-    from ffkernels.ops import build
 
     monkeypatch.setattr(ops, "build_native", lambda: tmp_path / "built.so")
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(ops, "find_nvcc", lambda: None)
     assert f"built {tmp_path / 'built.so'}" in invoke("doctor", "--build").stdout
     monkeypatch.setattr(ops, "build_cuda", lambda: tmp_path / "cuda.so")
-    monkeypatch.setattr(build, "find_nvcc", lambda: tmp_path / "nvcc")
+    monkeypatch.setattr(ops, "find_nvcc", lambda: tmp_path / "nvcc")
     assert f"built {tmp_path / 'cuda.so'}" in invoke("doctor", "--build").stdout
 
 

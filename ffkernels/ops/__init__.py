@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ffkernels.ops.build import find_nvcc
 from ffkernels.ops.dispatch import Availability, available, resolve
 from ffkernels.ops.native import build_native
 from ffkernels.ops.native_cuda import build_cuda
@@ -20,6 +21,7 @@ __all__ = [
     "checkpoint_",
     "delta_",
     "delta_absmax",
+    "find_nvcc",
     "resolve",
     "step_",
 ]

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = ("step_cpu.cpp",)
-HEADERS = ("ffkernels.h", "loops_cpu.h")
+HEADERS = ("ffkernels.h", "loops_cpu.h", "stream_cpu.h")
 LIBRARY = "libffkernels.so"
 CUDA_SOURCES = ("step_cuda.cu",)
 CUDA_LIBRARY = "libffkernels_cuda.so"

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 from torch.autograd.graph import increment_version
 
 from ffkernels.ops import build
@@ -135,20 +135,34 @@ def isa() -> str:
 
 
 def groups_of(plan: Plan) -> tuple[ctypes.Array, int]:
-    """The plan's rows as the ABI wants them; made once per plan."""
+    """The plan's groups as the ABI wants them, and how many there are."""
+    groups = [Group(g.rows.data_ptr(), len(g.rows), DTYPE_CODES[g.dtype]) for g in plan.groups]
+    return (Group * len(groups))(*groups), len(groups)
+
+
+class Moves:
+    """The library's functions bound to one plan: what a call needs is looked up and laid out once."""
+
+    def __init__(self, plan: Plan) -> None:
+        library = load().library
+        if library is None:
+            raise RuntimeError(f"the C++ ops are not available: {load().reason}; {CURE}")
+        self.table, self.count = groups_of(plan)
+        self.checkpoint = library.ffk_cpu_checkpoint
+        self.delta = library.ffk_cpu_delta
+        self.step = library.ffk_cpu_step
+        self.absmax = library.ffk_cpu_absmax
+
+
+def _bound(plan: Plan) -> Moves:
     if plan.native is None:
-        groups = [(group.rows.data_ptr(), len(group.rows), DTYPE_CODES[group.dtype]) for group in plan.groups]
-        plan.native = ((Group * len(groups))(*groups), len(groups))
+        plan.native = Moves(plan)
     return plan.native
 
 
-def _call(name: str, plan: Plan, *arguments) -> None:
-    library = load().library
-    if library is None:
-        raise RuntimeError(f"the C++ ops are not available: {load().reason}; {CURE}")
-    code = getattr(library, name)(*groups_of(plan), *arguments)
+def _check(code: int) -> None:
     if code != 0:
-        raise RuntimeError(f"{name} refused its table with code {code}; this is a bug in ffkernels")
+        raise RuntimeError(f"the C++ ops refused their table with code {code}; this is a bug in ffkernels")
 
 
 # The moves below take, beside the plan, the tensors whose autograd version counter they move on: those
@@ -157,20 +171,23 @@ def _call(name: str, plan: Plan, *arguments) -> None:
 
 def checkpoint_(plan: Plan, best: Sequence[Tensor]) -> None:
     """best ← W"""
-    _call("ffk_cpu_checkpoint", plan, torch.get_num_threads())
+    moves = _bound(plan)
+    _check(moves.checkpoint(moves.table, moves.count, get_num_threads()))
     increment_version(best)
 
 
 def delta_(plan: Plan, deltas: Sequence[Tensor], best: Sequence[Tensor]) -> None:
     """Δ ← W − best ; best ← W"""
-    _call("ffk_cpu_delta", plan, torch.get_num_threads())
+    moves = _bound(plan)
+    _check(moves.delta(moves.table, moves.count, get_num_threads()))
     increment_version(deltas)
     increment_version(best)
 
 
 def step_(plan: Plan, weights: Sequence[Tensor], best: Sequence[Tensor], accept: bool, k: float) -> None:
     """base = accept ? W : best ; best ← base ; W ← base + k·Δ"""
-    _call("ffk_cpu_step", plan, accept, k, torch.get_num_threads())
+    moves = _bound(plan)
+    _check(moves.step(moves.table, moves.count, accept, k, get_num_threads()))
     if accept:
         increment_version(best)
     if k != 0 or not accept:
@@ -179,6 +196,6 @@ def step_(plan: Plan, weights: Sequence[Tensor], best: Sequence[Tensor], accept:
 
 def delta_absmax(plan: Plan) -> float:
     """max |Δ|, NaN if any is"""
-    result = ctypes.c_float()
-    _call("ffk_cpu_absmax", plan, torch.get_num_threads(), ctypes.byref(result))
+    moves, result = _bound(plan), ctypes.c_float()
+    _check(moves.absmax(moves.table, moves.count, get_num_threads(), ctypes.byref(result)))
     return result.value

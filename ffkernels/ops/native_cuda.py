@@ -117,25 +117,45 @@ def _message(loaded: NativeLibrary, code: int) -> str:
     return f"{loaded.library.ffk_cuda_error_string(code).decode()} (code {code})"
 
 
-def _call(name: str, plan: Plan, *arguments) -> None:
-    loaded = load()
-    if loaded.library is None:
-        raise RuntimeError(f"the CUDA kernels are not available: {loaded.reason}; {CURE}")
-    stream = torch.cuda.current_stream(plan.device).cuda_stream
-    code = getattr(loaded.library, name)(*groups_of(plan), *arguments, plan.device.index, stream)
-    if code != 0:
-        raise RuntimeError(f"{name} failed on {plan.device}: {_message(loaded, code)}")
+class Moves:
+    """The library's functions bound to one plan: what a call needs is looked up and laid out once."""
+
+    def __init__(self, plan: Plan) -> None:
+        loaded = load()
+        if loaded.library is None:
+            raise RuntimeError(f"the CUDA kernels are not available: {loaded.reason}; {CURE}")
+        self.loaded = loaded
+        self.table, self.count = groups_of(plan)
+        self.device = plan.device
+        self.index = plan.device.index
+        self.checkpoint = loaded.library.ffk_cuda_checkpoint
+        self.delta = loaded.library.ffk_cuda_delta
+        self.step = loaded.library.ffk_cuda_step
+
+    def launch(self, function, *arguments) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        code = function(self.table, self.count, *arguments, self.index, stream)
+        if code != 0:
+            raise RuntimeError(f"the launch on {self.device} failed: {_message(self.loaded, code)}")
+
+
+def _bound(plan: Plan) -> Moves:
+    if plan.native is None:
+        plan.native = Moves(plan)
+    return plan.native
 
 
 def checkpoint_(plan: Plan, best: Sequence[Tensor]) -> None:
     """best ← W"""
-    _call("ffk_cuda_checkpoint", plan)
+    moves = _bound(plan)
+    moves.launch(moves.checkpoint)
     increment_version(best)
 
 
 def delta_(plan: Plan, deltas: Sequence[Tensor], best: Sequence[Tensor]) -> None:
     """Δ ← W − best ; best ← W"""
-    _call("ffk_cuda_delta", plan)
+    moves = _bound(plan)
+    moves.launch(moves.delta)
     increment_version(deltas)
     increment_version(best)
 
@@ -152,11 +172,13 @@ def step_(
     `accept` (int32 [1]) and `k` (float32 [1]) are on the device and read by the kernel, or they are host
     numbers and part of the launch.
     """
-    accept_at, accept = (accept.data_ptr(), 0) if isinstance(accept, Tensor) else (None, int(accept))
-    k_at, k = (k.data_ptr(), 0.0) if isinstance(k, Tensor) else (None, k)
-    _call("ffk_cuda_step", plan, accept_at, k_at, accept, k)
+    # Names of their own: rebinding `accept` or `k` could free a tensor before the kernel is launched on it.
+    accept_at, accept_now = (accept.data_ptr(), 0) if isinstance(accept, Tensor) else (None, int(accept))
+    k_at, k_now = (k.data_ptr(), 0.0) if isinstance(k, Tensor) else (None, k)
+    moves = _bound(plan)
+    moves.launch(moves.step, accept_at, k_at, accept_now, k_now)
     # What the device will decide is not known here: both may change.
-    if accept or accept_at is not None:
+    if accept_now or accept_at is not None:
         increment_version(best)
-    if k != 0 or k_at is not None or not accept:
+    if k_now != 0 or k_at is not None or not accept_now:
         increment_version(weights)

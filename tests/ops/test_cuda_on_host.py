@@ -12,13 +12,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ffkernels.ops import native_cuda, reference
 from ffkernels.ops.build import find_compiler
-from ffkernels.ops.native import Group, groups_of
+from ffkernels.ops.native import Group, NativeLibrary, groups_of
 from ffkernels.ops.table import GPU_CHUNK, make_plan
 
 HERE = Path(__file__).resolve().parent
@@ -209,9 +210,50 @@ def test_bad_tables_are_refused_before_anything_is_written(library):
     assert_same(sides, want)
 
 
-def test_the_launcher_bumps_versions_by_what_the_host_knows(library, monkeypatch):
-    """native_cuda around this library: with device scalars both W and best count as written."""
-    monkeypatch.setattr(native_cuda, "_call", lambda *args: None)
+@pytest.fixture
+def on_host(library, monkeypatch):
+    """native_cuda with this library in the place of the real one, and no GPU's stream to ask for."""
+    for name, arguments in (
+        ("ffk_cuda_checkpoint", [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p]),
+        ("ffk_cuda_delta", [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p]),
+    ):
+        monkeypatch.setattr(getattr(library, name), "argtypes", arguments)
+    monkeypatch.setattr(native_cuda, "load", lambda: NativeLibrary(library, Path("on_host"), "loaded"))
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    plans = []
+
+    def plan(weights, deltas, best):
+        made = make_plan(weights, deltas, best, chunk=GPU_CHUNK)
+        made.device = torch.device("cuda", 0)
+        plans.append(made)
+        return made
+
+    return plan
+
+
+def test_the_python_side_from_end_to_end(on_host):
+    """A plan, its binding to the library, scalars by value and by address, errors by name."""
+    weights, deltas, best = ([torch.randn(n) for n in SIZES] for _ in range(3))
+    want = [[t.clone() for t in side] for side in (weights, deltas, best)]
+    plan = on_host(weights, deltas, best)
+    for accept, k in [(True, 0.5), (False, 2.0), (True, 0.0), (False, 0.0)]:
+        native_cuda.step_(plan, weights, best, accept, k)
+        reference.step_(*want, accept, k)
+        native_cuda.step_(plan, weights, best, torch.tensor([accept], dtype=torch.int32), torch.tensor([k]))
+        reference.step_(*want, accept, k)
+    native_cuda.delta_(plan, deltas, best)
+    reference.delta_(*want)
+    native_cuda.checkpoint_(on_host(weights, None, best), best)
+    for got, expected in zip((weights, deltas, best), want, strict=True):
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, expected, strict=True))
+    plan.native.table[0].dtype = 9
+    with pytest.raises(RuntimeError, match=r"launch on cuda:0 failed: a group has a dtype .* \(code -1\)"):
+        native_cuda.checkpoint_(plan, best)
+
+
+def test_versions_move_on_by_what_the_host_knows(on_host):
+    """With device scalars both W and best count as written."""
     flag, factor = torch.ones(1, dtype=torch.int32), torch.ones(1)
     for accept, k, written in (
         (True, 1.0, (1, 0, 1)),
@@ -223,5 +265,5 @@ def test_the_launcher_bumps_versions_by_what_the_host_knows(library, monkeypatch
         (flag, factor, (1, 0, 1)),
     ):
         sides = [[torch.zeros(2)] for _ in range(3)]
-        native_cuda.step_(None, sides[0], sides[2], accept, k)
+        native_cuda.step_(on_host(*sides), sides[0], sides[2], accept, k)
         assert tuple(side[0]._version for side in sides) == written, (accept, k)
