@@ -48,6 +48,11 @@ bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json $(OUT)/bench/benchmark.json
 	@echo "Results are in $(OUT)/bench/."
 
+# Runs from the checkout, also where nothing can be installed: with this python3 unless there is a .venv.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py \
+	  --out $(if $(filter file,$(origin OUT)),runs/gpu-check,$(OUT))
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks runs report
 	find ffkernels tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +

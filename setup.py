@@ -1,8 +1,11 @@
-"""Builds csrc into one plain shared library, and ships its sources beside it.
+"""Builds csrc into plain shared libraries, and ships their sources beside them.
 
 Everything else about the package is in pyproject.toml. No torch is needed to build: the kernels speak a C
 ABI. Where there is no C++ compiler the package installs as pure Python and its ops run as torch ops;
 ffkernels says so once.
+
+The CUDA kernels are built where nvcc is found, in CUDA_HOME or on PATH; a GPU is neither needed nor looked
+for. FFKERNELS_BUILD_CUDA=0 leaves them out, FFKERNELS_BUILD_CUDA=1 makes their absence an error.
 """
 
 from __future__ import annotations
@@ -37,6 +40,12 @@ LIBRARY = Extension(
     depends=[f"csrc/{name}" for name in build.HEADERS],
     optional=True,
 )
+CUDA_LIBRARY = Extension(
+    "ffkernels.ops.libffkernels_cuda",
+    sources=[f"csrc/{name}" for name in build.CUDA_SOURCES],
+    depends=[f"csrc/{name}" for name in build.HEADERS],
+    optional=True,
+)
 
 
 class BuildLibrary(build_ext):
@@ -50,12 +59,32 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        if ext is CUDA_LIBRARY:
+            return self._build_cuda(target)
         try:
             log.info("ffkernels: %s", " ".join(build.compile_library(CSRC, target)))
         except build.BuildError as error:
             log.warning(
                 "ffkernels: the C++ ops were not built, so the slower torch ops will run. Cause: %s."
                 " Cure: install a C++ compiler, then reinstall or run `ffkernels doctor --build`.",
+                error,
+            )
+
+    def _build_cuda(self, target: Path) -> None:
+        wanted = build.cuda_wanted()
+        if wanted is False or (wanted is None and build.find_nvcc() is None):
+            target.unlink(missing_ok=True)
+            log.info("ffkernels: no CUDA kernels (%s)", "switched off" if wanted is False else "no nvcc")
+            return
+        try:
+            log.info("ffkernels: %s", " ".join(build.compile_cuda_library(CSRC, target)))
+        except build.BuildError as error:
+            target.unlink(missing_ok=True)
+            if wanted:
+                raise
+            log.warning(
+                "ffkernels: the CUDA kernels were not built, so Triton's or torch's will run. Cause: %s."
+                " Cure: repair the CUDA toolkit, then reinstall or run `ffkernels doctor --build`.",
                 error,
             )
 
@@ -70,7 +99,8 @@ class BuildPackage(build_py):
 
     def _sources(self) -> list[tuple[Path, Path]]:
         target = Path(self.build_lib) / "ffkernels" / "csrc"
-        return [(CSRC / name, target / name) for name in (*build.HEADERS, *build.SOURCES)]
+        names = (*build.HEADERS, *build.SOURCES, *build.CUDA_SOURCES)
+        return [(CSRC / name, target / name) for name in names]
 
     def _copy_sources(self) -> None:
         for source, target in self._sources():
@@ -91,6 +121,6 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[LIBRARY],
+    ext_modules=[LIBRARY, CUDA_LIBRARY],
     cmdclass={"build_ext": BuildLibrary, "build_py": BuildPackage, "bdist_wheel": AnyPythonWheel},
 )

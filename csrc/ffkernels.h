@@ -2,7 +2,8 @@
  *
  * A table of tensors is a list of groups, one per storage dtype; a group is a list of rows, one per chunk of one
  * tensor. A row is four int64: the addresses of the chunk in W, delta and best, and its element count. Plain integers
- * and pointers only: one binary serves every torch version, and loading it needs nothing but the C library.
+ * and pointers only: one binary serves every torch version, and loading it needs nothing but the C library (the GPU's
+ * library: nor a GPU).
  *
  * Every entry point walks all groups in one call, so no signal handler of the interpreter can run half way through
  * a weight move. All return 0, or a negative FFK_E code before anything was written.
@@ -16,6 +17,7 @@
 #define FFK_ABI 1
 
 #define FFK_E_DTYPE (-1)
+#define FFK_E_ROWS (-2)
 
 #if defined(__GNUC__)
 #define FFK_API __attribute__((visibility("default")))
@@ -63,6 +65,24 @@ FFK_API int32_t ffk_cpu_step(const ffk_group* groups, int64_t count, int32_t acc
 
 /* out <- max |delta|, NaN when any element is NaN, 0 when there is none */
 FFK_API int32_t ffk_cpu_absmax(const ffk_group* groups, int64_t count, int32_t threads, float* out);
+
+/* The same moves on a GPU, in a library of their own: `rows` of each group are in the device's memory, the groups
+ * themselves in the host's. One launch per group, on `stream` (a cudaStream_t of `device`), nothing waited for. They
+ * return 0, an FFK_E code before anything was launched, or a cudaError_t. */
+FFK_API int32_t ffk_cuda_abi(void);
+FFK_API const char* ffk_cuda_source_id(void);
+FFK_API const char* ffk_cuda_error_string(int32_t code);
+
+/* Loads every kernel on `device`, which must not happen for the first time while a graph is captured. The error tells
+ * whether the library can run there at all. */
+FFK_API int32_t ffk_cuda_prepare(int32_t device);
+
+FFK_API int32_t ffk_cuda_checkpoint(const ffk_group* groups, int64_t count, int32_t device, void* stream);
+FFK_API int32_t ffk_cuda_delta(const ffk_group* groups, int64_t count, int32_t device, void* stream);
+
+/* accept_at and k_at point into the device's memory, or are null: then accept and k hold. */
+FFK_API int32_t ffk_cuda_step(const ffk_group* groups, int64_t count, const int32_t* accept_at, const float* k_at,
+                              int32_t accept, float k, int32_t device, void* stream);
 
 #ifdef __cplusplus
 }

@@ -305,7 +305,10 @@ def report(
 @app.command()
 def doctor(
     build: Annotated[
-        bool, typer.Option("--build", help="Compile the C++ ops into your cache first.")
+        bool,
+        typer.Option(
+            "--build", help="Compile the C++ ops, and with nvcc the CUDA ones, into your cache first."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     device: Device = "auto",
@@ -317,9 +320,9 @@ def doctor(
     from ffkernels.doctor import describe, diagnose
 
     if build:
-        path = ops.build_native()
-        if not as_json:
-            typer.echo(f"built {path}")
+        for path in (ops.build_native(), *([ops.build_cuda()] if ops.find_nvcc() else [])):
+            if not as_json:
+                typer.echo(f"built {path}")
     diagnosis = diagnose(device)
     typer.echo(json.dumps(diagnosis, indent=2) if as_json else describe(diagnosis))
 

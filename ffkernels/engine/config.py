@@ -8,7 +8,7 @@ from typing import Any
 from ffkernels.engine.search import MAX_TAU_LIMIT, SEARCHES
 
 EXECUTORS = ("auto", "eager")
-IMPLS = ("auto", "torch", "cpp")
+IMPLS = ("auto", "torch", "cpp", "triton", "cuda")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ffkernels.ops.build import find_nvcc
 from ffkernels.ops.dispatch import Availability, available, resolve
 from ffkernels.ops.native import build_native
+from ffkernels.ops.native_cuda import build_cuda
 from ffkernels.ops.notices import FFKernelsNotice, announce_once
 from ffkernels.ops.step import checkpoint_, delta_, delta_absmax, step_
 from ffkernels.ops.table import TensorTable
@@ -14,10 +16,12 @@ __all__ = [
     "TensorTable",
     "announce_once",
     "available",
+    "build_cuda",
     "build_native",
     "checkpoint_",
     "delta_",
     "delta_absmax",
+    "find_nvcc",
     "resolve",
     "step_",
 ]

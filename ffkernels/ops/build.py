@@ -1,7 +1,7 @@
-"""One compiler command turns csrc into a plain shared library.
+"""One compiler command each turns csrc into plain shared libraries: one for the CPU, one for NVIDIA GPUs.
 
 Standard library only and no import from the package: setup.py runs this file under build isolation, where
-torch is absent, and `native.build_native` runs it on a user's machine.
+torch is absent, and `native.build_native` and `native_cuda.build_cuda` run it on a user's machine.
 """
 
 from __future__ import annotations
@@ -17,19 +17,29 @@ from pathlib import Path
 SOURCES = ("step_cpu.cpp",)
 HEADERS = ("ffkernels.h", "loops_cpu.h", "stream_cpu.h")
 LIBRARY = "libffkernels.so"
+CUDA_SOURCES = ("step_cuda.cu",)
+CUDA_LIBRARY = "libffkernels_cuda.so"
 
 # Contraction to fma would skip the rounding of k·Δ: results must not depend on the processor.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
+
+# Machine code for each of these that nvcc knows, and PTX of the newest for the GPUs after it. Code for 8.0
+# runs on all of 8.x. The CUDA runtime is linked in: any build of torch, or none, may be in the process.
+CUDA_ARCHITECTURES = (80, 90, 100)
+CUDA_FLAGS = (
+    *("-std=c++17", "-O3", "--fmad=false", "--shared", "--cudart=static"),
+    "--compiler-options=-fPIC,-fvisibility=hidden",
+)
 
 
 class BuildError(RuntimeError):
     """No library could be built; the message says why and what to do."""
 
 
-def source_id(source_dir: Path) -> str:
+def source_id(source_dir: Path, sources: tuple[str, ...] = SOURCES) -> str:
     """Digest of the sources, compiled into the library so that a stale binary is recognised."""
     digest = hashlib.sha256()
-    for name in (*HEADERS, *SOURCES):
+    for name in (*HEADERS, *sources):
         digest.update((source_dir / name).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -80,3 +90,62 @@ def compile_library(source_dir: Path, target: Path) -> list[str]:
                 return command
             errors = result.stderr
     raise BuildError(f"{compiler[0]} failed on {', '.join(SOURCES)}:\n{errors[-2000:].strip()}")
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler: of $CUDA_HOME when that is set, else on PATH. A GPU is not looked for."""
+    home = os.environ.get("CUDA_HOME", "").strip()
+    found = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    return Path(found) if found else None
+
+
+def cuda_wanted() -> bool | None:
+    """FFKERNELS_BUILD_CUDA: 1 must build, 0 must not, auto (the default, None) builds where nvcc is found."""
+    value = os.environ.get("FFKERNELS_BUILD_CUDA", "auto").strip().lower()
+    allowed = {"0": False, "1": True, "auto": None, "": None}
+    if value not in allowed:
+        raise BuildError(f"FFKERNELS_BUILD_CUDA={value!r}: must be 0, 1 or auto")
+    return allowed[value]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} could not be run: {error}") from error
+
+
+def _cuda_targets(nvcc: Path) -> list[str]:
+    """-gencode arguments for what this nvcc can make: it gains new architectures and loses old ones."""
+    listed = _run([str(nvcc), "--list-gpu-code"])
+    known = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in listed.stdout.split()]
+    if not known:
+        named = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHITECTURES)
+        raise BuildError(f"{nvcc} makes none of {named}; ffkernels needs CUDA 12 or newer")
+    newest = known[-1]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
+    return [*targets, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def compile_cuda_library(source_dir: Path, target: Path) -> list[str]:
+    """Compile the GPU kernels of `source_dir` into `target` and return the command that did it."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        home = os.environ.get("CUDA_HOME")
+        raise BuildError(
+            f"CUDA_HOME={home!r} has no bin/nvcc; unset it or name a CUDA toolkit"
+            if home
+            else "no nvcc on PATH; install a CUDA toolkit or set CUDA_HOME"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    define = f'-DFFK_SOURCE_ID="{source_id(source_dir, CUDA_SOURCES)}"'
+    sources = [str(source_dir / name) for name in CUDA_SOURCES]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
+        built = Path(scratch) / CUDA_LIBRARY
+        command = [str(nvcc), *CUDA_FLAGS, *_cuda_targets(nvcc), define, *sources, "-o", str(built)]
+        result = _run(command)
+        if result.returncode != 0:
+            errors = (result.stderr or result.stdout)[-2000:].strip()
+            raise BuildError(f"{nvcc} failed on {', '.join(CUDA_SOURCES)}:\n{errors}")
+        os.replace(built, target)
+    return command

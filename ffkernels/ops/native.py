@@ -28,7 +28,7 @@ CURE = "run `ffkernels doctor --build` (needs a C++ compiler), or reinstall ffke
 _PACKAGED = Path(__file__).parent / build.LIBRARY
 
 
-class _Group(ctypes.Structure):
+class Group(ctypes.Structure):
     _fields_ = (("rows", ctypes.c_void_p), ("count", ctypes.c_int64), ("dtype", ctypes.c_int64))
 
 
@@ -100,7 +100,7 @@ def _open(path: Path) -> ctypes.CDLL:
     sources, built_from = source_dir(), library.ffk_source_id().decode()
     if sources is not None and built_from != build.source_id(sources):
         raise OSError("it was built from other sources than those installed")
-    groups = (ctypes.POINTER(_Group), ctypes.c_int64)
+    groups = (ctypes.POINTER(Group), ctypes.c_int64)
     threads, result = ctypes.c_int32, ctypes.POINTER(ctypes.c_float)
     for name, arguments in {
         "ffk_cpu_threaded": (),
@@ -134,6 +134,12 @@ def isa() -> str:
     return "none" if library is None else ("baseline", "avx2", "avx512")[library.ffk_cpu_isa(-1)]
 
 
+def groups_of(plan: Plan) -> tuple[ctypes.Array, int]:
+    """The plan's groups as the ABI wants them, and how many there are."""
+    groups = [Group(g.rows.data_ptr(), len(g.rows), DTYPE_CODES[g.dtype]) for g in plan.groups]
+    return (Group * len(groups))(*groups), len(groups)
+
+
 class Moves:
     """The library's functions bound to one plan: what a call needs is looked up and laid out once."""
 
@@ -141,9 +147,7 @@ class Moves:
         library = load().library
         if library is None:
             raise RuntimeError(f"the C++ ops are not available: {load().reason}; {CURE}")
-        groups = [_Group(g.rows.data_ptr(), len(g.rows), DTYPE_CODES[g.dtype]) for g in plan.groups]
-        self.table = (_Group * len(groups))(*groups)
-        self.count = len(groups)
+        self.table, self.count = groups_of(plan)
         self.checkpoint = library.ffk_cpu_checkpoint
         self.delta = library.ffk_cpu_delta
         self.step = library.ffk_cpu_step

@@ -65,9 +65,24 @@ def step_(
 
 
 @torch.no_grad()
+def step_by_device_(
+    weights: Sequence[Tensor], deltas: Sequence[Tensor], best: Sequence[Tensor], accept: Tensor, k: Tensor
+) -> None:
+    """The same where only the device knows accept (int32 [1]) and k (float32 [1]): nothing is read back."""
+    accept, k = accept.reshape(()).bool(), k.reshape(())
+    still = k == 0
+    for base, weight in zip(best, weights, strict=True):
+        base.copy_(torch.where(accept, weight, base))
+    for weight, delta, base in zip(weights, deltas, best, strict=True):
+        moved = base.float().add_(delta.float().mul_(k)) if base.dtype != torch.float32 else base + delta * k
+        weight.copy_(torch.where(still, base, moved.to(base.dtype)))
+
+
+@torch.no_grad()
 def delta_absmax(deltas: Sequence[Tensor]) -> float:
     """max |Δ| over all tensors, NaN if any element is, 0.0 when there is none"""
-    largest = [delta.abs().amax().float() for delta in deltas if delta.numel()]
+    # The extremes rather than abs(): no second copy of a large Δ.
+    largest = [torch.stack(torch.aminmax(delta)).abs().amax().float() for delta in deltas if delta.numel()]
     if not largest:
         return 0.0
     value = float(torch.stack(largest).amax())

@@ -18,13 +18,19 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 128
-# Elements per chunk, a multiple of every vector width. On the CPU a chunk is a unit of thread scheduling.
+# Elements per chunk, a multiple of every vector width. On the CPU a chunk is a unit of thread scheduling; on
+# a GPU it is one program: small enough that a set of a few megabytes still fills every multiprocessor.
 CPU_CHUNK = 32768
+GPU_CHUNK = 2048
 
 
 @dataclass(frozen=True)
 class Group:
-    """All chunks of one dtype: `rows` is an int64 tensor [chunks, 4] of (W, Δ, best, elements)."""
+    """All chunks of one dtype: `rows` is an int64 tensor [chunks, 4] of (W, Δ, best, elements).
+
+    The rows are on the plan's device: one launch over them moves the whole group. Rows of misaligned tensors
+    stand among the others; a kernel tests the addresses of its row and takes the wide or the narrow path.
+    """
 
     dtype: torch.dtype
     rows: Tensor
@@ -39,6 +45,7 @@ class Plan:
     groups: list[Group]
     impl: str = "torch"
     native: Any = field(default=None, repr=False)  # the groups in the form a loaded backend wants
+    constants: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # of scalars.as_tensor
 
 
 def chunk_rows(
@@ -129,8 +136,13 @@ def make_plan(
     deltas: Sequence[Tensor] | None,
     best: Sequence[Tensor],
     names: Sequence[str] | None = None,
+    *,
+    chunk: int | None = None,
 ) -> Plan:
-    """Check the tensors and lay out their rows. `deltas` is None for moves that have no Δ."""
+    """Check the tensors and lay out their rows, `chunk` elements each (by default what suits the device).
+
+    `deltas` is None for moves that have no Δ.
+    """
     names = list(names) if names is not None else [f"weights[{i}]" for i in range(len(weights))]
     named = list(zip(names, weights, strict=True))
     for label, twins in (("deltas", deltas), ("best", best)):
@@ -149,7 +161,9 @@ def make_plan(
     device = _check_same_device(named)
     _check_overlap(named)
 
-    groups = []
+    if chunk is None:
+        chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+    parts = []
     for dtype in DTYPES:
         members = [i for i, weight in enumerate(weights) if weight.dtype == dtype and weight.numel()]
         if not members:
@@ -160,10 +174,24 @@ def make_plan(
             [best[i].data_ptr() for i in members],
             [weights[i].numel() for i in members],
             dtype.itemsize,
-            CPU_CHUNK,
+            chunk,
         )
-        groups.append(Group(dtype, rows))
-    return Plan(device, sum(weight.numel() for weight in weights), groups)
+        parts.append((dtype, rows))
+    return Plan(device, sum(weight.numel() for weight in weights), _groups(parts, device))
+
+
+def _groups(parts: Sequence[tuple[torch.dtype, Tensor]], device: torch.device) -> list[Group]:
+    """The rows of each dtype on `device`, sent there in one copy."""
+    if not parts:
+        return []
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "these tensors are laid out for the first time while a CUDA graph is being captured, which needs"
+            " a copy that a graph cannot hold; make the TensorTable, or call once, before the capture"
+        )
+    everything = torch.cat([rows for _, rows in parts]).to(device)
+    split = everything.split([len(rows) for _, rows in parts])
+    return [Group(dtype, rows) for (dtype, _), rows in zip(parts, split, strict=True)]
 
 
 def _named(weights: Any, names: Sequence[str] | None) -> tuple[list[str], list[Tensor]]:
@@ -209,7 +237,7 @@ class TensorTable:
 
     `weights` is a sequence of tensors, a mapping from name to tensor, or (name, tensor) pairs such as
     `model.named_parameters()`. The tensors are kept by reference and moved in place. A new table holds best
-    = W and Δ = 0. `impl` is "auto", "cpp" or "torch".
+    = W and Δ = 0. `impl` is "auto", "cuda", "triton", "cpp" or "torch".
     """
 
     def __init__(self, weights: Any, *, names: Sequence[str] | None = None, impl: str = "auto") -> None:
@@ -224,7 +252,9 @@ class TensorTable:
         with torch.inference_mode(False), torch.no_grad():
             self.delta_flats, self.deltas = _arena(self.weights, self.device)
             self.best_flats, self.best = _arena(self.weights, self.device)
-            self.plan = make_plan(self.weights, self.deltas, self.best, self.names)
+            chunk = GPU_CHUNK if self.impl == "triton" else None
+            self.plan = make_plan(self.weights, self.deltas, self.best, self.names, chunk=chunk)
+            self.plan.impl = self.impl
             if self.weights:
                 torch._foreach_copy_(self.best, self.weights)
         self._identity = self._look()

@@ -110,7 +110,9 @@ def test_resolve(fresh_native):
         ops.resolve("fast", "cpu")
     with pytest.raises(ValueError, match="impl='cpp' runs on the CPU, the tensors are on cuda"):
         ops.resolve("cpp", "cuda")
-    assert ops.resolve("auto", "cuda") == ("torch", "there is no compiled kernel for cuda")
+    assert ops.resolve("auto", "xpu") == ("torch", "there is no compiled kernel for xpu")
+    if not torch.cuda.is_available():
+        assert ops.resolve("auto", "cuda") == ("torch", "this torch sees no GPU")
     assert ops.available()["torch"].ok
 
 
@@ -128,7 +130,7 @@ def test_threads_are_torch_s(cpp, fresh_native):
 
     fresh_native.setattr(native, "load", lambda: native.NativeLibrary(Spy(), None, ""))
     table = ops.TensorTable([torch.ones(3)], impl="torch")
-    table.impl = "cpp"
+    table.impl = table.plan.impl = "cpp"
     for threads in (1, 2):
         torch.set_num_threads(threads)
         ops.checkpoint_(table)

@@ -263,9 +263,9 @@ def test_list_forms_equal_the_table_and_keep_their_plan(impl, assert_same_bits, 
     ops.step_(table, True, 0.3)
     assert_same_bits([*weights, *deltas, *best], state(table))
 
-    from ffkernels.ops import step as module
+    from ffkernels.ops import moves as module
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("the plan was made again")
 
     monkeypatch.setattr(module, "make_plan", refuse)
@@ -277,7 +277,7 @@ def test_list_forms_equal_the_table_and_keep_their_plan(impl, assert_same_bits, 
 def test_the_plan_cache_is_bounded_and_holds_no_tensors():
     import weakref
 
-    from ffkernels.ops import step as module
+    from ffkernels.ops import moves as module
 
     weight = torch.ones(4)
     alive = weakref.ref(weight)

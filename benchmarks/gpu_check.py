@@ -1,0 +1,198 @@
+"""One command for a GPU machine: build, test, sanitize and measure the weight moves; one JSON, one table.
+
+    make gpu-check                                   or, without make and from any checkout:
+    python benchmarks/gpu_check.py --out runs/gpu-check
+
+Nothing is installed: the package runs from the checkout and its kernels are built in place. Every stage has
+its own time limit, a failing one does not stop the rest, and the JSON is rewritten after each, so that
+whatever was found survives. The exit status says whether all of them passed. FFK_DRY=1 does the same in
+small on the CPU; what needs a GPU says that it was left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET_SECONDS = 530
+
+
+@dataclass
+class Stage:
+    """One step of the check; `command` None means that it is left out, for `reason`."""
+
+    name: str
+    command: list[str] | None
+    limit: int
+    reason: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def stages(out: Path, dry: bool) -> list[Stage]:
+    python = sys.executable
+    bench = ROOT / "benchmarks"
+    script = [python, str(bench / "sanitize_step.py")]
+    sanitizer = shutil.which("compute-sanitizer")
+    no_sanitizer = "compute-sanitizer is not on PATH" if sanitizer is None else ""
+    if dry:
+        no_sanitizer = "dry run: there are no GPU kernels to watch"
+    pytest = [
+        python,
+        "-m",
+        "pytest",
+        "tests/gpu",
+        "-m",
+        "gpu",
+        "-q",
+        "-rf",
+        "--durations=5",
+        "-p",
+        "no:cacheprovider",
+    ]
+    measure = [python, str(bench / "bench_step_gpu.py"), "--out", str(out / "benchmark.json")]
+    build = "from ffkernels import ops; print(ops.build_native())"
+    if shutil.which("nvcc") or os.environ.get("CUDA_HOME"):
+        build += "; print(ops.build_cuda())"
+    elif not dry:
+        build += "; raise SystemExit('no nvcc on PATH or in CUDA_HOME: the CUDA kernels cannot be built')"
+    found = [
+        Stage("build", [python, "-c", build], 90),
+        Stage("provenance", [python, __file__, "--provenance"], 60),
+        Stage("tests", pytest, 150),
+    ]
+    for tool in ("memcheck", "racecheck"):
+        command = None if no_sanitizer else [sanitizer, "--tool", tool, "--error-exitcode", "9", *script]
+        found.append(Stage(tool, command, 60, no_sanitizer, {"CUDA_MODULE_LOADING": "LAZY"}))
+    if dry:
+        found.insert(3, Stage("sanitizer's case", script, 60))
+    found.append(Stage("benchmark", [*measure, "--dry"] if dry else [*measure, "--seconds", "100"], 240))
+    return found
+
+
+def run(stage: Stage, out: Path, left: float) -> dict:
+    """Run one stage in its own process group, so that nothing of it outlives its limit."""
+    if stage.command is None:
+        return {"stage": stage.name, "status": "left out", "reason": stage.reason, "seconds": 0.0}
+    limit = min(stage.limit, left)
+    if limit < 5:
+        return {"stage": stage.name, "status": "failed", "reason": "no time was left", "seconds": 0.0}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **stage.environment}
+    environment.setdefault("FFKERNELS_CACHE", str(ROOT / "build" / "gpu-check"))
+    log, begin = out / "gpu_check.log", time.perf_counter()
+    with log.open("ab") as stream:
+        stream.write(f"\n=== {stage.name}\n".encode())
+        stream.flush()
+        start = stream.tell()
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
+        )
+        try:
+            code, reason = process.wait(timeout=limit), ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code, reason = process.wait(), f"stopped after {limit:.0f} s"
+    printed = log.read_bytes()[start:].decode(errors="replace").strip()
+    return {
+        "stage": stage.name,
+        "status": "passed" if code == 0 else "failed",
+        "reason": reason or ("" if code == 0 else f"exit status {code}"),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "output": printed[-6000:],
+    }
+
+
+def provenance() -> dict:
+    """What ran where: enough to repeat it, nothing about who ran it."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from ffkernels import ops
+    from ffkernels.reporting.machine import machine_info, version_info
+
+    digest = hashlib.sha256()
+    for folder in ("csrc", "ffkernels", "benchmarks", "tests/gpu"):
+        for path in sorted((ROOT / folder).glob("**/*")):
+            if path.suffix in {".py", ".cu", ".cpp", ".h", ".ll"}:
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    found = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": "python benchmarks/gpu_check.py",
+        "dry": os.environ.get("FFK_DRY") == "1",
+        "sources_sha256": digest.hexdigest(),
+        "machine": machine_info(),
+        "versions": version_info(),
+        "nvcc": first_line(["nvcc", "--version"], "release"),
+        "implementations": {name: vars(value) for name, value in ops.available().items()},
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
+        found["gpu"] = {name: getattr(properties, name, None) for name in names}
+        query = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.limit,driver_version"
+        found["nvidia_smi"] = {
+            "query": query,
+            "values": first_line(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]),
+        }
+    return found
+
+
+def first_line(command: list[str], containing: str = "") -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next((line.strip() for line in done.stdout.splitlines() if containing in line), None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check")
+    parser.add_argument("--provenance", action="store_true", help="print what this machine is, and end")
+    options = parser.parse_args()
+    if options.provenance:
+        print(json.dumps(provenance()))
+        return 0
+    # Imported late: --provenance must not fail on it.
+    from gpu_table import render, targets
+
+    dry = os.environ.get("FFK_DRY") == "1"
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("gpu_check.json", "gpu_check.log", "benchmark.json"):
+        (out / name).unlink(missing_ok=True)
+    begin = time.perf_counter()
+    result: dict = {"dry": dry, "provenance": None, "stages": [], "benchmark": None, "targets": []}
+    for stage in stages(out, dry):
+        done = run(stage, out, BUDGET_SECONDS - (time.perf_counter() - begin))
+        if stage.name == "provenance" and done["status"] == "passed":
+            result["provenance"] = json.loads(done.pop("output").splitlines()[-1])
+        result["stages"].append(done)
+        print(f"{stage.name:16} {done['status']:8} {done['seconds']:6.1f} s  {done['reason']}", flush=True)
+        if done["status"] == "failed":
+            print("    " + done.get("output", "")[-2500:].replace("\n", "\n    "), flush=True)
+        benchmark = out / "benchmark.json"
+        if stage.name == "benchmark" and benchmark.is_file():
+            result["benchmark"] = json.loads(benchmark.read_text(encoding="utf-8"))
+            benchmark.unlink()
+            result["targets"] = targets(result["benchmark"])
+        result["seconds"] = round(time.perf_counter() - begin, 1)
+        (out / "gpu_check.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(render(result))
+    failed = [done["stage"] for done in result["stages"] if done["status"] == "failed"]
+    print(f"{'failed: ' + ', '.join(failed) if failed else 'all stages passed'}; written to {out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The results of a GPU check as one table, and what was promised beside what was measured."""
+
+from __future__ import annotations
+
+OURS = ("triton", "cuda")
+PAIR, COMPILED = "_foreach pair", "compiled flat pair"
+
+
+def render(result: dict) -> str:
+    """A fixed-width table: a line per set and side, a column per mode."""
+    benchmark = result["benchmark"]
+    if benchmark is None or not benchmark["sets"]:
+        return "no measurement"
+    modes = list(next(iter(benchmark["sets"][0]["sides"].values()))["microseconds"])
+    copy = benchmark["copy_gb_per_s"]
+    main = modes[0]
+    head = f"{'side':20}{'launches':>9}" + "".join(f"{mode + ' µs':>26}" for mode in modes)
+    lines = [
+        "",
+        f"step_ with checkpoint: median [20 %, 80 %]; GB/s of the 4N that must move, in '{main}';",
+        f"this device copies {copy['bytes'] >> 20} MiB at {copy['value']:.0f} GB/s",
+        head + f"{'GB/s':>8}{'of copy':>9}{'of pair':>9}",
+    ]
+    for one in benchmark["sets"]:
+        lines.append(f"-- {one['set']}: {one['tensors']} tensors, {one['bytes_of_weights'] / 1e6:.1f} MB")
+        pair = one["sides"].get(PAIR)
+        for name, side in one["sides"].items():
+            cells = f"{name:20}{'' if side['launches'] is None else side['launches']:>9}"
+            for mode in modes:
+                taken = side["microseconds"][mode]
+                cells += f"{taken['median']:11.1f} [{taken['p20']:.1f}, {taken['p80']:.1f}]".rjust(26)
+            rate = side["gb_per_s"][main]
+            cells += f"{rate:8.0f}{rate / copy['value']:9.2f}"
+            if pair is not None:
+                cells += f"{ratio(side, pair, main):9.2f}"
+            lines.append(cells)
+        lines += [f"{name:20}left out: {reason}" for name, reason in one["missing"].items()]
+    for one in benchmark["other_ops"]:
+        lines.append(f"-- {one['set']}: every move")
+        for name, op in one["ops"].items():
+            cells = f"{name:28}{op['launches']:>3}"
+            for mode, taken in op["microseconds"].items():
+                cells += f"   {mode} {taken['median']:9.1f} µs {op['gb_per_s'][mode]:6.0f} GB/s"
+            lines.append(cells)
+    if result["targets"]:
+        lines.append("-- promised and measured")
+        lines += [
+            f"{'yes' if target['met'] else 'NO':4}{target['what']}: {target['measured']}"
+            for target in result["targets"]
+        ]
+    lines += [f"error: {error}" for error in benchmark["errors"]]
+    return "\n".join(lines)
+
+
+def ratio(side: dict, other: dict, mode: str) -> float:
+    return side["microseconds"][mode]["median"] / other["microseconds"][mode]["median"]
+
+
+def targets(benchmark: dict) -> list[dict]:
+    """What the kernels have to reach on a GPU, each with what was measured. Empty for a dry run."""
+    if benchmark["dry"]:
+        return []
+    found = []
+    for one in benchmark["sets"]:
+        for impl in OURS:
+            side = one["sides"].get(impl)
+            if side is None:
+                found.append(
+                    target(f"{impl} runs on {one['set']}", False, one["missing"].get(impl, "absent"))
+                )
+                continue
+            found.append(
+                target(
+                    f"{impl}, {one['set']}: one launch per dtype",
+                    side["launches"] == one["dtypes"],
+                    f"{side['launches']} launches",
+                )
+            )
+            found += [
+                target(what, value <= most if most else value >= least, f"{value:.3f}")
+                for what, value, least, most in ratios(one, impl, side, benchmark["copy_gb_per_s"]["value"])
+            ]
+    return found
+
+
+def ratios(one: dict, impl: str, side: dict, copy: float):
+    """(what, measured, at least, at most)"""
+    label, pair = f"{impl}, {one['set']}", one["sides"].get(PAIR)
+    if one["set"] == "Llama-3-8B r=64":
+        rate = side["gb_per_s"]["graph cold"] / copy
+        yield f"{label}: share of copy bandwidth, cold, at least 0.90", rate, 0.90, None
+        if pair:
+            yield (
+                f"{label}: time of the pair, cold, at most 0.85",
+                ratio(side, pair, "graph cold"),
+                None,
+                0.85,
+            )
+    if one["set"] == "Pythia-1.4B r=8" and pair:
+        yield (
+            f"{label}: time of the pair, graph replay, at most 0.60",
+            ratio(side, pair, "graph warm"),
+            None,
+            0.6,
+        )
+    if one["sides"].get(COMPILED):
+        for mode in ("graph cold", "graph warm", "eager cold", "eager warm"):
+            # 3 %: two measurements of the same code differ by as much.
+            value = ratio(side, one["sides"][COMPILED], mode)
+            yield f"{label}: time of the compiled flat pair, {mode}, at most 1.03", value, None, 1.03
+
+
+def target(what: str, met: bool, measured: str) -> dict:
+    return {"what": what, "met": bool(met), "measured": measured}

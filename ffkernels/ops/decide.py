@@ -1,0 +1,313 @@
+"""The searches over τ as one small kernel: what to do with a loss is decided where the loss is.
+
+    decide(state, loss)     observe(τ, loss), then propose(), of `engine.search`
+
+The kernel is the twin of `LinearSearch` and `ParabolicSearch`: float64 in the same order of operations, no
+fma, so that equal losses give equal choices. It leaves the arguments of the `step_` that follows in device
+memory: whether the weights just measured became the best (`accept`), and k = τ_next − τ_best, which is 0 when
+the search has ended, so that this step then restores the best weights. `go` says whether there is a next τ;
+inside a CUDA WHILE node the kernel sets the node's condition to it. After the end a call changes nothing.
+
+A state is one allocation:
+
+    flags     int32[3]             accept, go, stopped (an index into REASONS)
+    k         float32[1]
+    integers  int64[8]             next τ, evaluations, best τ, a, c (0: none yet), vertices, max τ, capacity
+    numbers   float64[6]           best loss, loss at τ = 0, f(a), f(c), predicted loss, its last error
+    taus      int64[capacity]      what was measured, in order
+    losses    float64[capacity]
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.core import dtype, extern, extern_elementwise
+
+# Repeated from engine.search, which stands above this room; a test holds them together.
+REASONS = (
+    None,
+    "loss stopped falling",
+    "first step did not lower the loss",
+    "reached max_tau",
+    "converged",
+    "evaluation budget spent",
+    "loss at tau 0 is not finite",
+)
+IMPROVEMENT_ENDED = tl.constexpr(1)
+NO_IMPROVEMENT = tl.constexpr(2)
+REACHED_MAX_TAU = tl.constexpr(3)
+CONVERGED = tl.constexpr(4)
+BUDGET_SPENT = tl.constexpr(5)
+BASELINE_NOT_FINITE = tl.constexpr(6)
+REFINE_TOLERANCE = tl.constexpr(5e-4)
+GOLDEN = tl.constexpr(0.3819660112501051)
+INF = tl.constexpr(math.inf)
+
+MAX_TAU_LIMIT = 1 << 16
+# What `_set_condition` links: a call into the device runtime, which Triton itself does not offer.
+CONDITION_LIBRARY = {"ffk_condition": str(Path(__file__).with_name("condition.ll"))}
+
+
+@extern
+def _set_condition(handle, value, _semantic=None):
+    signature, symbol = (dtype("int64"), dtype("int32")), ("ffk_set_condition", dtype("int32"))
+    return extern_elementwise(
+        "ffk_condition", "", [handle, value], {signature: symbol}, is_pure=False, _semantic=_semantic
+    )
+
+
+@triton.jit
+def _golden(a, b, c):
+    right = tl.floor((c - b).to(tl.float64) * GOLDEN + 0.5).to(tl.int64)
+    left = tl.floor((b - a).to(tl.float64) * GOLDEN + 0.5).to(tl.int64)
+    return tl.where(c - b >= b - a, b + tl.maximum(right, 1), b - tl.maximum(left, 1))
+
+
+@triton.jit
+def _parabola(tau, a, b, fb, left, curvature):
+    return fb + (tau - b).to(tl.float64) * (left + curvature * (tau - a).to(tl.float64))
+
+
+@triton.jit
+def _linear(tau, accepted, max_tau):
+    """The next τ, and why there is none (0: there is)."""
+    failed = tl.where(tau > 1, IMPROVEMENT_ENDED, NO_IMPROVEMENT)
+    return tau + 1, tl.where(accepted, tl.where(tau == max_tau, REACHED_MAX_TAU, 0), failed)
+
+
+@triton.jit
+def _parabolic(tau, loss, accepted, b, fb, best_tau, best_loss, integers, numbers):
+    """The next τ, and why there is none (0: there is). b is what was best before this loss."""
+    count = tl.load(integers + 1) + 1
+    a = tl.load(integers + 3)
+    c = tl.load(integers + 4)
+    vertices = tl.load(integers + 5)
+    max_tau = tl.load(integers + 6)
+    capacity = tl.load(integers + 7)
+    baseline = tl.load(numbers + 1)
+    fa = tl.load(numbers + 2)
+    fc = tl.load(numbers + 3)
+    predicted = tl.load(numbers + 4)
+    last_miss = tl.load(numbers + 5)
+
+    following = tau
+    stopped = tl.full([], 0, tl.int32)
+    refine = tau > 0
+    miss = tl.full([], INF, tl.float64)
+    if c == 0:  # doubling
+        if accepted:
+            refine = tau < 0
+            a = b
+            fa = fb
+            following = tl.minimum(2 * tau, max_tau)
+            if tau == max_tau:
+                c = tau + 1
+                following = tau - 1
+                if tau - a == 1:
+                    stopped = tl.full([], REACHED_MAX_TAU, tl.int32)
+        else:
+            c = tau
+            fc = loss
+            if tau == 1:
+                refine = tau < 0
+                stopped = tl.full([], NO_IMPROVEMENT, tl.int32)
+    else:  # narrowing
+        miss = tl.abs(loss - predicted)
+        miss = tl.where(miss < INF, miss, INF)
+        if accepted:
+            if tau > b:
+                a = b
+                fa = fb
+            else:
+                c = b
+                fc = fb
+        else:
+            if tau > b:
+                c = tau
+                fc = loss
+            else:
+                a = tau
+                fa = loss
+
+    if refine:
+        wrong = tl.where(last_miss > miss, last_miss, miss)
+        last_miss = miss
+        b = best_tau
+        fb = best_loss
+        if c - a <= 2:
+            stopped = tl.where(b == max_tau, REACHED_MAX_TAU, CONVERGED)
+        elif count >= capacity:
+            stopped = tl.full([], BUDGET_SPENT, tl.int32)
+        else:
+            left = (fb - fa) / (b - a).to(tl.float64)
+            right = (fc - fb) / (c - b).to(tl.float64)
+            curvature = (right - left) / (c - a).to(tl.float64)
+            if (curvature > 0.0) & (curvature < INF):
+                vertex = 0.5 * (a + b).to(tl.float64) - 0.5 * left / curvature
+                following = tl.floor(vertex + 0.5).to(tl.int64)
+                following = tl.minimum(tl.maximum(following, a + 1), c - 1)
+                promise = fb - _parabola(following, a, b, fb, left, curvature)
+                if promise + wrong <= REFINE_TOLERANCE * (baseline - fb):
+                    stopped = tl.full([], CONVERGED, tl.int32)
+                else:
+                    if vertices < 2:
+                        vertices += 1
+                        if following == b:
+                            if c - b >= b - a:
+                                following = b + tl.maximum((c - b) // 4, 1)
+                            else:
+                                following = b - tl.maximum((b - a) // 4, 1)
+                    else:
+                        following = _golden(a, b, c)
+                    predicted = _parabola(following, a, b, fb, left, curvature)
+            else:
+                following = _golden(a, b, c)
+                predicted = tl.full([], INF, tl.float64)
+
+    tl.store(integers + 3, a)
+    tl.store(integers + 4, c)
+    tl.store(integers + 5, vertices)
+    tl.store(numbers + 2, fa)
+    tl.store(numbers + 3, fc)
+    tl.store(numbers + 4, predicted)
+    tl.store(numbers + 5, last_miss)
+    return following, stopped
+
+
+@triton.jit(do_not_specialize=("state", "loss_ptr", "handle"))
+def _decide_kernel(state, loss_ptr, handle, PARABOLIC: tl.constexpr, CONDITION: tl.constexpr):
+    flags = state.to(tl.pointer_type(tl.int32))
+    k = state.to(tl.pointer_type(tl.float32)) + 3
+    integers = state + 2
+    numbers = (state + 10).to(tl.pointer_type(tl.float64))
+    taus = state + 16
+    losses = (taus + tl.load(integers + 7)).to(tl.pointer_type(tl.float64))
+
+    go = tl.load(flags + 1)
+    if go == 0:
+        tl.store(flags, 0)
+        tl.store(k, 0.0)
+    else:
+        tau = tl.load(integers)
+        count = tl.load(integers + 1)
+        b = tl.load(integers + 2)
+        fb = tl.load(numbers)
+        measured = tl.load(loss_ptr)
+        loss = tl.where(tl.abs(measured) < INF, measured, INF)
+        accepted = (count > 0) & (loss < fb)
+        best_tau = tl.where(accepted, tau, b)
+        best_loss = tl.where(accepted | (count == 0), loss, fb)
+        if count == 0:
+            following = tau + 1
+            stopped = tl.where(loss < INF, 0, BASELINE_NOT_FINITE)
+            tl.store(numbers + 1, loss)
+        else:
+            if PARABOLIC:
+                following, stopped = _parabolic(
+                    tau, loss, accepted, b, fb, best_tau, best_loss, integers, numbers
+                )
+            else:
+                following, stopped = _linear(tau, accepted, tl.load(integers + 6))
+        go = (stopped == 0).to(tl.int32)
+        tl.store(taus + count, tau)
+        tl.store(losses + count, measured)
+        tl.store(integers, following)
+        tl.store(integers + 1, count + 1)
+        tl.store(integers + 2, best_tau)
+        tl.store(numbers, best_loss)
+        tl.store(flags, accepted.to(tl.int32))
+        tl.store(flags + 1, go)
+        tl.store(flags + 2, stopped)
+        tl.store(k, tl.where(go != 0, following - best_tau, 0).to(tl.float32))
+    if CONDITION:
+        _set_condition(handle.to(tl.int64), go)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A state read back: what the search of `engine.search` would say."""
+
+    losses: list[tuple[int, float]]
+    best_tau: int
+    best_loss: float
+    accepted: bool
+    stopped_because: str | None
+
+
+class DecideState:
+    """One search on the device, ready for its first loss, which is that of τ = 0.
+
+    `accept` (int32[1]) and `k` (float32[1]) are the arguments of the step that follows a decision; `go`
+    (int32[1]) says whether another measurement does.
+    """
+
+    def __init__(self, search: str, max_tau: int, device: torch.device | str) -> None:
+        if search not in ("parabolic", "linear"):
+            raise ValueError(f"search must be one of 'parabolic', 'linear', got {search!r}")
+        if not isinstance(max_tau, int) or isinstance(max_tau, bool) or not 1 <= max_tau <= MAX_TAU_LIMIT:
+            raise ValueError(f"max_tau must be an integer from 1 to {MAX_TAU_LIMIT}, got {max_tau!r}")
+        self.search = search
+        self.max_tau = max_tau
+        self.device = torch.device(device)
+        self.capacity = int(2 * math.log2(max_tau)) + 6 if search == "parabolic" else max_tau + 1
+        begin = torch.zeros(16, dtype=torch.int64)
+        begin.view(torch.int32)[1] = 1  # go
+        begin[8], begin[9] = max_tau, self.capacity
+        begin[10:16].view(torch.float64).fill_(math.inf)
+        self._begin = begin.to(self.device)
+        self._memory = torch.zeros(16 + 2 * self.capacity, dtype=torch.int64, device=self.device)
+        self.accept = self._memory.view(torch.int32)[0:1]
+        self.go = self._memory.view(torch.int32)[1:2]
+        self.k = self._memory.view(torch.float32)[3:4]
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again. A copy on the device: it can be part of a captured graph."""
+        self._memory[:16].copy_(self._begin)
+
+    def read(self) -> Decided:
+        """The search so far, in one read from the device, which waits for it."""
+        memory = self._memory.cpu()
+        accept, _, stopped = memory.view(torch.int32)[:3].tolist()
+        _, count, best_tau = memory[2:5].tolist()
+        taus, losses = memory[16:].view(2, self.capacity)[:, :count]
+        return Decided(
+            losses=list(zip(taus.tolist(), losses.view(torch.float64).tolist(), strict=True)),
+            best_tau=best_tau,
+            best_loss=memory[10:11].view(torch.float64).item(),
+            accepted=bool(accept),
+            stopped_because=REASONS[stopped],
+        )
+
+
+def decide(state: DecideState, loss: Tensor, handle: int | None = None) -> None:
+    """Take `loss`, one float64 element on the state's device, as that of the τ that was asked for.
+
+    `handle` is the cudaGraphConditionalHandle of a WHILE node around the launch: it is set to `state.go`.
+    """
+    if loss.dtype != torch.float64 or loss.numel() != 1 or loss.device != state.accept.device:
+        raise ValueError(
+            f"loss is {tuple(loss.shape)} {loss.dtype} on {loss.device}; a decision needs one torch.float64"
+            f" element on {state.accept.device}"
+        )
+    options = {} if handle is None else {"extern_libs": CONDITION_LIBRARY}
+    with torch.cuda.device(state.device) if state.device.type == "cuda" else nullcontext():
+        _decide_kernel[(1,)](
+            state._memory,
+            loss,
+            handle or 0,
+            PARABOLIC=state.search == "parabolic",
+            CONDITION=handle is not None,
+            # One warp: its lanes read the state before any of them writes it. Another warp might not.
+            num_warps=1,
+            enable_fp_fusion=False,
+            **options,
+        )

@@ -1,0 +1,133 @@
+"""One checked layout of tensors, one implementation, one call: what stands behind every public weight move.
+
+Plans of plain lists are kept by address, so calling again with the same tensors does not check them again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ffkernels.ops import reference
+from ffkernels.ops.dispatch import choose
+from ffkernels.ops.scalars import (
+    Scalar,
+    accept_argument,
+    as_tensor,
+    host_accept,
+    host_k,
+    k_argument,
+    on_device,
+)
+from ffkernels.ops.table import GPU_CHUNK, Plan, TensorTable, make_plan
+
+_PLANS_KEPT = 16
+_plans: OrderedDict[tuple, Plan] = OrderedDict()
+
+_MODULES = {"cpp": "native", "cuda": "native_cuda", "triton": "triton_ops"}
+
+
+@cache
+def _kernels(impl: str) -> ModuleType:
+    """The module of a compiled implementation; it is imported when a plan first needs it."""
+    return import_module(f"ffkernels.ops.{_MODULES[impl]}")
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> tuple:
+    return tuple((t.data_ptr(), t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors)
+
+
+def _plan_for(
+    weights: Sequence[Tensor], deltas: Sequence[Tensor] | None, best: Sequence[Tensor], impl: str
+) -> Plan:
+    """The checked layout of three lists. Addresses, shapes and dtypes decide: a plan found is valid."""
+    try:
+        sides = (weights, deltas or (), best)
+        key = (impl, deltas is None, *(_fingerprint(side) for side in sides))
+    except (AttributeError, RuntimeError, NotImplementedError):
+        key = None  # something that is no plain tensor: make_plan says what
+    if key is not None and key in _plans:
+        _plans.move_to_end(key)
+        return _plans[key]
+    plan = make_plan(weights, deltas, best, chunk=GPU_CHUNK if impl == "triton" else None)
+    plan.impl = choose(impl, plan.device)
+    if key is not None:
+        _plans[key] = plan
+        while len(_plans) > _PLANS_KEPT:
+            _plans.popitem(last=False)
+    return plan
+
+
+# Kernels get addresses from the plan. The tensors beside it are those whose autograd version counters they
+# move on: views of one memory share a counter, so a table hands over its arenas, not the views into them.
+
+
+def checkpoint(plan: Plan, weights, best, best_written) -> None:
+    if plan.impl == "torch":
+        reference.checkpoint_(weights, best)
+    else:
+        _kernels(plan.impl).checkpoint_(plan, best_written)
+
+
+def delta(plan: Plan, weights, deltas, best, deltas_written, best_written) -> None:
+    if plan.impl == "torch":
+        reference.delta_(weights, deltas, best)
+    else:
+        _kernels(plan.impl).delta_(plan, deltas_written, best_written)
+
+
+def step(plan: Plan, weights, deltas, best, best_written, accept: Scalar, k: Scalar) -> None:
+    if plan.impl == "cuda":
+        accept, k = accept_argument(plan, accept), k_argument(plan, k)
+    elif plan.impl == "triton" or (plan.impl == "torch" and (on_device(accept) or on_device(k))):
+        accept = as_tensor(plan, accept_argument(plan, accept), torch.int32)
+        k = as_tensor(plan, k_argument(plan, k), torch.float32)
+    else:
+        accept, k = host_accept(accept), host_k(k)
+    if plan.impl != "torch":
+        _kernels(plan.impl).step_(plan, weights, best_written, accept, k)
+    elif isinstance(accept, Tensor):
+        reference.step_by_device_(weights, deltas, best, accept, k)
+    else:
+        reference.step_(weights, deltas, best, accept, k)
+
+
+def checkpoint_lists(weights: Sequence[Tensor], best: Sequence[Tensor], *, impl: str = "auto") -> None:
+    checkpoint(_plan_for(weights, None, best, impl), weights, best, best)
+
+
+def delta_lists(weights, deltas, best, *, impl: str = "auto") -> None:
+    delta(_plan_for(weights, deltas, best, impl), weights, deltas, best, deltas, best)
+
+
+def step_lists(weights, deltas, best, accept: Scalar, k: Scalar, *, impl: str = "auto") -> None:
+    step(_plan_for(weights, deltas, best, impl), weights, deltas, best, best, accept, k)
+
+
+def checkpoint_table(table: TensorTable) -> None:
+    table.check_addresses()
+    checkpoint(table.plan, table.weights, table.best, table.best_flats)
+
+
+def delta_table(table: TensorTable) -> None:
+    table.check_addresses()
+    flats = (table.delta_flats, table.best_flats)
+    delta(table.plan, table.weights, table.deltas, table.best, *flats)
+
+
+def step_table(table: TensorTable, accept: Scalar, k: Scalar) -> None:
+    table.check_addresses()
+    step(table.plan, table.weights, table.deltas, table.best, table.best_flats, accept, k)
+
+
+def delta_absmax(table: TensorTable) -> float:
+    """max |Δ|; the flat arenas stand for their tensors, since what lies between those is zero."""
+    if table.impl == "cpp":
+        return _kernels("cpp").delta_absmax(table.plan)
+    return reference.delta_absmax(table.delta_flats)

@@ -1,0 +1,222 @@
+"""The decision kernel under Triton's interpreter: the same choices as the Python searches on any losses."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ffkernels.engine import search as python
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+SEARCHES = ["linear", "parabolic"]
+MAX_TAUS = [1, 2, 3, 4, 5, 7, 16, 31, 100, 256, 1024, 1 << 16]
+
+
+@pytest.fixture(scope="module")
+def device(interpreted):
+    """The module; Triton's language is made ready for the interpreter once, not for each of many launches."""
+    from triton.runtime import interpreter
+
+    module, prepare = interpreted("decide"), interpreter._patch_lang
+    prepared = prepare(module._decide_kernel.fn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
+        yield module
+    prepared.restore()
+
+
+class Twins:
+    """Both searches, fed the same losses and compared after each."""
+
+    def __init__(self, device, name, max_tau):
+        self.device, self.python = device, python.make_search(name, max_tau)
+        self.state = device.DecideState(name, max_tau, "cpu")
+
+    def observe(self, loss):
+        self.python.observe(self.python.propose(), loss)
+        self.device.decide(self.state, torch.tensor(loss, dtype=torch.float64))
+        following = self.python.propose()
+        k = 0 if following is None else following - self.python.best_tau
+        found = (self.state.accept.item(), self.state.k.item(), self.state.go.item())
+        assert found == (self.python.accepted, k, following is not None), self.python.losses
+
+    def run(self, loss):
+        while (tau := self.python.propose()) is not None:
+            self.observe(loss(tau))
+        read = self.state.read()
+        assert read.best_tau == self.python.best_tau, self.python.losses
+        assert read.stopped_because == self.python.stopped_because, self.python.losses
+        assert read.best_loss == self.python.best_loss
+        assert repr(read.losses) == repr(self.python.losses)  # repr: nan is not equal to itself
+        return read
+
+
+def bowl(draw, max_tau):
+    """What a loss along an update looks like: skewed, its bottom anywhere, more or less noise on it."""
+    bottom, scale = draw.uniform(0, 1.5 * max_tau), 10 ** draw.uniform(-9, 3)
+    skew = draw.uniform(0.05, 3) / max(bottom, 1)
+    noise = draw.choice([0, 0, 1e-6, 1e-3, 0.1]) * scale
+    return lambda tau: 2 + scale * (1 - math.exp(-skew * (tau - bottom))) ** 2 + noise * draw.gauss(0, 1)
+
+
+def parabola(draw, max_tau):
+    bottom = draw.randint(0, max_tau) + draw.choice([0, 0.5, draw.random()])
+    return lambda tau: (tau - bottom) ** 2 / max_tau
+
+
+def kink(draw, max_tau):
+    bottom = draw.randint(0, max_tau)
+    return lambda tau: abs(tau - bottom) * (draw.choice([0.1, 1]) if tau > bottom else 1)
+
+
+def bfloat16(draw, max_tau):
+    """A smooth loss that takes few values: ties and plateaus."""
+    smooth = bowl(draw, max_tau)
+    return lambda tau: torch.tensor(smooth(tau)).bfloat16().item()
+
+
+def falling(draw, max_tau):
+    return lambda tau: -float(tau)
+
+
+def constant(draw, max_tau):
+    value = draw.choice([0.0, 1.0, -1e300])
+    return lambda tau: value
+
+
+def noise(draw, max_tau):
+    return lambda tau: draw.random()
+
+
+def mostly_falling(draw, max_tau):
+    return lambda tau: -tau + draw.gauss(0, 0.3) * tau
+
+
+def few_values(draw, max_tau):
+    return lambda tau: float(draw.randint(0, 3))
+
+
+def broken(draw, max_tau):
+    """A bowl that is not a number, or not finite, here and there."""
+    whole, share = bowl(draw, max_tau), draw.choice([0.05, 0.3, 0.9])
+    return lambda tau: draw.choice([math.nan, math.inf, -math.inf]) if draw.random() < share else whole(tau)
+
+
+def extreme(draw, max_tau):
+    """Sums and quotients that overflow or lose all their digits."""
+    scale = draw.choice([5e-324, 1e-310, 1e-160, 1e155, 1.7e308])
+    whole = draw.choice([parabola, bowl])(draw, max_tau)
+    return lambda tau: scale * min(max(whole(tau) - 2, -1), 1)
+
+
+KINDS = [
+    bowl,
+    parabola,
+    kink,
+    bfloat16,
+    falling,
+    constant,
+    noise,
+    mostly_falling,
+    few_values,
+    broken,
+    extreme,
+]
+EACH = 100
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SEARCHES)
+def test_thousands_of_loss_sequences_give_the_same_choices(device, name, kind):
+    """2,200 sequences in all."""
+    draw = random.Random(f"{name} {kind.__name__}")
+    for _ in range(EACH):
+        # A linear search takes every step: long ones would only be slow.
+        max_tau = draw.choice(MAX_TAUS if name == "parabolic" else MAX_TAUS[:6])
+        Twins(device, name, max_tau).run(kind(draw, max_tau))
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    "losses", [[math.nan], [math.inf], [-math.inf], [1.0, math.nan], [1.0, 1.0], [1.0, -math.inf]]
+)
+def test_a_search_that_ends_at_once(device, name, losses):
+    read = Twins(device, name, 8).run(losses.__getitem__)
+    assert (read.best_tau, len(read.losses)) == (0, len(losses))
+
+
+def test_a_long_linear_search(device):
+    read = Twins(device, "linear", 300).run(lambda tau: abs(tau - 150.0))
+    assert (read.best_tau, len(read.losses)) == (150, 152)
+    assert read.stopped_because == python.IMPROVEMENT_ENDED
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_after_its_end_a_search_changes_nothing_and_moves_nothing(device, name):
+    twins = Twins(device, name, 4)
+    before = twins.run(lambda tau: -float(tau))
+    device.decide(twins.state, torch.tensor(-100.0, dtype=torch.float64))
+    assert (twins.state.accept.item(), twins.state.k.item(), twins.state.go.item()) == (0, 0.0, 0)
+    after = twins.state.read()
+    assert (after.losses, after.best_tau, after.stopped_because) == (
+        before.losses,
+        before.best_tau,
+        before.stopped_because,
+    )
+
+
+def test_a_reset_state_is_a_new_one(device):
+    twins = Twins(device, "parabolic", 16)
+    twins.run(lambda tau: (tau - 5.0) ** 2)
+    addresses = [t.data_ptr() for t in (twins.state.accept, twins.state.k, twins.state.go)]
+    twins.state.reset()
+    assert twins.state.read() == device.Decided([], 0, math.inf, False, None)
+    assert (twins.state.accept.item(), twins.state.k.item(), twins.state.go.item()) == (0, 0.0, 1)
+    twins.python = python.make_search("parabolic", 16)
+    assert twins.run(lambda tau: (tau - 9.0) ** 2).best_tau == 9
+    assert addresses == [t.data_ptr() for t in (twins.state.accept, twins.state.k, twins.state.go)]
+
+
+def test_outputs_are_what_a_step_reads(device):
+    state = device.DecideState("parabolic", 8, "cpu")
+    for tensor, dtype in ((state.accept, torch.int32), (state.k, torch.float32), (state.go, torch.int32)):
+        assert (tensor.shape, tensor.dtype) == ((1,), dtype)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_no_search_needs_more_room_than_its_history_has(device, name):
+    for max_tau in MAX_TAUS:
+        twin = python.make_search(name, max_tau)
+        expected = max_tau + 1 if name == "linear" else twin.max_evaluations
+        assert device.DecideState(name, max_tau, "cpu").capacity == expected
+
+
+def test_constants_are_those_of_the_python_searches(device):
+    for name in ("GOLDEN", "REFINE_TOLERANCE", "MAX_TAU_LIMIT"):
+        ours = getattr(device, name)
+        assert getattr(ours, "value", ours) == getattr(python, name), name
+    reasons = {
+        name: value for name, value in vars(python).items() if value in device.REASONS[1:] and name.isupper()
+    }
+    assert len(reasons) == len(device.REASONS) - 1
+    for name, value in reasons.items():
+        assert device.REASONS[getattr(device, name).value] == value
+
+
+def test_bad_arguments_are_refused(device):
+    with pytest.raises(ValueError, match="'parabolic', 'linear', got 'golden'"):
+        device.DecideState("golden", 8, "cpu")
+    for bad in (0, -1, 1.5, True, None, 1 << 17):
+        with pytest.raises(ValueError, match=re.escape(f"from 1 to 65536, got {bad!r}")):
+            device.DecideState("linear", bad, "cpu")
+    state = device.DecideState("linear", 8, "cpu")
+    with pytest.raises(
+        ValueError, match=r"loss is \(\) torch.float32 on cpu; a decision needs one torch.float64"
+    ):
+        device.decide(state, torch.tensor(1.0))
