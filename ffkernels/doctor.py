@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ import torch
 from ffkernels import __version__, ops
 from ffkernels.engine.config import EXECUTORS
 from ffkernels.ops.build import find_compiler
-from ffkernels.reporting.machine import machine_info, version_info
+from ffkernels.reporting.machine import choose_device, machine_info, version_info
 
 __all__ = ["describe", "diagnose"]
 
@@ -32,7 +34,7 @@ def diagnose(device: str = "auto") -> dict[str, Any]:
     Raises:
         ValueError: when ``device`` is not one torch knows.
     """
-    chosen = _device(device)
+    chosen = choose_device(device)
     versions = {**version_info(), "ffkernels": __version__}
     versions.update({name: _version(name) for name in PACKAGES})
     name, reason = ops.resolve("auto", chosen)
@@ -81,18 +83,6 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r}: must be 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this torch sees no CUDA device")
-    return chosen
-
-
 def _executor(device: torch.device) -> dict[str, str]:
     if device.type == "cpu":
         return {"name": "eager", "reason": "on a CPU there are no launches to save"}
@@ -112,13 +102,18 @@ def _advice(report: dict[str, Any], device: torch.device) -> list[dict[str, str]
             else:
                 advice.append({"what": what, "cure": found["cure"]})
         elif name == "cpp" and "without OpenMP" in found["reason"]:
-            cure = "install the compiler's OpenMP runtime (libgomp, libomp), then `ffkernels doctor --build`"
+            # A library built at installation is taken before one that --build made.
+            cure = (
+                "install the compiler's OpenMP runtime (libgomp, libomp) and reinstall ffkernels, or run "
+                "`ffkernels doctor --build` and set FFKERNELS_LIBRARY to the file that it names"
+            )
             advice.append({"what": "the cpp ops run on one thread", "cure": cure})
     if device.type == "cpu":
-        threads, cores = report["machine"]["threads"], report["machine"]["cores"]
+        threads, cores = report["machine"]["threads"], _physical_cores()
         if threads < cores:
             what = f"torch uses {threads} of {cores} cores"
-            advice.append({"what": what, "cure": f"--threads {cores}, or OMP_NUM_THREADS={cores}"})
+            cure = f"OMP_NUM_THREADS={cores}, or --threads {cores} with train and compare"
+            advice.append({"what": what, "cure": cure})
         if shutil.which("nvidia-smi") and not torch.cuda.is_available():
             cure = (
                 "install a CUDA build of torch (pytorch.org/get-started)"
@@ -131,6 +126,20 @@ def _advice(report: dict[str, Any], device: torch.device) -> list[dict[str, str]
         what = f"{', '.join(missing)} not installed; train and compare need them"
         advice.append({"what": what, "cure": "pip install 'ffkernels[hf]'"})
     return advice
+
+
+def _physical_cores() -> int:
+    """Cores this process may use; two hardware threads of one core are one, as for torch's own default."""
+    if not hasattr(os, "sched_getaffinity"):
+        return torch.get_num_threads()  # no telling, no advice
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
 
 
 def _how_to_get_a_compiler() -> str:

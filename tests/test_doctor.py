@@ -50,13 +50,12 @@ def test_advice_where_the_compiler_is_missing_too(monkeypatch):
 
 
 def test_advice_where_cores_are_idle_and_packages_missing(monkeypatch):
-    machine = {**doctor.machine_info(), "cores": torch.get_num_threads() + 1}
-    monkeypatch.setattr(doctor, "machine_info", lambda: machine)
+    monkeypatch.setattr(doctor, "_physical_cores", lambda: torch.get_num_threads() + 1)
     versions = {**doctor.version_info(), "peft": None}
     monkeypatch.setattr(doctor, "version_info", lambda: versions)
     cures = [a["cure"] for a in diagnose("cpu")["advice"]]
     threads = torch.get_num_threads() + 1
-    assert f"--threads {threads}, or OMP_NUM_THREADS={threads}" in cures
+    assert f"OMP_NUM_THREADS={threads}, or --threads {threads} with train and compare" in cures
     assert "pip install 'ffkernels[hf]'" in cures
 
 
@@ -70,3 +69,12 @@ def test_an_unknown_device_is_refused(device):
 def test_a_missing_device_is_refused():
     with pytest.raises(ValueError, match="no CUDA device"):
         diagnose("cuda")
+
+
+def test_hardware_threads_of_one_core_are_one_core(monkeypatch):
+    siblings = {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: set(siblings), raising=False)
+    monkeypatch.setattr(
+        doctor.Path, "read_text", lambda path: siblings[int(path.parts[-3].removeprefix("cpu"))] + "\n"
+    )
+    assert doctor._physical_cores() == 2

@@ -1,4 +1,4 @@
-"""Where a number was measured: machine, versions and commit; no names of hosts, users or folders."""
+"""Where something runs and was measured: device, machine, versions and commit; no names of hosts or users."""
 
 from __future__ import annotations
 
@@ -15,6 +15,27 @@ import torch
 from ffkernels import __version__
 
 PACKAGES = ("transformers", "peft", "triton")
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that ``device`` names here; ``"auto"`` is CUDA where torch sees it, else the CPU.
+
+    Raises:
+        ValueError: when torch does not know it, or it is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: must be 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ValueError(f"device={device!r}: this torch sees no CUDA device")
+        if (chosen.index or 0) >= count:
+            raise ValueError(f"device={device!r}: this torch sees {count} CUDA device(s), counted from 0")
+    return chosen
 
 
 def machine_info() -> dict[str, Any]:

@@ -16,10 +16,10 @@ model and task.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class Comparison:
             raise ValueError(
                 f"searches={self.searches!r}: must be of {', '.join(map(repr, SEARCHES))}, one or more"
             )
-        if self.tuned_lr is not None and not self.tuned_lr > 0:
+        if self.tuned_lr is not None and not 0 < self.tuned_lr < math.inf:
             raise ValueError(f"tuned_lr={self.tuned_lr!r}: must be a number above 0 or None")
         if self.tuned_lr is not None and self.sweep:
             raise ValueError(f"tuned_lr={self.tuned_lr!r} and sweep=True: give one of them")
@@ -126,16 +126,14 @@ def compare(
 
     Raises:
         Interrupted: after Ctrl-C, when the present run has been closed.
+        ValueError: when Adam diverged, so that there is no test loss to reach.
     """
     base = comparison.base
 
     def run(config: TrainConfig) -> RunResult:
         if on_run is not None:
             on_run(config)
-        result = train(config, on_event=on_event, save=False)
-        if result.interrupted:
-            raise Interrupted(config.name)
-        return result
+        return _uninterrupted(config, on_event)
 
     if base.threads is not None:
         torch.set_num_threads(base.threads)
@@ -145,6 +143,11 @@ def compare(
     for seed in comparison.seeds:
         adam = run(comparison.adam(seed))
         results.append(adam)
+        if not math.isfinite(adam.test_loss):
+            raise ValueError(
+                f"lr={base.lr!r}: {adam.name} diverged after {adam.optimizer_steps} steps, so there is no "
+                "test loss to reach; take a smaller learning rate"
+            )
         for search in comparison.searches:
             ff = dataclasses.replace(comparison.fast_forward, search=search)
             results.append(run(comparison.until(adam, seed, search, fast_forward=ff)))
@@ -174,7 +177,7 @@ def warm_up(comparison: Comparison) -> None:
             steps=1,
             fast_forward=ff,
         )
-        train(config, save=False)
+        _uninterrupted(config, None)
 
 
 def sweep(
@@ -191,7 +194,10 @@ def sweep(
             if best is not None and not best[0][0] and comparison.base.schedule == "constant":
                 config = dataclasses.replace(config, steps=best[0][1])  # more steps could not win
             result = run(config)
-            score = (not result.reached_target, result.optimizer_steps, result.test_loss)
+            reached = bool(result.reached_target)
+            # A run that diverged ended early and got nowhere: its few steps are no merit.
+            loss = result.test_loss if math.isfinite(result.test_loss) else math.inf
+            score = (not reached, result.optimizer_steps if reached else 0, loss)
             if best is None or score < best[0]:
                 best = (score, lr)
     return best[1]
@@ -209,5 +215,11 @@ def _tuned_lr(comparison: Comparison) -> tuple[float | None, str]:
     return FALLBACK_TUNED_LR, "a usual value, not measured for this model and task"
 
 
-def logs(results: Sequence[RunResult]) -> list[Path]:
-    return [result.log for result in results]
+def _uninterrupted(config: TrainConfig, on_event: OnEvent | None) -> RunResult:
+    try:
+        result = train(config, on_event=on_event, save=False)
+    except KeyboardInterrupt:  # before or after its loop, or the second Ctrl-C
+        raise Interrupted(config.name) from None
+    if result.ctrl_c:
+        raise Interrupted(config.name)
+    return result

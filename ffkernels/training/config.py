@@ -107,7 +107,7 @@ class TrainConfig:
             self._integer(name, 1)
         for name in ("micro_batch_size", "threads"):
             self._integer(name, 1, optional=True)
-        self._integer("max_length", 2)
+        self._integer("max_length", 4)
         for name in ("warmup_steps", "evaluate_every", "checkpoint_every", "seed"):
             self._integer(name, 0)
         for name in ("lr", "alpha"):

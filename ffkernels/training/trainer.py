@@ -29,7 +29,7 @@ import torch
 from ffkernels.engine.fast_forward import FastForward, Stage
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.reporting.flops import FlopMeter
-from ffkernels.reporting.machine import machine_info, version_info
+from ffkernels.reporting.machine import choose_device, machine_info, version_info
 from ffkernels.reporting.recorder import Recorder
 from ffkernels.training import checkpoint
 from ffkernels.training.config import TrainConfig
@@ -47,7 +47,10 @@ SPLIT = ("train", "validate", "move", "other")
 
 @dataclass
 class RunResult:
-    """How a run ended. ``test_loss`` is of the final weights; after Ctrl-C, the last that was measured."""
+    """How a run ended. ``test_loss`` is of the final weights; after Ctrl-C, the last that was measured.
+
+    ``ctrl_c`` says that Ctrl-C came, also in the last step, when there was nothing left to interrupt.
+    """
 
     name: str
     optimizer_steps: int
@@ -60,6 +63,7 @@ class RunResult:
     reached_target: bool | None
     log: Path
     folder: Path
+    ctrl_c: bool = False
 
     @property
     def interrupted(self) -> bool:
@@ -135,11 +139,9 @@ def train(
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = torch.device(config.device if config.device != "auto" else _best_device())
+    device = choose_device(config.device)
     log, folder = Path(config.out) / f"{config.name}.jsonl", Path(config.out) / config.name
     saved = checkpoint.load_state(folder) if resume else None
-    if not resume:
-        checkpoint.discard(folder)
 
     model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), device=str(device))
     torch.manual_seed(config.seed)  # the adapter's initialisation, then dropout
@@ -181,6 +183,8 @@ def train(
             meter.load_state_dict(saved["meter"])
             if ff is not None:
                 ff.load_state_dict(saved["fast_forward"])
+        else:
+            checkpoint.discard(folder)  # only now, when model, data and settings have proved to be good
         recorder = stack.enter_context(Recorder(log, append=saved is not None))
         interrupt = stack.enter_context(_interrupt_after_the_step())
 
@@ -314,6 +318,7 @@ def train(
             reached_target=None if config.target_loss is None else reached_target(),
             log=log,
             folder=folder,
+            ctrl_c=interrupt.wanted,
         )
         emit(
             "end",
@@ -327,10 +332,6 @@ def train(
             reached_target=result.reached_target,
         )
     return result
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _now(device: torch.device) -> float:

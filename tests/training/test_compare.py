@@ -79,6 +79,36 @@ def test_interrupted(comparison):
         compare(comparison, on_event=stop)
 
 
+def test_ctrl_c_in_the_last_step_and_in_the_warm_up_is_not_lost(comparison, monkeypatch):
+    def stop(event):
+        if event["event"] == "step" and event["optimizer_step"] == 24:
+            raise KeyboardInterrupt
+
+    told = []
+    with pytest.raises(Interrupted, match="adam-s0"):
+        compare(comparison, on_run=told.append, on_event=stop)
+    assert [c.name for c in told] == ["adam-s0"]
+
+    def interrupted(config, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train", interrupted)
+    with pytest.raises(Interrupted, match="warm-up"):
+        compare(comparison)
+
+
+def test_an_adam_run_that_diverged_sets_no_target(comparison):
+    base = replace(comparison.base, lr=1e30, warmup_steps=0)
+    with pytest.raises(ValueError, match=r"lr=1e\+30: adam-s0 diverged after \d+ steps"):
+        compare(replace(comparison, base=base))
+
+
+def test_the_sweep_does_not_take_a_run_that_diverged(comparison, monkeypatch):
+    monkeypatch.setattr(module, "SWEEP", (1e-6, 1e30))
+    adam = module.train(replace(comparison.adam(0), lr=3e-4), save=False)
+    assert module.sweep(comparison, adam, 0, lambda config: module.train(config, save=False)) == 1e-6
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -87,6 +117,7 @@ def test_interrupted(comparison):
         ("seeds", (-1,)),
         ("searches", ("golden",)),
         ("tuned_lr", 0.0),
+        ("tuned_lr", float("inf")),
         ("check_every", 0),
         ("tolerance", -1.0),
     ],

@@ -260,6 +260,16 @@ def test_the_result_does_not_depend_on_the_micro_batch_size(config):
             torch.testing.assert_close(runs[size][1][name], weight, rtol=1e-3, atol=1e-5)
 
 
+def test_a_start_that_fails_leaves_the_earlier_run_alone(config):
+    train(replace(config, steps=1))
+    before = state(config)
+    for wrong in ({"data": f"{config.out}/none.jsonl"}, {"device": "cuda:99"}, {"targets": ("nowhere",)}):
+        with pytest.raises(ValueError):
+            train(replace(config, **wrong))
+    assert_same(state(config), before)
+    assert (open(f"{config.out}/run/adapter_model.safetensors", "rb")).read()
+
+
 def test_seeds_change_the_run_and_repeat_it(config):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(replace(config, name=name, seed=seed, steps=3))
