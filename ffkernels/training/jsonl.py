@@ -22,10 +22,15 @@ def read_lines(path: Path, tokenizer: Any) -> Iterator[tuple[Segment, ...]]:
     """The segments of each line; empty lines are passed over, a bad one is a ValueError that says where."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a JSONL file whose lines have {ALLOWED}.")
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error}).") from error
             if line.strip():
-                yield tuple(_segments(line, f"{path}, line {number}", tokenizer))
+                yield tuple(_segments(line, where, tokenizer))
 
 
 def _segments(line: str, where: str, tokenizer: Any) -> list[Segment]:
@@ -95,7 +100,12 @@ def _templated(messages: list[dict[str, str]], where: str, tokenizer: Any) -> It
     """What each turn adds to the rendered conversation; the assistant's header belongs to the prompt."""
 
     def render(count: int, header: bool = False) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=header)
+        try:
+            return tokenizer.apply_chat_template(
+                messages[:count], tokenize=False, add_generation_prompt=header
+            )
+        except Exception as error:  # jinja's, of templates that refuse a role or an order of roles
+            raise ValueError(f"{where}: the tokenizer's chat template refuses it ({error}).") from error
 
     done = ""
     for turn, message in enumerate(messages):

@@ -145,6 +145,8 @@ def _start(tokenizer: Any) -> list[int]:
 def _example(segments: Sequence[Segment], tokenizer: Any, start: list[int], max_length: int) -> Example:
     """Tokens and labels. The first prompt keeps its end, half the room at most; so some response is left."""
     pieces = [(tokenizer.encode(text, add_special_tokens=False), counted) for text, counted in segments]
+    if start and pieces[0][0][:1] == start:  # a chat template wrote it
+        pieces[0] = (pieces[0][0][1:], pieces[0][1])
     if not pieces[0][1]:
         room = max_length // 2 - len(start)
         prompt = pieces[0][0]

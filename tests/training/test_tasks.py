@@ -227,6 +227,38 @@ def test_the_tokenizers_own_template_and_start_token_are_used(tmp_path):
     assert bytes(t for t in example["labels"] if 0 <= t < 256) == b"ho</>ho</>"
 
 
+def test_a_start_token_that_the_template_writes_is_there_once(tmp_path):
+    class Starting(Templated):
+        def encode(self, text, add_special_tokens=False):
+            return [1] * add_special_tokens + [1 if byte == ord("^") else byte for byte in text.encode()]
+
+        def apply_chat_template(self, *args, **options):
+            return "^" + super().apply_chat_template(*args, **options)
+
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = lines(tmp_path, {"messages": talk}, {"text": "x"}, {"text": "y"})
+    task = load_file(path, Starting(), max_length=256, test_examples=1, validation_examples=1)
+    example = max(task.train + task.test + task.validation, key=lambda e: len(e["input_ids"]))
+    assert example["input_ids"] == [1, *b"<u>hi</><a>ho</>", END]
+
+
+def test_a_template_that_refuses_a_role_is_reported_with_its_line(tmp_path):
+    class Strict(Templated):
+        def apply_chat_template(self, *args, **options):
+            raise LookupError("System role not supported")
+
+    talk = [{"role": "system", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    with pytest.raises(ValueError, match=r"line 1: .*chat template refuses it \(System role not supported"):
+        load_file(lines(tmp_path, {"messages": talk}), Strict())
+
+
+def test_bytes_that_are_no_text_are_reported_with_their_line(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "fine"}\r\n{"text": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+        load_file(path, TOKENIZER)
+
+
 def test_a_template_that_rewrites_history_is_refused(tmp_path):
     class Forgetful(Templated):
         def apply_chat_template(self, messages, tokenize, add_generation_prompt):
