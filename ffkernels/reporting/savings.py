@@ -33,9 +33,14 @@ CONDITIONS = (
     "dropout",
     "targets",
     "weight_decay",
+    "beta1",
+    "beta2",
+    "max_grad_norm",
     "schedule",
+    "warmup_steps",
     "batch_size",
     "max_length",
+    "test_examples",
     "seed",
     "dtype",
 )
@@ -94,15 +99,14 @@ class Spread:
 
 
 def kind_of(log: RunLog) -> str:
-    """What a run is, by its name first and by what it did second."""
-    name = log.name.lower()
-    if "adam" in name and not log.stages:
+    """What a run is: by its settings, and by its name where a log has none on Fast Forward."""
+    name, known = log.name.lower(), "fast_forward" in log.config
+    forward = log.config.get("fast_forward")
+    if not log.stages and (forward is None if known else "adam" in name):
         return "adam-tuned" if "tuned" in name else "adam"
-    for kind in ("parabolic", "linear"):
-        if kind in name:
-            return kind
-    search = (log.config.get("fast_forward") or {}).get("search")
-    return search if search in KINDS else "other"
+    if forward and forward.get("search") in KINDS:
+        return forward["search"]
+    return next((kind for kind in ("parabolic", "linear") if kind in name), "other")
 
 
 def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:

@@ -122,7 +122,36 @@ def test_kinds(write_log):
     assert (
         kind_of(write_log("mine", ADAM, stages=stages, fast_forward={"search": "parabolic"})) == "parabolic"
     )
-    assert kind_of(write_log("plain", ADAM, fast_forward=None)) == "other"
+    assert kind_of(write_log("plain", ADAM, fast_forward=None)) == "adam"
+    assert kind_of(write_log("linear-schedule", ADAM, fast_forward=None)) == "adam"
+    assert kind_of(write_log("mine", ADAM)) == "other"
+    searched = {"search": "linear"}
+    assert kind_of(write_log("not-parabolic", ADAM, stages=stages, fast_forward=searched)) == "linear"
+    assert kind_of(write_log("adam-killed-before-a-stage", ADAM, fast_forward=searched)) == "linear"
+
+
+def test_runs_of_any_name_find_their_adam_run(write_log):
+    forward = {"search": "parabolic"}
+    runs = judge(
+        [
+            write_log("baseline", ADAM, fast_forward=None),
+            write_log("other-lr", ADAM, fast_forward=None, lr=1e-2),
+            write_log("run", REACHES, stages={5: (1, TRIED)}, fast_forward=forward),
+        ]
+    )
+    assert runs["run"].adam.name == "baseline" and runs["run"].saved["seconds"] > 0.5
+    assert runs["baseline"].saved is None and runs["other-lr"].saved is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [("test_examples", (5, 9)), ("warmup_steps", (0, 8)), ("max_grad_norm", (None, 1.0))],
+)
+def test_other_conditions_do_not_compare(write_log, setting, values):
+    adam = write_log("adam-s0", ADAM, **{setting: values[0]})
+    run = judge([adam, write_log("linear-s0", REACHES, **{setting: values[1]})])["linear-s0"]
+    assert run.saved == dict.fromkeys(COSTS)
+    assert run.reason == f"adam-s0 ran with another {setting}"
 
 
 def test_median_and_range_over_seeds(write_log):
