@@ -6,18 +6,16 @@ Only typer is imported here; a command imports what it needs when it runs, so th
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import traceback
 import warnings
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from ffkernels.training.trainer import RunResult
 
 __all__ = ["app", "run"]
 
@@ -64,7 +62,7 @@ Patience = Annotated[
     int,
     typer.Option(help="Switch Fast Forward off after so many stages in a row without a step; 0 never does."),
 ]
-Impl = Annotated[str, typer.Option(help="What moves the weights: auto, torch or cpp.")]
+Impl = Annotated[str, typer.Option(help="What moves the weights: auto, torch, cpp, triton or cuda.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help="Of the frozen base model: float32, bfloat16 or float16.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads [default: torch's choice].")]
@@ -109,7 +107,7 @@ def compare(
     device: Device = "auto",
     dtype: Dtype = "float32",
     threads: Threads = None,
-    out: Annotated[Path, typer.Option(help="Folder for logs, report and plots.")] = Path("runs/compare"),
+    out: Annotated[Path, typer.Option(help="Folder of logs and report; overwritten.")] = Path("runs/compare"),
     quiet: Quiet = False,
 ) -> None:
     """Adam against Fast Forward to the same test loss, in FLOPs and in seconds: the paper's protocol.
@@ -163,11 +161,9 @@ def compare(
         try:
             results, protocol = run_comparison(comparison, on_run=bars.start, on_event=bars.event)
         except Interrupted as error:
-            console.print(
-                f"interrupted in {error}; finished runs are in {out}: ffkernels report {out}/*.jsonl"
-            )
+            typer.echo(f"interrupted in {error}; finished runs are in {out}: ffkernels report {out}/*.jsonl")
             raise typer.Exit(INTERRUPTED) from None
-    provenance = {"command": shlex.join(["ffkernels", *sys.argv[1:]]), "date": date.today().isoformat()}
+    provenance = {"command": _command(sys.argv[1:]), "date": date.today().isoformat()}
     _write_report([result.log for result in results], out, {**provenance, **base.to_dict(), **protocol})
 
 
@@ -233,7 +229,7 @@ def train(
     """Fine-tune an adapter, by default with Fast Forward; writes OUT/NAME.jsonl and OUT/NAME/."""
     from ffkernels.engine.config import FastForwardConfig
     from ffkernels.training.config import TrainConfig
-    from ffkernels.training.progress import ProgressBars
+    from ffkernels.training.progress import ProgressBars, how_it_ended
     from ffkernels.training.trainer import train as run_training
 
     stages = FastForwardConfig(
@@ -254,7 +250,7 @@ def train(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
-        targets=tuple(target_modules.split(",")) if target_modules else None,
+        targets=tuple(part.strip() for part in target_modules.split(",")) if target_modules else None,
         lr=lr,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
@@ -285,7 +281,8 @@ def train(
     with ProgressBars(console, quiet) as bars:
         bars.start(config)
         result = run_training(config, resume=resume, on_event=bars.event)
-    _say_how_it_ended(result, console)
+    for line in how_it_ended(result):
+        typer.echo(line)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -336,18 +333,6 @@ def _write_report(logs: list[Path], out: Path, config: dict[str, Any] | None) ->
     typer.echo(f"\nThe report is in {out}: report.md, report.json and the plots.")
 
 
-def _say_how_it_ended(result: RunResult, console: Any) -> None:
-    lines = [
-        f"{result.stopped_because} after {result.optimizer_steps} steps: test loss {result.test_loss:.4f}, "
-        f"{result.seconds['total']:.1f} s, {result.flops['measured']:.3g} FLOPs (measured)",
-        f"The adapter is in {result.folder} (PeftModel.from_pretrained), the log in {result.log}.",
-    ]
-    if result.interrupted:
-        lines.append("Go on with the same command and --resume.")
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
-
-
 def _console() -> Any:
     from rich.console import Console
 
@@ -361,10 +346,19 @@ def _seeds(text: str) -> tuple[int, ...]:
     """``"3"`` is three seeds 0, 1, 2; ``"0,7"`` and ``"7,"`` name them."""
     try:
         if "," in text:
-            return tuple(int(part) for part in text.split(",") if part.strip())
-        return tuple(range(int(text)))
+            seeds = tuple(int(part) for part in text.split(",") if part.strip())
+        else:
+            seeds = tuple(range(int(text)))
     except ValueError:
-        raise ValueError(f"seeds={text!r}: must be a count such as 3, or a list such as 0,7") from None
+        seeds = ()
+    if not seeds:
+        raise ValueError(f"seeds={text!r}: must be a count such as 3, or a list such as 0,7 or 0,")
+    return seeds
+
+
+def _command(arguments: list[str]) -> str:
+    """The command as a report tells it: of absolute paths the last part, not somebody's folders."""
+    return shlex.join(["ffkernels", *(re.sub(r"(^|=)[/~].*/", r"\1", part) for part in arguments)])
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
-from ffkernels.cli import _seeds, app, run
+from ffkernels.cli import _command, _seeds, app, run
 
 
 @pytest.fixture
@@ -69,8 +69,14 @@ def test_seeds():
     assert _seeds("3") == (0, 1, 2)
     assert _seeds("0,7") == (0, 7)
     assert _seeds("7,") == (7,)
-    with pytest.raises(ValueError, match="seeds='x'"):
-        _seeds("x")
+    for wrong in ("x", "0", "-1", ",", ""):
+        with pytest.raises(ValueError, match=f"seeds='{wrong}': must be a count such as 3"):
+            _seeds(wrong)
+
+
+def test_the_command_in_a_report_names_no_folders():
+    given = ["compare", "--data", "/home/me/chat.jsonl", "--out=~/a b/x", "--model", "EleutherAI/pythia"]
+    assert _command(given) == "ffkernels compare --data chat.jsonl --out=x --model EleutherAI/pythia"
 
 
 def test_doctor(invoke):
@@ -137,6 +143,10 @@ def test_compare_writes_the_report(invoke, quick, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "--lr", "0"], "lr=0.0: must be a number above 0"),
+        (["train", "--device", "gpu"], "device='gpu': must be 'auto'"),
+        (["train", "--device", "cuda:99"], "device='cuda:99': this torch sees"),
+        (["compare", "--seeds", "0"], "seeds='0'"),
         (["train", "--lr", "-1"], "lr=-1.0: must be a number above 0"),
         (["train", "--search", "golden"], "search='golden'"),
         (["train", "--resume", "--overwrite"], "give one of them"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ffkernels.training.config import TrainConfig
 
-__all__ = ["ProgressBars"]
+if TYPE_CHECKING:
+    from ffkernels.training.trainer import RunResult
+
+__all__ = ["ProgressBars", "how_it_ended"]
 
 
 class ProgressBars:
@@ -45,7 +48,8 @@ class ProgressBars:
         self._task = self._progress.add_task(config.name, total=config.steps, note="")
         if not self._live and not self.quiet:
             until = f" or test loss {config.target_loss:.4f}" if config.target_loss is not None else ""
-            self.console.print(f"{config.name}: {config.steps} steps{until}", highlight=False)
+            length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
+            self.console.print(f"{config.name}: {length}{until}", highlight=False)
 
     def event(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -70,3 +74,13 @@ class ProgressBars:
                     f"test loss {event['test_loss']:.4f}, {event['seconds']['total']:.1f} s",
                     highlight=False,
                 )
+
+
+def how_it_ended(result: RunResult) -> list[str]:
+    """A finished run in lines: why it ended, what it cost, where its files are."""
+    lines = [
+        f"{result.stopped_because} after {result.optimizer_steps} steps: test loss {result.test_loss:.4f}, "
+        f"{result.seconds['total']:.1f} s, {result.flops['measured']:.3g} FLOPs (measured)",
+        f"The adapter is in {result.folder} (PeftModel.from_pretrained), the log in {result.log}.",
+    ]
+    return [*lines, "Go on with the same command and --resume."] if result.interrupted else lines
