@@ -222,7 +222,10 @@ def main() -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         result["seconds"] = time.perf_counter() - begin
-        options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        # In one move: whoever stops this process finds a whole file.
+        written = options.out.with_suffix(".part")
+        written.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        written.replace(options.out)
         print(f"{one.name}: {result['seconds']:.0f} s", flush=True)
     failed = result["errors"] + [
         f"{s['set']}: wrong results from {s['wrong']}" for s in result["sets"] if s["wrong"]
