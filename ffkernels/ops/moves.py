@@ -29,6 +29,8 @@ from ffkernels.ops.table import GPU_CHUNK, Plan, TensorTable, make_plan
 
 _PLANS_KEPT = 16
 _plans: OrderedDict[tuple, Plan] = OrderedDict()
+# A CUDA graph holds addresses of the rows and constants of a plan, and nobody says when the graph is gone.
+_captured: dict[tuple, Plan] = {}
 
 _MODULES = {"cpp": "native", "cuda": "native_cuda", "triton": "triton_ops"}
 
@@ -52,9 +54,13 @@ def _plan_for(
         key = (impl, deltas is None, *(_fingerprint(side) for side in sides))
     except (AttributeError, RuntimeError, NotImplementedError):
         key = None  # something that is no plain tensor: make_plan says what
-    if key is not None and key in _plans:
-        _plans.move_to_end(key)
-        return _plans[key]
+    plan = _captured.get(key) or _plans.get(key)
+    if plan is not None:
+        if key in _plans:
+            _plans.move_to_end(key)
+        if plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured[key] = plan
+        return plan
     plan = make_plan(weights, deltas, best, chunk=GPU_CHUNK if impl == "triton" else None)
     plan.impl = choose(impl, plan.device)
     if key is not None:

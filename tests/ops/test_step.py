@@ -291,6 +291,36 @@ def test_the_plan_cache_is_bounded_and_holds_no_tensors():
     assert len(module._plans) <= 16
 
 
+def test_the_plan_of_a_captured_call_is_never_dropped(monkeypatch):
+    """A graph points to the plan's rows for as long as it lives."""
+    from ffkernels.ops import moves
+
+    def pretend_gpu(*args, **kwargs):
+        plan = make_plan(*args, **kwargs)
+        plan.device = torch.device("cuda", 0)
+        return plan
+
+    make_plan = moves.make_plan
+    monkeypatch.setattr(moves, "make_plan", pretend_gpu)
+    monkeypatch.setattr(moves, "_plans", type(moves._plans)())
+    monkeypatch.setattr(moves, "_captured", {})
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    sides = [[torch.zeros(3)] for _ in range(2)]
+    ops.checkpoint_(*sides, impl="torch")
+    assert not moves._captured
+    capturing[0] = True
+    ops.checkpoint_(*sides, impl="torch")
+    capturing[0] = False
+    (kept,) = moves._captured.values()
+    alive = []
+    for size in range(1, 40):
+        alive.append([[torch.zeros(size)] for _ in range(2)])
+        ops.checkpoint_(*alive[-1], impl="torch")
+    assert kept not in moves._plans.values()
+    assert moves._plan_for(sides[0], None, sides[1], "torch") is kept
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
