@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ffkernels.ops.table import GPU_CHUNK, Plan
+from ffkernels.ops.table import GPU_CHUNK, Group, Plan
 
 # With 8 warps a step fits in 32 registers: a multiprocessor then holds as many threads as it has room for.
 WARPS = 8
@@ -149,6 +149,18 @@ def _launch(kernel, plan: Plan, *arguments) -> None:
                 num_warps=WARPS,
                 enable_fp_fusion=False,
             )
+
+
+def prepare(device: torch.device) -> None:
+    """Compile and load every kernel there: for the first time this must not happen while a graph is captured.
+
+    A grid of no programs is compiled and loaded for like any other, and not launched.
+    """
+    rows = torch.empty((0, 4), dtype=torch.int64, device=device)
+    plan = Plan(device, 0, [Group(dtype, rows) for dtype in _DTYPES])
+    _launch(_checkpoint_kernel, plan)
+    _launch(_delta_kernel, plan)
+    _launch(_step_kernel, plan, rows.view(torch.int32), rows.view(torch.float32), -0.0)
 
 
 def checkpoint_(plan: Plan, best: Sequence[Tensor]) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +154,50 @@ def test_a_first_layout_during_capture_is_refused(kernels, gpu):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             k.mul_(1)  # a capture must hold something
             ops.step_(weights, deltas, best, accept, k, impl=kernels)
+
+
+FIRST_IN_A_CAPTURE = """
+import sys, torch
+from ffkernels import ops
+kinds = (4099, torch.float32), (3, torch.bfloat16), (2048, torch.float16)
+table = ops.TensorTable([torch.ones(n, dtype=kind, device="cuda") for n, kind in kinds], impl=sys.argv[1])
+for delta in table.deltas:
+    delta.fill_(1)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    ops.step_(table, True, 2.0)
+graph.replay()
+print(all(bool((w == 3).all() & (b == 1).all()) for w, b in zip(table.weights, table.best)))
+"""
+
+
+def test_the_first_step_of_a_process_may_be_captured(kernels, gpu):
+    """Whatever has to be compiled or loaded was so when the table was made."""
+    root = Path(ops.__file__).parents[2]
+    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_IN_A_CAPTURE, kernels],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout.strip() == "True", done.stderr[-3000:]
+
+
+def test_lists_keep_what_a_graph_points_to(kernels, gpu):
+    """Many other lists come and go between the capture and the replay."""
+    sides = [[torch.full((5000,), float(i), device=gpu)] for i in range(3)]
+    accept, k = scalars(gpu)
+    graph = captured(lambda: ops.step_(*sides, accept, k, impl=kernels), gpu)
+    for side, value in zip(sides, (0.0, 1.0, 2.0), strict=True):
+        side[0].fill_(value)
+    for size in range(1, 40):
+        other = [[torch.zeros(size, device=gpu)] for _ in range(3)]
+        ops.step_(*other, accept, k, impl=kernels)
+        torch.full((size, 4), -1, dtype=torch.int64, device=gpu)  # into whatever memory has become free
+    graph.replay()
+    assert [float(side[0].unique()) for side in sides] == [1.0, 1.0, 0.0]
 
 
 def test_the_current_stream_is_used(kernels, gpu):

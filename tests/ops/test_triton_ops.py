@@ -242,6 +242,20 @@ def test_ten_thousand_tensors_are_one_launch(ops, monkeypatch):
     assert launches.grids == [(10_000,)]
 
 
+def test_every_kernel_is_prepared_for_every_dtype_and_none_is_launched(ops, monkeypatch):
+    launches = {name: Launches() for name in ("_checkpoint_kernel", "_delta_kernel", "_step_kernel")}
+    for name, stand_in in launches.items():
+        monkeypatch.setattr(ops, name, stand_in)
+    ops.prepare(torch.device("cpu"))
+    for stand_in in launches.values():
+        assert stand_in.grids == [(0,)] * 3 and len(set(stand_in.dtypes)) == 3
+
+
+def test_preparing_runs_no_program(ops, traffic):
+    ops.prepare(torch.device("cpu"))
+    assert traffic == []
+
+
 def test_more_than_a_thousand_tensors(ops):
     arenas = [torch.randn(1_001, 4) for _ in range(3)]
     weights, deltas, best = (list(arena.unbind()) for arena in arenas)
