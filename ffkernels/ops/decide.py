@@ -256,14 +256,16 @@ class DecideState:
             raise ValueError(f"max_tau must be an integer from 1 to {MAX_TAU_LIMIT}, got {max_tau!r}")
         self.search = search
         self.max_tau = max_tau
-        self.device = torch.device(device)
         self.capacity = int(2 * math.log2(max_tau)) + 6 if search == "parabolic" else max_tau + 1
-        begin = torch.zeros(16, dtype=torch.int64)
-        begin.view(torch.int32)[1] = 1  # go
-        begin[8], begin[9] = max_tau, self.capacity
-        begin[10:16].view(torch.float64).fill_(math.inf)
-        self._begin = begin.to(self.device)
-        self._memory = torch.zeros(16 + 2 * self.capacity, dtype=torch.int64, device=self.device)
+        # A state made under inference mode could not be reset outside of it.
+        with torch.inference_mode(False):
+            begin = torch.zeros(16, dtype=torch.int64)
+            begin.view(torch.int32)[1] = 1  # go
+            begin[8], begin[9] = max_tau, self.capacity
+            begin[10:16].view(torch.float64).fill_(math.inf)
+            self._begin = begin.to(device)
+            self._memory = torch.zeros(16 + 2 * self.capacity, dtype=torch.int64, device=device)
+        self.device = self._memory.device  # "cuda" has become the one that was current
         self.accept = self._memory.view(torch.int32)[0:1]
         self.go = self._memory.view(torch.int32)[1:2]
         self.k = self._memory.view(torch.float32)[3:4]

@@ -183,6 +183,13 @@ def test_a_reset_state_is_a_new_one(device):
     assert addresses == [t.data_ptr() for t in (twins.state.accept, twins.state.k, twins.state.go)]
 
 
+def test_a_state_made_under_inference_mode_can_be_reset_outside_of_it(device):
+    with torch.inference_mode():
+        state = device.DecideState("parabolic", 8, "cpu")
+    state.reset()
+    assert state.read().losses == [] and state.device == torch.device("cpu")
+
+
 def test_outputs_are_what_a_step_reads(device):
     state = device.DecideState("parabolic", 8, "cpu")
     for tensor, dtype in ((state.accept, torch.int32), (state.k, torch.float32), (state.go, torch.int32)):
