@@ -79,10 +79,6 @@ class FlopMeter:
         """``{"paper": …, "measured": …}``, as the run log has it."""
         return {"paper": self.paper, "measured": self.measured}
 
-    def is_known(self, batch: Any) -> bool:
-        """Whether ``training_step`` knows this batch's shape already and will not run the model."""
-        return _shapes(batch) in self._batches
-
     def training_step(self, model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Flops:
         """Add one training batch (one micro-batch where gradients accumulate) and return what it costs.
 
