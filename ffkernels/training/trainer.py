@@ -9,8 +9,8 @@
 What a run is charged for: collating, forward, backward, the optimizer, and everything Fast Forward does
 (validation losses, search, weight moves). Making the model, the validation loss's one comparison with the
 model's own (two forwards of at most four or five examples) and Fast Forward's buffers, counting FLOPs, test
-losses, logging and checkpoints are outside the clock. ``total`` is the sum of ``train``, ``validate``, ``move``
-and ``other``.
+losses, logging and checkpoints are outside the clock. ``total`` is the sum of ``train``, ``validate``,
+``move`` and ``other``.
 """
 
 from __future__ import annotations
