@@ -14,7 +14,7 @@ Each also takes plain lists instead of a table (`step_(weights, deltas, best, ac
 such lists is kept by address, so calling again with the same tensors does not check them again.
 
 `accept` and `k` may be tensors of one element. On the device of the weights they are never read back: the
-call returns at once, and can be captured in a CUDA graph.
+call returns at once, and can be captured in a CUDA graph, which then needs the table to stay alive.
 """
 
 from __future__ import annotations
