@@ -54,6 +54,7 @@ gpu-check:
 	  --out $(if $(filter file,$(origin OUT)),runs/gpu-check,$(OUT))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks runs report
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(addprefix $(OUT)/,demo tests bench gpu-check)
 	find ffkernels tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 	find ffkernels -name '*.so' -delete

@@ -1,7 +1,8 @@
 """What to train on: tasks as lists of examples, split as in the paper (1,000 test, 32 validation, the rest).
 
 An example is ``{"input_ids": [...], "labels": [...]}``; labels repeat the tokens that the loss counts and
-are −100 elsewhere. The three splits share no source text, and what falls where depends on the seed alone.
+are −100 elsewhere. The three splits share no example, also where texts differ only behind the cut, and what
+falls where depends on the seed alone.
 
 ``instruction`` pairs docstrings with the functions they describe, cut at run time from the standard library
 of the Python that runs, so there is nothing to download. ``load_file`` reads JSON lines of one's own.
@@ -117,14 +118,17 @@ def _split(
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{field}={value!r}; it must be a whole number of at least {least}.")
-    held_out = test_examples + validation_examples
-    if len(sources) <= held_out:
-        raise ValueError(
-            f"task {name!r} has {len(sources)} different examples; {test_examples} test and "
-            f"{validation_examples} validation examples leave none to train on. Ask for fewer of them."
-        )
     start = _start(tokenizer)
-    examples = [_example(source, tokenizer, start, max_length) for source in sources]
+    cut = (_example(source, tokenizer, start, max_length) for source in sources)
+    # Different texts may be the same tokens once they are cut: no example may be in two splits.
+    examples = list({tuple(example["input_ids"]): example for example in cut}.values())
+    held_out = test_examples + validation_examples
+    if len(examples) <= held_out:
+        raise ValueError(
+            f"task {name!r} has {len(examples)} different examples of at most {max_length} tokens; "
+            f"{test_examples} test and {validation_examples} validation examples leave none to train on. "
+            "Ask for fewer of them."
+        )
     random.Random(seed).shuffle(examples)
     return Task(
         name,

@@ -41,10 +41,17 @@ def read(path, **options):
 def test_instruction_is_split_as_in_the_paper():
     task = load_task("instruction", TOKENIZER)
     assert (len(task.test), len(task.validation)) == (1000, 32)
-    assert len(task.train) + 1032 == len(documented_functions())
+    assert 0.9 * len(documented_functions()) < len(task.train) + 1032 <= len(documented_functions())
     assert len(task.train) > 1000
     small = load_task("instruction", TOKENIZER, test_examples=10, validation_examples=3)
     assert (len(small.test), len(small.validation), len(small.train)) == (10, 3, len(task.train) + 1019)
+
+
+@pytest.mark.parametrize("max_length", [16, 64])
+def test_no_example_is_in_two_splits_after_it_was_cut(max_length):
+    task = load_task("instruction", TOKENIZER, max_length=max_length, test_examples=300)
+    seen = [tuple(e["input_ids"]) for split in (task.train, task.validation, task.test) for e in split]
+    assert len(set(seen)) == len(seen)
 
 
 def test_instruction_pairs_a_docstring_with_its_function():
@@ -59,7 +66,7 @@ def test_instruction_pairs_a_docstring_with_its_function():
         assert ast.get_docstring(function) is None
 
 
-@pytest.mark.parametrize("max_length", [4, 17, 64, 256])
+@pytest.mark.parametrize("max_length", [17, 64, 256])
 def test_prompts_leave_at_least_half_to_the_response(max_length):
     task = load_task("instruction", TOKENIZER, max_length=max_length)
     full = {source: f'"""{summary}"""\n' for summary, source in documented_functions()}
@@ -299,7 +306,9 @@ def test_bad_requests_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
         load_file(tmp_path / "none.jsonl", TOKENIZER)
     path = lines(tmp_path, {"text": "a"}, {"text": "b"})
-    with pytest.raises(ValueError, match=r"'own' has 2 different examples; 1000 test and 32 validation"):
+    with pytest.raises(
+        ValueError, match=r"'own' has 2 different examples of at most 64 tokens; 1000 test and 32 validation"
+    ):
         load_file(path, TOKENIZER)
     for wrong in (dict(max_length=3), dict(test_examples=0), dict(validation_examples=1.5)):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
