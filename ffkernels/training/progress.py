@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.trainer import NOT_FINITE
 
 if TYPE_CHECKING:
     from ffkernels.training.trainer import RunResult
@@ -80,7 +81,15 @@ def how_it_ended(result: RunResult) -> list[str]:
     """A finished run in lines: why it ended, what it cost, where its files are."""
     lines = [
         f"{result.stopped_because} after {result.optimizer_steps} steps: test loss {result.test_loss:.4f}, "
-        f"{result.seconds['total']:.1f} s, {result.flops['measured']:.3g} FLOPs (measured)",
-        f"The adapter is in {result.folder} (PeftModel.from_pretrained), the log in {result.log}.",
+        f"{result.seconds['total']:.1f} s, {result.flops['measured']:.3g} FLOPs (measured)"
     ]
+    if result.stopped_because == NOT_FINITE:
+        lines.append(
+            f"These weights were not saved, nor an earlier checkpoint replaced; the log is {result.log}."
+        )
+        lines.append("Try a lower learning rate.")
+    else:
+        lines.append(
+            f"The adapter is in {result.folder} (PeftModel.from_pretrained), the log in {result.log}."
+        )
     return [*lines, "Go on with the same command and --resume."] if result.interrupted else lines

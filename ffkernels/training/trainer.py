@@ -306,7 +306,7 @@ def train(
 
         if progress.tested_at != progress.optimizer_steps and stopped != INTERRUPTED:
             measure_test_loss()
-        if save:
+        if save and stopped != NOT_FINITE:  # weights that are lost must not replace the last good ones
             save_checkpoint()
         result = RunResult(
             name=config.name,

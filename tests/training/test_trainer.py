@@ -311,6 +311,7 @@ def test_a_diverged_run_ends(config):
     result = train(replace(config, lr=1e30, warmup_steps=0))
     assert result.stopped_because == "training loss is not finite"
     assert result.optimizer_steps < 10
+    assert not (result.folder / "adapter_model.safetensors").exists(), "lost weights are not worth keeping"
 
 
 def test_ctrl_c_in_a_callback_saves_and_the_run_goes_on(config):
