@@ -57,6 +57,13 @@ def find_compiler() -> list[str] | None:
     return None
 
 
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} could not be run: {error}") from error
+
+
 def compile_library(source_dir: Path, target: Path) -> list[str]:
     """Compile `source_dir` into `target` and return the command that did it.
 
@@ -81,10 +88,7 @@ def compile_library(source_dir: Path, target: Path) -> list[str]:
         for openmp in (["-fopenmp"], []):
             # Our flags come last: CXXFLAGS may add to them, not switch contraction back on.
             command = [*compiler, *extra, *FLAGS, *openmp, define, *sources, "-o", str(built)]
-            try:
-                result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise BuildError(f"{compiler[0]} could not be run: {error}") from error
+            result = _run(command)
             if result.returncode == 0:
                 os.replace(built, target)
                 return command
@@ -106,13 +110,6 @@ def cuda_wanted() -> bool | None:
     if value not in allowed:
         raise BuildError(f"FFKERNELS_BUILD_CUDA={value!r}: must be 0, 1 or auto")
     return allowed[value]
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=600)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} could not be run: {error}") from error
 
 
 def _cuda_targets(nvcc: Path) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,9 +59,62 @@ def cache_dir() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "ffkernels"
 
 
-def _cached_library(sources: Path) -> Path:
+def cached_path(kind: str, digest: str, library: str) -> Path:
+    """Where the user's cache has, or would have, a library built from the sources of this digest."""
     # Machine in the name: a home directory may be shared between architectures.
-    return cache_dir() / f"cpu-{os.uname().machine}-{build.source_id(sources)}" / build.LIBRARY
+    return cache_dir() / f"{kind}-{os.uname().machine}-{digest}" / library
+
+
+def candidates(variable: str, packaged: Path, cached: Path | None) -> list[Path]:
+    """Files to try in order: the one that the environment variable names, or else those that exist."""
+    chosen = os.environ.get(variable)
+    if chosen:
+        return [Path(chosen)]
+    return [path for path in (packaged, cached) if path is not None and path.is_file()]
+
+
+def open_library(path: Path, prefix: str, digest: str | None, signatures: dict[str, tuple]) -> ctypes.CDLL:
+    """Load one library, check that it speaks this ABI and comes from these sources, declare its functions.
+
+    `prefix` begins all its names; `digest` is that of the installed sources, None where there are none;
+    `signatures` are the argument types of the functions that return a code.
+    """
+    library = ctypes.CDLL(str(path))
+    abi = getattr(library, f"{prefix}abi")
+    abi.restype = ctypes.c_int32
+    if abi() != ABI:
+        raise OSError(f"it has ABI {abi()}, this ffkernels needs {ABI}")
+    source_id = getattr(library, f"{prefix}source_id")
+    source_id.restype = ctypes.c_char_p
+    if digest is not None and source_id().decode() != digest:
+        raise OSError("it was built from other sources than those installed")
+    for name, arguments in signatures.items():
+        function = getattr(library, prefix + name)
+        function.argtypes = arguments
+        function.restype = ctypes.c_int32
+    return library
+
+
+def load_first(paths: Sequence[Path], opened: Callable[[Path], ctypes.CDLL], otherwise: str) -> NativeLibrary:
+    """The first of `paths` that opens; where none does, every refusal, or `otherwise` without any."""
+    refused = []
+    for path in paths:
+        try:
+            return NativeLibrary(opened(path), path, f"loaded {path.name}")
+        except (OSError, AttributeError) as error:
+            refused.append(f"{path} was refused: {error}")
+    return NativeLibrary(None, None, "; ".join(refused) or otherwise)
+
+
+def _digest() -> str | None:
+    sources = source_dir()
+    return None if sources is None else build.source_id(sources)
+
+
+def _cached() -> Path | None:
+    digest = _digest()
+    known = digest is not None and hasattr(os, "uname")
+    return cached_path("cpu", digest, build.LIBRARY) if known else None
 
 
 def build_native() -> Path:
@@ -71,61 +124,32 @@ def build_native() -> Path:
         raise build.BuildError("the C++ sources are not part of this installation; reinstall ffkernels")
     if not hasattr(os, "uname"):
         raise build.BuildError("the compiled ops are built on Linux and macOS only")
-    target = _cached_library(sources)
+    target = _cached()
     build.compile_library(sources, target)
     load.cache_clear()
     _open(target)
     return target
 
 
-def _candidates() -> list[Path]:
-    chosen = os.environ.get("FFKERNELS_LIBRARY")
-    if chosen:
-        return [Path(chosen)]
-    found = [_PACKAGED]
-    sources = source_dir()
-    if sources is not None and hasattr(os, "uname"):
-        found.append(_cached_library(sources))
-    return [path for path in found if path.is_file()]
-
-
 def _open(path: Path) -> ctypes.CDLL:
-    """Load one library and check that it speaks this ABI and comes from these sources."""
-    library = ctypes.CDLL(str(path))
-    library.ffk_abi.restype = ctypes.c_int32
-    abi = library.ffk_abi()
-    if abi != ABI:
-        raise OSError(f"it has ABI {abi}, this ffkernels needs {ABI}")
-    library.ffk_source_id.restype = ctypes.c_char_p
-    sources, built_from = source_dir(), library.ffk_source_id().decode()
-    if sources is not None and built_from != build.source_id(sources):
-        raise OSError("it was built from other sources than those installed")
     groups = (ctypes.POINTER(Group), ctypes.c_int64)
     threads, result = ctypes.c_int32, ctypes.POINTER(ctypes.c_float)
-    for name, arguments in {
-        "ffk_cpu_threaded": (),
-        "ffk_cpu_isa": (ctypes.c_int32,),
-        "ffk_cpu_checkpoint": (*groups, threads),
-        "ffk_cpu_delta": (*groups, threads),
-        "ffk_cpu_step": (*groups, ctypes.c_int32, ctypes.c_float, threads),
-        "ffk_cpu_absmax": (*groups, threads, result),
-    }.items():
-        function = getattr(library, name)
-        function.argtypes = arguments
-        function.restype = ctypes.c_int32
-    return library
+    signatures = {
+        "cpu_threaded": (),
+        "cpu_isa": (ctypes.c_int32,),
+        "cpu_checkpoint": (*groups, threads),
+        "cpu_delta": (*groups, threads),
+        "cpu_step": (*groups, ctypes.c_int32, ctypes.c_float, threads),
+        "cpu_absmax": (*groups, threads, result),
+    }
+    return open_library(path, "ffk_", _digest(), signatures)
 
 
 @cache
 def load() -> NativeLibrary:
     """The library, opened once per process."""
-    refused = []
-    for path in _candidates():
-        try:
-            return NativeLibrary(_open(path), path, f"loaded {path.name}")
-        except (OSError, AttributeError) as error:
-            refused.append(f"{path} was refused: {error}")
-    return NativeLibrary(None, None, "; ".join(refused) or "the C++ ops were not built on this machine")
+    found = candidates("FFKERNELS_LIBRARY", _PACKAGED, _cached())
+    return load_first(found, _open, "the C++ ops were not built on this machine")
 
 
 def isa() -> str:

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ffkernels.ops import build
-from ffkernels.ops.native import ABI, Group, NativeLibrary, cache_dir, groups_of, source_dir
+from ffkernels.ops.native import (
+    Group,
+    NativeLibrary,
+    cached_path,
+    candidates,
+    groups_of,
+    load_first,
+    open_library,
+    source_dir,
+)
 from ffkernels.ops.table import Plan
 
 CURE = "run `ffkernels doctor --build` (needs nvcc), or reinstall ffkernels where nvcc is present"
@@ -33,9 +42,15 @@ def _sources() -> Path | None:
     return folder
 
 
-def _cached_library(sources: Path) -> Path:
-    digest = build.source_id(sources, build.CUDA_SOURCES)
-    return cache_dir() / f"cuda-{os.uname().machine}-{digest}" / build.CUDA_LIBRARY
+def _digest() -> str | None:
+    sources = _sources()
+    return None if sources is None else build.source_id(sources, build.CUDA_SOURCES)
+
+
+def _cached() -> Path | None:
+    digest = _digest()
+    known = digest is not None and hasattr(os, "uname")
+    return cached_path("cuda", digest, build.CUDA_LIBRARY) if known else None
 
 
 def build_cuda() -> Path:
@@ -45,7 +60,7 @@ def build_cuda() -> Path:
         raise build.BuildError("the CUDA sources are not part of this installation; reinstall ffkernels")
     if not hasattr(os, "uname"):
         raise build.BuildError("the CUDA kernels are built on Linux only")
-    target = _cached_library(sources)
+    target = _cached()
     build.compile_cuda_library(sources, target)
     load.cache_clear()
     usable.cache_clear()
@@ -53,54 +68,26 @@ def build_cuda() -> Path:
     return target
 
 
-def _candidates() -> list[Path]:
-    chosen = os.environ.get("FFKERNELS_CUDA_LIBRARY")
-    if chosen:
-        return [Path(chosen)]
-    found = [_PACKAGED]
-    sources = _sources()
-    if sources is not None and hasattr(os, "uname"):
-        found.append(_cached_library(sources))
-    return [path for path in found if path.is_file()]
-
-
 def _open(path: Path) -> ctypes.CDLL:
-    """Load one library and check that it speaks this ABI and comes from these sources."""
-    library = ctypes.CDLL(str(path))
-    library.ffk_cuda_abi.restype = ctypes.c_int32
-    abi = library.ffk_cuda_abi()
-    if abi != ABI:
-        raise OSError(f"it has ABI {abi}, this ffkernels needs {ABI}")
-    library.ffk_cuda_source_id.restype = ctypes.c_char_p
-    sources, built_from = _sources(), library.ffk_cuda_source_id().decode()
-    if sources is not None and built_from != build.source_id(sources, build.CUDA_SOURCES):
-        raise OSError("it was built from other sources than those installed")
-    library.ffk_cuda_error_string.argtypes = (ctypes.c_int32,)
-    library.ffk_cuda_error_string.restype = ctypes.c_char_p
     groups = (ctypes.POINTER(Group), ctypes.c_int64)
     pointer, where = ctypes.c_void_p, (ctypes.c_int32, ctypes.c_void_p)
-    for name, arguments in {
-        "ffk_cuda_prepare": (ctypes.c_int32,),
-        "ffk_cuda_checkpoint": (*groups, *where),
-        "ffk_cuda_delta": (*groups, *where),
-        "ffk_cuda_step": (*groups, pointer, pointer, ctypes.c_int32, ctypes.c_float, *where),
-    }.items():
-        function = getattr(library, name)
-        function.argtypes = arguments
-        function.restype = ctypes.c_int32
+    signatures = {
+        "prepare": (ctypes.c_int32,),
+        "checkpoint": (*groups, *where),
+        "delta": (*groups, *where),
+        "step": (*groups, pointer, pointer, ctypes.c_int32, ctypes.c_float, *where),
+    }
+    library = open_library(path, "ffk_cuda_", _digest(), signatures)
+    library.ffk_cuda_error_string.argtypes = (ctypes.c_int32,)
+    library.ffk_cuda_error_string.restype = ctypes.c_char_p
     return library
 
 
 @cache
 def load() -> NativeLibrary:
     """The library, opened once per process."""
-    refused = []
-    for path in _candidates():
-        try:
-            return NativeLibrary(_open(path), path, f"loaded {path.name}")
-        except (OSError, AttributeError) as error:
-            refused.append(f"{path} was refused: {error}")
-    return NativeLibrary(None, None, "; ".join(refused) or "the CUDA kernels were not built on this machine")
+    found = candidates("FFKERNELS_CUDA_LIBRARY", _PACKAGED, _cached())
+    return load_first(found, _open, "the CUDA kernels were not built on this machine")
 
 
 @cache
