@@ -103,6 +103,8 @@ class FastForward:
         validation: a ``ValidationLoss``, or what makes one: batches or a callable ``loss_fn(model)``.
         config: when and how; see ``FastForwardConfig``.
         include, exclude: narrow the moved tensors by name (predicate, regular expression or several).
+        defer: do not run a stage inside ``optimizer.step()``; it waits for ``run_due_stage()``. For loops
+            that call back later, when the gradients are freed.
 
     Attributes:
         stages: list of ``Stage``, one per stage.
@@ -125,6 +127,7 @@ class FastForward:
         *,
         include: NameFilter | None = None,
         exclude: NameFilter | None = None,
+        defer: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -148,7 +151,7 @@ class FastForward:
         self.validation = (
             validation if isinstance(validation, ValidationLoss) else ValidationLoss(model, validation)
         )
-        self.include, self.exclude = include, exclude
+        self.include, self.exclude, self.defer = include, exclude, defer
         self.stages: list[Stage] = []
         self.optimizer_steps = 0
         self.on_stage: Callable[[Stage], None] | None = None
@@ -157,7 +160,7 @@ class FastForward:
         self._executor = EagerExecutor()
         self._table: ops.TensorTable | None = None
         self._signature: tuple = ()
-        self._armed = False
+        self._armed = self._due_now = False
         self._checkpoint_seconds = 0.0
         self._refresh_table()
         validated = {id(p) for p in self.validation.model.parameters()}
@@ -186,7 +189,7 @@ class FastForward:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._table, self._armed = None, False
+        self._table, self._armed, self._due_now = None, False, False
         if _attached.get(self.optimizer, lambda: None)() is self:  # else another has been attached since
             del _attached[self.optimizer]
 
@@ -227,14 +230,14 @@ class FastForward:
         self._failures = int(state["failures"])
         self._switched_off = bool(state["switched_off"])
         self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
-        self._armed = False
+        self._armed = self._due_now = False
 
     def _due(self, step: int) -> bool:
         past = step - self.config.warmup
         return past > 0 and past % self.config.interval == 0
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self._armed = False
+        self._armed = self._due_now = False
         if self._switched_off or not self._due(self.optimizer_steps + 1):
             return
         start = perf_counter()
@@ -245,9 +248,17 @@ class FastForward:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.optimizer_steps += 1
-        if self._armed:
-            self._armed = False
-            self._run_stage()
+        self._due_now, self._armed = self._armed, False
+        if not self.defer:
+            self.run_due_stage()
+
+    def run_due_stage(self) -> Stage | None:
+        """Run the stage that the last optimizer step made due and return it; None when none is due."""
+        if not self._due_now:
+            return None
+        self._due_now = False
+        self._run_stage()
+        return self.stages[-1]
 
     def _refresh_table(self) -> None:
         """Make the table anew when the trainable tensors are not those it points at."""

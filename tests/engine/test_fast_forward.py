@@ -498,3 +498,26 @@ def test_an_interrupt_while_flops_are_counted_keeps_the_stage():
     assert ff.stages[0].tau > 0
     assert ff.stages[0].flops == 0
     assert model.loss().item() == ff.stages[0].loss_after
+
+
+def test_a_deferred_stage_waits_for_its_call_and_lands_where_the_undeferred_one_does():
+    config = FastForwardConfig(interval=3)
+    model, optimizer, ff = make(config)
+    train(model, optimizer, 3)
+    later, late_optimizer, late = make(config, defer=True)
+    train(later, late_optimizer, 3)
+    assert late.stages == [] and not torch.equal(later.w, model.w)
+    stage = late.run_due_stage()
+    assert stage is late.stages[0] and stage.tau == ff.stages[0].tau > 0
+    assert torch.equal(later.w, model.w)
+    assert late.run_due_stage() is None  # once
+    train(later, late_optimizer, 1, first=3)
+    assert late.run_due_stage() is None  # not due
+
+
+def test_a_deferred_stage_that_nobody_ran_is_dropped_by_the_next_step():
+    model, optimizer, ff = make(FastForwardConfig(interval=3), defer=True)
+    train(model, optimizer, 4)
+    assert ff.run_due_stage() is None and ff.stages == []
+    train(model, optimizer, 2, first=4)
+    assert ff.run_due_stage().optimizer_step == 6
