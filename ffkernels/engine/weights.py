@@ -1,14 +1,25 @@
-"""Which tensors Fast Forward moves: the trainable parameters that the optimizer updates."""
+"""Which tensors Fast Forward moves: the trainable parameters that the optimizer updates.
+
+Chosen by ``requires_grad``, never by name: half of PEFT's methods have no "lora" in theirs. One memory is
+moved once, also where several parameters lie in it, and only where it is: of a DTensor each rank has its own
+shard (``local_tensors``).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ffkernels.ops.notices import announce_once
 
 NameFilter = Callable[[str], bool] | str | Iterable[str]
+
+# AdaLoRA keeps how many ranks are left as a parameter. PEFT's cast of a 16-bit adapter to float32 turns it
+# into a trainable one, but it is a count, not a weight, and no checkpoint has it.
+_COUNTS = re.compile(r"(^|\.)ranknum(\.|$)")
 
 
 def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
@@ -16,12 +27,21 @@ def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
 
     Raises:
         TypeError: when no torch optimizer is inside.
+        ValueError: when the one inside keeps other weights in the model while it trains than those it is
+            evaluated with.
     """
     # A wrapper may itself be a torch.optim.Optimizer, and wrappers may be stacked; `seen` ends a circle.
     seen = {id(optimizer)}
     while (inner := getattr(optimizer, "optimizer", None)) is not None and id(inner) not in seen:
         optimizer = inner
         seen.add(id(inner))
+    if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
+        raise ValueError(
+            f"{type(optimizer).__name__} has train() and eval() modes, as schedule-free optimizers have: "
+            "while it trains, the model holds one mixture of two weight sequences and is evaluated with "
+            "another. Fast Forward would move the model's and leave the optimizer's behind; use an optimizer "
+            "without modes, such as torch.optim.AdamW"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "optimizer must be a torch.optim.Optimizer or wrap one as .optimizer, "
@@ -39,7 +59,8 @@ def trainable_weights(
     """Parameters of ``model`` that require a gradient and belong to ``optimizer``, by name.
 
     ``include`` and ``exclude`` narrow the set: a predicate on the name, a regular expression
-    (``re.search``), or several of them.
+    (``re.search``), or several of them. Of parameters that are the same memory, the first stands for all.
+    DTensors are among them as they are; ``local_tensors`` gives what can be moved.
 
     Raises:
         ValueError: when nothing is left, saying at which of the conditions.
@@ -55,8 +76,11 @@ def trainable_weights(
     if not weights:
         raise ValueError(
             f"none of the model's {len(trainable)} trainable parameters is in the optimizer's param_groups; "
-            "make the optimizer from this model's parameters (after adding adapters or moving the model)"
+            "make the optimizer from this model's parameters (after adding adapters or moving the model). An "
+            "optimizer that trains copies of its own (DeepSpeed ZeRO, CPU offload) would overwrite what Fast "
+            "Forward moves"
         )
+    weights = _each_memory_once(_without_counts(weights))
     wanted, unwanted = _matcher(include, "include"), _matcher(exclude, "exclude")
     kept = {
         name: p
@@ -71,9 +95,46 @@ def trainable_weights(
     if not any(p.numel() for p in kept.values()):
         raise ValueError(
             f"all {len(kept)} trainable parameters are empty on this process, as DeepSpeed ZeRO-3 and FSDP "
-            "leave them between steps; Fast Forward moves whole weights: use DDP, ZeRO-1 or ZeRO-2"
+            "leave them between steps; Fast Forward moves whole weights: use DDP or FSDP2 (fully_shard)"
         )
     return kept
+
+
+def _without_counts(weights: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    counts = [name for name in weights if _COUNTS.search(name)]
+    if counts:
+        announce_once(
+            "ranknum",
+            f"AdaLoRA's ranknum is trainable here ({len(counts)} of them, such as {counts[0]!r}) and the "
+            "optimizer changes it, which no checkpoint will show; Fast Forward leaves it out. Set "
+            "requires_grad = False on these parameters before you make the optimizer",
+        )
+    return {name: p for name, p in weights.items() if name not in counts}
+
+
+def _each_memory_once(weights: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    seen: set[tuple] = set()
+    kept = {}
+    for (name, weight), local in zip(weights.items(), local_tensors(weights).values(), strict=True):
+        place = (local.device, local.data_ptr(), local.numel(), local.dtype)
+        if local.data_ptr() == 0 or place not in seen:  # 0: empty, or not materialised
+            kept[name] = weight
+        seen.add(place)
+    return kept
+
+
+def local_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same names with tensors that have memory of their own: of a DTensor this rank's shard, else itself.
+
+    A shard is the memory that the parameter trains in, so moving it moves the parameter. It is empty on a
+    rank that got no row.
+    """
+    # Without a gradient to route, to_local() returns the shard itself instead of a view of it.
+    with torch.no_grad():
+        return {
+            name: weight.to_local() if hasattr(weight, "to_local") else weight
+            for name, weight in weights.items()
+        }
 
 
 def _matcher(names: NameFilter | None, field: str) -> Callable[[str], bool]:
@@ -93,7 +154,8 @@ def _matcher(names: NameFilter | None, field: str) -> Callable[[str], bool]:
 
 
 def signature(weights: dict[str, nn.Parameter]) -> tuple:
-    """What must not change while a table points at these weights."""
+    """What must not change while a table points at these weights, or at their shards."""
     return tuple(
-        (name, id(p), p.data_ptr(), p.shape, p.stride(), p.dtype, p.device) for name, p in weights.items()
+        (name, id(weights[name]), t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)
+        for name, t in local_tensors(weights).items()
     )

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from ffkernels.engine.weights import signature, trainable_weights, unwrap_optimizer
+from ffkernels import ops
+from ffkernels.engine.weights import local_tensors, signature, trainable_weights, unwrap_optimizer
+from ffkernels.ops.notices import FFKernelsNotice
 
 
 class Net(nn.Module):
@@ -92,3 +94,80 @@ def test_partitioned_parameters_are_refused():
         parameter.data = torch.empty(0)
     with pytest.raises(ValueError, match="empty on this process, as DeepSpeed ZeRO-3"):
         trainable_weights(net, optimizer)
+
+
+def test_two_parameters_in_one_memory_are_moved_once():
+    net = Net()
+    net.twin = nn.Parameter(net.scale.data)
+    net.empty = nn.Parameter(torch.empty(0))
+    net.other_empty = nn.Parameter(torch.empty(0))
+    weights = trainable_weights(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert "scale" in weights and "twin" not in weights
+    assert "empty" in weights and "other_empty" in weights
+
+
+def test_a_count_that_became_trainable_is_left_out_and_named():
+    net = Net()
+    net.ranknum = nn.ParameterDict({"default": nn.Parameter(torch.tensor([4.0]))})
+    net.pruned = nn.ParameterDict({"ranknumber": nn.Parameter(torch.ones(2))})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.warns(FFKernelsNotice, match=r"ranknum is trainable here \(1 of them.*'ranknum.default'"):
+        names = list(trainable_weights(net, optimizer))
+    assert "ranknum.default" not in names
+    assert "pruned.ranknumber" in names
+
+
+def test_optimizers_with_modes_are_refused():
+    class AdamScheduleFree(torch.optim.SGD):
+        def train(self): ...
+        def eval(self): ...
+
+    class HasModesForOthers(Wrapper):
+        def train(self): ...
+        def eval(self): ...
+
+    parameters = list(Net().parameters())
+    for optimizer in (AdamScheduleFree(parameters, lr=0.1), Wrapper(AdamScheduleFree(parameters, lr=0.1))):
+        with pytest.raises(ValueError, match=r"AdamScheduleFree has train\(\) and eval\(\) modes"):
+            unwrap_optimizer(optimizer)
+    plain = torch.optim.SGD(parameters, lr=0.1)
+    assert unwrap_optimizer(HasModesForOthers(plain)) is plain
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_a_dtensor_is_moved_by_its_shard_beside_plain_tensors(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    net = Net()
+    fully_shard(net.lora_A, mesh=mesh)
+    weights = trainable_weights(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert list(weights) == ["scale", "lora_A.weight", "lora_B.weight", "lora_B.bias"]
+    assert weights["lora_A.weight"] is net.lora_A.weight
+    shards = local_tensors(weights)
+    assert {type(shard) for shard in shards.values()} == {torch.Tensor, nn.Parameter}
+    assert shards["scale"] is net.scale
+
+    before, old = signature(weights), net.lora_A.weight.full_tensor().detach().clone()
+    assert before == signature(weights)
+    table = ops.TensorTable(shards)
+    for delta in table.deltas:
+        delta.fill_(0.5)
+    ops.step_(table, True, 2.0)
+    assert torch.equal(net.lora_A.weight.full_tensor(), old + 1.0)
+    assert torch.equal(net.scale, torch.full((3,), 2.0))
+    assert signature(weights) == before
+
+    net.lora_A.weight._local_tensor = net.lora_A.weight._local_tensor.clone()  # as `.to()` does under FSDP
+    assert signature(weights) != before
