@@ -1,39 +1,88 @@
-"""How a stage runs: the loop ``validate → decide → step`` over one search.
+"""How a stage runs: what it is made of, and the plain way to run it.
 
-``StageProgram`` says what a stage is made of; an executor runs it. ``EagerExecutor`` is the plain loop on
-the host, correct on every device and the truth for every faster one.
+    prologue    Δ ← W − best ; best ← W          nothing to search when max |Δ| is 0 or not finite
+    loop        loss ← L(W) ; decide ; base = accept ? W : best ; best ← base ; W ← base + k·Δ
+
+``StageProgram`` says what a stage is made of; an executor runs it, from the prologue on. ``EagerExecutor`` is
+the plain loop on the host, correct on every device and the truth for every faster one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from time import perf_counter
 
 import torch
 
 from ffkernels import ops
 from ffkernels.engine.interrupts import interrupt_later
-from ffkernels.engine.search import Search
+from ffkernels.engine.search import Search, make_search
+from ffkernels.engine.stage_clock import StageClock
+
+NO_UPDATE = "the optimizer did not change the weights"
+UPDATE_NOT_FINITE = "the optimizer's update is not finite"
 
 
 @dataclass
 class StageProgram:
-    """One stage: W and best hold the same weights, Δ the last update, and the search is fresh.
+    """One stage, from the optimizer's step on: best holds the weights before it, and the search is fresh.
 
     Args:
-        table: the weights with their Δ and best.
-        validation: the loss of the weights as they are, a 0-dim tensor or a float.
+        table: the weights, with best as the checkpoint before the optimizer's step.
+        validation: the loss of the weights as they are, a 0-dim tensor or a float. Graphs need a
+            ``ValidationLoss``.
         search: which τ to try, in what order.
+
+    Attributes:
+        stopped_because: why there was nothing to search, or what cut the search; None where the search
+            itself says why it ended.
+        validate_seconds, move_seconds: where the time went. A graph holds both, which cannot be told apart
+            from outside: it is booked to validation as a whole.
+        moves: weight moves in the loop, one after each validation.
+        pace: for each step of an eager stage, the seconds in which the host prepared it and the seconds it
+            took in all.
+        clock: runs since the program was made.
     """
 
     table: ops.TensorTable
     validation: Callable[[], torch.Tensor | float]
     search: Search
 
+    stopped_because: str | None = None
     validate_seconds: float = 0.0
     move_seconds: float = 0.0
     moves: int = 0
+    pace: list[tuple[float, float]] = field(default_factory=list)
+    clock: StageClock = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.clock = StageClock(self.table.device)
+
+    @property
+    def reason(self) -> str:
+        """Why the stage ended, in words; empty while it runs."""
+        return self.stopped_because or self.search.stopped_because or ""
+
+    def restart(self) -> None:
+        """Forget what was found, for another executor to run the same stage; the clock goes on."""
+        self.search = make_search(self.search.name, self.search.max_tau)
+        self.stopped_because = None
+        self.moves = 0
+        self.pace = []
+
+
+def step_pace(program: StageProgram) -> tuple[float, float] | None:
+    """Median host seconds and total seconds of an eager step; None when the stage had none.
+
+    The first step is left out where there are others: its kernels may just have been compiled or loaded.
+    """
+    steps = program.pace[1:] or program.pace
+    if not steps:
+        return None
+    return median(host for host, _ in steps), median(total for _, total in steps)
 
 
 class EagerExecutor:
@@ -44,11 +93,21 @@ class EagerExecutor:
     def run(self, program: StageProgram) -> None:
         """Run the stage; W ends bit-equal to the best validated weights, also when something raises."""
         table, search = program.table, program.search
+        with interrupt_later():
+            ops.delta_(table)
+        with program.clock.reading():
+            largest = ops.delta_absmax(table)
+        program.move_seconds += program.clock.seconds()
+        if largest == 0.0 or not math.isfinite(largest):
+            program.stopped_because = UPDATE_NOT_FINITE if largest else NO_UPDATE
+            return
         base = 0  # the τ that best holds
         try:
             while (tau := search.propose()) is not None:
                 start = perf_counter()
-                loss = float(program.validation())
+                measured = program.validation()
+                prepared = perf_counter()
+                loss = float(measured)
                 validated = perf_counter()
                 # Nothing may interrupt from the decision to the end of the move: half a move has no undo.
                 with interrupt_later():
@@ -58,10 +117,15 @@ class EagerExecutor:
                     following = search.propose()
                     k = 0 if following is None else following - base
                     ops.step_(table, search.accepted, float(k))
+                end = perf_counter()
                 program.moves += 1
                 program.validate_seconds += validated - start
-                program.move_seconds += perf_counter() - validated
+                program.move_seconds += end - validated
+                program.pace.append((prepared - start + end - validated, end - start))
         except BaseException:
             with interrupt_later():
                 ops.step_(table, False, 0.0)  # W ← best
             raise
+
+    def close(self) -> None:
+        """Nothing is held."""

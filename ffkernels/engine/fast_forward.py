@@ -9,11 +9,9 @@ Training goes on with the optimizer's own state untouched. Source: Rahamim et al
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -22,71 +20,20 @@ from torch import nn
 
 from ffkernels import ops
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.executors import EagerExecutor, StageProgram
+from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, EagerExecutor, StageProgram
 from ffkernels.engine.search import BASELINE_NOT_FINITE, make_search
+from ffkernels.engine.stage import Stage
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.weights import NameFilter, signature, trainable_weights, unwrap_optimizer
 from ffkernels.ops.notices import announce_once
 
+__all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
+
 STATE_VERSION = 1
-NO_UPDATE = "the optimizer did not change the weights"
-UPDATE_NOT_FINITE = "the optimizer's update is not finite"
 INTERRUPTED = "interrupted"
 WEIGHTS_CHANGED = "the weights were replaced during the optimizer's step"
 
 _attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref] = weakref.WeakKeyDictionary()
-
-
-@dataclass
-class Stage:
-    """What one Fast Forward stage did.
-
-    Attributes:
-        optimizer_step: the optimizer step it followed, counted from 1.
-        tau: how many times the update was repeated in the end; 0 leaves the plain optimizer's weights.
-        losses: every validation ``(τ, loss)`` in the order of the search; empty when there was nothing to
-            search.
-        seconds: wall time of the stage, with the checkpoint before the step; of it ``validate_seconds`` in
-            the validation loss and ``move_seconds`` in moving weights.
-        flops: FLOPs of the validations (measured) plus 2 per element and weight move; 0 for an interrupted
-            stage.
-        executor: which executor ran it.
-        stopped_because: why the search ended.
-    """
-
-    optimizer_step: int
-    tau: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    validate_seconds: float = 0.0
-    move_seconds: float = 0.0
-    flops: int = 0
-    executor: str = "eager"
-    stopped_because: str = ""
-
-    @property
-    def evaluations(self) -> int:
-        """How many validation losses were measured."""
-        return len(self.losses)
-
-    @property
-    def loss_before(self) -> float:
-        """The validation loss at τ = 0; NaN when none was measured."""
-        return self.losses[0][1] if self.losses else math.nan
-
-    @property
-    def loss_after(self) -> float:
-        """The validation loss at the τ that was kept; NaN when none was measured."""
-        return next((loss for tau, loss in self.losses if tau == self.tau), math.nan)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
-        return {**asdict(self), "losses": [[tau, loss] for tau, loss in self.losses]}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Stage:
-        """The inverse of ``to_dict``."""
-        return cls(**{**values, "losses": [(int(tau), float(loss)) for tau, loss in values["losses"]]})
 
 
 class FastForward:
@@ -285,47 +232,42 @@ class FastForward:
         self._signature = now
 
     def _run_stage(self) -> None:
-        table, stage = self._table, Stage(self.optimizer_steps, executor=self._executor.name)
-        start = perf_counter()
-        if table.is_stale():
-            return self._finish(stage, start, WEIGHTS_CHANGED)
-        ops.delta_(table)
-        largest = ops.delta_absmax(table)
-        moved = perf_counter() - start
-        if largest == 0.0 or not math.isfinite(largest):
-            stage.move_seconds = moved
-            return self._finish(stage, start, UPDATE_NOT_FINITE if largest else NO_UPDATE)
+        table, executor = self._table, self._executor
+        stage = Stage(self.optimizer_steps, executor=executor.name)
         search = make_search(self.config.search, self.config.max_tau)
         program = StageProgram(table, self.validation, search)
+        if table.is_stale():
+            program.stopped_because = WEIGHTS_CHANGED
+            return self._finish(stage, program)
         try:
-            self._executor.run(program)
+            executor.run(program)
         except BaseException as error:
-            search.stopped_because = f"{INTERRUPTED} by {type(error).__name__}"
+            program.stopped_because = f"{INTERRUPTED} by {type(error).__name__}"
             raise
         else:
-            if search.stopped_because != BASELINE_NOT_FINITE:
-                self._count_failure(search.best_tau)
+            if program.search.losses and program.reason != BASELINE_NOT_FINITE:
+                self._count_failure(program.search.best_tau)
         finally:
-            stage.tau = search.best_tau
-            stage.losses = list(search.losses)
-            stage.validate_seconds = program.validate_seconds
-            stage.move_seconds = moved + program.move_seconds
-            self._finish(stage, start, search.stopped_because, program.moves)
+            stage.executor = executor.name
+            self._finish(stage, program)
 
     def _count_failure(self, tau: int) -> None:
         self._failures = 0 if tau else self._failures + 1
         if self.config.patience is not None and self._failures >= self.config.patience:
             self._switched_off = True
 
-    def _finish(self, stage: Stage, start: float, reason: str, moves: int = 0) -> None:
-        stage.stopped_because = reason
-        stage.move_seconds += self._checkpoint_seconds
-        stage.seconds = perf_counter() - start + self._checkpoint_seconds
+    def _finish(self, stage: Stage, program: StageProgram) -> None:
+        stage.tau, stage.losses = program.search.best_tau, list(program.search.losses)
+        stage.stopped_because = program.reason
+        stage.validate_seconds = program.validate_seconds
+        stage.move_seconds = program.move_seconds + self._checkpoint_seconds
+        stage.seconds = program.clock.seconds() + self._checkpoint_seconds
         # Recorded before its FLOPs: their first reading runs the validation and may be interrupted.
         self.stages.append(stage)
         try:
-            if moves and not reason.startswith(INTERRUPTED):
-                stage.flops = stage.evaluations * self.validation.flops + 2 * self.trainable_numel * moves
+            if program.moves and not stage.stopped_because.startswith(INTERRUPTED):
+                elements = self.trainable_numel * program.moves
+                stage.flops = stage.evaluations * self.validation.flops + 2 * elements
         finally:
             if self.on_stage is not None:
                 self.on_stage(stage)
