@@ -194,6 +194,8 @@ def _refuse_peft(wrapper: nn.Module) -> None:
             raise FastPathRefused(f"PEFT's {kind} works in the wrapper's forward, not inside the layers")
         if getattr(config, "alora_invocation_tokens", None):
             raise FastPathRefused("activated LoRA looks for its invocation tokens in the wrapper's forward")
+        if kind == "ADALORA" and getattr(config, "orth_reg_weight", 0):
+            raise FastPathRefused("AdaLoRA's wrapper adds an orthogonality penalty to the model's own loss")
 
 
 def _refuse_by_config(model: nn.Module, config: Any, text: Any) -> None:
