@@ -168,11 +168,12 @@ def _next_layer(forward: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 def _rows(module: nn.Module | None, attribute: str) -> int | None:
-    size = getattr(module, attribute, None)
-    if isinstance(size, int):
-        return size
+    # The weight first: PEFT's tied copy of an output embedding has in_features and out_features exchanged.
     weight = getattr(module, "weight", None)
-    return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.ndim == 2:
+        return weight.shape[0]
+    size = getattr(module, attribute, None)
+    return size if isinstance(size, int) else None
 
 
 def _refuse_sharding(model: nn.Module) -> None:
