@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -97,3 +103,27 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _nothing_announced_yet(monkeypatch):
     monkeypatch.setattr("ffkernels.ops.notices._announced", set())
+
+
+@pytest.fixture(scope="session")
+def in_ranks():
+    """`in_ranks(2, "scenario", seconds=20, **arguments)`: what each rank answered; see `rank_server.py`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "rank_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+
+    def ask(size, scenario, seconds=20, **arguments):
+        request = {"scenario": scenario, "ranks": size, "seconds": seconds, "arguments": arguments}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    assert server.stdout.readline() == "ready\n"
+    yield ask
+    server.stdin.close()
+    server.wait(timeout=10)

@@ -1,0 +1,274 @@
+"""Several processes, one search: what the ranks of a job tell each other so that all take the same τ.
+
+Every rank holds the whole validation set, runs its own shard of it, and sends 32 bytes:
+
+    (what is being exchanged, whether this rank failed, Σ NLL in float64, labelled tokens, a checksum)
+
+The rows of all ranks come back in rank order and every rank adds them up itself, correctly rounded
+(`math.fsum`): the loss is the same on every rank bit for bit, whatever algorithm the backend uses to move
+bytes, and so is every decision of the search. An all-reduce would carry as much and promise neither.
+
+Because each row says where its rank is and whether it failed, an exception on one rank becomes an
+exception on all of them at their next exchange, and ranks that are at different places say so instead of
+waiting for each other. A process that dies takes its connections with it: the others get the backend's
+error, or are ended by their launcher.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["ROW_BYTES", "RankFailed", "Ranks", "RanksDisagree", "Row", "checksum", "digest"]
+
+# What an exchange is about; the number travels.
+CONSTRUCTION, FACTS, UPDATE, LOSS, DECISION, BYTES = range(1, 7)
+_WHAT = {
+    CONSTRUCTION: "making a ValidationLoss or a FastForward",
+    FACTS: "comparing their settings",
+    UPDATE: "the start of a Fast Forward stage",
+    LOSS: "a validation loss",
+    DECISION: "the end of a Fast Forward stage",
+    BYTES: "sending a message",
+}
+_ROW = struct.Struct("<iiddq")
+_WORDS = struct.Struct("<4q")  # the same 32 bytes as the integers in which they travel
+ROW_BYTES = _ROW.size
+
+
+class RankFailed(RuntimeError):
+    """Another rank raised, so this one cannot go on either; the message names it and its error."""
+
+
+class RanksDisagree(RuntimeError):
+    """The ranks have different settings, data, weights or decisions; the message names them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one rank said in one exchange."""
+
+    kind: int
+    failed: bool
+    a: float
+    b: float
+    c: int
+
+
+class Ranks:
+    """The processes of one job, as Fast Forward sees them. All methods but the constructor are collective.
+
+    Args:
+        device: where the model is; what is exchanged travels from there if the group's backend can, else from
+            the CPU.
+        group: the process group whose ranks train one model together; by default all processes.
+
+    Attributes:
+        rank, size: this process's number in the group, and how many there are.
+        forward_is_collective: the model's forward itself waits for the other ranks (FSDP). A rank that
+            raises inside it cannot tell the others, who wait there.
+    """
+
+    def __init__(self, device: torch.device, group: Any = None) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("this process is not in process_group; make FastForward in those that are")
+        self.device = _exchange_device(device, group)
+        self.forward_is_collective = False
+        self._told: BaseException | None = None
+
+    @classmethod
+    def present(cls, device: torch.device, group: Any = None) -> Ranks | None:
+        """The ranks of this job, or None when it has one process."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        return cls(device, group) if dist.get_world_size(group) != 1 else None
+
+    def exchange(self, kind: int, a: float = 0.0, b: float = 0.0, c: int = 0) -> list[Row]:
+        """Send one row and get those of all ranks, in rank order.
+
+        Raises:
+            RankFailed: when another rank reports a failure, on every rank that does not.
+            RanksDisagree: when the ranks are not all exchanging the same kind of thing.
+        """
+        rows = self._gather(Row(kind, False, a, b, c))
+        if any(row.failed for row in rows):
+            raise RankFailed(self._failures(rows, ""))
+        if any(row.kind != kind for row in rows):
+            places = {rank: _WHAT.get(row.kind, str(row.kind)) for rank, row in enumerate(rows)}
+            raise RanksDisagree(
+                f"the ranks are not at the same place: {_by_value(places)}; every rank must make the same "
+                "calls in the same order"
+            )
+        return rows
+
+    def mean(self, measure: Callable[[], tuple[Any, float]]) -> float:
+        """Σ totals / Σ weights over the ranks, of what ``measure()`` returns on each: (total, weight).
+
+        The same float on every rank. What ``measure`` raises is raised here, and as ``RankFailed`` elsewhere.
+        """
+        try:
+            total, weight = measure()
+            total = float(total)
+        except BaseException as error:
+            self.fail(error, inside_forward=True)
+            raise
+        rows = self.exchange(LOSS, total, weight)
+        return _sum(row.a for row in rows) / _sum(row.b for row in rows)
+
+    def fail(self, error: BaseException, *, inside_forward: bool = False) -> None:
+        """Tell the others at their next exchange that this rank ends with ``error``. Once per error.
+
+        Nothing is sent where everyone knows (``RankFailed``, ``RanksDisagree``), nor from inside a forward
+        that is collective: the others wait there, not here.
+        """
+        if error is self._told or isinstance(error, (RankFailed, RanksDisagree, dist.DistError)):
+            return
+        self._told = error
+        if inside_forward and self.forward_is_collective:
+            return
+        rows = self._gather(Row(0, True, 0.0, 0.0, 0))
+        self._failures(rows, f"{type(error).__name__}: {error}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that succeeds on every rank or raises on every rank."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self.exchange(CONSTRUCTION)
+
+    def agree(self, facts: Mapping[str, Any], advice: str) -> None:
+        """Raise ``RanksDisagree`` on every rank, naming ranks and values, unless all have the same facts.
+
+        ``facts`` are plain values; ``advice`` says in the message what to do about a difference.
+        """
+        self.exchange(FACTS)
+        texts = self.gather_bytes(json.dumps(facts, default=str).encode())
+        everyone = [json.loads(text) for text in texts]
+        for name in facts:
+            values = {rank: theirs.get(name) for rank, theirs in enumerate(everyone)}
+            if any(value != values[0] for value in values.values()):
+                raise RanksDisagree(f"the ranks differ in {name}: {_by_value(values)}; {advice}")
+
+    def agree_on_rows(self, rows: Sequence[Row], names: Mapping[str, str], advice: str) -> None:
+        """The same for rows that were exchanged; ``names`` says which of a, b, c count and what they are."""
+        for field, name in names.items():
+            values = {rank: getattr(row, field) for rank, row in enumerate(rows)}
+            if any(repr(value) != repr(values[0]) for value in values.values()):  # NaN equals NaN here
+                raise RanksDisagree(f"the ranks differ in {name}: {_by_value(values)}; {advice}")
+
+    def gather_bytes(self, mine: bytes) -> list[bytes]:
+        """The bytes of every rank, in rank order."""
+        lengths = [row.c for row in self._gather(Row(BYTES, False, 0.0, 0.0, len(mine)))]
+        width = max(lengths)
+        sent = torch.tensor(list(mine.ljust(width, b"\0")), dtype=torch.uint8).to(self.device)
+        received = torch.empty(self.size * width, dtype=torch.uint8, device=self.device)
+        self._all_gather(received, sent)
+        data = bytes(received.tolist())
+        return [data[i * width : i * width + length] for i, length in enumerate(lengths)]
+
+    def _gather(self, row: Row) -> list[Row]:
+        mine = _WORDS.unpack(_ROW.pack(row.kind, row.failed, row.a, row.b, row.c))
+        received = torch.empty(self.size * len(mine), dtype=torch.int64, device=self.device)
+        self._all_gather(received, torch.tensor(mine, dtype=torch.int64).to(self.device))
+        words = received.tolist()
+        rows = []
+        for start in range(0, len(words), len(mine)):
+            kind, failed, a, b, c = _ROW.unpack(_WORDS.pack(*words[start : start + len(mine)]))
+            rows.append(Row(kind, bool(failed), a, b, c))
+        return rows
+
+    def _all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        try:
+            dist.all_gather_into_tensor(received, sent, group=self.group)
+        except RuntimeError as error:
+            raise RankFailed(
+                f"rank {self.rank} of {self.size} lost the others during Fast Forward: a process ended or "
+                f"does not answer ({error}); its own output says why"
+            ) from error
+
+    def _failures(self, rows: Sequence[Row], message: str) -> str:
+        """Every rank is here, those that failed and those that heard of it: now the texts are sent."""
+        messages = self.gather_bytes(message[:2000].encode())
+        told = [
+            f"rank {rank}: {messages[rank].decode(errors='replace')}"
+            for rank, row in enumerate(rows)
+            if row.failed
+        ]
+        return f"Fast Forward ends on rank {self.rank}, since others failed. " + "; ".join(told)
+
+
+def checksum(flats: Sequence[torch.Tensor]) -> int:
+    """One number for the bits of all tensors; integer arithmetic, so the order of adding does not matter."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for place, flat in enumerate(flats, start=1):
+        if flat.numel():
+            total += place * int(flat.detach().view(words[flat.element_size()]).sum(dtype=torch.int64))
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def digest(values: Any) -> str:
+    """A short hash of nested dicts, sequences, tensors and plain values, the same in every process."""
+    hashed = hashlib.sha256()
+    _feed(hashed, values)
+    return hashed.hexdigest()[:16]
+
+
+def _feed(hashed: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        hashed.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        hashed.update(ctypes.string_at(plain.data_ptr(), plain.nbytes) if plain.numel() else b"")
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            hashed.update(f"{key}:".encode())
+            _feed(hashed, value[key])
+    elif isinstance(value, (list, tuple)):
+        hashed.update(f"[{len(value)}]".encode())
+        for item in value:
+            _feed(hashed, item)
+    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
+        hashed.update(repr(value).encode())
+    else:  # an object whose text may hold an address
+        hashed.update(type(value).__qualname__.encode())
+
+
+def _exchange_device(device: torch.device, group: Any) -> torch.device:
+    """The model's device where the backend can send from it; "cpu:gloo,cuda:nccl" can from both."""
+    able = {entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")}
+    if device.type in able:
+        return device
+    if "cpu" in able:
+        return torch.device("cpu")
+    # NCCL with a model on the CPU: what it needs is this process's GPU.
+    return torch.device(sorted(able)[0], torch.get_device_module(sorted(able)[0]).current_device())
+
+
+def _sum(values: Iterator[float]) -> float:
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # beyond float64, or inf − inf
+        return math.nan
+
+
+def _by_value(values: Mapping[int, Any]) -> str:
+    """ "rank 0, 2: 6; rank 1: 8" """
+    ranks: dict[str, list[int]] = {}
+    for rank, value in values.items():
+        ranks.setdefault(repr(value), []).append(rank)
+    return "; ".join(f"rank {', '.join(map(str, held))}: {value}" for value, held in ranks.items())
