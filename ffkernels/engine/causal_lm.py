@@ -53,6 +53,11 @@ class CausalLM:
     embeddings: int | None
     softcap: float | None
 
+    def is_current(self) -> bool:
+        """Whether backbone and head are still the model's: adapters put around the head later replace it."""
+        inner = self.wrappers[-1]
+        return inner.get_output_embeddings() is self.head and inner.base_model is self.backbone
+
     def check_length(self, longest: int) -> None:
         """Refuse what is only right for sequences up to some length."""
         window, name = _attention_window(self.config)

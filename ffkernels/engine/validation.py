@@ -60,6 +60,7 @@ class ValidationLoss:
     Attributes:
         path, reason: "fast", "generic" or "callable", and why.
         examples: rows that are run (rows with nothing to score are not, on the fast path); 0 for a callable.
+        version: rises whenever the tensors that an evaluation reads its examples from are made anew.
         tokens: targets the mean runs over; 0 for a callable.
     """
 
@@ -87,6 +88,7 @@ class ValidationLoss:
         self.reason = ""
         self.examples = 0
         self.tokens = 0
+        self.version = 0
         self._device = model_device(model)
         self._max_tokens = micro_batch_tokens or _TOKENS.get(self._device.type, _TOKENS_ELSEWHERE)
         self._flops: int | None = None
@@ -125,6 +127,11 @@ class ValidationLoss:
         return self._device
 
     @property
+    def causal_lm(self) -> CausalLM | None:
+        """The two halves of the model that the fast path runs; None on the other paths."""
+        return self._lm
+
+    @property
     def flops(self) -> int:
         """Forward FLOPs of one evaluation, measured with `FlopCounterMode` by one more at first access.
 
@@ -136,7 +143,7 @@ class ValidationLoss:
         return self._flops
 
     def __call__(self) -> torch.Tensor:
-        self._follow_device()
+        self.follow()
         with evaluation_mode(self.model, self._device):
             return self._loss()
 
@@ -173,12 +180,28 @@ class ValidationLoss:
             return ModelLoss(self.model, self._batches, self._device)
         return LabelledLoss(self._lm, self._rows, max_tokens=self._max_tokens, device=self._device)
 
-    def _follow_device(self) -> None:
+    def follow(self) -> None:
+        """Rebuild what belongs to a device or an output embedding that the model has left.
+
+        Raises:
+            RuntimeError: when the model is no longer what the fast path computes.
+        """
         device = model_device(self.model)
-        if device != self._device:
-            self._device = device
-            if self.path != "callable":
-                self._loss = self._build()
+        if device == self._device and (self._lm is None or self._lm.is_current()):
+            return
+        self._device = device
+        if self.path == "callable":
+            return
+        if self._lm is not None:
+            try:
+                self._lm = find_causal_lm(self.model)
+            except FastPathRefused as refusal:
+                raise RuntimeError(
+                    f"the model changed since its ValidationLoss was made: {refusal}; make a new one"
+                ) from refusal
+        self._loss = self._build()
+        self._flops = None
+        self.version += 1
 
     def _call_function(self) -> torch.Tensor:
         loss = self._function(self.model)
