@@ -42,6 +42,8 @@ class StageProgram:
         validate_seconds, move_seconds: where the time went. A graph holds both, which cannot be told apart
             from outside: it is booked to validation as a whole.
         moves: weight moves in the loop, one after each validation.
+        extra_validations: evaluations that are not part of the record: those that warmed up a capture or
+            checked it.
         pace: for each step of an eager stage, the seconds in which the host prepared it and the seconds it
             took in all.
         clock: runs since the program was made.
@@ -55,6 +57,7 @@ class StageProgram:
     validate_seconds: float = 0.0
     move_seconds: float = 0.0
     moves: int = 0
+    extra_validations: int = 0
     pace: list[tuple[float, float]] = field(default_factory=list)
     clock: StageClock = field(init=False, repr=False)
 
@@ -68,6 +71,7 @@ class StageProgram:
 
     def restart(self) -> None:
         """Forget what was found, for another executor to run the same stage; the clock goes on."""
+        self.extra_validations += len(self.search.losses)
         self.search = make_search(self.search.name, self.search.max_tau)
         self.stopped_because = None
         self.moves = 0

@@ -30,7 +30,9 @@ from ffkernels.reporting.machine import machine_info, version_info
 
 EVENTS = ("run", "step", "stage", "test", "end")
 # Fields whose strings are strings even when they read "nan".
-TEXTS = frozenset({"event", "name", "config", "machine", "versions", "executor", "stopped_because"})
+TEXTS = frozenset(
+    {"event", "name", "config", "machine", "versions", "executor", "executor_reason", "stopped_because"}
+)
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
