@@ -23,6 +23,7 @@ from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, EagerExecutor, StageProgram
 from ffkernels.engine.search import BASELINE_NOT_FINITE, make_search
 from ffkernels.engine.stage import Stage
+from ffkernels.engine.step_hooks import on_step
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.weights import NameFilter, signature, trainable_weights, unwrap_optimizer
 from ffkernels.ops.notices import announce_once
@@ -116,10 +117,7 @@ class FastForward:
                 "validation belongs to a model that has none of the weights Fast Forward moves; make the "
                 "ValidationLoss from the model that trains"
             )
-        self._hooks = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._hooks = on_step(self.optimizer, self._before_step, self._after_step)
         _attached[self.optimizer] = weakref.ref(self)
 
     @property
