@@ -7,7 +7,7 @@ from ffkernels.ops.dispatch import Availability, available, resolve
 from ffkernels.ops.native import build_native
 from ffkernels.ops.native_cuda import build_cuda
 from ffkernels.ops.notices import FFKernelsNotice, announce_once
-from ffkernels.ops.step import checkpoint_, delta_, delta_absmax, step_
+from ffkernels.ops.step import checkpoint_, delta_, delta_absmax, delta_absmax_on_device, step_
 from ffkernels.ops.table import TensorTable
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "checkpoint_",
     "delta_",
     "delta_absmax",
+    "delta_absmax_on_device",
     "find_nvcc",
     "resolve",
     "step_",

@@ -1,12 +1,13 @@
 """The searches over τ as one small kernel: what to do with a loss is decided where the loss is.
 
+    begin(state, largest)   a fresh search, or none where the update, max |Δ|, is zero or not finite
     decide(state, loss)     observe(τ, loss), then propose(), of `engine.search`
 
 The kernel is the twin of `LinearSearch` and `ParabolicSearch`: float64 in the same order of operations, no
 fma, so that equal losses give equal choices. It leaves the arguments of the `step_` that follows in device
 memory: whether the weights just measured became the best (`accept`), and k = τ_next − τ_best, which is 0 when
 the search has ended, so that this step then restores the best weights. `go` says whether there is a next τ;
-inside a CUDA WHILE node the kernel sets the node's condition to it. After the end a call changes nothing.
+for a CUDA WHILE node the kernels set the node's condition to it. After the end a call changes nothing.
 
 A state is one allocation:
 
@@ -31,7 +32,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.core import dtype, extern, extern_elementwise
 
-# Repeated from engine.search, which stands above this room; a test holds them together.
+from ffkernels.ops import condition
+
+# Repeated from engine, which stands above this room; a test holds them together.
 REASONS = (
     None,
     "loss stopped falling",
@@ -40,6 +43,8 @@ REASONS = (
     "converged",
     "evaluation budget spent",
     "loss at tau 0 is not finite",
+    "the optimizer did not change the weights",
+    "the optimizer's update is not finite",
 )
 IMPROVEMENT_ENDED = tl.constexpr(1)
 NO_IMPROVEMENT = tl.constexpr(2)
@@ -47,12 +52,15 @@ REACHED_MAX_TAU = tl.constexpr(3)
 CONVERGED = tl.constexpr(4)
 BUDGET_SPENT = tl.constexpr(5)
 BASELINE_NOT_FINITE = tl.constexpr(6)
+NO_UPDATE = tl.constexpr(7)
+UPDATE_NOT_FINITE = tl.constexpr(8)
 REFINE_TOLERANCE = tl.constexpr(5e-4)
 GOLDEN = tl.constexpr(0.3819660112501051)
 INF = tl.constexpr(math.inf)
 
 MAX_TAU_LIMIT = 1 << 16
-# What `_set_condition` links: a call into the device runtime, which Triton itself does not offer.
+# What `_set_condition` links: a call that the driver resolves when it loads the kernel, as it does printf's.
+# Triton itself does not offer it.
 CONDITION_LIBRARY = {"ffk_condition": str(Path(__file__).with_name("condition.ll"))}
 
 
@@ -182,8 +190,23 @@ def _parabolic(tau, loss, accepted, b, fb, best_tau, best_loss, integers, number
     return following, stopped
 
 
+# The handle's type is pinned: an integer's own value would choose it, and each choice be another compilation.
+@triton.jit(do_not_specialize=("state", "fresh", "largest_ptr", "handle"))
+def _begin_kernel(state, fresh, largest_ptr, handle: tl.int64, CONDITION: tl.constexpr):
+    largest = tl.load(largest_ptr)
+    go = (largest > 0) & (largest < INF)
+    stopped = tl.where(go, 0, tl.where(largest == 0, NO_UPDATE, UPDATE_NOT_FINITE)).to(tl.int64)
+    # Flags and k are words 0 and 1: one store writes all, so that no two threads write the same address.
+    word = tl.arange(0, 16)
+    begun = tl.load(fresh + word)
+    begun = tl.where(word == 0, go.to(tl.int64) << 32, tl.where(word == 1, stopped, begun))
+    tl.store(state + word, begun)
+    if CONDITION:
+        _set_condition(handle, go.to(tl.int32))
+
+
 @triton.jit(do_not_specialize=("state", "loss_ptr", "handle"))
-def _decide_kernel(state, loss_ptr, handle, PARABOLIC: tl.constexpr, CONDITION: tl.constexpr):
+def _decide_kernel(state, loss_ptr, handle: tl.int64, PARABOLIC: tl.constexpr, CONDITION: tl.constexpr):
     flags = state.to(tl.pointer_type(tl.int32))
     k = state.to(tl.pointer_type(tl.float32)) + 3
     integers = state + 2
@@ -228,7 +251,7 @@ def _decide_kernel(state, loss_ptr, handle, PARABOLIC: tl.constexpr, CONDITION: 
         tl.store(flags + 2, stopped)
         tl.store(k, tl.where(go != 0, following - best_tau, 0).to(tl.float32))
     if CONDITION:
-        _set_condition(handle.to(tl.int64), go)
+        _set_condition(handle, go)
 
 
 @dataclass(frozen=True)
@@ -290,26 +313,68 @@ class DecideState:
         )
 
 
+def _launch(
+    kernel, state: DecideState, *arguments, handle: int | None, programs: int = 1, **constants
+) -> None:
+    # The kernel sets the condition itself, or a second kernel does, where Triton's cannot.
+    inside = handle is not None and condition.inside(state.device)
+    options = {"extern_libs": CONDITION_LIBRARY} if inside else {}
+    with torch.cuda.device(state.device) if state.device.type == "cuda" else nullcontext():
+        kernel[(programs,)](
+            state._memory,
+            *arguments,
+            condition.signed(handle or 0),
+            CONDITION=inside,
+            # One warp: its lanes read the state before any of them writes it. Another warp might not.
+            num_warps=1,
+            enable_fp_fusion=False,
+            **constants,
+            **options,
+        )
+        if handle is not None and not inside and programs:
+            condition.set_beside(handle, state.go)
+
+
+def _check(name: str, value: Tensor, dtype: torch.dtype, state: DecideState) -> None:
+    if value.dtype != dtype or value.numel() != 1 or value.device != state.device:
+        raise ValueError(
+            f"{name} is {tuple(value.shape)} {value.dtype} on {value.device}; a decision needs one {dtype}"
+            f" element on {state.device}"
+        )
+
+
+def begin(state: DecideState, largest: Tensor, handle: int | None = None) -> None:
+    """Reset `state`; `go` is 1 only where 0 < `largest` < ∞, else the search has ended before its first loss.
+
+    Args:
+        largest: max |Δ| of the update, one float32 element on the state's device, as
+            `ops.delta_absmax_on_device` gives it.
+        handle: the cudaGraphConditionalHandle of a WHILE node that follows: it is set to `state.go`.
+    """
+    _check("largest", largest, torch.float32, state)
+    _launch(_begin_kernel, state, state._begin, largest, handle=handle)
+
+
 def decide(state: DecideState, loss: Tensor, handle: int | None = None) -> None:
     """Take `loss`, one float64 element on the state's device, as that of the τ that was asked for.
 
     `handle` is the cudaGraphConditionalHandle of a WHILE node around the launch: it is set to `state.go`.
     """
-    if loss.dtype != torch.float64 or loss.numel() != 1 or loss.device != state.accept.device:
-        raise ValueError(
-            f"loss is {tuple(loss.shape)} {loss.dtype} on {loss.device}; a decision needs one torch.float64"
-            f" element on {state.accept.device}"
-        )
-    options = {} if handle is None else {"extern_libs": CONDITION_LIBRARY}
-    with torch.cuda.device(state.device) if state.device.type == "cuda" else nullcontext():
-        _decide_kernel[(1,)](
-            state._memory,
-            loss,
-            handle or 0,
-            PARABOLIC=state.search == "parabolic",
-            CONDITION=handle is not None,
-            # One warp: its lanes read the state before any of them writes it. Another warp might not.
-            num_warps=1,
-            enable_fp_fusion=False,
-            **options,
-        )
+    _check("loss", loss, torch.float64, state)
+    _launch(_decide_kernel, state, loss, handle=handle, PARABOLIC=state.search == "parabolic")
+
+
+def prepare(state: DecideState, with_condition: bool = False) -> None:
+    """Compile and load what `begin` and `decide` will launch, which must not happen during a capture.
+
+    `with_condition` does so for a WHILE node too; a condition exists only there. Grids of no programs are
+    compiled and loaded for like any other, and not launched: the state stays as it is.
+    """
+    largest = torch.zeros(1, dtype=torch.float32, device=state.device)
+    loss = torch.zeros(1, dtype=torch.float64, device=state.device)
+    parabolic = state.search == "parabolic"
+    for handle in (None, 0) if with_condition else (None,):
+        _launch(_begin_kernel, state, state._begin, largest, handle=handle, programs=0)
+        _launch(_decide_kernel, state, loss, handle=handle, programs=0, PARABOLIC=parabolic)
+    if with_condition and not condition.inside(state.device):
+        condition.load(state.device)

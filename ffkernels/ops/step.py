@@ -3,7 +3,8 @@
     checkpoint_(table)          best ← W
     delta_(table)               Δ ← W − best ; best ← W
     step_(table, accept, k)     base = accept ? W : best ; best ← base ; W ← base + k·Δ
-    delta_absmax(table)         max |Δ|
+    delta_absmax(table)         max |Δ|, read from the device
+    delta_absmax_on_device(table)   the same, left on the device
 
 `step_` with accept = 1, k = 1 is the paper's step together with the checkpoint of the weights it leaves;
 accept = 0, k = 0 is the rollback. Per element in float32: k·Δ rounded, base + that rounded, then once to
@@ -104,3 +105,11 @@ def step_(weights, *args, **kwargs):
 def delta_absmax(table: TensorTable) -> float:
     """max |Δ| over all tensors; NaN if any element is NaN, 0.0 for an empty table"""
     return moves.delta_absmax(table)
+
+
+def delta_absmax_on_device(table: TensorTable) -> Tensor:
+    """max |Δ| as a float32 scalar [] on the weights' device; NaN if any element is NaN, 0 for an empty table
+
+    Nothing is read back: the call can be captured in a CUDA graph.
+    """
+    return moves.delta_absmax_on_device(table)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ffkernels.engine import fast_forward
 from ffkernels.engine import search as python
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -208,10 +209,11 @@ def test_constants_are_those_of_the_python_searches(device):
     for name in ("GOLDEN", "REFINE_TOLERANCE", "MAX_TAU_LIMIT"):
         ours = getattr(device, name)
         assert getattr(ours, "value", ours) == getattr(python, name), name
-    reasons = {
-        name: value for name, value in vars(python).items() if value in device.REASONS[1:] and name.isupper()
-    }
+    said = {**vars(fast_forward), **vars(python)}
+    reasons = {name: value for name, value in said.items() if value in device.REASONS[1:] and name.isupper()}
     assert len(reasons) == len(device.REASONS) - 1
+    assert device.REASONS[device.NO_UPDATE.value] == fast_forward.NO_UPDATE
+    assert device.REASONS[device.UPDATE_NOT_FINITE.value] == fast_forward.UPDATE_NOT_FINITE
     for name, value in reasons.items():
         assert device.REASONS[getattr(device, name).value] == value
 

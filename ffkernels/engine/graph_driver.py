@@ -1,0 +1,214 @@
+"""All that captured stages ask of CUDA, one method per question: torch's capture and a dozen driver calls.
+
+Nothing is decided here, so that everything that is decided can be tested without a GPU: tests put an object
+with the same methods in the place of `cuda`. Graphs, nodes, executables and handles are plain integers. The
+driver's calls come from cuda-bindings, which is imported by the first of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+
+__all__ = ["Cuda", "DriverError", "cuda"]
+
+
+class DriverError(RuntimeError):
+    """A call of the CUDA driver was refused; the message names the call and the driver's word for it."""
+
+
+class Cuda:
+    """The real thing. See `tests/engine/fake_cuda.py` for the one that runs on a CPU."""
+
+    # ---- the machine ----
+
+    def is_cuda(self, device: torch.device) -> bool:
+        """Whether `device` is a GPU that this torch can use."""
+        return device.type == "cuda" and torch.cuda.is_available()
+
+    def is_rocm(self) -> bool:
+        return torch.version.hip is not None
+
+    def allocator(self) -> str:
+        return torch.cuda.get_allocator_backend()
+
+    def bindings_problem(self) -> str | None:
+        """Why cuda-bindings cannot be used, None when it can."""
+        try:
+            from cuda.bindings import driver
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None if hasattr(driver, "cuGraphConditionalHandleCreate") else "it is older than CUDA 12.4"
+
+    def driver_version(self) -> int:
+        """The CUDA version that the driver speaks, as 12040 for 12.4."""
+        return int(self._call("cuDriverGetVersion"))
+
+    # ---- streams, memory, torch's capture ----
+
+    def guard(self, device: torch.device) -> AbstractContextManager:
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+    def new_stream(self, device: torch.device) -> Any:
+        return torch.cuda.Stream(device)
+
+    def current_stream(self, device: torch.device) -> Any:
+        return torch.cuda.current_stream(device)
+
+    def on_stream(self, stream: Any) -> AbstractContextManager:
+        return torch.cuda.stream(stream)
+
+    def wait(self, stream: Any, earlier: Any) -> None:
+        """What comes on `stream` from here on waits for what `earlier` holds by now."""
+        stream.wait_stream(earlier)
+
+    def synchronize(self, device: torch.device) -> None:
+        torch.cuda.synchronize(device)
+
+    def new_pool(self, device: torch.device) -> Any:
+        """A pool of memory that gives back what it holds when the last reference to it goes."""
+        return torch.cuda.MemPool()
+
+    def in_pool(self, pool: Any, device: torch.device) -> AbstractContextManager:
+        """What this thread allocates comes from the pool."""
+        return torch.cuda.use_mem_pool(pool, device)
+
+    @contextmanager
+    def sync_is_error(self) -> Iterator[None]:
+        """Whatever would make the host wait for the device raises instead."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def new_graph(self) -> Any:
+        return torch.cuda.CUDAGraph(keep_graph=True)
+
+    def begin(self, graph: Any, pool: Any) -> None:
+        """The current stream records from here on. Other threads may do what they like meanwhile."""
+        graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
+
+    def work(self, graph: Any, fn: Callable[[], Any]) -> Any:
+        """Call what is captured, between `begin` and `end`."""
+        return fn()
+
+    def end(self, graph: Any) -> None:
+        graph.capture_end()
+
+    def abandon(self, graph: Any, pool: Any, device: torch.device) -> None:
+        """Undo what a capture leaves behind that never ended, or whose end was refused. Never raises.
+
+        The stream stops recording with the first attempt to end it, whatever that returns. torch then keeps
+        sending allocations to the pool, holds a reference to it, and believes the generator to be recorded.
+        """
+        with suppress(Exception):
+            graph.capture_end()
+        with suppress(Exception):
+            graph.reset()
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(device.index, pool.id)  # raises when that is not so
+            torch._C._cuda_releasePool(device.index, pool.id)
+        with suppress(Exception):
+            generator = torch.cuda.default_generators[device.index]
+            fresh = torch.Generator(device)
+            fresh.set_state(generator.get_state())
+            generator.graphsafe_set_state(fresh)
+
+    def raw(self, graph: Any) -> int:
+        return graph.raw_cuda_graph()
+
+    def instantiate(self, graph: Any) -> None:
+        graph.instantiate()
+
+    def replay(self, graph: Any) -> None:
+        """Launch on the current stream."""
+        graph.replay()
+
+    def reset(self, graph: Any) -> None:
+        graph.reset()
+
+    # ---- the driver's graphs ----
+
+    def graph_create(self) -> int:
+        return int(self._call("cuGraphCreate", 0))
+
+    def graph_destroy(self, graph: int) -> None:
+        self._call("cuGraphDestroy", self._driver().CUgraph(graph))
+
+    def handle_create(self, graph: int) -> int:
+        """A condition for a node of `graph`; it is 0 whenever the graph is launched."""
+        driver = self._driver()
+        context = self._call("cuCtxGetCurrent")
+        assign = driver.CU_GRAPH_COND_ASSIGN_DEFAULT
+        handle = self._call("cuGraphConditionalHandleCreate", driver.CUgraph(graph), context, 0, assign)
+        return int(handle)
+
+    def node_types(self, graph: int) -> list[tuple[str, int]]:
+        """Per node its type, as "KERNEL", and the graph inside of it, 0 where there is none."""
+        driver = self._driver()
+        prefix, found = "CU_GRAPH_NODE_TYPE_", []
+        count = self._call("cuGraphGetNodes", driver.CUgraph(graph), 0)[1]
+        nodes, count = self._call("cuGraphGetNodes", driver.CUgraph(graph), count)
+        for node in nodes[:count]:
+            kind = self._call("cuGraphNodeGetType", node)
+            name = getattr(kind, "name", str(kind)).removeprefix(prefix)
+            child = int(self._call("cuGraphChildGraphNodeGetGraph", node)) if name == "GRAPH" else 0
+            found.append((name, child))
+        return found
+
+    def add_child(self, graph: int, after: list[int], child: int) -> int:
+        """A node that is a copy of the graph `child`."""
+        driver = self._driver()
+        before = [driver.CUgraphNode(node) for node in after]
+        node = self._call(
+            "cuGraphAddChildGraphNode", driver.CUgraph(graph), before, len(before), driver.CUgraph(child)
+        )
+        return int(node)
+
+    def add_while(self, graph: int, after: list[int], handle: int) -> int:
+        """A node that repeats the graph returned, which is empty and belongs to it, while `handle` is set."""
+        driver = self._driver()
+        params = driver.CUgraphNodeParams()
+        params.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        params.conditional.handle = driver.CUgraphConditionalHandle(handle)
+        params.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
+        params.conditional.size = 1
+        params.conditional.ctx = self._call("cuCtxGetCurrent")
+        before = [driver.CUgraphNode(node) for node in after]
+        # The same call, which was given the argument for data on edges under a new name in 12.3, in place of
+        # the old one in 13.0.
+        add = "cuGraphAddNode_v2" if hasattr(driver, "cuGraphAddNode_v2") else "cuGraphAddNode"
+        self._call(add, driver.CUgraph(graph), before, None, len(before), params)
+        return int(params.conditional.phGraph_out[0])
+
+    def exec_create(self, graph: int) -> int:
+        return int(self._call("cuGraphInstantiate", self._driver().CUgraph(graph), 0))
+
+    def exec_launch(self, executable: int, stream: Any) -> None:
+        driver = self._driver()
+        self._call("cuGraphLaunch", driver.CUgraphExec(executable), driver.CUstream(stream.cuda_stream))
+
+    def exec_destroy(self, executable: int) -> None:
+        self._call("cuGraphExecDestroy", self._driver().CUgraphExec(executable))
+
+    # ---- cuda-bindings ----
+
+    def _driver(self) -> Any:
+        from cuda.bindings import driver
+
+        return driver
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """What the call returns beside its status: nothing, one value or a tuple."""
+        status, *values = getattr(self._driver(), name)(*arguments)
+        if int(status) != 0:
+            raise DriverError(f"{name}: {getattr(status, 'name', status)}")
+        return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+
+cuda = Cuda()
