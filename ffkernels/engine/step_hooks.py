@@ -51,5 +51,5 @@ def _refuse_backward(optimizer: torch.optim.Optimizer) -> None:
         raise RuntimeError(
             f"{type(optimizer).__name__}.step() was called inside backward(), as with one optimizer for each "
             "parameter: the other gradients of this step are not there yet, so there is no whole update for "
-            "Fast Forward to repeat. Call step() after backward() has returned, on one optimizer for all weights"
+            "Fast Forward to repeat. Call step() after backward() has returned, on one optimizer for them all"
         )

@@ -1,0 +1,351 @@
+"""Fast Forward behind every kind of optimizer: a stage repeats its own update, or it is refused."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from ffkernels import FastForward, FastForwardConfig
+
+EVERY_2 = FastForwardConfig(interval=2, max_tau=64, patience=None)
+
+
+class Factors(nn.Module):
+    """A product of two matrices that is to become a third, like an adapter without its base."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a = nn.Parameter(torch.randn(8, 8, generator=generator) * 0.3)
+        self.b = nn.Parameter(torch.zeros(8, 8))
+
+    def loss(self):
+        return ((self.a @ self.b + self.a - 1) ** 2).mean()
+
+
+def loss_of(model):
+    return model.loss()
+
+
+class Lion(torch.optim.Optimizer):
+    """The sign of an interpolated momentum: every element of an update has the same size."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.add_(torch.sign(momentum.lerp(p.grad, 0.1)), alpha=-group["lr"])
+                momentum.lerp_(p.grad, 0.01)
+
+
+class Nested(torch.optim.RAdam):
+    """A step around the parent's: PyTorch runs the hooks of both."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.nested_steps = getattr(self, "nested_steps", 0) + 1
+        return loss
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "adamw_single": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=False),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "adamw_amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-3, amsgrad=True),
+    "adamw_tensor_lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-3)),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-3),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=1e-2),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
+    "lion": lambda p: Lion(p, lr=1e-3),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=1e-2, max_iter=2),
+    "nested": lambda p: Nested(p, lr=1e-2),
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["muon"] = lambda p: torch.optim.Muon(p, lr=1e-3)
+
+
+def take_step(model, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        loss = model.loss()
+        loss.backward()
+        return loss
+
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return optimizer.step(closure)
+    closure()
+    return optimizer.step()
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(now, then):
+    if isinstance(then, torch.Tensor):
+        return torch.equal(now, then)
+    if isinstance(then, dict):
+        return now.keys() == then.keys() and all(same(now[key], then[key]) for key in then)
+    if isinstance(then, (list, tuple)):
+        return len(now) == len(then) and all(map(same, now, then))
+    return now == then
+
+
+def check_stages(make_model, make_optimizer, steps=4, step=take_step, **attach):
+    """Train, and hold every stage against the same steps of a copy without Fast Forward."""
+    model = make_model()
+    optimizer = make_optimizer(list(model.parameters()))
+    with FastForward(model, optimizer, loss_of, EVERY_2, **attach) as ff:
+        for n in range(steps):
+            twin = copy.deepcopy(model)
+            twin_optimizer = make_optimizer(list(twin.parameters()))
+            twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            before = weights_of(twin)
+            step(twin, twin_optimizer)
+            stepped = weights_of(twin)
+            step(model, optimizer)
+            assert ff.optimizer_steps == n + 1
+            assert len(ff.stages) == (n + 1) // 2
+            tau = ff.stages[-1].tau if n % 2 else 0
+            for name, weight in model.named_parameters():
+                expected = stepped[name] + tau * (stepped[name] - before[name])
+                assert torch.allclose(weight, expected, rtol=0, atol=2e-6), name
+            if n % 2 == 0:
+                assert all(torch.equal(p, stepped[name]) for name, p in model.named_parameters())
+            else:
+                assert ff.stages[-1].loss_after == model.loss().item()
+            mine, theirs = optimizer.state_dict(), twin_optimizer.state_dict()
+            assert same(mine["state"], theirs["state"])
+            assert same(mine["param_groups"], theirs["param_groups"])
+    assert max(stage.tau for stage in ff.stages) >= 2
+    return ff
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_stage_repeats_this_optimizers_update_and_leaves_its_state(name):
+    check_stages(Factors, OPTIMIZERS[name])
+
+
+def test_steps_inside_steps_count_once_whether_or_not_the_parent_was_used_before():
+    check_stages(Factors, OPTIMIZERS["nested"])
+    torch.optim.RAdam([nn.Parameter(torch.zeros(1))])  # from now on the parent's step runs hooks too
+    assert getattr(torch.optim.RAdam.step, "hooked", False)
+    check_stages(Factors, OPTIMIZERS["nested"])
+
+
+def test_a_nested_step_that_raises_leaves_the_next_one_whole():
+    model = Factors()
+    optimizer = Nested(model.parameters(), lr=1e-2)
+    torch.optim.RAdam([nn.Parameter(torch.zeros(1))])
+    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+
+    def fails():
+        raise RuntimeError("bad batch")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="bad batch"):
+            optimizer.step(fails)
+    assert (ff.optimizer_steps, ff.stages) == (0, [])
+    for _ in range(2):
+        take_step(model, optimizer)
+    assert ff.optimizer_steps == 2
+    assert ff.stages[0].tau > 0
+
+
+def test_several_groups_move_each_by_its_own_rate():
+    def grouped(params):
+        a, b = params
+        groups = [{"params": [a], "lr": 1e-4}, {"params": [b], "lr": 1e-3, "weight_decay": 0.1}]
+        return torch.optim.AdamW(groups, lr=1.0)
+
+    check_stages(Factors, grouped)
+
+
+def test_what_requires_no_gradient_stays():
+    def only_b():
+        model = Factors()
+        model.a.requires_grad_(False)
+        return model
+
+    ff = check_stages(only_b, OPTIMIZERS["adam"])
+    assert all(stage.tau for stage in ff.stages)
+
+
+class TiedMemory(Factors):
+    """Two parameters in one memory: the optimizer updates it twice a step, a move must go there once."""
+
+    def __init__(self):
+        super().__init__()
+        self.twin = nn.Parameter(self.b.data)
+
+    def loss(self):
+        return ((self.a @ self.b + self.a @ self.twin + self.a - 1) ** 2).mean()
+
+
+def test_two_parameters_in_one_memory():
+    model = TiedMemory()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    assert ff.trainable_numel == 128
+    take_step(model, optimizer)
+    before = weights_of(model)
+    twin = TiedMemory()
+    twin.load_state_dict(model.state_dict())
+    assert twin.twin.data_ptr() == twin.b.data_ptr()
+    take_step(twin, torch.optim.SGD(twin.parameters(), lr=1e-2))
+    take_step(model, optimizer)
+    tau = ff.stages[0].tau
+    assert tau > 0
+    expected = twin.b + tau * (twin.b - before["b"])
+    assert torch.allclose(model.b, expected, rtol=0, atol=1e-6)
+    assert model.twin.data_ptr() == model.b.data_ptr()
+    assert ff.stages[0].loss_after == model.loss().item()
+
+
+def test_parameters_added_in_mid_run_move_from_their_first_full_interval_on():
+    model = Factors()
+    optimizer = torch.optim.AdamW([model.b], lr=1e-3)
+    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    take_step(model, optimizer)
+    take_step(model, optimizer)
+    assert ff.trainable_numel == 64
+    first = weights_of(model)["a"]
+    assert torch.equal(first, Factors().a)
+    optimizer.add_param_group({"params": [model.a], "lr": 1e-4})
+    take_step(model, optimizer)
+    before = weights_of(model)["a"]
+    with pytest.warns(UserWarning, match="the trainable parameters changed"):
+        take_step(model, optimizer)
+    assert ff.trainable_numel == 128
+    tau = ff.stages[1].tau
+    assert tau > 0
+    # Adam moves each element by about its rate in these first steps.
+    assert float((model.a.detach() - before).abs().max()) == pytest.approx((tau + 1) * 1e-4, rel=0.1)
+
+
+def test_two_optimizers_on_one_model_move_disjoint_weights():
+    model = Factors()
+    one, other = torch.optim.Adam([model.a], lr=1e-3), torch.optim.SGD([model.b], lr=1e-2)
+    ff_one = FastForward(model, one, loss_of, EVERY_2)
+    ff_other = FastForward(model, other, loss_of, FastForwardConfig(interval=3, patience=None))
+    assert (ff_one.trainable_numel, ff_other.trainable_numel) == (64, 64)
+    for n in range(6):
+        one.zero_grad(), other.zero_grad()
+        model.loss().backward()
+        b = model.b.detach().clone()
+        one.step()
+        assert torch.equal(model.b, b)
+        if n % 2:
+            assert ff_one.stages[-1].loss_after == model.loss().item()
+        a = model.a.detach().clone()
+        other.step()
+        assert torch.equal(model.a, a)
+        if n % 3 == 2:
+            assert ff_other.stages[-1].loss_after == model.loss().item()
+    assert [len(ff_one.stages), len(ff_other.stages)] == [3, 2]
+    assert any(s.tau for s in ff_one.stages) and any(s.tau for s in ff_other.stages)
+
+
+def test_steps_inside_backward_are_refused():
+    model = Factors()
+    optimizers = {p: torch.optim.SGD([p], lr=1e-2) for p in model.parameters()}
+    for optimizer in optimizers.values():
+        FastForward(model, optimizer, loss_of, FastForwardConfig(interval=6))
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    with pytest.raises(RuntimeError, match=r"SGD.step\(\) was called inside backward\(\).*on one optimizer"):
+        model.loss().backward()
+
+
+def test_schedule_free_is_refused():
+    class AdamWScheduleFree(torch.optim.AdamW):
+        """Modes as schedulefree's optimizers have them: y in the model while training, x for evaluation."""
+
+        def train(self):
+            for group in self.param_groups:
+                group["train_mode"] = True
+
+        def eval(self):
+            for group in self.param_groups:
+                group["train_mode"] = False
+
+    model = Factors()
+    with pytest.raises(ValueError, match=r"AdamWScheduleFree has train.*use an optimizer without modes"):
+        FastForward(model, AdamWScheduleFree(model.parameters(), lr=1e-3), loss_of)
+    if importlib.util.find_spec("schedulefree"):
+        import schedulefree
+
+        wrapped = schedulefree.ScheduleFreeWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+        for optimizer in (schedulefree.AdamWScheduleFree(model.parameters(), lr=0.1), wrapped):
+            with pytest.raises(ValueError, match="use an optimizer without modes"):
+                FastForward(model, optimizer, loss_of)
+
+
+class Adam8bitLike(torch.optim.Optimizer):
+    """bitsandbytes' shape: moments quantised by blocks in uint8 beside their scales, a `step` of its own."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                momentum = torch.zeros_like(p)
+                if state:
+                    momentum = (state["state1"].float() - 128) / 127 * state["absmax1"]
+                momentum.lerp_(p.grad, 0.1)
+                state["absmax1"] = momentum.abs().amax()
+                state["state1"] = (momentum / state["absmax1"] * 127 + 128).round().to(torch.uint8)
+                p.add_(torch.sign(momentum), alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "Lion8bit"])
+def test_eight_bit_optimizers(name):
+    optim = pytest.importorskip("bitsandbytes").optim
+
+    def eight_bit(params):
+        return getattr(optim, name)(params, lr=1e-3, min_8bit_size=16)
+
+    model = Factors()
+    optimizer = eight_bit(model.parameters())
+    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    for _ in range(4):
+        take_step(model, optimizer)
+    assert optimizer.state[model.a]["state1"].dtype == torch.uint8
+    assert len(ff.stages) == 2 and ff.stages[0].tau > 0
+    assert ff.stages[1].loss_after == model.loss().item()
+
+
+def test_an_optimizer_with_eight_bit_state():
+    model = Factors()
+    optimizer = Adam8bitLike(model.parameters(), lr=1e-3)
+    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    take_step(model, optimizer)
+    take_step(model, optimizer)
+    state = copy.deepcopy(optimizer.state[model.a])
+    assert state["state1"].dtype == torch.uint8
+    assert ff.stages[0].tau > 0
+    assert ff.stages[0].loss_after == model.loss().item()
+    # Zero before the first step, ±lr after it, then τ + 1 times ±lr of the second one's signs.
+    assert set((model.b.detach().abs() * 1e3).round().int().unique().tolist()) <= {
+        ff.stages[0].tau,
+        ff.stages[0].tau + 2,
+    }
+    take_step(model, optimizer)
+    assert same(optimizer.state[model.a]["state1"], state["state1"]) is False
