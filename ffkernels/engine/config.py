@@ -7,7 +7,7 @@ from typing import Any
 
 from ffkernels.engine.search import MAX_TAU_LIMIT, SEARCHES
 
-EXECUTORS = ("auto", "eager")
+EXECUTORS = ("auto", "eager", "step_graph", "stage_graph")
 IMPLS = ("auto", "torch", "cpp", "triton", "cuda")
 
 
@@ -24,7 +24,9 @@ class FastForwardConfig:
         max_tau: the most steps one stage may take.
         patience: after so many stages in a row that found no step, Fast Forward is switched off for good
             (the paper's section 5.1); None never switches off.
-        executor: how a stage runs; ``"auto"`` takes the fastest that works here.
+        executor: how a stage runs: ``"eager"``; ``"step_graph"``, one CUDA graph replay per Fast Forward
+            step; ``"stage_graph"``, the whole stage as one launch; ``"auto"`` takes the fastest that works
+            here and pays.
         impl: which implementation moves the weights; ``"auto"`` takes the fastest that works here.
 
     Raises:

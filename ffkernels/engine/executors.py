@@ -100,7 +100,7 @@ class EagerExecutor:
         with interrupt_later():
             ops.delta_(table)
         with program.clock.reading():
-            largest = ops.delta_absmax(table)
+            largest = self.largest_update(table)
         program.move_seconds += program.clock.seconds()
         if largest == 0.0 or not math.isfinite(largest):
             program.stopped_because = UPDATE_NOT_FINITE if largest else NO_UPDATE
@@ -130,6 +130,10 @@ class EagerExecutor:
             with interrupt_later():
                 ops.step_(table, False, 0.0)  # W ← best
             raise
+
+    def largest_update(self, table: ops.TensorTable) -> float:
+        """max |Δ|, which says whether there is anything to search."""
+        return ops.delta_absmax(table)
 
     def close(self) -> None:
         """Nothing is held."""

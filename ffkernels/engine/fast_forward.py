@@ -20,7 +20,8 @@ from torch import nn
 
 from ffkernels import ops
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, EagerExecutor, StageProgram
+from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
+from ffkernels.engine.ladder import Ladder
 from ffkernels.engine.search import BASELINE_NOT_FINITE, make_search
 from ffkernels.engine.stage import Stage
 from ffkernels.engine.step_hooks import on_step
@@ -63,7 +64,8 @@ class FastForward:
     Raises:
         ValueError: when no trainable parameter is left to move, or validation is of another model.
         TypeError: when optimizer or model is not one.
-        RuntimeError: when the optimizer already carries a FastForward, or in a job of several processes.
+        RuntimeError: when the optimizer already carries a FastForward, in a job of several processes, or when
+            a graph executor that was asked for by name cannot run here.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class FastForward:
         self.on_stage: Callable[[Stage], None] | None = None
         self._failures = 0
         self._switched_off = False
-        self._executor = EagerExecutor()
+        self._executor: Ladder | None = None
         self._table: ops.TensorTable | None = None
         self._signature: tuple = ()
         self._armed = self._due_now = False
@@ -117,6 +119,7 @@ class FastForward:
                 "validation belongs to a model that has none of the weights Fast Forward moves; make the "
                 "ValidationLoss from the model that trains"
             )
+        self._executor = Ladder(self.config.executor, self.validation, self._table.device)
         self._hooks = on_step(self.optimizer, self._before_step, self._after_step)
         _attached[self.optimizer] = weakref.ref(self)
 
@@ -130,11 +133,12 @@ class FastForward:
         return 0 if self._table is None else self._table.numel
 
     def detach(self) -> None:
-        """Take the hooks off and free the buffers; ``stages`` stays readable. Idempotent."""
+        """Take the hooks off and free buffers and graphs; ``stages`` stays readable. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self._table, self._armed, self._due_now = None, False, False
+        self._executor.close()
         if _attached.get(self.optimizer, lambda: None)() is self:  # else another has been attached since
             del _attached[self.optimizer]
 
@@ -143,6 +147,12 @@ class FastForward:
 
     def __exit__(self, *exc: object) -> None:
         self.detach()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a FastForward cannot be copied or pickled: it sits on one optimizer's hooks and holds buffers "
+            "at fixed addresses; save state_dict(), and attach a new FastForward to the copied optimizer"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides model, optimizer and data: plain Python values."""
@@ -218,6 +228,8 @@ class FastForward:
                 "switched, added or moved); the table was rebuilt for the present ones",
             )
         self._table = None  # free the old arenas first
+        if self._executor is not None:
+            self._executor.close()  # a capture holds on to them
         small = sorted({str(p.dtype) for p in weights.values() if p.dtype in (torch.bfloat16, torch.float16)})
         if small:
             announce_once(
@@ -246,13 +258,14 @@ class FastForward:
             if program.search.losses and program.reason != BASELINE_NOT_FINITE:
                 self._count_failure(program.search.best_tau)
         finally:
-            stage.executor = executor.name
+            stage.executor, stage.executor_reason = executor.name, executor.reason
             self._finish(stage, program)
 
     def _count_failure(self, tau: int) -> None:
         self._failures = 0 if tau else self._failures + 1
         if self.config.patience is not None and self._failures >= self.config.patience:
             self._switched_off = True
+            self._executor.close()
 
     def _finish(self, stage: Stage, program: StageProgram) -> None:
         stage.tau, stage.losses = program.search.best_tau, list(program.search.losses)
@@ -263,9 +276,10 @@ class FastForward:
         # Recorded before its FLOPs: their first reading runs the validation and may be interrupted.
         self.stages.append(stage)
         try:
-            if program.moves and not stage.stopped_because.startswith(INTERRUPTED):
-                elements = self.trainable_numel * program.moves
-                stage.flops = stage.evaluations * self.validation.flops + 2 * elements
+            validations = stage.evaluations + program.extra_validations
+            if validations and not stage.stopped_because.startswith(INTERRUPTED):
+                moved = self.trainable_numel * program.moves
+                stage.flops = validations * self.validation.flops + 2 * moved
         finally:
             if self.on_stage is not None:
                 self.on_stage(stage)

@@ -1,0 +1,229 @@
+"""Which executor runs a stage: the fastest that works here and pays, and why it is not a faster one.
+
+    stage_graph    the whole stage in one launch
+    step_graph     one launch per Fast Forward step
+    eager          always works
+
+Where a rung cannot be had the next one runs, and that is said once with cause and cure. "auto" asks more:
+that a graph pays. Its first stage runs eagerly and is measured, since a device that computes longer than the
+host needs to prepare its work has no use for a graph; and after a captured stage the gain is compared with
+what the capture cost. Neither is announced, as nothing is lost; the stage's record says it with the numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ffkernels.engine import capture_rules, graph_driver, graphs
+from ffkernels.engine.executors import EagerExecutor, StageProgram, step_pace
+from ffkernels.engine.graph_executors import (
+    GraphExecutor,
+    GraphUnsafe,
+    StageGraphExecutor,
+    StepGraphExecutor,
+)
+from ffkernels.engine.validation import ValidationLoss
+from ffkernels.ops.notices import announce_once
+
+__all__ = ["HORIZON", "NO_LAUNCHES", "Ladder", "graphs_pay", "why_not"]
+
+NO_LAUNCHES = "on a CPU there are no launches to save"
+# Fast Forward steps within which a capture has to earn what it cost: about a hundred stages of ten steps.
+HORIZON = 1000
+# The host must need at least this share of an eager step; else it is the host that waits.
+HOST_SHARE = 0.5
+_EXECUTORS: dict[str, type[GraphExecutor]] = {
+    "stage_graph": StageGraphExecutor,
+    "step_graph": StepGraphExecutor,
+}
+_RUNS = {
+    "stage_graph": "as one graph launch",
+    "step_graph": "as one graph replay per step",
+    "eager": "eagerly",
+}
+
+
+def graphs_pay(
+    enqueue: float,
+    eager: float,
+    capture: float | None = None,
+    replay: float | None = None,
+    *,
+    horizon: int = HORIZON,
+) -> tuple[bool, str]:
+    """Whether a captured validation is worth having, and the numbers that say so.
+
+    Args:
+        enqueue: seconds in which the host prepares an eager Fast Forward step.
+        eager: seconds that step takes in all.
+        capture: seconds the capture cost; None before there is one.
+        replay: seconds a captured step takes; None before there is one.
+        horizon: steps within which the capture has to pay for itself.
+    """
+    if capture is None or replay is None:
+        if enqueue < HOST_SHARE * eager:
+            return False, (
+                f"a step takes {_ms(eager)}, of which the host needs {_ms(enqueue)} to prepare it: launches "
+                "hide behind the device's work, and a graph would save nothing"
+            )
+        return True, f"the host needs {_ms(enqueue)} of the {_ms(eager)} that an eager step takes"
+    gain = eager - replay
+    numbers = f"a captured step takes {_ms(replay)}, an eager one {_ms(eager)}"
+    if gain <= 0:
+        return False, f"{numbers}: the graph saves nothing"
+    steps = capture / gain
+    pays = f"the capture's {capture:.2f} s pay for themselves after {steps:,.0f} steps"
+    if steps > horizon:
+        return False, f"{numbers}; {pays}, which is more than the {horizon:,} allowed"
+    return True, f"{numbers}; {pays}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
+def why_not(rung: str, validation: ValidationLoss, device: torch.device, *, explicit: bool) -> str | None:
+    """Why "stage_graph" or "step_graph" cannot run here, as "cause; cure"; None where it can."""
+    refused = graphs.why_no_stage_graph if rung == "stage_graph" else graphs.why_no_step_graph
+    return refused(device) or capture_rules.why_not_captured(validation, device, explicit=explicit)
+
+
+class Ladder:
+    """Runs each stage on one of the executors.
+
+    Args:
+        wanted: "auto" or an executor's name. A graph that is asked for by name is not asked whether it pays.
+        validation, device: what would be captured, and where the weights are.
+
+    Attributes:
+        name, reason: which executor ran the last stage, and why that one.
+
+    Raises:
+        RuntimeError: when a graph is asked for by name and cannot run here at all.
+    """
+
+    def __init__(self, wanted: str, validation: ValidationLoss, device: torch.device) -> None:
+        self.name = "eager"
+        self._why = "" if wanted == "auto" else "asked for"
+        self._refused = ""
+        self._auto = wanted == "auto"
+        self._rungs = list(_EXECUTORS) if self._auto else [wanted] if wanted in _EXECUTORS else []
+        self._looked = not self._rungs
+        self._eager = EagerExecutor()
+        self._graph: GraphExecutor | None = None
+        self._pace: tuple[float, float] | None = None
+        self._unpaid = 0
+        if not self._auto and self._rungs:
+            refused = why_not(wanted, validation, device, explicit=True)
+            if refused:
+                raise RuntimeError(
+                    f'executor="{wanted}" cannot run here: {refused}; or leave it at "auto", which takes the '
+                    "fastest that works"
+                )
+            if wanted == "stage_graph":
+                self._rungs.append("step_graph")
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(filter(None, (self._why, self._refused)))
+
+    def run(self, program: StageProgram) -> None:
+        """Run the stage; W ends bit-equal to the best validated weights, also when something raises."""
+        if not self._looked:
+            self._looked = True
+            self._look(program)
+        while (graph := self._next_graph()) is not None:
+            self.name = graph.name
+            try:
+                graph.run(program)
+            except graphs.CaptureFailed as failure:
+                self._next_rung(program, str(failure))
+            except GraphUnsafe as fault:
+                self._give_up(f"the captured stage was given up and run again eagerly: {fault}")
+                program.restart()
+            else:
+                if graph.fault:
+                    self._give_up(f"captured stages are given up: {graph.fault}")
+                elif self._auto:
+                    self._settle(graph)
+                return
+        self.name = "eager"
+        self._eager.run(program)
+        if self._rungs:
+            self._pace = step_pace(program)
+
+    def close(self) -> None:
+        """Give back what is captured; a later stage would capture again. Idempotent."""
+        if self._graph is not None:
+            self._graph.close()
+
+    def _look(self, program: StageProgram) -> None:
+        """Leave out, at the first stage, the rungs that cannot be had here."""
+        device = program.table.device
+        if self._auto and not graph_driver.cuda.is_cuda(device):
+            self._rungs = []
+            self._why = NO_LAUNCHES if device.type == "cpu" else f"there are no CUDA graphs on {device}"
+            return
+        causes = []
+        while self._rungs:
+            refused = why_not(self._rungs[0], program.validation, device, explicit=not self._auto)
+            if refused is None:
+                break
+            causes.append(refused)
+            del self._rungs[0]
+        self._say(causes)
+
+    def _say(self, causes: list[str]) -> None:
+        if causes:
+            name = self._rungs[0] if self._rungs else "eager"
+            self._refused = "; ".join(dict.fromkeys(causes))
+            if name == "eager":
+                self._why = ""
+            announce_once(
+                f"executor-{name}-{self._refused}",
+                f"Fast Forward stages run {_RUNS[name]} ({name}): {self._refused}",
+            )
+
+    def _next_graph(self) -> GraphExecutor | None:
+        """The graph that the coming stage shall run on; None for eager."""
+        if self._graph is None and self._rungs:
+            if self._auto:
+                if self._pace is None:
+                    self._why = f"measured first, to see whether {self._rungs[0]} pays"
+                    return None
+                pays, self._why = graphs_pay(*self._pace)
+                if not pays:
+                    self._rungs = []
+                    return None
+            self._graph = _EXECUTORS[self._rungs[0]]()
+        return self._graph
+
+    def _next_rung(self, program: StageProgram, failure: str) -> None:
+        failed = self._rungs.pop(0)
+        self._graph = None
+        causes = [f"{failed} could not be captured: {failure}"]
+        if self._rungs:
+            refused = why_not(
+                self._rungs[0], program.validation, program.table.device, explicit=not self._auto
+            )
+            if refused:
+                causes.append(refused)
+                self._rungs = []
+        self._say(causes)
+
+    def _give_up(self, message: str) -> None:
+        if self._graph is not None:
+            self._graph.close()
+        self._graph, self._rungs, self._why, self._refused = None, [], message, ""
+        announce_once(f"executor-{message}", f'{message}. Choose executor="eager" to not try it')
+
+    def _settle(self, graph: GraphExecutor) -> None:
+        """Step aside where the graph does not pay: when two stages in a row say so, as the first launch of a
+        graph also loads it onto the device."""
+        if self._pace is None or graph.step_seconds is None:
+            return
+        pays, self._why = graphs_pay(*self._pace, graph.capture_seconds, graph.step_seconds)
+        self._unpaid = 0 if pays else self._unpaid + 1
+        if self._unpaid == 2:
+            graph.close()
+            self._graph, self._rungs = None, []
