@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from ffkernels.engine.fast_forward import FastForward, Stage
     from ffkernels.engine.search import LinearSearch, ParabolicSearch
     from ffkernels.engine.validation import ValidationLoss
+    from ffkernels.training.callback import FastForwardCallback
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "FastForward": "ffkernels.engine.fast_forward",
+    "FastForwardCallback": "ffkernels.training.callback",
     "FastForwardConfig": "ffkernels.engine.config",
     "LinearSearch": "ffkernels.engine.search",
     "ParabolicSearch": "ffkernels.engine.search",
@@ -25,6 +27,7 @@ _HOMES = {
 
 __all__ = [
     "FastForward",
+    "FastForwardCallback",
     "FastForwardConfig",
     "LinearSearch",
     "ParabolicSearch",

@@ -90,11 +90,11 @@ class FlopMeter:
         key = _shapes(batch)
         if key not in self._batches:
             self._batches[key] = _measure(model, batch, loss_fn or _own_loss)
-        return self._add(self._batches[key])
+        return self.add(self._batches[key])
 
     def optimizer_step(self) -> Flops:
         """Add one Adam step: nothing in the paper's convention."""
-        return self._add(Flops(0, ADAM_FLOPS * self.trainable_numel))
+        return self.add(Flops(0, ADAM_FLOPS * self.trainable_numel))
 
     def stage(self, stage: StageCost) -> Flops:
         """Add one Fast Forward stage: its validations, and one weight move after each of them."""
@@ -107,7 +107,7 @@ class FlopMeter:
                 f"the stage has {stage.flops} FLOPs, fewer than its {stage.evaluations} moves of "
                 f"{self.trainable_numel} weights; the meter's trainable_numel must be FastForward's"
             )
-        return self._add(Flops(validations + PAPER_MOVE_FLOPS * moved, stage.flops))
+        return self.add(Flops(validations + PAPER_MOVE_FLOPS * moved, stage.flops))
 
     def state_dict(self) -> dict[str, int]:
         """The totals; shapes are measured again after a resume."""
@@ -122,7 +122,8 @@ class FlopMeter:
             )
         self.paper, self.measured = int(state["paper"]), int(state["measured"])
 
-    def _add(self, flops: Flops) -> Flops:
+    def add(self, flops: Flops) -> Flops:
+        """Add work that was counted elsewhere."""
         self.paper += flops.paper
         self.measured += flops.measured
         return flops

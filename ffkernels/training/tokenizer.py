@@ -7,6 +7,10 @@ train, and ``decode(encode(text)) == text`` for every string.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class ByteTokenizer:
@@ -49,3 +53,24 @@ class ByteTokenizer:
 
     def __repr__(self) -> str:
         return f"ByteTokenizer(vocab_size={self.vocab_size})"
+
+    def for_transformers(self) -> PreTrainedTokenizerFast:
+        """The same tokens as a transformers tokenizer, which trainers such as TRL's insist on."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        # The tokenizers library writes bytes as characters: the printable ones as themselves, the others, in
+        # order, from U+0100 on.
+        printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+        others = iter(range(0x100, 0x200))
+        vocabulary = {chr(b if b in printable else next(others)): b for b in range(256)}
+        vocabulary |= {"<pad>": self.pad_token_id, "<eos>": self.eos_token_id}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            eos_token="<eos>",
+            clean_up_tokenization_spaces=False,
+        )

@@ -1,0 +1,275 @@
+"""Fast Forward in a Hugging Face ``Trainer`` or TRL's ``SFTTrainer``: one callback.
+
+    trainer.add_callback(FastForwardCallback())          # or callbacks=[FastForwardCallback(...)]
+
+What happens in an optimizer step of the Trainer, and where Fast Forward comes in:
+
+    clip → optimizer.step() → scheduler → zero_grad → on_step_end → log, evaluate, save
+           └ checkpoint before, on the                └ the stage: gradients are freed, and what is
+             interval's last step                       logged, evaluated or saved has its weights
+
+The checkpoint is taken by the optimizer's own hook, so a step that fp16's loss scaling skips neither counts
+nor starts a stage. After each stage ``ff/…`` metrics go to every ``report_to`` backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_utils import set_seed
+
+from ffkernels.engine.config import FastForwardConfig
+from ffkernels.engine.evaluation_mode import keep_random_state
+from ffkernels.engine.fast_forward import FastForward, Stage
+from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.weights import NameFilter
+from ffkernels.ops.notices import announce_once
+from ffkernels.reporting.flops import FlopMeter, Flops
+from ffkernels.training import trainer_access
+from ffkernels.training.step_flops import StepFlops
+
+__all__ = ["EXECUTOR_NUMBERS", "FastForwardCallback"]
+
+# ``ff/executor`` is a number because some backends drop text.
+EXECUTOR_NUMBERS = {"eager": 0, "step_graph": 1, "stage_graph": 2}
+
+
+class FastForwardCallback(TrainerCallback, ExportableState):
+    """Run a Fast Forward stage every ``config.interval`` optimizer steps of a ``Trainer``.
+
+    Args:
+        validation: where the validation loss comes from. None: the first ``examples`` of the Trainer's
+            ``eval_dataset``. Or a dataset or list of examples (all of them, batched by the Trainer's
+            collator), a list or DataLoader of batches, a callable ``loss_fn(model)``, a ``ValidationLoss``.
+        config: when stages run and how they search.
+        examples: how many examples are taken of ``eval_dataset``.
+        include, exclude: narrow the moved tensors by name, as in ``FastForward``.
+        trainer: the Trainer; found by itself when not given.
+        from_checkpoint: set by the Trainer when it restores callbacks; not for users.
+
+    After each stage it logs ``ff/tau``, ``ff/val_loss_before``, ``ff/val_loss_after``, ``ff/seconds``,
+    ``ff/flops_share`` (of all FLOPs so far, the stages') and ``ff/executor`` (0 eager, 1 step graph, 2 stage
+    graph); at the end of training ``ff/stages``, ``ff/flops_measured`` and ``ff/flops_paper`` (all FLOPs, in
+    both conventions of ``ffkernels.reporting.flops``) and the stages' part, ``ff/stage_flops_…``. These are
+    in ``trainer.train().metrics`` too.
+
+    Its state is saved with every checkpoint and restored with it, whatever
+    ``restore_callback_states_from_checkpoint`` says.
+
+    Attributes:
+        ff: the ``FastForward`` at work; None outside of training.
+        stages: every ``Stage`` so far; stays readable after training.
+        flops: ``{"paper": …, "measured": …}`` of the run so far, stages included.
+        stage_flops: the stages' part of it.
+
+    Raises (when training begins):
+        ValueError: when there is nothing to validate on.
+        RuntimeError: when no Trainer is found, or in a job of several processes.
+    """
+
+    def __new__(cls, *args: Any, from_checkpoint: bool = False, **kwargs: Any) -> FastForwardCallback:
+        # The Trainer restores a callback by making a new one of JSON values and dropping the old. But the old
+        # one knows the validation examples, and it is the one that the user holds: give that back.
+        if from_checkpoint:
+            trainer = trainer_access.calling_trainer()
+            for callback in trainer.callback_handler.callbacks if trainer is not None else ():
+                if type(callback) is cls:
+                    return callback
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        validation: Any = None,
+        config: FastForwardConfig | None = None,
+        *,
+        examples: int = 32,
+        include: NameFilter | None = None,
+        exclude: NameFilter | None = None,
+        trainer: Any = None,
+        from_checkpoint: bool = False,
+    ) -> None:
+        if from_checkpoint and hasattr(self, "config"):
+            return
+        if config is not None and not isinstance(config, FastForwardConfig):
+            raise TypeError(f"config must be a FastForwardConfig, got {type(config).__name__}")
+        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+            raise ValueError(f"examples={examples!r}: must be an integer of at least 1")
+        self.validation, self.config, self.examples = validation, config or FastForwardConfig(), examples
+        self.include, self.exclude = include, exclude
+        self.trainer = trainer
+        self.ff: FastForward | None = None
+        self.stages: list[Stage] = []
+        self.stage_flops = {"paper": 0, "measured": 0}
+        self.saved: dict[str, Any] = {}
+        self._trainer: Any = None
+        self._meter = FlopMeter(0)
+        self._steps_charged = 0
+        self._step_flops = StepFlops()
+        self._unwrap: Callable[[], None] = _nothing
+
+    @property
+    def flops(self) -> dict[str, int]:
+        return self._meter.totals
+
+    def state(self) -> dict[str, Any]:
+        """For the Trainer's checkpoint: JSON values."""
+        if self.ff is not None:
+            self.saved = {
+                "fast_forward": self.ff.state_dict(),
+                "flops": self.flops,
+                "stage_flops": dict(self.stage_flops),
+            }
+        return {"args": {"from_checkpoint": True}, "attributes": {"saved": self.saved}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end()  # of a training that was interrupted, or began anew with a smaller batch
+        trainer = self.trainer or trainer_access.calling_trainer()
+        if trainer is None:
+            raise RuntimeError(
+                "FastForwardCallback was called by no transformers.Trainer; give it one: "
+                "FastForwardCallback(..., trainer=trainer)"
+            )
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        validation = self._make_validation(trainer, model, args.seed)
+        self.ff = FastForward(
+            model,
+            optimizer,
+            validation,
+            self.config,
+            include=self.include,
+            exclude=self.exclude,
+            defer=True,
+        )
+        self.stages = self.ff.stages
+        self._meter = FlopMeter(self.ff.trainable_numel)
+        self.stage_flops = {"paper": 0, "measured": 0}
+        self._restore(state)
+        self._steps_charged = self.ff.optimizer_steps
+        self._step_flops = StepFlops()
+        self._unwrap = trainer_access.wrap_training_step(trainer, self._count_batch)
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.ff is None:
+            return
+        if self.ff.optimizer_steps > self._steps_charged:  # else loss scaling skipped it
+            self._steps_charged = self.ff.optimizer_steps
+            self._meter.optimizer_step()
+        stage = self.ff.run_due_stage()
+        if stage is None:
+            return
+        self._meter.trainable_numel = self.ff.trainable_numel  # another adapter may be active by now
+        cost = self._meter.stage(stage)
+        for convention, flops in cost._asdict().items():
+            self.stage_flops[convention] += flops
+        trainer_access.log(self._trainer, self._stage_metrics(stage))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        # Of all logs only the training's last has the Trainer's total in the history; in `logs` itself a
+        # callback before this one may have taken it out.
+        last = state.log_history[-1] if state.log_history else {}
+        if self.ff is None or "total_flos" not in last or "ff/stages" in last:
+            return
+        totals = self._totals()
+        last.update(totals)
+        logs.update(totals)  # TrainOutput.metrics
+        # The backends have seen this log already: they get the totals in another.
+        self._trainer.callback_handler.on_log(args, state, control, dict(totals))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.state()
+        self._end()
+
+    def _make_validation(self, trainer: Any, model: torch.nn.Module, seed: int) -> ValidationLoss:
+        given, collator = self.validation, None
+        if isinstance(given, ValidationLoss):
+            return given
+        if given is None:
+            if trainer.eval_dataset is None:
+                raise ValueError(
+                    "FastForwardCallback has nothing to validate on: pass validation= (about 32 examples "
+                    "that are not trained on) or give the Trainer an eval_dataset"
+                )
+            given = trainer_access.first_examples(trainer.eval_dataset, self.examples)
+        # The same examples and masks after a resume as before it, and no trace in the training's randomness.
+        with keep_random_state(next(model.parameters()).device):
+            set_seed(seed)
+            if not _is_loss_function(given) and not isinstance(given, torch.utils.data.DataLoader):
+                given = trainer_access.first_examples(given, None)
+                first = next(iter(given), None)
+                if first is not None and not trainer_access.is_batch(first):
+                    given, collator = trainer_access.examples_and_collator(trainer, given)
+            return ValidationLoss(model, given, collator=collator)
+
+    def _restore(self, state: Any) -> None:
+        name = type(self).__name__
+        saved = state.stateful_callbacks.get(name) or {}
+        saved = saved[-1] if isinstance(saved, list) else saved
+        # A checkpoint made without this callback has no place for it, and the Trainer's next save needs one.
+        state.stateful_callbacks[name] = self.state()
+        if state.global_step == 0:
+            return  # a fresh run; what is saved is of one before it
+        saved = saved.get("attributes", {}).get("saved")
+        if not saved:
+            self.ff.optimizer_steps = state.global_step
+            announce_once(
+                f"no-callback-state-{id(self)}",
+                f"training resumes at step {state.global_step} from a checkpoint without a Fast Forward "
+                "state: its earlier stages, FLOPs and failures are not known and begin anew. "
+                "Train with the callback from the beginning to have it saved",
+            )
+            return
+        self.ff.load_state_dict(saved["fast_forward"])
+        self.stages = self.ff.stages
+        self._meter.load_state_dict(saved["flops"])
+        self.stage_flops = dict(saved["stage_flops"])
+
+    @contextmanager
+    def _count_batch(self, model: torch.nn.Module, inputs: Any) -> Iterator[None]:
+        with self._step_flops.batch(model, inputs) as cost:
+            yield
+        self._meter.add(Flops(*cost[0]))
+
+    def _stage_metrics(self, stage: Stage) -> dict[str, float]:
+        metrics = {
+            "ff/tau": stage.tau,
+            "ff/val_loss_before": stage.loss_before,
+            "ff/val_loss_after": stage.loss_after,
+            "ff/seconds": stage.seconds,
+            "ff/flops_share": self._share(),
+            "ff/executor": EXECUTOR_NUMBERS.get(stage.executor, math.nan),
+        }
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+    def _totals(self) -> dict[str, float]:
+        return {
+            "ff/stages": len(self.stages),
+            "ff/flops_share": self._share(),
+            "ff/flops_measured": float(self.flops["measured"]),
+            "ff/flops_paper": float(self.flops["paper"]),
+            "ff/stage_flops_measured": float(self.stage_flops["measured"]),
+            "ff/stage_flops_paper": float(self.stage_flops["paper"]),
+        }
+
+    def _share(self) -> float:
+        return self.stage_flops["measured"] / max(1, self.flops["measured"])
+
+    def _end(self) -> None:
+        self._unwrap()
+        self._unwrap = _nothing
+        if self.ff is not None:
+            self.ff.detach()
+        self.ff = self._trainer = None
+
+
+def _nothing() -> None:
+    pass
+
+
+def _is_loss_function(given: Any) -> bool:
+    return callable(given) and not any(hasattr(given, name) for name in ("__iter__", "__getitem__"))

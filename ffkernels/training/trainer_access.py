@@ -1,0 +1,115 @@
+"""What a Trainer callback needs and is not given: the Trainer itself.
+
+Callbacks get model, optimizer and dataloaders. Two things need the Trainer: the data it evaluates on, with
+its collator, and a log that reaches every ``report_to`` backend. The backends' callbacks run before any
+callback of a user's, so what is added to ``logs`` in ``on_log`` comes too late for them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any
+
+import torch
+
+__all__ = [
+    "calling_trainer",
+    "examples_and_collator",
+    "first_examples",
+    "is_batch",
+    "log",
+    "wrap_training_step",
+]
+
+
+def calling_trainer() -> Any | None:
+    """The innermost ``transformers.Trainer`` whose method is running, or None.
+
+    The call stack is the only way from an event to the Trainer that holds whichever way the callback was
+    added. Reading it is reading: nothing is patched.
+    """
+    trainer_class = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    frame = sys._getframe(1) if trainer_class is not None else None
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, trainer_class):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def log(trainer: Any, metrics: dict[str, float]) -> None:
+    """Log ``metrics`` now, at the present global step, to every callback and into ``state.log_history``.
+
+    By the base class's method: subclasses add and clear their own running averages in theirs (TRL does),
+    which belong to the log that comes next. The step's own log, when one is due, stays due.
+    """
+    from transformers import Trainer
+
+    due = trainer.control.should_log
+    Trainer.log(trainer, dict(metrics))
+    trainer.control.should_log = due
+
+
+def wrap_training_step(
+    trainer: Any, around: Callable[[Any, Any], AbstractContextManager[None]]
+) -> Callable[[], None]:
+    """Run ``training_step(model, inputs, …)`` inside ``around(model, inputs)``; returns what undoes it."""
+    own = vars(trainer).get("training_step")
+    step = trainer.training_step
+
+    def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with around(model, inputs):
+            return step(model, inputs, *args, **kwargs)
+
+    def undo() -> None:
+        if vars(trainer).get("training_step") is not training_step:
+            return  # somebody has wrapped it since
+        if own is None:
+            del trainer.training_step
+        else:
+            trainer.training_step = own
+
+    trainer.training_step = training_step
+    return undo
+
+
+def first_examples(dataset: Any, count: int | None) -> Any:
+    """The first ``count`` items (None: all) of a map-style or iterable dataset, or of the first in a dict."""
+    if isinstance(dataset, Mapping):
+        if is_batch(dataset):
+            return [dataset]
+        dataset = next(iter(dataset.values()))
+    if count is None and hasattr(dataset, "__len__"):
+        return dataset
+    if callable(getattr(dataset, "select", None)) and hasattr(dataset, "__len__"):
+        return dataset.select(range(min(count, len(dataset))))  # stays a datasets.Dataset
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        return [dataset[i] for i in range(min(count, len(dataset)))]
+    return list(islice(dataset, count))
+
+
+def examples_and_collator(trainer: Any, examples: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """``examples`` without the columns that the model does not take, and the Trainer's collator for them.
+
+    Both out of the dataloader that the Trainer itself makes; it is not iterated, so nothing is shuffled,
+    sharded or drawn from a random generator.
+    """
+    loader = trainer.get_test_dataloader(examples)
+    dataset = loader.dataset
+    return [dataset[i] for i in range(len(dataset))], loader.collate_fn
+
+
+def is_batch(item: Any) -> bool:
+    """Whether ``item`` is a collated batch and not one example."""
+    if not isinstance(item, Mapping):
+        return False
+    ids = item.get("input_ids")
+    if isinstance(ids, torch.Tensor):
+        return ids.ndim >= 2
+    if ids is None:
+        return any(isinstance(v, torch.Tensor) and v.ndim >= 1 for k, v in item.items() if "label" in str(k))
+    return isinstance(ids, Iterable) and isinstance(next(iter(ids), None), Iterable)

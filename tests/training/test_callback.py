@@ -1,0 +1,480 @@
+"""FastForwardCallback in real transformers Trainers, on a model of a few thousand weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ffkernels import FastForward, FastForwardCallback, FastForwardConfig, ValidationLoss
+from ffkernels.engine.fast_forward import NO_UPDATE
+from ffkernels.ops.notices import FFKernelsNotice
+from ffkernels.reporting.flops import FlopMeter
+from ffkernels.training.models import add_adapter, load_model
+from ffkernels.training.tasks import collate, load_file
+
+EVERY_3 = FastForwardConfig(interval=3, max_tau=16)
+COLLATE = partial(collate, pad_token_id=256)
+
+
+@pytest.fixture(scope="module")
+def parts(small):
+    model, tokenizer = load_model(small["model"])
+    task = load_file(small["data"], tokenizer, max_length=16, test_examples=16, validation_examples=8)
+    return model, task
+
+
+@pytest.fixture
+def make(parts, tmp_path):
+    """A Trainer of a fresh copy of the model, always the same one."""
+    base, task = parts
+
+    def make(*callbacks, cls=Trainer, dropout=0.1, **options):
+        model = add_adapter(copy.deepcopy(base), rank=4, dropout=dropout, seed=0)
+        trainer_options = {
+            name: options.pop(name)
+            for name in ("train_dataset", "eval_dataset", "data_collator", "optimizers")
+            if name in options
+        }
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 7,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "report_to": [],
+            "logging_steps": 100,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        data = {"train_dataset": task.train, "eval_dataset": task.validation, "data_collator": COLLATE}
+        return cls(
+            model=model,
+            args=TrainingArguments(**{**defaults, **options}),
+            callbacks=list(callbacks) or None,
+            **{**data, **trainer_options},
+        )
+
+    return make
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def rising():
+    """A validation loss that no step improves."""
+    calls = iter(range(10**6))
+    return lambda model: float(next(calls))
+
+
+def logged(trainer, key="ff/tau"):
+    return [entry for entry in trainer.state.log_history if key in entry]
+
+
+def test_a_run_that_never_accepts_a_step_is_the_plain_run_bit_for_bit(make):
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "lr_scheduler_type": "cosine"}
+    plain = make(**options)
+    plain.train()
+    callback = FastForwardCallback(rising(), FastForwardConfig(interval=2, patience=None))
+    trainer = make(callback, **options)
+    trainer.train()
+    assert [stage.optimizer_step for stage in callback.stages] == [2, 4, 6]
+    assert [stage.tau for stage in callback.stages] == [0, 0, 0]
+    assert equal(weights(plain), weights(trainer))
+    theirs = [e["loss"] for e in plain.state.log_history if "loss" in e]
+    assert theirs == [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+
+@pytest.mark.parametrize("way", ["callbacks", "class", "add_callback"])
+def test_one_line_is_enough(make, way):
+    if way == "callbacks":
+        trainer = make(FastForwardCallback())
+    elif way == "class":
+        trainer = make(FastForwardCallback)
+    else:
+        trainer = make()
+        trainer.add_callback(FastForwardCallback())
+    trainer.train()
+    entries = logged(trainer)
+    assert [entry["step"] for entry in entries] == [6]
+    assert entries[0]["ff/tau"] > 0
+    assert entries[0]["ff/val_loss_after"] < entries[0]["ff/val_loss_before"]
+
+
+def test_it_does_what_fast_forward_on_the_optimizer_does(make, parts):
+    validation = parts[1].validation
+    options = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05}
+    callback = FastForwardCallback(validation, EVERY_3)
+    trainer = make(callback, **options)
+    trainer.train()
+
+    other = make(**options)
+    other.create_optimizer()
+    with FastForward(other.model, other.optimizer, [COLLATE(validation)], EVERY_3) as ff:
+        other.train()
+    assert [s.losses for s in callback.stages] == [s.losses for s in ff.stages]
+    assert len(ff.stages) == 2 and ff.stages[0].tau > 0
+    assert equal(weights(trainer), weights(other))
+
+
+def test_the_stage_runs_after_the_gradients_are_freed_and_before_a_save_or_an_evaluation(make):
+    gradients, stages = [], []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            stages.append(len(callback.stages))
+
+    def loss(model):
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        return 0.0
+
+    callback = FastForwardCallback(loss, EVERY_3)
+    trainer = make(callback, Watch(), max_steps=3)
+    trainer.train()
+    assert stages == [0, 0, 0] and len(callback.stages) == 1
+    assert gradients and not any(gradients)
+
+
+@pytest.mark.parametrize(
+    "scheduler, extra",
+    [
+        ("linear", {}),
+        ("cosine", {}),
+        ("cosine_with_restarts", {"num_cycles": 2}),
+        ("polynomial", {}),
+        ("constant_with_warmup", {}),
+        ("inverse_sqrt", {}),
+        ("cosine_with_min_lr", {"min_lr": 1e-5}),
+        ("warmup_stable_decay", {"num_stable_steps": 3, "num_decay_steps": 2}),
+    ],
+)
+def test_every_scheduler_goes_its_own_way(make, scheduler, extra):
+    options = {
+        "lr_scheduler_type": scheduler,
+        "lr_scheduler_kwargs": extra,
+        "warmup_steps": 2,
+        "logging_steps": 1,
+    }
+    plain, callback = make(**options), FastForwardCallback(config=EVERY_3)
+    plain.train()
+    trainer = make(callback, **options)
+    trainer.train()
+    assert [s.optimizer_step for s in callback.stages] == [3, 6]
+    rates = [e["learning_rate"] for e in logged(trainer, "learning_rate")]
+    assert rates == [e["learning_rate"] for e in logged(plain, "learning_rate")] and len(rates) == 7
+
+
+def test_reduce_on_plateau_sees_the_loss_of_the_moved_weights(make):
+    callback = FastForwardCallback(config=EVERY_3)
+    trainer = make(
+        callback,
+        lr_scheduler_type="reduce_lr_on_plateau",
+        eval_strategy="steps",
+        eval_steps=3,
+        metric_for_best_model="eval_loss",
+        per_device_eval_batch_size=8,
+    )
+    trainer.train()
+    evaluated = {e["step"]: e["eval_loss"] for e in logged(trainer, "eval_loss")}
+    for stage in callback.stages:  # all 8 examples are in both, weighted by tokens in both
+        assert evaluated[stage.optimizer_step] == pytest.approx(stage.loss_after, rel=1e-4)
+    assert callback.stages[0].tau > 0
+
+
+def test_the_steps_own_log_stays_due_when_a_stage_logs(make):
+    trainer = make(FastForwardCallback(config=EVERY_3), logging_steps=3)
+    trainer.train()
+    assert [e["step"] for e in logged(trainer)] == [3, 6]
+    assert [e["step"] for e in logged(trainer, "loss")] == [3, 6]
+
+
+def test_resuming_continues_bit_for_bit_and_keeps_the_callback(make, parts):
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 9,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 1,
+    }
+    validation = parts[1].validation
+    through = FastForwardCallback(validation, EVERY_3)
+    whole = make(through, **options)
+    whole.train()
+    assert [s.tau > 0 for s in through.stages].count(True) >= 2
+    for restored in (False, True):  # with False the Trainer does not restore callbacks: they do it themselves
+        callback = FastForwardCallback(validation, EVERY_3)
+        trainer = make(callback, restore_callback_states_from_checkpoint=restored, **options)
+        trainer.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-4"))
+        assert [s.losses for s in callback.stages] == [s.losses for s in through.stages]
+        assert equal(weights(trainer), weights(whole))
+        assert callback in trainer.callback_handler.callbacks
+        assert callback.flops == through.flops and callback.stage_flops == through.stage_flops
+        assert logged(trainer, "ff/stages")[0]["ff/stages"] == 3
+
+
+def test_the_state_in_a_checkpoint_is_json_and_makes_a_callback_again(make, tmp_path):
+    callback = FastForwardCallback(config=EVERY_3)
+    trainer = make(callback, save_strategy="steps", save_steps=3, max_steps=3)
+    trainer.train()
+    saved = json.loads((tmp_path / "out/checkpoint-3/trainer_state.json").read_text())
+    state = saved["stateful_callbacks"]["FastForwardCallback"]
+    assert state["attributes"]["saved"]["fast_forward"]["optimizer_steps"] == 3
+    again = FastForwardCallback.from_state(state)
+    assert again is not callback and again.saved["flops"] == callback.flops
+
+
+def test_a_checkpoint_of_a_plain_run_is_continued_with_a_notice_and_can_be_saved(make, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    make(max_steps=2, **options).train()
+    callback = FastForwardCallback(config=EVERY_3)
+    trainer = make(callback, max_steps=4, **options)
+    with pytest.warns(FFKernelsNotice, match="from a checkpoint without a Fast Forward state"):
+        trainer.train(resume_from_checkpoint=True)
+    assert [s.optimizer_step for s in callback.stages] == [3]  # counted as the Trainer counts
+    assert (tmp_path / "out/checkpoint-4/trainer_state.json").is_file()
+
+
+def test_training_again_begins_anew(make):
+    callback = FastForwardCallback(config=EVERY_3)
+    trainer = make(callback, max_steps=3)
+    trainer.train()
+    first = callback.flops["measured"] - callback.stage_flops["measured"]
+    trainer.train()
+    assert [s.optimizer_step for s in callback.stages] == [3]
+    assert callback.flops["measured"] - callback.stage_flops["measured"] == first
+    assert callback.ff is None and "training_step" not in vars(trainer)
+
+
+def test_the_best_model_at_the_end_is_the_one_with_the_moved_weights(make):
+    callback = FastForwardCallback(config=EVERY_3)
+    trainer = make(
+        callback,
+        max_steps=8,
+        save_strategy="steps",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        learning_rate=3e-3,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in logged(trainer, "eval_loss")}
+    best = min(losses, key=losses.get)
+    assert trainer.state.best_global_step == best
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    for stage in callback.stages:
+        assert losses[stage.optimizer_step] == pytest.approx(stage.loss_after, rel=1e-4)
+
+
+def test_early_stopping_stops(make):
+    callback = FastForwardCallback(rising(), EVERY_3)
+    trainer = make(
+        callback,
+        EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=10.0),
+        max_steps=30,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="eval_loss",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3 and len(callback.stages) == 1
+    assert logged(trainer, "ff/stages")[0]["ff/stages"] == 1
+
+
+def test_examples_grouped_by_length(make):
+    options = {"train_sampling_strategy": "group_by_length"}
+    plain = make(**options)
+    plain.train()
+    callback = FastForwardCallback(rising(), EVERY_3)
+    trainer = make(callback, **options)
+    trainer.train()
+    assert len(callback.stages) == 2 and equal(weights(plain), weights(trainer))
+
+
+def test_bf16_autocast_is_in_the_validation_too(make):
+    callback = FastForwardCallback(config=EVERY_3)
+    full = FastForwardCallback(config=EVERY_3)
+    make(full, max_steps=3, dropout=0.0).train()
+    make(callback, max_steps=3, dropout=0.0, bf16=True).train()
+    stage, exact = callback.stages[0], full.stages[0]
+    assert stage.tau > 0
+    assert stage.loss_before != exact.loss_before
+    assert stage.loss_before == pytest.approx(exact.loss_before, abs=0.05)
+
+
+def train_with_overflow(make, optim):
+    """Six steps under a loss scaler; the third and fourth backward pass overflow."""
+    callback, skipped = FastForwardCallback(rising(), EVERY_3), []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            skipped.append(optimizer.step_was_skipped)
+
+    trainer = make(callback, Watch(), max_grad_norm=0.0, max_steps=6, optim=optim)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    weight = next(p for p in trainer.model.parameters() if p.requires_grad)
+    backward = iter(range(1, 100))
+    weight.register_hook(lambda g: torch.full_like(g, math.inf) if next(backward) in (3, 4) else g)
+    trainer.train()
+    return trainer, callback, skipped
+
+
+def test_a_step_that_loss_scaling_skips_neither_counts_nor_starts_a_stage(make):
+    trainer, callback, skipped = train_with_overflow(make, "adamw_torch")
+    assert skipped == [False, False, True, True, False, False]
+    assert [s.optimizer_step for s in callback.stages] == [3]
+    assert [e["step"] for e in logged(trainer)] == [5]
+
+
+def test_a_fused_optimizer_skips_by_itself_and_the_stage_finds_no_update(make):
+    trainer, callback, skipped = train_with_overflow(make, "adamw_torch_fused")
+    assert not any(skipped)
+    assert [s.optimizer_step for s in callback.stages] == [3, 6]
+    assert callback.stages[0].stopped_because == NO_UPDATE and callback.stages[0].losses == []
+    assert "ff/val_loss_before" not in logged(trainer)[0] and logged(trainer)[0]["ff/tau"] == 0
+
+
+def test_validation_comes_from_many_places(make, parts):
+    datasets = pytest.importorskip("datasets")
+    task = parts[1]
+    validation = task.validation
+    table = datasets.Dataset.from_list([{**e, "text": "not the model's"} for e in validation])
+    given = {
+        "list": FastForwardCallback(validation),
+        "dataset": FastForwardCallback(table),
+        "iterable": FastForwardCallback(table.to_iterable_dataset()),
+        "batches": FastForwardCallback([COLLATE(validation[:4]), COLLATE(validation[4:])]),
+        "one batch": FastForwardCallback(COLLATE(validation)),
+        "loader": FastForwardCallback(torch.utils.data.DataLoader(validation, 4, collate_fn=COLLATE)),
+        "eval_dataset": FastForwardCallback(),
+        "eval_dataset's first": FastForwardCallback(examples=8),
+        "dict of datasets": FastForwardCallback(),
+    }
+    evaluated = {"eval_dataset's first": validation + task.test, "dict of datasets": {"a": table, "b": table}}
+    losses = {}
+    for name, callback in given.items():
+        options = {"eval_dataset": evaluated[name]} if name in evaluated else {}
+        make(callback, max_steps=6, **options).train()
+        losses[name] = callback.stages[0].loss_before
+    assert losses["list"] == pytest.approx(losses["batches"], rel=1e-6)
+    assert all(loss == pytest.approx(losses["list"], rel=1e-6) for loss in losses.values()), losses
+
+    callback = FastForwardCallback(examples=3)
+    make(callback, max_steps=6).train()
+    assert callback.stages[0].loss_before != losses["list"]
+
+
+def test_a_validation_loss_of_ones_own(make, parts):
+    trainer = make(max_steps=6)
+    validation = ValidationLoss(trainer.model, [COLLATE(parts[1].validation)])
+    callback = FastForwardCallback(validation)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.stages[0].loss_after == pytest.approx(float(validation()), rel=1e-6)
+
+
+def test_a_random_collator_draws_the_same_validation_in_every_run_and_leaves_no_trace(make, parts):
+    def masking(examples):
+        batch = COLLATE(examples)
+        batch["labels"][torch.rand(batch["labels"].shape) < 0.3] = -100
+        return batch
+
+    plain = make(data_collator=masking)
+    plain.train()
+    runs = []
+    for noise in range(2):
+        torch.manual_seed(noise)
+        callback = FastForwardCallback(config=EVERY_3)
+        make(callback, data_collator=masking).train()
+        runs.append([s.losses for s in callback.stages])
+    assert runs[0] == runs[1]
+
+
+def test_nothing_to_validate_on(make):
+    with pytest.raises(ValueError, match="nothing to validate on: pass validation="):
+        make(FastForwardCallback(), eval_dataset=None).train()
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="FastForwardConfig, got dict"):
+        FastForwardCallback(config={})
+    with pytest.raises(ValueError, match="examples=0"):
+        FastForwardCallback(examples=0)
+
+
+def test_two_on_one_trainer_are_refused(make, parts):
+    validation = parts[1].validation
+    trainer = make(FastForwardCallback(validation), FastForwardCallback(validation))
+    with pytest.raises(RuntimeError, match="already carries a FastForward"):
+        trainer.train()
+
+
+def test_without_a_trainer_it_says_so():
+    callback = FastForwardCallback([])
+    with pytest.raises(RuntimeError, match="called by no transformers"):
+        callback.on_train_begin(None, None, None)
+
+
+def test_a_batch_size_that_is_found_begins_anew(make):
+    class Greedy(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) > 2 and self.state.global_step == 4:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    callback = FastForwardCallback(config=EVERY_3)
+    trainer = make(callback, cls=Greedy, auto_find_batch_size=True)
+    trainer.train()
+    assert [s.optimizer_step for s in callback.stages] == [3, 6]
+    assert "training_step" not in vars(trainer)
+
+
+def test_flops_are_those_of_the_meter(make, parts):
+    seen = []
+
+    class Watching(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.append({k: v.clone() for k, v in inputs.items()})
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    callback = FastForwardCallback(config=EVERY_3)
+    trainer = make(callback, cls=Watching, gradient_accumulation_steps=2)
+    out = trainer.train()
+    meter = FlopMeter(sum(p.numel() for p in weights(trainer).values()))
+    for batch in seen:
+        meter.training_step(trainer.model, batch)
+    for _ in range(7):
+        meter.optimizer_step()
+    training = dict(meter.totals)
+    for stage in callback.stages:
+        meter.stage(stage)
+    assert len(seen) == 14 and callback.flops == meter.totals
+    assert {k: meter.totals[k] - training[k] for k in training} == callback.stage_flops
+    final = trainer.state.log_history[-1]
+    for metrics in (out.metrics, final):
+        assert metrics["ff/flops_measured"] == meter.measured
+        assert metrics["ff/flops_paper"] == meter.paper
+        assert metrics["ff/flops_share"] == callback.stage_flops["measured"] / meter.measured
+        assert "train_runtime" in metrics
+
+
+def test_patience_switches_it_off(make):
+    callback = FastForwardCallback(rising(), FastForwardConfig(interval=1, patience=2))
+    make(callback).train()
+    assert len(callback.stages) == 2
