@@ -33,17 +33,19 @@ def on_step(optimizer: torch.optim.Optimizer, before: Hook, after: Hook) -> list
         if not _inside_another_step(optimizer):
             after(optimizer, args, kwargs)
 
+    # Where step() is compiled, what happens around it is not: it differs from step to step.
+    enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
     return [optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(leave)]
 
 
 def _inside_another_step(optimizer: torch.optim.Optimizer) -> bool:
-    wrapper = sys._getframe(2)  # PyTorch's, around the step whose hook is asking
-    frame = wrapper.f_back
-    while frame is not None:
-        if frame.f_code is wrapper.f_code and frame.f_locals.get("self") is optimizer:
-            return True
+    """Whether two of PyTorch's wrappers around a step of this optimizer are on the stack."""
+    wrapper = getattr(type(optimizer).step, "__code__", None)  # the same code object for every class
+    frame, steps = sys._getframe(1), 0
+    while frame is not None and steps < 2:
+        steps += frame.f_code is wrapper and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return False
+    return steps > 1
 
 
 def _refuse_backward(optimizer: torch.optim.Optimizer) -> None:

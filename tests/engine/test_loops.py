@@ -322,3 +322,33 @@ def test_gradient_checkpointing_in_training(lora, own_loss):
     assert all(stage.tau > 0 for stage in ff.stages)
     assert ff.stages[1].loss_after == pytest.approx(own_loss(model, batches), rel=1e-5)
     assert all(module.training for module in model.modules())
+
+
+def test_a_compiled_step_and_a_compiled_iteration(recwarn):
+    torch._dynamo.reset()
+    model, optimizer = adam_line()
+    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    step = torch.compile(optimizer.step, backend="eager")
+    for n in range(4):
+        optimizer.zero_grad()
+        model(inputs(n)).backward()
+        step()
+    plain, plain_optimizer = adam_line()
+    plain_ff = FastForward(plain, plain_optimizer, loss_of, EVERY_2)
+    plain_steps(plain, plain_optimizer, 4)
+    assert ff.optimizer_steps == 4
+    assert [stage.tau for stage in ff.stages] == [stage.tau for stage in plain_ff.stages]
+    assert torch.allclose(model.layer.weight, plain.layer.weight, rtol=1e-5)
+
+    @torch.compile(backend="eager")
+    def iteration(x):
+        optimizer.zero_grad()
+        model(x).backward()
+        optimizer.step()
+
+    for n in range(4):
+        iteration(inputs(n))
+    assert ff.optimizer_steps == 8
+    assert ff.stages[3].loss_after == loss_of(model).item()
+    # Tracing into the hooks would compile anew at every step, since they count.
+    assert not [w for w in recwarn if "Dynamo does not know" in str(w.message)]
