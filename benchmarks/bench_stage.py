@@ -1,0 +1,270 @@
+"""A Fast Forward stage as a whole: our three executors beside what one would otherwise run.
+
+    python benchmarks/bench_stage.py --out results.json [--seconds 150] [--dry]
+
+Rows are cases (`stage_cases.py`), columns are providers (`stage_providers.py`), all interleaved: a stage of
+each in turn, in an order drawn anew, round after round, from the same weights and the same Δ. A stage is
+timed from an idle device to an idle device by the host's clock and divided by its evaluations: milliseconds
+per Fast Forward step. `gap` is what is above the bare captured forward, as a share of it. Memory is what the
+allocator holds at most during the first stage, captures included, above what it held before. Launches and
+host synchronisations are counted by the profiler in stages of their own.
+
+The JSON is rewritten after every row. On a machine without a GPU, or with --dry, the eager providers run in
+small on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from stage_agreement import loss_agreement, tau_agreement  # noqa: E402
+from stage_cases import CASES, DRY_CASES, SMOL, TINY, Case, make_model  # noqa: E402
+from stage_profile import count_stage, per_step  # noqa: E402
+from stage_providers import BARE, STAGE, Bench, makers  # noqa: E402
+from timing import summary  # noqa: E402
+
+MOST_ROUNDS, LEAST_ROUNDS = 40, 3
+ROWS_FIRST = 3  # those of SmolLM2; then counts and agreement, then the rest
+AGREEMENT_SECONDS = 30.0
+
+
+class Models:
+    """The model of the last row, kept while rows ask for the same one."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._key: tuple = ()
+        self._made: tuple[Any, str] = (None, "")
+
+    def get(self, case: Case) -> tuple[torch.nn.Module, str]:
+        key = (case.model, case.method, case.rank)
+        if key != self._key:
+            self.drop()
+            self._made, self._key = make_model(*key[:1], self.device, self.dtype, *key[1:]), key
+        return self._made
+
+    def drop(self) -> None:
+        self._made, self._key = (None, ""), ()
+        release(self.device)
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(provider: Any, evaluations: int, device: torch.device) -> float:
+    """Seconds of one stage."""
+    provider.prepare()
+    wait(device)
+    begin = time.perf_counter()
+    provider.stage(evaluations)
+    wait(device)
+    return time.perf_counter() - begin
+
+
+def first_stage(make: Any, case: Case, device: torch.device) -> tuple[Any, dict]:
+    """The provider after its first stage, with what that took and the memory it needed."""
+    release(device)
+    on_gpu = device.type == "cuda"
+    held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device) if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    provider = make()
+    try:
+        seconds = timed(provider, case.evaluations, device)
+    except BaseException:
+        provider.close()
+        raise
+    found: dict[str, Any] = {"first_stage_seconds": seconds}
+    captured = getattr(getattr(provider, "executor", None), "capture_seconds", None)
+    if captured:
+        found["capture_seconds"] = captured
+    if on_gpu:
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - held[0]
+        torch.cuda.empty_cache()
+        found["held_bytes"] = torch.cuda.memory_reserved(device) - held[1]
+    return provider, found
+
+
+def measure(case: Case, model: torch.nn.Module, device: torch.device, deadline: float) -> dict:
+    """One row: every provider's first stage, then rounds until the deadline."""
+    bench = Bench(case, model, device)
+    row: dict[str, Any] = {
+        "case": case.name,
+        "model": case.model,
+        "method": case.method,
+        "rank": case.rank,
+        "length": case.length,
+        "lengths": case.lengths,
+        "evaluations": case.evaluations,
+        "tokens": bench.real_tokens(),
+        "padded_tokens": sum(batch["input_ids"].numel() for batch in bench.batches),
+        "path": bench.loss.path,
+        "moved_elements": bench.table.numel,
+        "loss": {"ours": float(bench.loss.real_loss()), "model's own": bench.model_loss()},
+        "providers": {},
+        "missing": {},
+    }
+    providers: dict[str, Any] = {}
+    try:
+        for name, make in makers(bench).items():
+            try:
+                providers[name], row["providers"][name] = first_stage(make, case, device)
+            except Exception as error:  # one provider must not take the others along
+                row["missing"][name] = f"{type(error).__name__}: {str(error)[:500]}"
+        samples: dict[str, list[float]] = {name: [] for name in providers}
+        draw, rounds = random.Random(0), 0
+        while rounds < LEAST_ROUNDS or (time.perf_counter() < deadline and rounds < MOST_ROUNDS):
+            for name in draw.sample(list(providers), len(providers)):
+                samples[name].append(1000 * timed(providers[name], case.evaluations, device))
+            rounds += 1
+        for name, taken in samples.items():
+            row["providers"][name]["ms_per_step"] = summary([ms / case.evaluations for ms in taken])
+        if BARE in samples:
+            floor = row["providers"][BARE]["ms_per_step"]["median"]
+            for found in row["providers"].values():
+                found["gap"] = found["ms_per_step"]["median"] / floor - 1
+            row["bare loss equals ours"] = bool(providers[BARE].result == bench.loss.real_loss())
+    finally:
+        for provider in reversed(providers.values()):
+            provider.close()
+    return row
+
+
+def count(case: Case, model: torch.nn.Module, device: torch.device) -> dict[str, dict]:
+    """What a stage of each provider asks of the driver, the stage graph's last: see `stage_profile`."""
+    bench = Bench(case, model, device)
+    every = makers(bench)
+    found = {}
+    for name in sorted(set(every) - {BARE}, key=lambda name: name == STAGE):
+        counts = {}
+        try:
+            for evaluations in (4, 8):
+                provider = every[name]()
+                try:
+                    timed(provider, evaluations, device)
+                    provider.prepare()
+                    counts[evaluations] = count_stage(lambda p=provider, n=evaluations: p.stage(n), device)
+                finally:
+                    provider.close()
+            found[name] = per_step(counts[4], counts[8], 4)
+        except Exception as error:
+            found[name] = {"missing": f"{type(error).__name__}: {str(error)[:500]}"}
+    return found
+
+
+class Report:
+    """The JSON, rewritten in one move whenever there is something new."""
+
+    def __init__(self, path: Path, device: torch.device, dry: bool) -> None:
+        self.path, self.begin = path, time.perf_counter()
+        self.result: dict[str, Any] = {
+            "device": str(device),
+            "dry": dry,
+            "rows": [],
+            "left_out": [],
+            "agreement": {},
+            "counts": {},
+            "errors": [],
+        }
+
+    def attempt(self, what: str, work: Any) -> Any:
+        """The value of `work`, or None with the error on record: one failure must not end the rest."""
+        value = None
+        try:
+            value = work()
+        except Exception as error:
+            self.result["errors"].append(f"{what}: {type(error).__name__}: {str(error)[:1000]}")
+        print(f"{what}: at {time.perf_counter() - self.begin:.0f} s", flush=True)
+        return value
+
+    def write(self) -> None:
+        self.result["seconds"] = time.perf_counter() - self.begin
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.result, indent=1), encoding="utf-8")
+        part.replace(self.path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, rewritten after every row")
+    parser.add_argument("--seconds", type=float, default=150.0, help="time for everything")
+    parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")
+    options = parser.parse_args()
+    dry = options.dry or not torch.cuda.is_available()
+    device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
+    report = Report(options.out, device, dry)
+    result, models = report.result, Models(device, torch.float32 if dry else torch.bfloat16)
+    cases = DRY_CASES if dry else CASES
+    end = report.begin + options.seconds
+    for place, case in enumerate(cases):
+        if place == (1 if dry else ROWS_FIRST):
+            agreement(report, models, device, dry)
+        if place and end - time.perf_counter() < case.seconds:
+            result["left_out"].append(case.name)
+            continue
+
+        def row(case: Case = case) -> dict:
+            deadline = time.perf_counter() + case.seconds
+            model, weights = models.get(case)
+            return {"weights": weights, **measure(case, model, device, deadline)}
+
+        found = report.attempt(case.name, row)
+        release(device)
+        if found is not None:
+            result["rows"].append(found)
+        report.write()
+    models.drop()
+    report.write()
+    return finish(result)
+
+
+def agreement(report: Report, models: Models, device: torch.device, dry: bool) -> None:
+    """Launches counted, losses and τ compared."""
+    if device.type == "cuda":
+        smallest = CASES[0]
+        counts = report.attempt("counts", lambda: count(smallest, models.get(smallest)[0], device))
+        report.result["counts"] = {"case": smallest.name, "providers": counts or {}}
+        report.write()
+    models.drop()
+    name, length, stages, most = (TINY, 16, 3, 8) if dry else (SMOL, 64, 48, 256)
+    losses = report.attempt("loss agreement", lambda: loss_agreement(name, length, device))
+    report.result["agreement"]["loss"] = losses
+    report.write()
+    taus = report.attempt(
+        "τ agreement", lambda: tau_agreement(device, stages, AGREEMENT_SECONDS, most, graphs=not dry)
+    )
+    report.result["agreement"]["tau"] = taus
+    report.write()
+
+
+def finish(result: dict) -> int:
+    failed = list(result["errors"])
+    for row in result["rows"]:
+        failed += [f"{row['case']}: {name}: {why}" for name, why in row["missing"].items()]
+    print("\n".join(failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Whether a captured stage finds what an eager one finds: the same loss, the same τ from equal weights."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from stage_cases import Case, make_model
+from stage_providers import BareForward, Bench
+
+from ffkernels import ops
+from ffkernels.engine.executors import EagerExecutor, StageProgram
+from ffkernels.engine.search import make_search
+from ffkernels.engine.validation import ValidationLoss
+
+INTERVAL, BATCH, LEARNING_RATE = 6, 16, 5e-4
+
+
+def loss_agreement(name: str, length: int, device: torch.device) -> dict[str, Any]:
+    """In float32, without TF32: the model's own loss, ours eagerly, ours captured; mixed lengths."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        model, weights = make_model(name, device, torch.float32)
+        bench = Bench(Case(name, length), model, device)
+        found: dict[str, Any] = {
+            "model": name,
+            "weights": weights,
+            "model's own": bench.model_loss(),
+            "ours eager": float(bench.loss.real_loss()),
+        }
+        if device.type == "cuda":
+            bare = BareForward(bench)
+            bare.stage(1)
+            found["captured"] = float(bare.result)
+            bare.close()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    found["largest_difference"] = max(
+        abs(found["model's own"] - value) for key, value in found.items() if key in ("ours eager", "captured")
+    )
+    return found
+
+
+def tau_agreement(
+    device: torch.device, stages: int, seconds: float, max_tau: int, graphs: bool
+) -> dict[str, Any]:
+    """Fast Forward stages of a real training run on a bf16 base, each run by every executor.
+
+    The embedded model learns docstring → function pairs. Every sixth step has its stage run from identical
+    weights by all executors in turn, with the parabolic and the linear search alternately; training goes on
+    from what the eager one left.
+    """
+    from ffkernels.training.models import add_adapter, load_model
+    from ffkernels.training.tasks import collate, load_task
+
+    begin = time.perf_counter()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    base, tokenizer = load_model("tiny", dtype=dtype, device=device)
+    task = load_task("instruction", tokenizer, test_examples=1)
+    model = add_adapter(base, seed=0)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(named.values(), lr=LEARNING_RATE)
+    table = ops.TensorTable(named)
+    weights = [p.detach() for p in named.values()]
+    validation = ValidationLoss(model, [collate(task.validation, tokenizer.pad_token_id)])
+    executors: dict[str, Any] = {"eager": EagerExecutor()}
+    if graphs:
+        from ffkernels.engine.graph_executors import StageGraphExecutor, StepGraphExecutor
+
+        for search in ("parabolic", "linear"):  # one search per capture
+            executors[f"step graph {search}"] = StepGraphExecutor()
+            executors[f"stage graph {search}"] = StageGraphExecutor()
+    model.train()
+    draw = torch.Generator().manual_seed(0)
+    compared: list[dict[str, Any]] = []
+    for stage in range(stages):
+        if time.perf_counter() - begin > seconds:
+            break
+        for step in range(INTERVAL):
+            chosen = torch.randint(len(task.train), (BATCH,), generator=draw).tolist()
+            batch = collate([task.train[i] for i in chosen], tokenizer.pad_token_id)
+            model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
+            if step == INTERVAL - 1:
+                ops.checkpoint_(table)
+            optimizer.step()
+            optimizer.zero_grad()
+        start = [tensor.clone() for tensor in (*weights, *table.best_flats)]
+        search = ("parabolic", "linear")[stage % 2]
+        ends: dict[str, dict[str, Any]] = {}
+        for name, executor in executors.items():
+            if name != "eager" and not name.endswith(search):
+                continue
+            with torch.no_grad():
+                torch._foreach_copy_([*weights, *table.best_flats], start)
+            program = StageProgram(table, validation, make_search(search, max_tau))
+            executor.run(program)
+            ends[name.removesuffix(f" {search}")] = {
+                "tau": program.search.best_tau,
+                "losses": list(program.search.losses),
+                "weights": [weight.clone() for weight in weights],
+                "fault": getattr(executor, "fault", None),
+            }
+        compared.append(_compare(search, ends))
+        with torch.no_grad():
+            torch._foreach_copy_(weights, ends["eager"]["weights"])
+    for executor in executors.values():
+        executor.close()
+    return {"dtype": str(dtype), **_totals(compared), "each": compared}
+
+
+def _compare(search: str, ends: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    eager = ends["eager"]
+    found: dict[str, Any] = {"search": search, "tau": eager["tau"], "evaluations": len(eager["losses"])}
+    for name, end in ends.items():
+        if name == "eager":
+            continue
+        found[name] = {
+            "tau": end["tau"],
+            "same_losses": end["losses"] == eager["losses"],
+            "same_weights": all(map(torch.equal, end["weights"], eager["weights"])),
+            "fault": end["fault"],
+        }
+    return found
+
+
+def _totals(compared: list[dict[str, Any]]) -> dict[str, Any]:
+    names = sorted({name for one in compared for name, value in one.items() if isinstance(value, dict)})
+    totals: dict[str, Any] = {"stages": len(compared)}
+    for name in names:
+        ran = [(one["tau"], one[name]) for one in compared if name in one]
+        totals[name] = {
+            "stages": len(ran),
+            "same_tau": sum(other["tau"] == tau for tau, other in ran),
+            "same_losses": sum(other["same_losses"] for _, other in ran),
+            "same_weights": sum(other["same_weights"] for _, other in ran),
+        }
+    return totals
