@@ -52,6 +52,17 @@ class CausalLM:
     vocabulary: int | None
     embeddings: int | None
     softcap: float | None
+    # The model itself where nothing but its whole forward may be run: FSDP2 gathers the parameters there.
+    through: nn.Module | None = None
+    # Pass a causal mask made once instead of none: "eager" attention would make its own at every forward.
+    given_mask: bool = False
+
+    @property
+    def embedding_dtype(self) -> torch.dtype:
+        """The dtype in which hidden states enter the backbone."""
+        weight = getattr(self.wrappers[-1].get_input_embeddings(), "weight", None)
+        floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        return weight.dtype if floating else torch.get_default_dtype()
 
     def is_current(self) -> bool:
         """Whether backbone and head are still the model's: adapters put around the head later replace it."""
@@ -108,11 +119,11 @@ def accepts_argument(module: nn.Module, name: str) -> bool:
 
 def find_causal_lm(model: nn.Module) -> CausalLM:
     """Backbone and head of `model`, or `FastPathRefused`."""
-    _refuse_sharding(model)
+    through = _whole_model(model)
     inner, wrappers = unwrap(model)
     for wrapper in wrappers:
         _refuse_peft(wrapper)
-    for module in (*wrappers, inner):
+    for module in (*wrappers, inner) if through is None else ():
         if module._forward_hooks or module._forward_pre_hooks:
             raise FastPathRefused(f"forward hooks on {type(module).__name__} would be skipped")
 
@@ -139,6 +150,7 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
         vocabulary=_rows(head, "out_features") or getattr(text, "vocab_size", None),
         embeddings=_rows(inputs, "num_embeddings"),
         softcap=float(softcap) if softcap else None,
+        through=through,
     )
 
 
@@ -181,13 +193,17 @@ def _rows(module: nn.Module | None, attribute: str) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _refuse_sharding(model: nn.Module) -> None:
-    for module in model.modules():
-        names = {cls.__name__ for cls in type(module).__mro__}
-        if names & {"FullyShardedDataParallel", "FSDPModule"}:
-            raise FastPathRefused("FSDP gathers parameters in the wrapper's forward, which would be bypassed")
+def _whole_model(model: nn.Module) -> nn.Module | None:
+    """What has to be called as a whole, because its parameters are gathered in its forward; else None."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise FastPathRefused("DeepSpeed ZeRO-3 gathers parameters in the wrapper's forward")
+    names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if "FullyShardedDataParallel" in names:
+        raise FastPathRefused("FSDP gathers parameters in the wrapper's forward, which would be bypassed")
+    if "FSDPModule" not in names:
+        return None
+    # The hook in front of the head is new for every forward: a compiled whole would be compiled each time.
+    return model._orig_mod if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
 
 
 def _refuse_peft(wrapper: nn.Module) -> None:

@@ -6,6 +6,9 @@ mask that costs flash attention and grouped heads. It leaves a model alone whose
 its mask table does not know. So the same SDPA function is registered under a private name, and the
 model's configs carry that name for the duration of a call.
 
+"eager" attention, which families with capped attention logits need, knows no causality without a mask. It
+is given one that was made once, (1, 1, length, length): transformers takes it as it is and reads nothing.
+
 Right only for causal attention over right-padded rows: exactly what the fast path runs.
 """
 
@@ -16,9 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["PRIVATE_NAME", "attention_configs", "maskless_attention"]
+__all__ = ["PRIVATE_NAME", "attends_eagerly", "attention_configs", "causal_mask", "maskless_attention"]
 
 PRIVATE_NAME = "ffkernels_sdpa"
 _FIELD = "_attn_implementation_internal"
@@ -35,6 +39,17 @@ def attention_configs(backbone: nn.Module) -> list[Any]:
         if hasattr(config, _FIELD):
             configs[id(config)] = config
     return list(configs.values())
+
+
+def attends_eagerly(configs: list[Any]) -> bool:
+    """Whether these are the configs of a model whose attention is transformers' plain "eager" one."""
+    return bool(configs) and all(getattr(config, _FIELD) == "eager" for config in configs)
+
+
+def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Added to attention scores, (1, 1, length, length): 0, and above the diagonal the least of `dtype`."""
+    lowest = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device=device)
+    return lowest.triu(1)[None, None]
 
 
 def _register() -> bool:

@@ -6,10 +6,15 @@ Examples are sorted by length and cut into micro-batches so that little padding 
 padded on the right and no mask is passed: under causal attention real tokens never see what follows them,
 and the attention kernel keeps its causal fast path. Hidden states are gathered at the N labelled
 positions only; the head and the cross-entropy run over them in chunks, so logits exist for one chunk at a
-time. Per-token losses are fp32 (float64 for a float64 model), their sum float64: how examples are grouped
-does not show in the result.
+time, and their log-probabilities for a part of it. Per-token losses are fp32 (float64 for a float64
+model), their sum float64: how examples are grouped does not show in the result.
 
-All tensors are made once, at fixed addresses; a call reads nothing back to the host.
+A model whose forward must be run as a whole, since it gathers its parameters there (FSDP2), is run as a
+whole: a hook in front of the head picks the labelled positions, and the logits of one micro-batch's exist
+at once.
+
+All tensors are made once, at fixed addresses; a call reads nothing back to the host and decides nothing by
+values. So a call can be captured in a CUDA graph, and `swap` can put other examples where the first were.
 """
 
 from __future__ import annotations
@@ -21,12 +26,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ffkernels.engine.causal_lm import CausalLM, accepts_argument, find_autocast
-from ffkernels.engine.maskless_attention import attention_configs, maskless_attention
+from ffkernels.engine.interrupts import interrupt_later
+from ffkernels.engine.maskless_attention import (
+    attends_eagerly,
+    attention_configs,
+    causal_mask,
+    maskless_attention,
+)
 from ffkernels.engine.validation_batches import IGNORE, Example
 
-__all__ = ["LabelledLoss", "MicroBatch", "plan_micro_batches"]
+__all__ = [
+    "LabelledLoss",
+    "MicroBatch",
+    "could_be_given_a_mask",
+    "forward_cost",
+    "plan",
+    "plan_micro_batches",
+    "token_limit",
+]
 
 # What one more forward costs, in tokens of computing: launches and Python on a GPU, Python on a CPU.
 _FORWARD_IN_TOKENS = {"cpu": 48}
@@ -34,15 +54,29 @@ _FORWARD_IN_TOKENS_ELSEWHERE = 512
 # Bytes of one chunk's logits in fp32: enough rows for an efficient matrix product with the head, no more.
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
+# So many chunks of logits may exist at once where the head cannot be run in chunks.
+_CHUNKS_AT_ONCE = 4
+
+
+# Log-probabilities are made for a quarter of a chunk, though not for fewer rows than a GPU has processors.
+_PARTS = 4
+_LEAST_ROWS_OF_A_PART = 128
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Device tensors of one forward; `positions` index the flattened (rows · length) hidden states."""
+    """Tensors of one forward; `positions` index the flattened (rows · length) hidden states."""
 
     input_ids: torch.Tensor  # (rows, length) int64
-    positions: torch.Tensor  # (scored,) int64
-    targets: torch.Tensor  # (scored,) int64
+    positions: torch.Tensor  # (scored,) int64; 0 where there is nothing more to score
+    targets: torch.Tensor  # (scored,) int64; −100 there, whose loss is exactly 0
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def copy_(self, other: MicroBatch) -> None:
+        for mine, new in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine.copy_(new)
 
 
 def plan_micro_batches(lengths: Sequence[int], max_tokens: int, forward_cost: int) -> list[list[int]]:
@@ -73,6 +107,68 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, forward_cost: in
     return groups[::-1]
 
 
+def plan(lm: CausalLM, lengths: Sequence[int], max_tokens: int, device: torch.device) -> list[list[int]]:
+    """The micro-batches of examples with these numbers of positions to compute, as lists of indices."""
+    return plan_micro_batches(lengths, token_limit(lm, max_tokens, device), forward_cost(device))
+
+
+def forward_cost(device: torch.device) -> int:
+    """What one more forward costs, in tokens."""
+    return _FORWARD_IN_TOKENS.get(device.type, _FORWARD_IN_TOKENS_ELSEWHERE)
+
+
+def token_limit(lm: CausalLM, max_tokens: int, device: torch.device) -> int:
+    """Padded tokens per forward at most, so that the logits of one forward fit where they exist at once."""
+    return max_tokens if lm.through is None else min(max_tokens, _CHUNKS_AT_ONCE * _chunk_rows(lm, device))
+
+
+def _chunk_rows(lm: CausalLM, device: torch.device, budget: int | None = None) -> int:
+    budget = budget or _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
+    return max(16, budget // (4 * (lm.vocabulary or 1 << 16)))
+
+
+def could_be_given_a_mask(lm: CausalLM) -> bool:
+    """Whether the model would make a mask, and read from the device for it, where it is given none."""
+    return attends_eagerly(attention_configs(lm.backbone)) and accepts_argument(lm.backbone, "attention_mask")
+
+
+def lay_out(
+    examples: Sequence[Example], pad: int, *, rows: int = 0, length: int = 0, scored: int = 0
+) -> MicroBatch:
+    """`examples` as one micro-batch on the CPU, of at least the given sizes."""
+    rows, length = max(rows, len(examples)), max(length, *(example.computed for example in examples), 1)
+    ids, targets = torch.full((rows, length), pad), torch.full((rows, length), IGNORE)
+    for i, example in enumerate(examples):
+        ids[i, : example.computed] = example.input_ids[: example.computed]
+        targets[i, : example.computed] = example.labels[1 : example.computed + 1]
+    positions = targets.flatten().ne(IGNORE).nonzero().flatten()
+    targets = targets.flatten()[positions]
+    missing = max(0, scored - positions.numel())
+    return MicroBatch(ids, F.pad(positions, (0, missing)), F.pad(targets, (0, missing), value=IGNORE))
+
+
+def assign(examples: Sequence[Example], rooms: Sequence[tuple[int, int, int]]) -> list[list[Example]] | None:
+    """Examples for micro-batches of (rows, length, labels), or None where they were not found to fit.
+
+    From long to short: a room that is long enough for an example is so for all later ones, so any free row
+    will do, and the one with most labels to spare is taken.
+    """
+    placed: list[list[Example]] = [[] for _ in rooms]
+    spare = [labels for _, _, labels in rooms]
+    for example in sorted(examples, key=lambda example: (-example.computed, -example.scored)):
+        fitting = [
+            i
+            for i, (rows, length, _) in enumerate(rooms)
+            if length >= example.computed and rows > len(placed[i]) and spare[i] >= example.scored
+        ]
+        if not fitting:
+            return None
+        chosen = max(fitting, key=spare.__getitem__)
+        placed[chosen].append(example)
+        spare[chosen] -= example.scored
+    return placed
+
+
 class LabelledLoss:
     """Token-weighted mean NLL of `examples`: calling it runs the forward and returns a 0-dim float64 tensor.
 
@@ -93,33 +189,47 @@ class LabelledLoss:
         self.lm = lm
         self.device = device
         self.scored = sum(example.scored for example in examples)
-        budget = chunk_bytes or _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
-        self.chunk_rows = max(16, budget // (4 * (lm.vocabulary or 1 << 16)))
+        self.chunk_rows = _chunk_rows(lm, device, chunk_bytes)
+        self.part_rows = max(_LEAST_ROWS_OF_A_PART, -(-self.chunk_rows // _PARTS))
         self._arguments: dict[str, Any] = {}
         if accepts_argument(lm.backbone, "use_cache"):
             self._arguments["use_cache"] = False
         self._attention_configs = attention_configs(lm.backbone)
+        size = lm.embeddings or lm.vocabulary or 1
+        pad = getattr(lm.config, "pad_token_id", None)
+        self._pad = pad if isinstance(pad, int) and 0 <= pad < size else 0
         groups = [list(range(len(examples)))]
         if not one_batch:
-            cost = _FORWARD_IN_TOKENS.get(device.type, _FORWARD_IN_TOKENS_ELSEWHERE)
-            groups = plan_micro_batches([example.computed for example in examples], max_tokens, cost)
-        self.micro_batches = [self._micro_batch([examples[i] for i in group]) for group in groups]
+            groups = plan(lm, [example.computed for example in examples], max_tokens, device)
+        self.micro_batches = [lay_out([examples[i] for i in group], self._pad).to(device) for group in groups]
+        self._divisor = torch.tensor(self.scored, dtype=torch.float64, device=device)
+        self._masks: dict[int, torch.Tensor] = {}
+        if lm.given_mask:
+            dtype = lm.embedding_dtype
+            for length in {batch.input_ids.shape[1] for batch in self.micro_batches}:
+                self._masks[length] = causal_mask(length, dtype, device)
 
-    def _micro_batch(self, rows: list[Example]) -> MicroBatch:
-        length = max(row.computed for row in rows)
-        pad = getattr(self.lm.config, "pad_token_id", None)
-        size = self.lm.embeddings or self.lm.vocabulary or 1
-        ids = torch.full((len(rows), length), pad if isinstance(pad, int) and 0 <= pad < size else 0)
-        targets = torch.full((len(rows), length), IGNORE)
-        for i, row in enumerate(rows):
-            ids[i, : row.computed] = row.input_ids[: row.computed]
-            targets[i, : row.computed] = row.labels[1 : row.computed + 1]
-        positions = targets.flatten().ne(IGNORE).nonzero().flatten()
-        place = self.device
-        return MicroBatch(ids.to(place), positions.to(place), targets.flatten()[positions].to(place))
+    def swap(self, examples: Sequence[Example]) -> bool:
+        """Put `examples` in place of the present ones, at the same addresses; False where they do not fit."""
+        rooms = [(*batch.input_ids.shape, batch.positions.numel()) for batch in self.micro_batches]
+        placed = assign(examples, rooms)
+        if placed is None:
+            return False
+        new = [
+            lay_out(group, self._pad, rows=rows, length=length, scored=labels)
+            for group, (rows, length, labels) in zip(placed, rooms, strict=True)
+        ]
+        with interrupt_later():
+            for mine, other in zip(self.micro_batches, new, strict=True):
+                mine.copy_(other)
+            self.scored = sum(example.scored for example in examples)
+            self._divisor.fill_(self.scored)
+        return True
 
     def __call__(self) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        # Whoever changes the attention implementation later needs other masks or none.
+        masks = self._masks if attends_eagerly(self._attention_configs) else {}
         with ExitStack() as stack:
             stack.enter_context(maskless_attention(self.lm.backbone, self._attention_configs))
             autocast = find_autocast(self.lm.wrappers)
@@ -128,24 +238,47 @@ class LabelledLoss:
                     torch.autocast(autocast.device, dtype=autocast.fast_dtype, cache_enabled=False)
                 )
             for batch in self.micro_batches:
-                self._add_micro_batch(batch, total)
-        return total / self.scored
+                mask = masks.get(batch.input_ids.shape[1])
+                self._add_micro_batch(batch, total, {} if mask is None else {"attention_mask": mask})
+        return total / self._divisor
 
-    def _add_micro_batch(self, batch: MicroBatch, total: torch.Tensor) -> None:
-        output = self.lm.backbone(input_ids=batch.input_ids, **self._arguments)
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        hidden = hidden.flatten(0, 1).index_select(0, batch.positions.to(hidden.device))
+    def _add_micro_batch(self, batch: MicroBatch, total: torch.Tensor, extra: dict[str, Any]) -> None:
+        if self.lm.through is not None:
+            return self._add_losses(self._logits_of_the_whole(batch, extra), batch.targets, None, total)
+        output = self.lm.backbone(input_ids=batch.input_ids, **self._arguments, **extra)
+        hidden = _labelled(output if isinstance(output, torch.Tensor) else output[0], batch.positions)
         del output
         for rows, targets in zip(
             hidden.split(self.chunk_rows), batch.targets.split(self.chunk_rows), strict=True
         ):
-            total += self._chunk_loss(rows, targets).to(total.device)
+            self._add_losses(self.lm.head(rows.unsqueeze(0)).squeeze(0), targets, self.lm.softcap, total)
 
-    def _chunk_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self.lm.head(hidden.unsqueeze(0)).squeeze(0)
-        if self.lm.softcap is not None:
-            logits = torch.tanh(logits / self.lm.softcap) * self.lm.softcap
+    def _logits_of_the_whole(self, batch: MicroBatch, extra: dict[str, Any]) -> torch.Tensor:
+        def pick(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (_labelled(inputs[0], batch.positions).unsqueeze(0), *inputs[1:])
+
+        hook = self.lm.head.register_forward_pre_hook(pick)
+        try:
+            output = self.lm.through(input_ids=batch.input_ids, **self._arguments, **extra)
+        finally:
+            hook.remove()
+        logits = getattr(output, "logits", None)
+        return (output[0] if logits is None else logits).squeeze(0)
+
+    def _add_losses(
+        self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, total: torch.Tensor
+    ) -> None:
         precision = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        log_probabilities = F.log_softmax(logits, dim=-1, dtype=precision)
-        losses = F.nll_loss(log_probabilities, targets.to(logits.device), reduction="none")
-        return losses.sum(dtype=torch.float64)
+        targets = targets.to(logits.device)
+        for rows, wanted in zip(logits.split(self.part_rows), targets.split(self.part_rows), strict=True):
+            if softcap is not None:
+                rows = torch.tanh(rows / softcap) * softcap
+            log_probabilities = F.log_softmax(rows, dim=-1, dtype=precision)
+            losses = F.nll_loss(log_probabilities, wanted, reduction="none", ignore_index=IGNORE)
+            del rows, log_probabilities  # else they live on while the next part's are made
+            total += losses.sum(dtype=torch.float64).to(total.device)
+
+
+def _labelled(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(scored, width) of hidden states (rows, length, width)."""
+    return hidden.flatten(0, 1).index_select(0, positions.to(hidden.device))
