@@ -32,6 +32,20 @@ class Cuda:
     def is_rocm(self) -> bool:
         return torch.version.hip is not None
 
+    def torch_problem(self) -> str | None:
+        """What this torch lacks."""
+        needed = ("raw_cuda_graph", "instantiate", "capture_begin")
+        missing = [name for name in needed if not hasattr(torch.cuda.CUDAGraph, name)]
+        return f"torch {torch.__version__} has no CUDAGraph.{missing[0]}" if missing else None
+
+    def triton_problem(self) -> str | None:
+        """Why the kernels of a search cannot be had, None when they can."""
+        try:
+            import ffkernels.ops.decide  # noqa: F401
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
     def allocator(self) -> str:
         return torch.cuda.get_allocator_backend()
 
@@ -69,12 +83,46 @@ class Cuda:
         torch.cuda.synchronize(device)
 
     def new_pool(self, device: torch.device) -> Any:
-        """A pool of memory that gives back what it holds when the last reference to it goes."""
-        return torch.cuda.MemPool()
+        """Memory apart from all other, held until `close_pool`."""
+        pool = torch.cuda.graph_pool_handle()
+        self._begin_allocating(pool, device)  # makes the pool, with one reference, which stays
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        return pool
 
-    def in_pool(self, pool: Any, device: torch.device) -> AbstractContextManager:
+    @contextmanager
+    def in_pool(self, pool: Any, device: torch.device) -> Iterator[None]:
         """What this thread allocates comes from the pool."""
-        return torch.cuda.use_mem_pool(pool, device)
+        self._begin_allocating(pool, device)
+        try:
+            yield
+        finally:
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
+
+    def close_pool(self, pool: Any, device: torch.device) -> None:
+        """Give the memory back, when the graphs that used it are reset."""
+        torch._C._cuda_releasePool(device.index, pool)
+        # In some versions of torch a capture that failed keeps its reference. How many are left cannot be
+        # asked, but a pool without any cannot be allocated from: that raises.
+        for _ in range(8):
+            try:
+                self._begin_allocating(pool, device)
+            except RuntimeError:
+                break
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
+        self.empty_cache()
+
+    def _begin_allocating(self, pool: Any, device: torch.device) -> None:
+        torch._C._cuda_beginAllocateCurrentThreadToPool(device.index, pool)
+
+    def empty_cache(self) -> None:
+        """Give unused memory back to the device: none is looked for there while one allocates from a pool."""
+        torch.cuda.empty_cache()
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     @contextmanager
     def sync_is_error(self) -> Iterator[None]:
@@ -91,7 +139,7 @@ class Cuda:
 
     def begin(self, graph: Any, pool: Any) -> None:
         """The current stream records from here on. Other threads may do what they like meanwhile."""
-        graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
 
     def work(self, graph: Any, fn: Callable[[], Any]) -> Any:
         """Call what is captured, between `begin` and `end`."""
@@ -103,21 +151,24 @@ class Cuda:
     def abandon(self, graph: Any, pool: Any, device: torch.device) -> None:
         """Undo what a capture leaves behind that never ended, or whose end was refused. Never raises.
 
-        The stream stops recording with the first attempt to end it, whatever that returns. torch then keeps
-        sending allocations to the pool, holds a reference to it, and believes the generator to be recorded.
+        The stream stops recording with the first attempt to end it, whatever that returns. What torch does
+        then depends on its version: it may go on to send allocations to the pool, and leave the generator in
+        the state of being recorded, in which it refuses to draw.
         """
         with suppress(Exception):
             graph.capture_end()
         with suppress(Exception):
             graph.reset()
         with suppress(Exception):
-            torch._C._cuda_endAllocateToPool(device.index, pool.id)  # raises when that is not so
-            torch._C._cuda_releasePool(device.index, pool.id)
-        with suppress(Exception):
-            generator = torch.cuda.default_generators[device.index]
-            fresh = torch.Generator(device)
-            fresh.set_state(generator.get_state())
-            generator.graphsafe_set_state(fresh)
+            torch._C._cuda_endAllocateToPool(device.index, pool)  # raises where that has happened
+        try:
+            torch.empty(1, device=device).uniform_()
+        except Exception:
+            with suppress(Exception):
+                generator = torch.cuda.default_generators[device.index]
+                fresh = torch.Generator(device)
+                fresh.set_state(generator.get_state())
+                generator.graphsafe_set_state(fresh)
 
     def raw(self, graph: Any) -> int:
         return graph.raw_cuda_graph()

@@ -15,9 +15,13 @@ cannot set it gives a loop that never runs, not one that never ends.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -58,24 +62,42 @@ class CaptureFailed(RuntimeError):
     """Work that cannot become a graph. The message says what, why, and what to do about it."""
 
 
+class _Place:
+    """Where captures happen: a stream and memory of their own, given back by the last that leaves."""
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = graph_driver.cuda
+        self.device, self.guests = device, 0
+        self.stream = cuda.new_stream(device)
+        self.pool = cuda.new_pool(device)
+
+    def leave(self) -> None:
+        self.guests -= 1
+        if not self.guests:
+            graph_driver.cuda.close_pool(self.pool, self.device)
+
+
 class Capture:
     """What a function does on `device`, recorded and replayed.
 
     Args:
         device: where the work happens; all of it, on the stream that is current inside the function.
         pool: another capture, whose stream and memory this one shares. Such captures must be replayed in the
-            order of their capture, keep nothing in that memory between replays, and be closed together.
+            order of their capture, and keep nothing in that memory between replays.
     """
 
     def __init__(self, device: torch.device, *, pool: Capture | None = None) -> None:
-        cuda = graph_driver.cuda
         self.device = device
         self._graph: Any = None
         self._value: Any = None
-        self._closed = False
-        with cuda.guard(device):
-            self._stream = cuda.new_stream(device) if pool is None else pool._stream
-            self._pool = cuda.new_pool(device) if pool is None else pool._pool
+        self._place: _Place | None = None
+        if pool is not None and pool._place is None:
+            raise RuntimeError(
+                "the capture whose memory was to be shared is closed; share that of a live one"
+            )
+        with _explained("be captured in a CUDA graph"), graph_driver.cuda.guard(device):
+            self._place = _Place(device) if pool is None else pool._place
+            self._place.guests += 1
 
     def warm_up(self, fn: Callable[[], Any], times: int = 2) -> None:
         """Call `fn` as often as it takes until everything is compiled, loaded and chosen.
@@ -84,37 +106,38 @@ class Capture:
         where it did. What `fn` changes stays changed, except for the random generators.
         """
         cuda = graph_driver.cuda
-        with self._side_stream(), cuda.in_pool(self._pool, self.device):
+        with _explained("be warmed up for a CUDA graph"), self._side_stream() as place:
             for left in reversed(range(times)):
                 try:
-                    if left:
-                        fn()
-                    else:
-                        with cuda.sync_is_error():
-                            fn()
-                except Exception as error:
-                    raise _failed("cannot be warmed up for a CUDA graph", error) from error
+                    self._rehearse(fn, place, strict=not left)
+                except torch.OutOfMemoryError:
+                    # What lies unused outside of the pool is not taken back while one allocates from it.
+                    cuda.empty_cache()
+                    self._rehearse(fn, place, strict=not left)
+
+    def _rehearse(self, fn: Callable[[], Any], place: _Place, strict: bool) -> None:
+        cuda = graph_driver.cuda
+        with cuda.in_pool(place.pool, self.device), cuda.sync_is_error() if strict else nullcontext():
+            fn()
 
     def capture(self, fn: Callable[[], T]) -> T:
         """Record what `fn` does, which happens with each replay only. Returns what `fn` returns.
 
-        Tensors among that are overwritten by each replay. When `CaptureFailed` is raised, stream, allocator
-        and random generators are as they were.
+        Tensors among that are overwritten by each replay. When this raises, stream, allocator and random
+        generators are as they were.
         """
         cuda = graph_driver.cuda
-        if self._graph is not None or self._closed:
+        if self._graph is not None:
             raise RuntimeError("a Capture records once; make a new one")
-        with self._side_stream(), _no_collection():
+        with _explained("be captured in a CUDA graph"), self._side_stream() as place, _no_collection():
             graph = cuda.new_graph()
             try:
-                cuda.begin(graph, self._pool)
+                cuda.begin(graph, place.pool)
                 value = cuda.work(graph, fn)
                 cuda.end(graph)
-            except BaseException as error:
-                cuda.abandon(graph, self._pool, self.device)
-                if not isinstance(error, Exception):
-                    raise
-                raise _failed("cannot be captured in a CUDA graph", error) from error
+            except BaseException:
+                cuda.abandon(graph, place.pool, self.device)
+                raise
         self._graph, self._value = graph, value
         return value
 
@@ -125,59 +148,59 @@ class Capture:
 
     def replay(self) -> None:
         """Launch the graph on the current stream."""
-        cuda = graph_driver.cuda
         graph = self._recorded()
-        with cuda.guard(self.device):
-            cuda.replay(graph)
+        with graph_driver.cuda.guard(self.device):
+            graph_driver.cuda.replay(graph)
 
     def close(self) -> None:
-        """Wait for the device, then give everything back. A graph made from this one is closed before."""
-        if self._closed:
-            return
-        self._closed = True
-        graph, self._graph, self._value = self._graph, None, None
+        """Wait for the device, then give everything back; a `WhileGraph` made of it is closed before."""
         cuda = graph_driver.cuda
-        with cuda.guard(self.device):
-            try:
-                if graph is not None:
-                    cuda.synchronize(self.device)
-            finally:
-                if graph is not None:
-                    cuda.reset(graph)
-                self._pool = self._stream = None
+        graph, self._graph, self._value = self._graph, None, None
+        place, self._place = self._place, None
+        if place is None:
+            return
+        with ExitStack() as last, cuda.guard(self.device):
+            last.callback(place.leave)
+            if graph is not None:
+                last.callback(cuda.reset, graph)
+            cuda.synchronize(self.device)
+
+    def __del__(self) -> None:
+        _forgotten(self)
 
     def _recorded(self) -> Any:
         if self._graph is None:
-            raise RuntimeError("nothing is captured" + (": the capture was closed" if self._closed else ""))
+            raise RuntimeError("there is nothing to replay: nothing was captured, or the capture was closed")
         return self._graph
 
     @contextmanager
-    def _side_stream(self) -> Iterator[None]:
+    def _side_stream(self) -> Iterator[_Place]:
         """On the own stream, after all that the current one holds; which then waits in turn."""
-        cuda = graph_driver.cuda
+        cuda, place = graph_driver.cuda, self._place
+        if place is None:
+            raise RuntimeError("the capture is closed; make a new one")
         with cuda.guard(self.device), keep_random_state(self.device):
             outer = cuda.current_stream(self.device)
-            cuda.wait(self._stream, outer)
+            cuda.wait(place.stream, outer)
             try:
-                with cuda.on_stream(self._stream):
-                    yield
+                with cuda.on_stream(place.stream):
+                    yield place
             finally:
-                cuda.wait(outer, self._stream)
+                cuda.wait(outer, place.stream)
 
 
 class WhileGraph:
     """Work that repeats itself on the device: a prologue, then a body while a condition is set.
 
-    `handle` goes to the kernels that set the condition, so it is there before either part is captured. Both
-    captures stay alive, as theirs is the memory.
+    `handle` goes to the kernels that set the condition, so it is there before either part is captured.
     """
 
     def __init__(self, device: torch.device) -> None:
         cuda = graph_driver.cuda
         self.device = device
-        self._exec = 0
-        with cuda.guard(device):
-            cuda.current_stream(device)
+        self.handle = self._top = self._exec = 0
+        self._parts: tuple[Capture, ...] = ()
+        with _explained("be put into a CUDA WHILE node", "step_graph"), cuda.guard(device):
             self._top = cuda.graph_create()
             try:
                 self.handle = cuda.handle_create(self._top)
@@ -190,45 +213,42 @@ class WhileGraph:
         cuda = graph_driver.cuda
         if self._exec or not self._top:
             raise RuntimeError("a WhileGraph is built once; make a new one")
-        bad = [f"{node} before the loop" for node in audit(prologue.raw, in_loop=False)]
-        bad += [f"{node} in the loop" for node in audit(body.raw, in_loop=True)]
-        if bad:
-            raise CaptureFailed(
-                f"a CUDA WHILE node cannot hold {', '.join(bad)}; take executor='step_graph', or remove it"
-            )
-        try:
-            with cuda.guard(self.device):
-                first = cuda.add_child(self._top, [], prologue.raw)
-                inside = cuda.add_while(self._top, [first], self.handle)
-                cuda.add_child(inside, [], body.raw)
-                self._exec = cuda.exec_create(self._top)
-        except Exception as error:
-            raise _failed("cannot be put into a CUDA WHILE node", error) from error
+        with _explained("be put into a CUDA WHILE node", "step_graph"), cuda.guard(self.device):
+            bad = [f"{node} before the loop" for node in audit(prologue.raw, in_loop=False)]
+            bad += [f"{node} in the loop" for node in audit(body.raw, in_loop=True)]
+            if bad:
+                raise RuntimeError(f"it holds {', '.join(bad)}")
+            first = cuda.add_child(self._top, [], prologue.raw)
+            inside = cuda.add_while(self._top, [first], self.handle)
+            cuda.add_child(inside, [], body.raw)
+            self._exec = cuda.exec_create(self._top)
+            # The copies work in the memory of what they were copied from.
+            self._parts = (prologue, body)
 
     def launch(self) -> None:
         """Launch prologue and loop on the current stream; waits for nothing."""
         if not self._exec:
-            raise RuntimeError("nothing to launch: the graph was not built, or it was closed")
+            raise RuntimeError("there is nothing to launch: the graph was not built, or it was closed")
         cuda = graph_driver.cuda
         with cuda.guard(self.device):
             cuda.exec_launch(self._exec, cuda.current_stream(self.device))
 
     def close(self) -> None:
-        """Wait for the device and destroy the graph, before the captures it was built from are closed."""
+        """Wait for the device and destroy the graph; the captures it was built from are closed afterwards."""
         cuda = graph_driver.cuda
         executable, self._exec = self._exec, 0
         top, self._top = self._top, 0
-        with cuda.guard(self.device):
-            try:
-                if executable:
-                    cuda.synchronize(self.device)
-            finally:
-                try:
-                    if executable:
-                        cuda.exec_destroy(executable)
-                finally:
-                    if top:
-                        cuda.graph_destroy(top)
+        self._parts = ()
+        if not top:
+            return
+        with ExitStack() as last, cuda.guard(self.device):
+            last.callback(cuda.graph_destroy, top)
+            if executable:
+                last.callback(cuda.exec_destroy, executable)
+                cuda.synchronize(self.device)
+
+    def __del__(self) -> None:
+        _forgotten(self)
 
 
 def audit(raw: int, *, in_loop: bool) -> list[str]:
@@ -255,5 +275,40 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _failed(what: str, error: Exception) -> CaptureFailed:
-    return CaptureFailed(f"the work {what}: {error}")
+def _forgotten(graph: Capture | WhileGraph) -> None:
+    """Close what nobody closed, unless that would do harm: at exit, or in the midst of another capture."""
+    if not sys.is_finalizing():
+        with suppress(Exception):
+            if not graph_driver.cuda.is_capturing():
+                graph.close()
+
+
+@contextmanager
+def _explained(what: str, instead: str = "eager") -> Iterator[None]:
+    """Errors become `CaptureFailed`, which says where the work failed and what to do."""
+    try:
+        yield
+    except CaptureFailed:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise CaptureFailed(
+            f"the work cannot {what}: there is not enough memory for it beside the training's"
+            f" ({_line(error)}); validate fewer tokens at a time, or take executor={instead!r}"
+        ) from error
+    except Exception as error:
+        raise CaptureFailed(
+            f"the work cannot {what}: {_line(error)}{_origin(error)}; change that, or take"
+            f" executor={instead!r}"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _origin(error: Exception) -> str:
+    """The innermost line of code outside of torch and of this module that an error came through."""
+    driver = sys.modules[type(graph_driver.cuda).__module__].__file__
+    own = (__file__, driver, contextlib.__file__, str(Path(torch.__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
+    return f", at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""

@@ -14,7 +14,8 @@ raises, as on a GPU. A WHILE node repeats its body while its condition, set by `
 
     fake.fail("exec_create")                    # the next call of that method raises; (..., times=3, after=1)
     fake.nodes = ["KERNEL", "HOST"]             # what captures from here on are found to consist of
-    fake.driver = 12020; fake.problem = "..."   # an old driver; no cuda-bindings
+    fake.driver = 12020; fake.problem = "..."   # an old driver; no cuda-bindings; also rocm, backend,
+                                                # old_torch, no_triton
     fake.calls                                  # names of all calls so far
     fake.launches                               # "replay" or "while", one per launch
     fake.iterations                             # of the body, one number per launch of a WHILE graph
@@ -27,7 +28,6 @@ import gc
 import importlib.util
 import itertools
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -102,16 +102,12 @@ class Stream:
     waited_for: list[Stream] = field(default_factory=list)
 
 
-class Pool:
-    """Alive as long as anybody holds it."""
-
-
 @dataclass(eq=False)
 class Graph:
     """What torch.cuda.CUDAGraph is: captured work, or none yet."""
 
     nodes: list[tuple[str, int]] = field(default_factory=list)
-    pool: Pool | None = None
+    pool: int | None = None
     fn: Callable[[], Any] | None = None
     value: Any = None
     before: Contents | None = None
@@ -135,7 +131,10 @@ class FakeCuda:
     """See the top of the file."""
 
     def __init__(self) -> None:
-        self.driver, self.problem, self.rocm, self.backend = 13000, None, False, "native"
+        self.driver, self.rocm, self.backend = 13000, False, "native"
+        self.problem: str | None = None
+        self.old_torch: str | None = None
+        self.no_triton: str | None = None
         self.nodes = ["KERNEL", "MEMSET", "KERNEL"]
         self.calls: list[str] = []
         self.launches: list[str] = []
@@ -146,7 +145,7 @@ class FakeCuda:
         self.decide = interpreted_decide()
         self._failures: dict[str, list[Exception | None]] = {}
         self._numbers = itertools.count(1000)
-        self._pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+        self._pools: set[int] = set()
         self._graphs: dict[int, Graph] = {}
         self._tops: dict[int, DriverGraph] = {}
         self._execs: dict[int, DriverGraph] = {}
@@ -207,6 +206,12 @@ class FakeCuda:
     def is_rocm(self) -> bool:
         return self.rocm
 
+    def torch_problem(self) -> str | None:
+        return self.old_torch
+
+    def triton_problem(self) -> str | None:
+        return self.no_triton
+
     def allocator(self) -> str:
         return self.backend
 
@@ -245,16 +250,30 @@ class FakeCuda:
     def synchronize(self, device) -> None:
         self._called("synchronize", during_capture=False)
 
-    def new_pool(self, device) -> Pool:
-        self._called("new_pool")
-        pool = Pool()
+    def new_pool(self, device) -> int:
+        self._called("new_pool", during_capture=False)
+        pool = next(self._numbers)
         self._pools.add(pool)
         return pool
 
     @contextmanager
     def in_pool(self, pool, device) -> Iterator[None]:
         self._called("in_pool")
+        if pool not in self._pools:
+            raise RuntimeError("there is no such pool")
         yield
+
+    def close_pool(self, pool, device) -> None:
+        self._called("close_pool", during_capture=False)
+        if any(graph.pool == pool for graph in self._graphs.values()):
+            raise RuntimeError("the pool of a graph that lives")
+        self._pools.remove(pool)
+
+    def empty_cache(self) -> None:
+        self._called("empty_cache", during_capture=False)
+
+    def is_capturing(self) -> bool:
+        return self.capturing is not None
 
     @contextmanager
     def sync_is_error(self) -> Iterator[None]:
@@ -269,6 +288,8 @@ class FakeCuda:
         self._called("begin", during_capture=False)
         if self.stream.name == "default":
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
+        if pool not in self._pools:
+            raise RuntimeError("there is no such pool")
         graph.before, graph.pool, self.capturing = Contents(), pool, graph
 
     def work(self, graph, fn) -> Any:
