@@ -1,0 +1,232 @@
+"""TRL's SFTTrainer with and without Fast Forward: FLOPs on the way to the plain run's final test loss.
+
+    python benchmarks/bench_sft.py                                      the embedded model, about 3 minutes
+    python benchmarks/bench_sft.py --model smollm2-135m --steps 36 …    SmolLM2-135M
+    python benchmarks/bench_sft.py --fast                               the same in small: seconds
+
+For every learning rate, with the same seed, data order and adapter initialisation:
+
+    plain         SFTTrainer, constant schedule, N steps; its final test loss is L*
+    fast forward  the same with FastForwardCallback, until test loss ≤ L* + 1e-4, N steps at most
+
+FLOPs are measured (PyTorch's counter over the real forward and backward, Adam, and for Fast Forward every
+validation and weight move). The test loss is measured after every stage, every ``--check-every`` steps and at
+the end, outside the clock and charged to nobody. Writes one JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+TOLERANCE = 1e-4
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 3e-4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=120, help="of the plain run")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--train", type=int, default=4000, help="training examples")
+    parser.add_argument("--test", type=int, default=256, help="test examples")
+    parser.add_argument("--validation", type=int, default=32, help="validation examples of Fast Forward")
+    parser.add_argument("--search", default="parabolic", choices=["parabolic", "linear"])
+    parser.add_argument("--check-every", type=int, default=6)
+    parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--fast", action="store_true", help="small and quick; the numbers mean little")
+    parser.add_argument("--out", type=Path, help="the JSON file; default runs/bench_sft.json")
+    options = parser.parse_args(argv)
+    if options.fast:
+        options.steps, options.batch_size, options.train, options.test = 24, 32, 400, 48
+        options.lr = options.lr[-1:]
+    return options
+
+
+def splits(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Docstring → function pairs as TRL's prompt and completion; the splits share no example."""
+    from datasets import Dataset
+
+    from ffkernels.training.standard_library import documented_functions
+
+    rows = [{"prompt": f'"""{doc}"""\n', "completion": code} for doc, code in documented_functions()]
+    rows = [row for row in rows if len(row["prompt"]) <= 2 * options.max_length]
+    random.Random(seed).shuffle(rows)
+    sizes = {"test": options.test, "validation": options.validation, "train": options.train}
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        parts[name] = Dataset.from_list(rows[start : start + size])
+        start += size
+    return parts
+
+
+def run(
+    options: argparse.Namespace, lr: float, seed: int, fast_forward: bool, target: float | None
+) -> dict[str, Any]:
+    """One training run; its curve of (step, test loss, FLOPs, seconds) and how it ended."""
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from ffkernels import FastForwardCallback, FastForwardConfig, ValidationLoss
+    from ffkernels.reporting.flops import FlopMeter
+    from ffkernels.training import trainer_access
+    from ffkernels.training.models import attention_targets, load_model
+    from ffkernels.training.step_flops import StepFlops
+
+    model, tokenizer = load_model(options.model)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = tokenizer.for_transformers()
+    data = splits(options, seed)
+    ff = FastForwardCallback(config=FastForwardConfig(search=options.search))
+
+    class Measure(TrainerCallback):
+        """Counts the plain run's FLOPs, measures the test loss, and stops at the target."""
+
+        def __init__(self):
+            self.curve, self.stages, self.paused = [], 0, 0.0
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            examples, collator = trainer_access.examples_and_collator(trainer, trainer.eval_dataset["test"])
+            self.test = ValidationLoss(model, examples, collator=collator)
+            self.meter = FlopMeter(sum(p.numel() for p in model.parameters() if p.requires_grad))
+            if not fast_forward:  # else the callback counts
+                self.costs = StepFlops()
+                trainer_access.wrap_training_step(trainer, self.count)
+            self.began = perf_counter()
+            self.measure(state)
+
+        @contextmanager
+        def count(self, model, inputs):
+            with self.costs.batch(model, inputs) as cost:
+                yield
+            self.meter.add(cost[0])
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.meter.optimizer_step()
+            staged, self.stages = len(ff.stages) > self.stages, len(ff.stages)
+            step = state.global_step
+            if staged or step % options.check_every == 0 or step == options.steps:
+                loss = self.measure(state)
+                control.should_training_stop |= target is not None and loss <= target
+
+        def measure(self, state):
+            begin = perf_counter()
+            loss = float(self.test())
+            flops = dict(ff.flops if fast_forward else self.meter.totals)
+            seconds = begin - self.began - self.paused
+            step = state.global_step
+            self.curve.append({"step": step, "test_loss": loss, "flops": flops, "seconds": seconds})
+            print(f"    step {step}: test loss {loss:.4f}, {flops['measured'] / 1e12:.3f} TFLOP", flush=True)
+            self.paused += perf_counter() - begin
+            return loss
+
+    measure = Measure()
+    with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
+        args = SFTConfig(
+            output_dir=folder,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            learning_rate=lr,
+            lr_scheduler_type="constant",
+            max_length=options.max_length,
+            seed=seed,
+            report_to=[],
+            logging_strategy="no",
+            save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
+            bf16=options.bf16,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=data["train"],
+            eval_dataset={"validation": data["validation"], "test": data["test"]},
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                r=options.rank,
+                lora_alpha=2 * options.rank,
+                target_modules=attention_targets(model),
+                task_type="CAUSAL_LM",
+            ),
+        )
+        for callback in [ff, measure] if fast_forward else [measure]:
+            trainer.add_callback(callback)
+        trainer.train()
+    last = measure.curve[-1]
+    return {
+        "name": "fast_forward" if fast_forward else "plain",
+        "lr": lr,
+        "seed": seed,
+        "optimizer_steps": last["step"],
+        "test_loss": last["test_loss"],
+        "flops": last["flops"],
+        "seconds": last["seconds"],
+        "curve": measure.curve,
+        "stages": [stage.to_dict() for stage in ff.stages],
+        "reached": None if target is None else last["test_loss"] <= target,
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    options = parse(argv)
+    import torch
+    import trl
+
+    from ffkernels.reporting.machine import machine_info, version_info
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    runs, savings = [], []
+    for lr in options.lr:
+        for seed in options.seeds:
+            print(f"lr {lr:g}, seed {seed}: plain")
+            plain = run(options, lr, seed, False, None)
+            print(f"lr {lr:g}, seed {seed}: fast forward, to {plain['test_loss'] + TOLERANCE:.4f}")
+            ff = run(options, lr, seed, True, plain["test_loss"] + TOLERANCE)
+            runs += [plain, ff]
+            saved = {name: 1 - ff["flops"][name] / plain["flops"][name] for name in ("measured", "paper")}
+            savings.append(
+                {
+                    "lr": lr,
+                    "seed": seed,
+                    "reached": ff["reached"],
+                    "flops_measured": saved["measured"],
+                    "flops_paper": saved["paper"],
+                    "seconds": 1 - ff["seconds"] / plain["seconds"],
+                }
+            )
+            print(f"  saved {saved['measured']:.1%} of the measured FLOPs; target reached: {ff['reached']}")
+    document = {
+        "kind": "sft",
+        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": {k: v for k, v in vars(options).items() if k != "out"},
+        "machine": machine_info(),
+        "versions": {**version_info(), "trl": trl.__version__},
+        "runs": runs,
+        "savings": savings,
+    }
+    out = options.out or Path("runs/bench_sft.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {out}")
+    return document
+
+
+if __name__ == "__main__":
+    main()
