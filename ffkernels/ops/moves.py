@@ -1,6 +1,7 @@
 """One checked layout of tensors, one implementation, one call: what stands behind every public weight move.
 
 Plans of plain lists are kept by address, so calling again with the same tensors does not check them again.
+Any thread may call; a plan that two of them make at the same time is made twice.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from threading import Lock
 from types import ModuleType
 
 import torch
@@ -31,6 +33,7 @@ _PLANS_KEPT = 16
 _plans: OrderedDict[tuple, Plan] = OrderedDict()
 # A CUDA graph holds addresses of the rows and constants of a plan, and nobody says when the graph is gone.
 _captured: dict[tuple, Plan] = {}
+_kept = Lock()  # around both
 
 _MODULES = {"cpp": "native", "cuda": "native_cuda", "triton": "triton_ops"}
 
@@ -42,32 +45,51 @@ def _kernels(impl: str) -> ModuleType:
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> tuple:
-    return tuple((t.data_ptr(), t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors)
+    return tuple((t.data_ptr(), t.shape, t.dtype, t.device, t.is_contiguous(), t.is_neg()) for t in tensors)
 
 
 def _plan_for(
     weights: Sequence[Tensor], deltas: Sequence[Tensor] | None, best: Sequence[Tensor], impl: str
 ) -> Plan:
     """The checked layout of three lists. Addresses, shapes and dtypes decide: a plan found is valid."""
+    for name, side in (("weights", weights), ("deltas", deltas), ("best", best)):
+        if isinstance(side, Tensor):  # it would be taken for the list of its rows
+            raise TypeError(f"{name} is a single tensor; pass a list of tensors, or a TensorTable alone")
     try:
         sides = (weights, deltas or (), best)
         key = (impl, deltas is None, *(_fingerprint(side) for side in sides))
     except (AttributeError, RuntimeError, NotImplementedError):
         key = None  # something that is no plain tensor: make_plan says what
-    plan = _captured.get(key) or _plans.get(key)
-    if plan is not None:
-        if key in _plans:
-            _plans.move_to_end(key)
-        if plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            _captured[key] = plan
-        return plan
+    with _kept:
+        plan = _captured.get(key) or _plans.get(key)
+        if plan is not None:
+            if key in _plans:
+                _plans.move_to_end(key)
+            _note_use(plan, key)
+            return plan
     plan = make_plan(weights, deltas, best, chunk=GPU_CHUNK if impl == "triton" else None)
     plan.impl = choose(impl, plan.device)
     if key is not None:
-        _plans[key] = plan
-        while len(_plans) > _PLANS_KEPT:
-            _plans.popitem(last=False)
+        with _kept:
+            _plans[key] = plan
+            _note_use(plan, key)
+            while len(_plans) > _PLANS_KEPT:
+                _let_go(_plans.popitem(last=False)[1])
     return plan
+
+
+def _note_use(plan: Plan, key: tuple) -> None:
+    if plan.device.type == "cuda":
+        plan.streams.add(torch.cuda.current_stream(plan.device))
+        if torch.cuda.is_current_stream_capturing():
+            _captured[key] = plan
+
+
+def _let_go(plan: Plan) -> None:
+    """Keep the memory of a plan's rows and constants until every stream that was handed it is done."""
+    for tensor in (*(group.rows for group in plan.groups), *plan.constants.values()):
+        for stream in plan.streams:
+            tensor.record_stream(stream)
 
 
 # Kernels get addresses from the plan. The tensors beside it are those whose autograd version counters they

@@ -46,6 +46,7 @@ class Plan:
     impl: str = "torch"
     native: Any = field(default=None, repr=False)  # the groups in the form a loaded backend wants
     constants: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # of scalars.as_tensor
+    streams: set = field(default_factory=set, repr=False)  # CUDA streams that a kept plan was used on
 
 
 def chunk_rows(
@@ -57,14 +58,15 @@ def chunk_rows(
     chunk: int,
 ) -> Tensor:
     """Cut tensors, given by addresses and sizes, into rows. A missing side has address 0 and keeps it."""
-    sizes = torch.tensor(numels, dtype=torch.int64)
+    # Addresses are put together on the host, whatever device is the default.
+    sizes = torch.tensor(numels, dtype=torch.int64, device="cpu")
     chunks = (sizes + chunk - 1) // chunk
     tensor = torch.repeat_interleave(chunks)
     first = torch.cumsum(chunks, 0) - chunks
-    start = (torch.arange(len(tensor)) - first[tensor]) * chunk
+    start = (torch.arange(len(tensor), device="cpu") - first[tensor]) * chunk
     columns = []
     for addresses in (weights, deltas, best):
-        base = torch.tensor(addresses, dtype=torch.int64)[tensor]
+        base = torch.tensor(addresses, dtype=torch.int64, device="cpu")[tensor]
         columns.append(torch.where(base == 0, 0, base + start * itemsize))
     columns.append((sizes[tensor] - start).clamp(max=chunk))
     return torch.stack(columns, 1).contiguous()
@@ -87,6 +89,11 @@ def _check_tensor(name: str, tensor: Any) -> None:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}; allowed are {allowed}. The arithmetic is float32, which would"
             " take from wider types what they are chosen for: convert the tensor or leave it out"
+        )
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name} is a view whose memory holds the negative of its values (such as `.conj().imag`); pass"
+            " `.resolve_neg()` of it"
         )
     if not tensor.is_contiguous():
         raise ValueError(

@@ -291,27 +291,40 @@ def test_the_plan_cache_is_bounded_and_holds_no_tensors():
     assert len(module._plans) <= 16
 
 
-def test_the_plan_of_a_captured_call_is_never_dropped(monkeypatch):
-    """A graph points to the plan's rows for as long as it lives."""
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """Plans that believe to lie on a GPU, a current stream and a capture to set, and what was recorded."""
+    from types import SimpleNamespace
+
     from ffkernels.ops import moves
 
-    def pretend_gpu(*args, **kwargs):
+    def on_gpu(*args, **kwargs):
         plan = make_plan(*args, **kwargs)
         plan.device = torch.device("cuda", 0)
         return plan
 
+    state = SimpleNamespace(capturing=False, stream="main", recorded=[])
     make_plan = moves.make_plan
-    monkeypatch.setattr(moves, "make_plan", pretend_gpu)
+    monkeypatch.setattr(moves, "make_plan", on_gpu)
     monkeypatch.setattr(moves, "_plans", type(moves._plans)())
     monkeypatch.setattr(moves, "_captured", {})
-    capturing = [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state.stream)
+    record = lambda tensor, stream: state.recorded.append((tensor.data_ptr(), stream))  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "record_stream", record)
+    return state
+
+
+def test_the_plan_of_a_captured_call_is_never_dropped(pretend_gpu):
+    """A graph points to the plan's rows for as long as it lives."""
+    from ffkernels.ops import moves
+
     sides = [[torch.zeros(3)] for _ in range(2)]
     ops.checkpoint_(*sides, impl="torch")
     assert not moves._captured
-    capturing[0] = True
+    pretend_gpu.capturing = True
     ops.checkpoint_(*sides, impl="torch")
-    capturing[0] = False
+    pretend_gpu.capturing = False
     (kept,) = moves._captured.values()
     alive = []
     for size in range(1, 40):
@@ -319,6 +332,65 @@ def test_the_plan_of_a_captured_call_is_never_dropped(monkeypatch):
         ops.checkpoint_(*alive[-1], impl="torch")
     assert kept not in moves._plans.values()
     assert moves._plan_for(sides[0], None, sides[1], "torch") is kept
+
+
+def test_a_dropped_plan_waits_for_the_streams_that_read_it(pretend_gpu):
+    """Its rows may be freed by a call on one stream while kernels on another still have to read them."""
+    from ffkernels.ops import moves
+
+    sides = [[torch.zeros(3)] for _ in range(2)]
+    for pretend_gpu.stream in ("main", "side", "main"):
+        ops.checkpoint_(*sides, impl="torch")
+    plan = moves._plan_for(sides[0], None, sides[1], "torch")
+    plan.constants["one"] = torch.ones(1)
+    held = [plan.groups[0].rows.data_ptr(), plan.constants["one"].data_ptr()]
+    pretend_gpu.stream, alive = "other", []
+    for size in range(4, 20):
+        assert pretend_gpu.recorded == []
+        alive.append([[torch.zeros(size)] for _ in range(2)])
+        ops.checkpoint_(*alive[-1], impl="torch")
+    assert sorted(pretend_gpu.recorded) == sorted((at, on) for at in held for on in ("main", "side"))
+
+
+def test_threads_may_share_the_kept_plans():
+    import sys
+    import threading
+
+    failed = []
+
+    def work(seed):
+        lists = [([torch.full((n + 1,), float(seed))], [torch.zeros(n + 1)]) for n in range(24)]
+        try:
+            for weights, best in lists * 8:
+                best[0].zero_()
+                ops.checkpoint_(weights, best, impl="torch")
+                if not torch.equal(best[0], weights[0]):
+                    failed.append("wrong")
+        except Exception as error:
+            failed.append(repr(error))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failed == []
+
+
+@pytest.mark.parametrize("side", ["weights", "deltas", "best"])
+def test_one_tensor_is_not_the_list_of_its_rows(side):
+    lists = {name: [torch.zeros(4)] * 1 for name in ("weights", "deltas", "best")}
+    lists[side] = torch.zeros(1, 4)
+    with pytest.raises(TypeError, match=f"{side} is a single tensor; pass a list of tensors"):
+        ops.delta_(*lists.values())
+    if side != "deltas":
+        with pytest.raises(TypeError, match=f"{side} is a single tensor"):
+            ops.checkpoint_(lists["weights"], lists["best"])
 
 
 @pytest.mark.parametrize(

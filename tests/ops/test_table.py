@@ -92,6 +92,7 @@ def fake():
         ({"x": torch.ones(3, dtype=torch.complex64)}, TypeError, "x has dtype torch.complex64"),
         ({"x": torch.ones(3, device="meta")}, ValueError, "x has layout torch.strided on meta"),
         ({"x": torch.eye(3).to_sparse()}, ValueError, "x has layout torch.sparse_coo"),
+        ({"x": torch.ones(1, dtype=torch.cfloat).conj().imag}, ValueError, "x is a view whose memory holds"),
         ({"x": fake()}, TypeError, "x is a FakeTensor"),
         ({"x": [1.0]}, TypeError, "x is a list; only torch tensors"),
         ({"x": None}, TypeError, "x is a NoneType"),
@@ -162,3 +163,17 @@ def test_tables_do_not_share_memory():
     a, b = ops.TensorTable([weight]), ops.TensorTable([weight])
     a.deltas[0].fill_(3.0)
     assert b.deltas[0].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_the_default_device_is_not_where_a_table_lies(default, impl):
+    weights = [torch.full((5,), 2.0), torch.full((40001,), 3.0)]
+    with torch.device(default):
+        table = ops.TensorTable(weights, impl=impl)
+        for delta in table.deltas:
+            delta.fill_(0.5)
+        ops.step_(table, True, 2)
+        ops.step_(table, False, 4)
+    assert table.deltas[0].device.type == "cpu"
+    assert torch.equal(weights[0], torch.full((5,), 4.0))
+    assert torch.equal(weights[1], torch.full((40001,), 5.0))
