@@ -252,6 +252,8 @@ class OnDevice {
   explicit OnDevice(int32_t device) : wanted_(device) {
     error_ = cudaGetDevice(&before_);
     if (error_ == cudaSuccess && before_ != wanted_) error_ = cudaSetDevice(wanted_);
+    // Told to the caller, and to nobody else: left pending, it would be blamed on the next launch of the process.
+    if (error_ != cudaSuccess) cudaGetLastError();
   }
   ~OnDevice() {
     if (error_ == cudaSuccess && before_ != wanted_) cudaSetDevice(before_);

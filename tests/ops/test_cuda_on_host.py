@@ -267,3 +267,13 @@ def test_versions_move_on_by_what_the_host_knows(on_host):
         sides = [[torch.zeros(2)] for _ in range(3)]
         native_cuda.step_(on_host(*sides), sides[0], sides[2], accept, k)
         assert tuple(side[0]._version for side in sides) == written, (accept, k)
+
+
+def test_a_device_that_is_not_there_is_an_error_of_this_call_only(library):
+    for call in (
+        lambda: library.ffk_cuda_prepare(99),
+        lambda: library.ffk_cuda_step(None, 0, None, None, 1, 1.0, 99, None),
+    ):
+        assert call() == 101
+        assert library.ffk_pending_error() == 0
+    assert library.ffk_cuda_prepare(0) == 0
