@@ -5,9 +5,10 @@
 Rows are cases (`stage_cases.py`), columns are providers (`stage_providers.py`), all interleaved: a stage of
 each in turn, in an order drawn anew, round after round, from the same weights and the same Δ. A stage is
 timed from an idle device to an idle device by the host's clock and divided by its evaluations: milliseconds
-per Fast Forward step. `gap` is what is above the bare captured forward, as a share of it. Memory is what the
-allocator holds at most during the first stage, captures included, above what it held before. Launches and
-host synchronisations are counted by the profiler in stages of their own.
+per Fast Forward step. A stage of two evaluations beside it tells what one more step adds (`step`), and what a
+stage costs however long it is (`fixed`). `gap` is what is above the bare captured forward, as a share of it.
+Memory is what the allocator holds at most during the first stage, captures included, above what it held
+before. Launches and host synchronisations are counted by the profiler in stages of their own.
 
 The JSON is rewritten after every row. On a machine without a GPU, or with --dry, the eager providers run in
 small on the CPU.
@@ -17,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -31,9 +32,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from stage_agreement import loss_agreement, tau_agreement  # noqa: E402
 from stage_cases import CASES, DRY_CASES, SMOL, TINY, Case, make_model  # noqa: E402
-from stage_profile import count_stage, per_step  # noqa: E402
-from stage_providers import BARE, STAGE, Bench, makers  # noqa: E402
-from timing import summary  # noqa: E402
+from stage_profile import counts_of_a_child  # noqa: E402
+from stage_providers import BARE, SHORT, Bench, makers, timed  # noqa: E402
+from timing import summary, write_json  # noqa: E402
 
 MOST_ROUNDS, LEAST_ROUNDS = 40, 3
 ROWS_FIRST = 3  # those of SmolLM2; then counts and agreement, then the rest
@@ -67,27 +68,13 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(provider: Any, evaluations: int, device: torch.device) -> float:
-    """Seconds of one stage."""
-    provider.prepare()
-    wait(device)
-    begin = time.perf_counter()
-    provider.stage(evaluations)
-    wait(device)
-    return time.perf_counter() - begin
-
-
 def first_stage(make: Any, case: Case, device: torch.device) -> tuple[Any, dict]:
     """The provider after its first stage, with what that took and the memory it needed."""
     release(device)
     on_gpu = device.type == "cuda"
-    held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device) if on_gpu else 0
+    held = (0, 0)
     if on_gpu:
+        held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
     provider = make()
     try:
@@ -132,45 +119,41 @@ def measure(case: Case, model: torch.nn.Module, device: torch.device, deadline: 
                 providers[name], row["providers"][name] = first_stage(make, case, device)
             except Exception as error:  # one provider must not take the others along
                 row["missing"][name] = f"{type(error).__name__}: {str(error)[:500]}"
-        samples: dict[str, list[float]] = {name: [] for name in providers}
+        samples: dict[str, dict[int, list[float]]] = {
+            name: {case.evaluations: [], SHORT: []} for name in providers
+        }
         draw, rounds = random.Random(0), 0
         while rounds < LEAST_ROUNDS or (time.perf_counter() < deadline and rounds < MOST_ROUNDS):
             for name in draw.sample(list(providers), len(providers)):
-                samples[name].append(1000 * timed(providers[name], case.evaluations, device))
+                for evaluations, taken in samples[name].items():
+                    taken.append(1000 * timed(providers[name], evaluations, device))
             rounds += 1
         for name, taken in samples.items():
-            row["providers"][name]["ms_per_step"] = summary([ms / case.evaluations for ms in taken])
+            row["providers"][name] |= milliseconds(taken[case.evaluations], taken[SHORT], case.evaluations)
         if BARE in samples:
             floor = row["providers"][BARE]["ms_per_step"]["median"]
             for found in row["providers"].values():
-                found["gap"] = found["ms_per_step"]["median"] / floor - 1
-            row["bare loss equals ours"] = bool(providers[BARE].result == bench.loss.real_loss())
+                if "ms_per_step" in found:
+                    found["gap"] = found["ms_per_step"]["median"] / floor - 1
+                    found["gap_of_step"] = found["ms_step"] / floor - 1
+            bench.prepare()
+            providers[BARE].stage(1)
+            row["loss"]["captured"] = float(providers[BARE].result)
+            row["loss"]["ours"] = float(bench.loss.real_loss())
     finally:
         for provider in reversed(providers.values()):
             provider.close()
     return row
 
 
-def count(case: Case, model: torch.nn.Module, device: torch.device) -> dict[str, dict]:
-    """What a stage of each provider asks of the driver, the stage graph's last: see `stage_profile`."""
-    bench = Bench(case, model, device)
-    every = makers(bench)
-    found = {}
-    for name in sorted(set(every) - {BARE}, key=lambda name: name == STAGE):
-        counts = {}
-        try:
-            for evaluations in (4, 8):
-                provider = every[name]()
-                try:
-                    timed(provider, evaluations, device)
-                    provider.prepare()
-                    counts[evaluations] = count_stage(lambda p=provider, n=evaluations: p.stage(n), device)
-                finally:
-                    provider.close()
-            found[name] = per_step(counts[4], counts[8], 4)
-        except Exception as error:
-            found[name] = {"missing": f"{type(error).__name__}: {str(error)[:500]}"}
-    return found
+def milliseconds(long: list[float], short: list[float], evaluations: int) -> dict[str, Any]:
+    """Per evaluation of the long stage; what one more step adds; what a stage costs beside its steps."""
+    step = (statistics.median(long) - statistics.median(short)) / (evaluations - SHORT)
+    return {
+        "ms_per_step": summary([ms / evaluations for ms in long]),
+        "ms_step": step,
+        "ms_fixed": statistics.median(short) - SHORT * step,
+    }
 
 
 class Report:
@@ -200,9 +183,7 @@ class Report:
 
     def write(self) -> None:
         self.result["seconds"] = time.perf_counter() - self.begin
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.result, indent=1), encoding="utf-8")
-        part.replace(self.path)
+        write_json(self.path, self.result)
 
 
 def main() -> int:
@@ -241,13 +222,12 @@ def main() -> int:
 
 def agreement(report: Report, models: Models, device: torch.device, dry: bool) -> None:
     """Launches counted, losses and τ compared."""
-    if device.type == "cuda":
-        smallest = CASES[0]
-        counts = report.attempt("counts", lambda: count(smallest, models.get(smallest)[0], device))
-        report.result["counts"] = {"case": smallest.name, "providers": counts or {}}
+    if not dry:
+        counts = report.attempt("counts", lambda: counts_of_a_child(report.path))
+        report.result["counts"] = counts or {}
         report.write()
     models.drop()
-    name, length, stages, most = (TINY, 16, 3, 8) if dry else (SMOL, 64, 48, 256)
+    name, length, stages, most = (TINY, 16, 2, 4) if dry else (SMOL, 64, 48, 256)
     losses = report.attempt("loss agreement", lambda: loss_agreement(name, length, device))
     report.result["agreement"]["loss"] = losses
     report.write()

@@ -11,7 +11,6 @@ bytes. On a machine without a GPU, or with --dry, the same runs in small on the 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from adapter_sets import AdapterSet, all_sets, dry_sets  # noqa: E402
-from timing import GpuTimer, HostTimer, copy_bandwidth, count_launches, interleave  # noqa: E402
+from timing import GpuTimer, HostTimer, copy_bandwidth, count_launches, interleave, write_json  # noqa: E402
 
 from ffkernels import ops  # noqa: E402
 
@@ -222,10 +221,7 @@ def main() -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         result["seconds"] = time.perf_counter() - begin
-        # In one move: whoever stops this process finds a whole file.
-        written = options.out.with_suffix(".part")
-        written.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        written.replace(options.out)
+        write_json(options.out, result)
         print(f"{one.name}: {result['seconds']:.0f} s", flush=True)
     failed = result["errors"] + [
         f"{s['set']}: wrong results from {s['wrong']}" for s in result["sets"] if s["wrong"]

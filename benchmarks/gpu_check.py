@@ -1,12 +1,15 @@
-"""One command for a GPU machine: build, test, sanitize and measure the weight moves; one JSON, one table.
+"""One command for a GPU machine: build, test, measure and sanitize; one JSON, one table.
 
     make gpu-check                                   or, without make and from any checkout:
-    python benchmarks/gpu_check.py --out runs/gpu-check
+    python benchmarks/gpu_check.py --out runs/gpu-check [--only NAME …]
 
 Nothing is installed: the package runs from the checkout and its kernels are built in place. Every stage has
 its own time limit, a failing one does not stop the rest, and the JSON is rewritten after each, so that
 whatever was found survives. The exit status says whether all of them passed. FFK_DRY=1 does the same in
 small on the CPU; what needs a GPU says that it was left out.
+
+--only runs the named stages (and the build before them, which is quick the second time): with a single one,
+that one has all the time there is, and a benchmark measures as much longer.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_SECONDS = 530
+# Before what cannot be left out, and after it: the build, starting up.
+OVERHEAD_SECONDS = 100
+BENCHMARKS = {"bench-stage": "bench_stage.py", "bench-step": "bench_step_gpu.py"}
 
 
 @dataclass
@@ -39,7 +45,8 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def stages(out: Path, dry: bool) -> list[Stage]:
+def stages(out: Path, dry: bool, only: list[str]) -> list[Stage]:
+    """What is run, the most valuable first; what watches memory accesses may be slow, so it is last."""
     python = sys.executable
     bench = ROOT / "benchmarks"
     script = [python, str(bench / "sanitize_step.py")]
@@ -64,7 +71,6 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         "addopts=",
         "--import-mode=importlib",
     ]
-    measure = [python, str(bench / "bench_step_gpu.py"), "--out", str(out / "benchmark.json")]
     build = "import torch; from ffkernels import ops; print(ops.build_native())"
     if shutil.which("nvcc") or os.environ.get("CUDA_HOME"):
         build += "; print(ops.build_cuda())"
@@ -73,20 +79,37 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     if not dry:  # else tests that skip and a benchmark on the CPU would pass for a check of the GPU
         build += "; torch.cuda.is_available() or exit('this torch sees no GPU; FFK_DRY=1 checks on the CPU')"
     found = [
-        Stage("build", [python, "-c", build], 90),
-        Stage("provenance", [python, __file__, "--provenance"], 60),
-        Stage("tests", pytest, 150),
+        Stage("build", [python, "-c", build], 80),
+        Stage("provenance", [python, __file__, "--provenance"], 40),
+        Stage("tests", pytest, 120),
     ]
-    found.append(Stage("benchmark", [*measure, "--dry"] if dry else [*measure, "--seconds", "100"], 240))
+    for name, limit, seconds in (("bench-stage", 185, 150), ("bench-step", 100, 65)):
+        measure = [python, str(bench / BENCHMARKS[name]), "--out", str(out / f"{name}.json")]
+        seconds = BUDGET_SECONDS - OVERHEAD_SECONDS if only == [name] else seconds
+        found.append(Stage(name, [*measure, *(["--dry"] if dry else ["--seconds", str(seconds)])], limit))
     if dry:
-        found.append(Stage("sanitizer's case", script, 60))
-    # Last, since watched programs are slow by an amount nobody knows beforehand.
+        found.append(Stage("sanitize", script, 60))
     for tool in ("memcheck", "racecheck"):
         # Of API errors only ours count, and those raise: torch asks drivers for functions that they lack.
         flags = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
         command = None if no_sanitizer else [sanitizer, *flags, *script]
-        found.append(Stage(tool, command, 110, no_sanitizer, {"CUDA_MODULE_LOADING": "LAZY"}))
-    return found
+        found.append(Stage(tool, command, 100, no_sanitizer, {"CUDA_MODULE_LOADING": "LAZY"}))
+    return chosen(found, only)
+
+
+def chosen(found: list[Stage], only: list[str]) -> list[Stage]:
+    """Those of the names in `only`, with what has to come before; all when there are none."""
+    names = [stage.name for stage in found]
+    unknown = sorted(set(only) - set(names))
+    if unknown:
+        raise SystemExit(f"--only {' '.join(unknown)}: there are {', '.join(names)}")
+    if not only:
+        return found
+    kept = [stage for stage in found if stage.name in {"build", "provenance", *only}]
+    for stage in kept:
+        if [stage.name] == only:
+            stage.limit = BUDGET_SECONDS
+    return kept
 
 
 def run(stage: Stage, out: Path, left: float) -> dict:
@@ -169,6 +192,7 @@ def first_line(command: list[str], containing: str = "") -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run these stages only")
     parser.add_argument("--provenance", action="store_true", help="print what this machine is, and end")
     options = parser.parse_args()
     if options.provenance:
@@ -178,15 +202,18 @@ def main() -> int:
     os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"))
     # Imported late: --provenance must not fail on it.
     from gpu_table import render, targets
+    from stage_table import stage_targets
 
     dry = os.environ.get("FFK_DRY") == "1"
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("gpu_check.json", "gpu_check.log", "benchmark.json"):
+    todo = stages(out, dry, options.only)
+    for name in ("gpu_check.json", "gpu_check.log", *(f"{name}.json" for name in BENCHMARKS)):
         (out / name).unlink(missing_ok=True)
     begin = time.perf_counter()
-    result: dict = {"dry": dry, "provenance": None, "stages": [], "benchmark": None, "targets": []}
-    for stage in stages(out, dry):
+    result: dict = {"dry": dry, "provenance": None, "stages": [], **dict.fromkeys(BENCHMARKS), "targets": []}
+    promised = {"bench-stage": stage_targets, "bench-step": targets}
+    for stage in todo:
         done = run(stage, out, BUDGET_SECONDS - (time.perf_counter() - begin))
         if stage.name == "provenance" and done["status"] == "passed":
             # A warning may have been printed beside it.
@@ -196,11 +223,11 @@ def main() -> int:
         print(f"{stage.name:16} {done['status']:8} {done['seconds']:6.1f} s  {done['reason']}", flush=True)
         if done["status"] == "failed":
             print("    " + done.get("output", "")[-2500:].replace("\n", "\n    "), flush=True)
-        benchmark = out / "benchmark.json"
-        if stage.name == "benchmark" and benchmark.is_file():
-            result["benchmark"] = json.loads(benchmark.read_text(encoding="utf-8"))
-            benchmark.unlink()
-            result["targets"] = targets(result["benchmark"])
+        measured = out / f"{stage.name}.json"
+        if stage.name in BENCHMARKS and measured.is_file():
+            result[stage.name] = json.loads(measured.read_text(encoding="utf-8"))
+            measured.unlink()
+            result["targets"] += promised[stage.name](result[stage.name])
         result["seconds"] = round(time.perf_counter() - begin, 1)
         (out / "gpu_check.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(render(result))

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from stage_table import render_stages
+
 OURS = ("triton", "cuda")
 PAIR, COMPILED = "_foreach pair", "compiled flat pair"
 
 
 def render(result: dict) -> str:
-    """A fixed-width table: a line per set and side, a column per mode."""
-    benchmark = result["benchmark"]
-    if benchmark is None or not benchmark["sets"]:
-        return "no measurement"
+    """What was measured as fixed-width tables, and what had been promised."""
+    lines: list[str] = []
+    for name, table in (("bench-stage", render_stages), ("bench-step", render_steps)):
+        if result[name] is not None:
+            lines += table(result[name])
+    if result["targets"]:
+        lines.append("-- promised and measured")
+        lines += [
+            f"{'yes' if target['met'] else 'NO':4}{target['what']}: {target['measured']}"
+            for target in result["targets"]
+        ]
+    return "\n".join(lines or ["no measurement"])
+
+
+def render_steps(benchmark: dict) -> list[str]:
+    """A line per set and side, a column per mode."""
+    if not benchmark["sets"]:
+        return [f"error: {error}" for error in benchmark["errors"]]
     modes = list(next(iter(benchmark["sets"][0]["sides"].values()))["microseconds"])
     copy = benchmark["copy_gb_per_s"]
     main = modes[0]
@@ -42,14 +58,7 @@ def render(result: dict) -> str:
             for mode, taken in op["microseconds"].items():
                 cells += f"   {mode} {taken['median']:9.1f} µs {op['gb_per_s'][mode]:6.0f} GB/s"
             lines.append(cells)
-    if result["targets"]:
-        lines.append("-- promised and measured")
-        lines += [
-            f"{'yes' if target['met'] else 'NO':4}{target['what']}: {target['measured']}"
-            for target in result["targets"]
-        ]
-    lines += [f"error: {error}" for error in benchmark["errors"]]
-    return "\n".join(lines)
+    return [*lines, *(f"error: {error}" for error in benchmark["errors"])]
 
 
 def ratio(side: dict, other: dict, mode: str) -> float:

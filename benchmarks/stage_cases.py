@@ -66,8 +66,8 @@ CASES = (
     Case(LLAMA, 1024, lengths="equal", evaluations=3, seconds=60),
 )
 DRY_CASES = (
-    Case(TINY, 16, evaluations=3, seconds=1),
-    Case(TINY, 16, lengths="equal", method="dora", rank=2, evaluations=3, seconds=1),
+    Case(TINY, 16, evaluations=3, seconds=0.5),
+    Case(TINY, 16, lengths="equal", method="dora", rank=2, evaluations=3, seconds=0.5),
 )
 
 

@@ -9,12 +9,13 @@
     ours eager, step graph, stage graph      ffkernels' executors
 
 A stage of every provider evaluates the validation loss equally often. Where a search decides, it needs a loss
-that falls: `FallingLoss` computes the validation loss and returns a number that counts down instead. That is
-one subtraction from one number on the device, and all that a user's stage does not have.
+that falls as long as wanted: `FallingLoss` computes the validation loss and returns a number of its own
+instead. That is one subtraction on the device, and all that a user's stage does not have.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,6 +31,7 @@ from ffkernels.engine.search import LinearSearch
 from ffkernels.engine.validation import ValidationLoss
 
 AUTHORS, CLEAN, EAGER, STAGE, BARE = "authors", "clean eager", "ours eager", "stage graph", "bare forward"
+SHORT = 2  # evaluations of the shortest stage: τ = 0, and τ = 1 that is not better
 AUTHORS_BATCH = 2  # the default of their --eval_batch_size
 
 
@@ -38,12 +40,17 @@ def step_graph(ahead: int) -> str:
 
 
 class FallingLoss(ValidationLoss):
-    """The validation loss is computed, and each evaluation returns a number lower than the one before."""
+    """The validation loss is computed; what is returned falls with each evaluation, or stays where it is."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # So large that the numbers of two evaluations are equal within any tolerance, and yet fall.
         self._number = torch.full((), 1e9, dtype=torch.float64, device=self.device)
+        self._slope = torch.ones_like(self._number)
+
+    def fall(self, falling: bool) -> None:
+        """From now on; a captured evaluation follows."""
+        self._slope.fill_(1.0 if falling else 0.0)
 
     def __call__(self) -> torch.Tensor:
         super().__call__()
@@ -61,7 +68,7 @@ class FallingLoss(ValidationLoss):
         return super().evaluate()
 
     def _count(self) -> torch.Tensor:
-        return self._number.sub_(1.0)
+        return self._number.sub_(self._slope)
 
 
 class Bench:
@@ -83,7 +90,7 @@ class Bench:
         self.table = ops.TensorTable(self.named)
         self.loss = FallingLoss(model, micro_batches(self.examples))
 
-    def prepare(self) -> None:
+    def prepare(self, evaluations: int = 0) -> None:
         """W and best as they are right after the optimizer's step."""
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.before)
@@ -113,7 +120,7 @@ class Authors:
         self.loader = DataLoader(bench.examples, batch_size=AUTHORS_BATCH, collate_fn=collate)
         self.history: dict[str, torch.Tensor] = {}
 
-    def prepare(self) -> None:
+    def prepare(self, evaluations: int) -> None:
         self.bench.prepare()
         state = self.bench.model.state_dict()
         old = dict(zip(self.bench.named, self.bench.before, strict=True))
@@ -171,14 +178,25 @@ class CleanEager:
 
 
 class Executor:
-    """One of ours. The search is the paper's and ends at `max_tau`, since the loss keeps falling."""
+    """One of ours. The search is the paper's.
+
+    While the loss falls it ends at `max_tau`, after the case's number of evaluations; where it does not, it
+    ends after two, in the same captured graph.
+    """
 
     def __init__(self, bench: Bench, executor: Any) -> None:
         self.bench, self.executor = bench, executor
-        self.prepare = bench.prepare
+
+    def prepare(self, evaluations: int) -> None:
+        if evaluations not in (SHORT, self.bench.case.evaluations):
+            raise ValueError(
+                f"{evaluations} evaluations: {SHORT} or {self.bench.case.evaluations} are possible"
+            )
+        self.bench.loss.fall(evaluations != SHORT)
+        self.bench.prepare()
 
     def stage(self, evaluations: int) -> None:
-        search = LinearSearch(evaluations - 1)
+        search = LinearSearch(self.bench.case.evaluations - 1)
         self.executor.run(StageProgram(self.bench.table, self.bench.loss, search))
         fault = getattr(self.executor, "fault", None)
         if fault or len(search.losses) != evaluations:
@@ -230,3 +248,18 @@ def makers(bench: Bench) -> dict[str, Callable[[], Any]]:
             found[step_graph(ahead)] = lambda ahead=ahead: Executor(bench, StepGraphExecutor(ahead=ahead))
         found[STAGE] = lambda: Executor(bench, StageGraphExecutor())
     return found
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(provider: Any, evaluations: int, device: torch.device) -> float:
+    """Seconds of one stage."""
+    provider.prepare(evaluations)
+    wait(device)
+    begin = time.perf_counter()
+    provider.stage(evaluations)
+    wait(device)
+    return time.perf_counter() - begin

@@ -114,6 +114,13 @@ def summary(samples: list[float]) -> dict[str, float | int]:
     return {"median": statistics.median(ordered), "p20": at(0.2), "p80": at(0.8), "samples": len(ordered)}
 
 
+def write_json(path: Path, result: dict) -> None:
+    """In one move: whoever stops this process finds a whole file."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    part.replace(path)
+
+
 def interleave(
     timer: GpuTimer | HostTimer,
     calls: dict[str, Call],
