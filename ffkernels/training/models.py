@@ -98,6 +98,8 @@ def add_adapter(
     peft = require("peft")
     if targets is None:
         targets = attention_targets(model)
+    elif not isinstance(targets, str):
+        _check_targets(model, targets)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -114,17 +116,30 @@ def add_adapter(
         try:
             adapted = peft.get_peft_model(model, config)
         except ValueError as error:
-            linear = {
-                n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
-            }
             raise ValueError(
                 f"PEFT could not place the adapter with targets={targets!r} ({error}). "
-                f"Linear modules of this model: {', '.join(sorted(linear)) or 'none'}."
+                f"{_linear_modules(model)}"
             ) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _check_targets(model: torch.nn.Module, targets: Sequence[str]) -> None:
+    """PEFT asks only that one of the names is found, and leaves the adapters of a misspelt one out."""
+    present = [f".{name}" for name, _ in model.named_modules()]
+    missing = [target for target in targets if not any(name.endswith(f".{target}") for name in present)]
+    if missing:
+        names = ", ".join(map(repr, missing))
+        raise ValueError(
+            f"targets={list(targets)!r}: this model has no module named {names}. {_linear_modules(model)}"
+        )
+
+
+def _linear_modules(model: torch.nn.Module) -> str:
+    found = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    return f"Linear modules of this model: {', '.join(sorted(found)) or 'none'}."
 
 
 def attention_targets(model: torch.nn.Module) -> list[str] | None:

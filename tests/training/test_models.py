@@ -190,8 +190,19 @@ def test_targets_by_architecture():
         (dict(alpha=0), r"alpha=0"),
         (dict(dropout=1.0), r"dropout=1\.0"),
         (dict(targets=["q_proj"]), r"q_proj.*Linear modules.*query_key_value"),
+        (
+            dict(targets=["dense", "query_key"]),
+            r"no module named 'query_key'\. Linear modules.*query_key_value",
+        ),
+        (dict(targets="nothing.*"), r"PEFT could not place.*nothing.*Linear modules.*query_key_value"),
     ],
 )
 def test_wrong_adapters_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         add_adapter(load_model("tiny")[0], **wrong)
+
+
+def test_a_target_may_be_a_longer_suffix():
+    adapted = add_adapter(load_model("tiny")[0], targets=["0.attention.dense", "query_key_value"], seed=0)
+    dense = [n for n, p in adapted.named_parameters() if "attention.dense.lora_A" in n]
+    assert len(dense) == 1 and ".layers.0." in dense[0]
