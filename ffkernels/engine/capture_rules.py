@@ -193,8 +193,13 @@ def _attention(modules: list[nn.Module]) -> str | None:
         kind = getattr(vars(module).get("config"), "_attn_implementation_internal", None)
         if kind == "flex_attention":
             return (
-                "flex attention compiles itself while it runs; load the model with "
+                "flex_attention compiles itself while it runs; load the model with "
                 'attn_implementation="sdpa" to have graphs'
+            )
+        if isinstance(kind, str) and kind.startswith("flash_attention"):
+            return (
+                f"transformers looks for packed sequences before {kind}, which the host waits for; load the "
+                'model with attn_implementation="sdpa", whose causal kernels are flash attention too'
             )
     return None
 

@@ -60,7 +60,8 @@ _CHUNKS_AT_ONCE = 4
 
 # Log-probabilities are made for a quarter of a chunk, though not for fewer rows than a GPU has processors.
 _PARTS = 4
-_LEAST_ROWS_OF_A_PART = 128
+_LEAST_ROWS_OF_A_PART = {"cpu": 16}
+_LEAST_ROWS_OF_A_PART_ELSEWHERE = 128
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ class LabelledLoss:
         self.device = device
         self.scored = sum(example.scored for example in examples)
         self.chunk_rows = _chunk_rows(lm, device, chunk_bytes)
-        self.part_rows = max(_LEAST_ROWS_OF_A_PART, -(-self.chunk_rows // _PARTS))
+        least = _LEAST_ROWS_OF_A_PART.get(device.type, _LEAST_ROWS_OF_A_PART_ELSEWHERE)
+        self.part_rows = max(least, -(-self.chunk_rows // _PARTS))
         self._arguments: dict[str, Any] = {}
         if accepts_argument(lm.backbone, "use_cache"):
             self._arguments["use_cache"] = False
