@@ -16,8 +16,6 @@ error, or are ended by their launcher.
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import json
 import math
 import struct
@@ -29,14 +27,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["ROW_BYTES", "RankFailed", "Ranks", "RanksDisagree", "Row", "checksum", "digest"]
+__all__ = [
+    "ROW_BYTES",
+    "RankFailed",
+    "Ranks",
+    "RanksDisagree",
+    "Row",
+    "several_processes",
+    "telling",
+    "together",
+]
 
 # What an exchange is about; the number travels.
-CONSTRUCTION, FACTS, UPDATE, LOSS, DECISION, BYTES = range(1, 7)
+CONSTRUCTION, FACTS, START, UPDATE, LOSS, DECISION, BYTES = range(1, 8)
 _WHAT = {
     CONSTRUCTION: "making a ValidationLoss or a FastForward",
     FACTS: "comparing their settings",
-    UPDATE: "the start of a Fast Forward stage",
+    START: "the start of a Fast Forward stage",
+    UPDATE: "the update of a Fast Forward stage",
     LOSS: "a validation loss",
     DECISION: "the end of a Fast Forward stage",
     BYTES: "sending a message",
@@ -91,9 +99,7 @@ class Ranks:
     @classmethod
     def present(cls, device: torch.device, group: Any = None) -> Ranks | None:
         """The ranks of this job, or None when it has one process."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return None
-        return cls(device, group) if dist.get_world_size(group) != 1 else None
+        return cls(device, group) if several_processes(group) else None
 
     def exchange(self, kind: int, a: float = 0.0, b: float = 0.0, c: int = 0) -> list[Row]:
         """Send one row and get those of all ranks, in rank order.
@@ -141,16 +147,6 @@ class Ranks:
         rows = self._gather(Row(0, True, 0.0, 0.0, 0))
         self._failures(rows, f"{type(error).__name__}: {error}")
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """A block that succeeds on every rank or raises on every rank."""
-        try:
-            yield
-        except BaseException as error:
-            self.fail(error)
-            raise
-        self.exchange(CONSTRUCTION)
-
     def agree(self, facts: Mapping[str, Any], advice: str) -> None:
         """Raise ``RanksDisagree`` on every rank, naming ranks and values, unless all have the same facts.
 
@@ -163,6 +159,16 @@ class Ranks:
             values = {rank: theirs.get(name) for rank, theirs in enumerate(everyone)}
             if any(value != values[0] for value in values.values()):
                 raise RanksDisagree(f"the ranks differ in {name}: {_by_value(values)}; {advice}")
+
+    def start_of_stage(self, optimizer_step: int, skip: bool) -> bool:
+        """All ranks follow the same optimizer step; whether any of them wants to skip this stage."""
+        rows = self.exchange(START, float(skip), float(optimizer_step))
+        self.agree_on_rows(
+            rows,
+            {"b": "the optimizer steps they have taken"},
+            "load the same checkpoint on every rank, and step all optimizers equally often",
+        )
+        return any(row.a for row in rows)
 
     def agree_on_rows(self, rows: Sequence[Row], names: Mapping[str, str], advice: str) -> None:
         """The same for rows that were exchanged; ``names`` says which of a, b, c count and what they are."""
@@ -194,7 +200,9 @@ class Ranks:
 
     def _all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         try:
-            dist.all_gather_into_tensor(received, sent, group=self.group)
+            # PyTorch 2.13 renamed it.
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            gather(received, sent, group=self.group)
         except RuntimeError as error:
             raise RankFailed(
                 f"rank {self.rank} of {self.size} lost the others during Fast Forward: a process ended or "
@@ -212,40 +220,29 @@ class Ranks:
         return f"Fast Forward ends on rank {self.rank}, since others failed. " + "; ".join(told)
 
 
-def checksum(flats: Sequence[torch.Tensor]) -> int:
-    """One number for the bits of all tensors; integer arithmetic, so the order of adding does not matter."""
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    total = 0
-    for place, flat in enumerate(flats, start=1):
-        if flat.numel():
-            total += place * int(flat.detach().view(words[flat.element_size()]).sum(dtype=torch.int64))
-    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+def several_processes(group: Any = None) -> bool:
+    """Whether this job has a process group, or this group, of more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) != 1
 
 
-def digest(values: Any) -> str:
-    """A short hash of nested dicts, sequences, tensors and plain values, the same in every process."""
-    hashed = hashlib.sha256()
-    _feed(hashed, values)
-    return hashed.hexdigest()[:16]
+@contextmanager
+def telling(ranks: Ranks | None) -> Iterator[None]:
+    """What raises in this block on one rank raises on the others at their next exchange."""
+    try:
+        yield
+    except BaseException as error:
+        if ranks is not None:
+            ranks.fail(error)
+        raise
 
 
-def _feed(hashed: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
-        hashed.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        hashed.update(ctypes.string_at(plain.data_ptr(), plain.nbytes) if plain.numel() else b"")
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            hashed.update(f"{key}:".encode())
-            _feed(hashed, value[key])
-    elif isinstance(value, (list, tuple)):
-        hashed.update(f"[{len(value)}]".encode())
-        for item in value:
-            _feed(hashed, item)
-    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
-        hashed.update(repr(value).encode())
-    else:  # an object whose text may hold an address
-        hashed.update(type(value).__qualname__.encode())
+@contextmanager
+def together(ranks: Ranks | None) -> Iterator[None]:
+    """A block that succeeds on every rank or raises on every rank."""
+    with telling(ranks):
+        yield
+        if ranks is not None:
+            ranks.exchange(CONSTRUCTION)
 
 
 def _exchange_device(device: torch.device, group: Any) -> torch.device:

@@ -19,14 +19,25 @@ import torch
 from torch import nn
 
 from ffkernels import ops
+from ffkernels.engine.causal_lm import model_device
 from ffkernels.engine.config import FastForwardConfig
+from ffkernels.engine.digests import digest
+from ffkernels.engine.distributed import Ranks, several_processes, telling, together
 from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
 from ffkernels.engine.ladder import Ladder
+from ffkernels.engine.parallelism import training_group, why_refused
+from ffkernels.engine.rank_executor import RankExecutor
 from ffkernels.engine.search import BASELINE_NOT_FINITE, make_search
 from ffkernels.engine.stage import Stage
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.engine.validation import ValidationLoss
-from ffkernels.engine.weights import NameFilter, signature, trainable_weights, unwrap_optimizer
+from ffkernels.engine.weights import (
+    NameFilter,
+    local_tensors,
+    signature,
+    trainable_weights,
+    unwrap_optimizer,
+)
 from ffkernels.ops.notices import announce_once
 
 __all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
@@ -43,7 +54,8 @@ class FastForward:
 
     The loop does not change; the stage runs inside ``optimizer.step()``, after the step itself. Between
     steps the model always holds plain weights that can be saved or evaluated. A context manager: leaving
-    it detaches.
+    it detaches. In a job of several processes make the same one on each: they share the validation and take
+    the same τ.
 
     Args:
         model: the module that trains.
@@ -58,14 +70,17 @@ class FastForward:
     Attributes:
         stages: list of ``Stage``, one per stage.
         optimizer_steps: optimizer steps seen.
+        ranks: the processes that run each stage together; None in a job of one.
         active: False after ``patience`` stages in a row without a step, or after ``detach()``.
         on_stage: optional callable, called with each finished ``Stage``.
 
     Raises:
         ValueError: when no trainable parameter is left to move, or validation is of another model.
         TypeError: when optimizer or model is not one.
-        RuntimeError: when the optimizer already carries a FastForward, in a job of several processes, or when
-            a graph executor that was asked for by name cannot run here.
+        RuntimeError: when the optimizer already carries a FastForward, when the weights are spread over
+            processes in a way that cannot be moved (DeepSpeed ZeRO, FSDP1, tensor parallelism), or when a
+            graph executor that was asked for by name cannot run here.
+        RanksDisagree, RankFailed: when the processes of a job have different settings, or another one failed.
     """
 
     def __init__(
@@ -83,45 +98,72 @@ class FastForward:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if config is not None and not isinstance(config, FastForwardConfig):
             raise TypeError(f"config must be a FastForwardConfig, got {type(config).__name__}")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size()
-            if ranks > 1:
-                raise RuntimeError(
-                    f"FastForward does not run in several processes yet (there are {ranks}): each rank would "
-                    "choose its own τ and the weights would drift apart; train in one process or without it"
-                )
         self.model = model
-        self.optimizer = unwrap_optimizer(optimizer)
         self.config = config or FastForwardConfig()
-        other = _attached.get(self.optimizer, lambda: None)()
-        if other is not None:
-            raise RuntimeError(
-                "this optimizer already carries a FastForward; call its detach() before attaching another"
-            )
-        self.validation = (
-            validation if isinstance(validation, ValidationLoss) else ValidationLoss(model, validation)
-        )
         self.include, self.exclude, self.defer = include, exclude, defer
         self.stages: list[Stage] = []
         self.optimizer_steps = 0
         self.on_stage: Callable[[Stage], None] | None = None
         self._failures = 0
         self._switched_off = False
-        self._executor: Ladder | None = None
+        self._executor: Ladder | RankExecutor | None = None
         self._table: ops.TensorTable | None = None
         self._signature: tuple = ()
         self._armed = self._due_now = False
         self._checkpoint_seconds = 0.0
-        self._refresh_table()
+        self._hooks: list[Any] = []
+        given = isinstance(validation, ValidationLoss)
+        self.ranks = validation.ranks if given else Ranks.present(model_device(model), training_group(model))
+        with together(self.ranks):
+            facts = self._prepare(optimizer, validation)
+        if self.ranks is not None:
+            self.ranks.agree(facts, "make the same FastForward on every rank")
+        self._hooks = on_step(self.optimizer, self._before_step, self._after_step)
+        _attached[self.optimizer] = weakref.ref(self)
+
+    def _prepare(self, optimizer: Any, validation: ValidationLoss | Any) -> dict[str, Any]:
+        """Find out what is moved, by what loss and how. Returns what must be the same on every rank."""
+        refused = why_refused(self.model, optimizer)
+        if refused:
+            raise RuntimeError(f"Fast Forward cannot move these weights: {refused}")
+        self.optimizer = unwrap_optimizer(optimizer)
+        if _attached.get(self.optimizer, lambda: None)() is not None:
+            raise RuntimeError(
+                "this optimizer already carries a FastForward; call its detach() before attaching another"
+            )
+        if not isinstance(validation, ValidationLoss):
+            validation = ValidationLoss(self.model, validation)
+        self.validation = validation
+        self._refuse_late_ranks()
+        weights = self._refresh_table()
         validated = {id(p) for p in self.validation.model.parameters()}
-        if not any(id(weight) in validated for weight in self._table.weights):
+        if not any(id(weight) in validated for weight in weights.values()):
             raise ValueError(
                 "validation belongs to a model that has none of the weights Fast Forward moves; make the "
                 "ValidationLoss from the model that trains"
             )
-        self._executor = Ladder(self.config.executor, self.validation, self._table.device)
-        self._hooks = on_step(self.optimizer, self._before_step, self._after_step)
-        _attached[self.optimizer] = weakref.ref(self)
+        wanted, device = self.config.executor, self._table.device
+        if self.ranks is None:
+            self._executor = Ladder(wanted, self.validation, device)
+        else:
+            sharded = any(hasattr(weight, "placements") for weight in weights.values())
+            self._executor = RankExecutor(wanted, self.validation, device, sharded=sharded)
+        return {
+            **{f"FastForwardConfig.{name}": value for name, value in self.config.to_dict().items()},
+            "the trainable parameters (number, hash of names and shapes)": [
+                len(weights),
+                digest([[name, list(p.shape), str(p.dtype)] for name, p in weights.items()]),
+            ],
+            "the optimizer": type(self.optimizer).__name__,
+            "defer": self.defer,
+        }
+
+    def _refuse_late_ranks(self) -> None:
+        if self.ranks is None and several_processes():
+            raise RuntimeError(
+                "this job became one of several processes after its ValidationLoss or FastForward was made: "
+                "each rank would choose its own τ; call init_process_group (or make the Accelerator) first"
+            )
 
     @property
     def active(self) -> bool:
@@ -196,8 +238,10 @@ class FastForward:
         if self._switched_off or not self._due(self.optimizer_steps + 1):
             return
         start = perf_counter()
-        self._refresh_table()
-        ops.checkpoint_(self._table)
+        with telling(self.ranks):
+            self._refuse_late_ranks()
+            self._refresh_table()
+            ops.checkpoint_(self._table)
         self._checkpoint_seconds = perf_counter() - start
         self._armed = True
 
@@ -215,12 +259,12 @@ class FastForward:
         self._run_stage()
         return self.stages[-1]
 
-    def _refresh_table(self) -> None:
-        """Make the table anew when the trainable tensors are not those it points at."""
+    def _refresh_table(self) -> dict[str, nn.Parameter]:
+        """Make the table anew when the trainable tensors are not those it points at. Returns those."""
         weights = trainable_weights(self.model, self.optimizer, self.include, self.exclude)
         now = signature(weights)
         if self._table is not None and now == self._signature:
-            return
+            return weights
         if self._table is not None:
             announce_once(
                 f"weights-changed-{id(self)}",
@@ -238,15 +282,19 @@ class FastForward:
                 "repeated, so Fast Forward finds fewer steps; keep trainable weights in float32 (PEFT: "
                 "autocast_adapter_dtype=True)",
             )
-        self._table = ops.TensorTable(weights, impl=self.config.impl)
+        self._table = ops.TensorTable(local_tensors(weights), impl=self.config.impl)
         self._signature = now
+        return weights
 
     def _run_stage(self) -> None:
         table, executor = self._table, self._executor
         stage = Stage(self.optimizer_steps, executor=executor.name)
         search = make_search(self.config.search, self.config.max_tau)
         program = StageProgram(table, self.validation, search)
-        if table.is_stale():
+        stale = table.is_stale()
+        if self.ranks is not None:
+            stale = self.ranks.start_of_stage(self.optimizer_steps, stale)
+        if stale:
             program.stopped_because = WEIGHTS_CHANGED
             return self._finish(stage, program)
         try:

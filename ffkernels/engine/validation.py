@@ -9,19 +9,28 @@ Three ways to that number, chosen at construction and kept in `path` with the `r
 - generic   any model whose `model(**batch)` returns a loss: the batches as given, weighted by their targets
             (`validation_generic`);
 - callable  `loss_fn(model)`, whatever it computes.
+
+In a job of several processes each runs its share of the examples and all get the same number
+(`validation_shared`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ffkernels.engine.causal_lm import CausalLM, FastPathRefused, find_causal_lm, model_device, unwrap
+from ffkernels.engine.digests import digest
+from ffkernels.engine.distributed import Ranks, together
 from ffkernels.engine.evaluation_mode import evaluation_mode, keep_random_state
 from ffkernels.engine.flop_counter import count_flops
+from ffkernels.engine.interrupts import interrupt_later
+from ffkernels.engine.parallelism import fsdp_modules, reshard, training_group
 from ffkernels.engine.validation_batches import (
     Example,
     check_causal_batches,
@@ -29,8 +38,14 @@ from ffkernels.engine.validation_batches import (
     read_examples,
 )
 from ffkernels.engine.validation_check import disagreement
-from ffkernels.engine.validation_fast import LabelledLoss
+from ffkernels.engine.validation_fast import LabelledLoss, could_be_given_a_mask
 from ffkernels.engine.validation_generic import ModelLoss
+from ffkernels.engine.validation_shared import (
+    SharedLoss,
+    shared_function,
+    shared_labelled_loss,
+    shared_model_loss,
+)
 
 __all__ = ["ValidationLoss"]
 
@@ -45,6 +60,10 @@ class ValidationLoss:
     autocast's cache are as before, also when it raises. Nothing of the weights is kept between calls. The
     model must not be restructured (adapters added or removed, wrapped anew) during the life of this object.
 
+    In a job of several processes, making and calling it is collective: on every rank, with the same whole set
+    of examples on each, which the ranks share among themselves. What a callable returns is averaged over the
+    ranks.
+
     Args:
         model: a transformers model, plain or in PEFT, DDP or `torch.compile` wrappers, or any module whose
             `model(**batch)` returns a loss.
@@ -56,12 +75,18 @@ class ValidationLoss:
             default 2,048 on a CPU, 16,384 elsewhere. The loss does not depend on it. The generic path applies
             it only where it makes the batches itself, with `collator`.
         check: compare the fast path once with the model's own loss; without it structure alone decides.
+        process_group: the processes that train this model together. By default the group of a DDP model, else
+            all processes of the job.
 
     Attributes:
         path, reason: "fast", "generic" or "callable", and why.
         examples: rows that are run (rows with nothing to score are not, on the fast path); 0 for a callable.
         version: rises whenever the tensors that an evaluation reads its examples from are made anew.
         tokens: targets the mean runs over; 0 for a callable.
+        ranks: the processes that share the examples; None in a job of one.
+
+    Raises:
+        RanksDisagree: when the ranks were given different examples, or came to different paths.
     """
 
     def __init__(
@@ -72,6 +97,7 @@ class ValidationLoss:
         collator: Callable[..., Any] | None = None,
         micro_batch_tokens: int | None = None,
         check: bool = True,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
@@ -90,22 +116,38 @@ class ValidationLoss:
         self.tokens = 0
         self.version = 0
         self._device = model_device(model)
+        self._fsdp = fsdp_modules(model)
         self._max_tokens = micro_batch_tokens or _TOKENS.get(self._device.type, _TOKENS_ELSEWHERE)
+        self._check, self._process_group = check, process_group
         self._flops: int | None = None
         self._lm: CausalLM | None = None
         self._rows: list[Example] = []
         self._batches: list[dict[str, Any]] = []
 
+        self.ranks = Ranks.present(self._device, process_group or training_group(model))
+        if self.ranks is None:
+            self._prepare(batches, collator, check)
+            return
+        self.ranks.forward_is_collective = bool(self._fsdp)
+        with together(self.ranks):
+            facts = self._prepare(batches, collator, check)
+        self.ranks.agree(
+            facts, "give every rank the same, whole validation set; the ranks share it among themselves"
+        )
+
+    def _prepare(self, batches: Any, collator: Callable[..., Any] | None, check: bool) -> dict[str, Any]:
+        """Read the examples and choose the path. Returns what must be the same on every rank."""
         if _is_loss_function(batches):
             if collator is not None:
                 raise TypeError("collator goes with a dataset, not with a callable loss_fn(model)")
             self.path, self.reason = "callable", "the loss is a callable"
             self._function = batches
-            self._loss: Callable[[], torch.Tensor] = self._call_function
-            return
+            self._loss: Callable[[], torch.Tensor] = self._build()
+            return {"the path of the validation loss": self.path}
         # Shuffling loaders and masking collators draw random numbers.
         with keep_random_state(self._device):
             self._batches = read_batches(batches, collator, self._max_tokens)
+        data = digest(self._batches) if self.ranks is not None else ""
         self._choose_path(check)
         self._loss = self._build()
         if self.path == "fast":
@@ -119,8 +161,14 @@ class ValidationLoss:
                 "token has one, which nothing predicts"
             )
         if self.path == "generic":
-            name = type(unwrap(model)[0]).__name__
+            name = type(unwrap(self.model)[0]).__name__
             _announce(f"ValidationLoss runs {name} as it is, with full logits: {self.reason}")
+        return {
+            "the path of the validation loss": [self.path, self.reason],
+            "the number of validation examples and labelled tokens": [self.examples, self.tokens],
+            "the validation examples (their hash)": data,
+            "micro_batch_tokens": self._max_tokens,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -136,20 +184,95 @@ class ValidationLoss:
         """Forward FLOPs of one evaluation, measured with `FlopCounterMode` by one more at first access.
 
         Matrix products, convolutions and attention; the CPU's fused attention, which PyTorch's counter
-        does not know, is counted as the GPU's is. Attention counts all query-key pairs of a micro-batch.
+        does not know, is counted as the GPU's is. Attention counts all query-key pairs of a micro-batch. Of
+        several processes it is this one's share.
         """
         if self._flops is None:
-            self._flops = count_flops(self)
+            own = self._loss.local if isinstance(self._loss, SharedLoss) else self._loss
+            self._flops = count_flops(lambda: self._run(own))
         return self._flops
 
     def __call__(self) -> torch.Tensor:
         self.follow()
-        with evaluation_mode(self.model, self._device):
-            return self._loss()
+        return self._run(self._loss)
 
     def evaluate(self) -> torch.Tensor:
         """The forward alone, for callers that hold the model in `evaluation_mode` themselves."""
-        return self._loss()
+        return self._resharded(self._loss)
+
+    def _run(self, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with evaluation_mode(self.model, self._device):
+            return self._resharded(loss)
+
+    def _resharded(self, measure: Callable[[], Any]) -> Any:
+        """Under FSDP2: with parameters gathered anew, and given back."""
+        if not self._fsdp:
+            return measure()
+        reshard(self._fsdp)
+        try:
+            return measure()
+        finally:
+            reshard(self._fsdp)
+
+    def swap_batch(self, batches: Any, collator: Callable[..., Any] | None = None) -> bool:
+        """Validate on other examples from now on.
+
+        Where they fit, they are copied over the present ones: no more rows, no longer ones, no more labels in
+        a micro-batch. Nothing changes its address then, and graphs that were captured stay valid.
+        Otherwise everything is made anew, as by a new `ValidationLoss`, and `version` rises. Losses before
+        and after are of different examples and do not compare.
+
+        Args:
+            batches, collator: as at construction, except that there is no callable.
+
+        Returns:
+            True where they were copied in place, False where everything was made anew.
+
+        Raises:
+            TypeError: for a callable, old or new.
+            ValueError, TypeError: as at construction, for data that cannot be used. The present examples
+                stay in force.
+        """
+        if self.path == "callable" or _is_loss_function(batches):
+            raise TypeError(
+                "swap_batch exchanges examples and a callable has none that it could know; change what the "
+                "callable reads, or make a new ValidationLoss"
+            )
+        self.follow()
+        if self.ranks is None:
+            with keep_random_state(self._device):
+                batches, collator = read_batches(batches, collator, self._max_tokens), None
+            if self._swap_in_place(batches):
+                return True
+        fresh = ValidationLoss(
+            self.model,
+            batches,
+            collator=collator,
+            micro_batch_tokens=self._max_tokens,
+            check=self._check,
+            process_group=self._process_group,
+        )
+        with interrupt_later():
+            vars(self).update(vars(fresh), version=self.version + 1)
+        return False
+
+    def _swap_in_place(self, batches: list[dict[str, Any]]) -> bool:
+        if self._lm is None or self.path != "fast":
+            return False
+        check_causal_batches(batches, self._lm.vocabulary, self._lm.embeddings)
+        try:
+            rows = read_examples(batches)
+        except FastPathRefused:
+            return False
+        # The comparison with the model's own loss has to see padding on the left where there is any.
+        new_kind = any(row.left_padded for row in rows) and not any(row.left_padded for row in self._rows)
+        if new_kind or not rows:
+            return False
+        with interrupt_later():
+            if not self._loss.swap(rows):
+                return False
+            self._rows, self.examples, self.tokens = rows, len(rows), self._loss.scored
+        return True
 
     def __repr__(self) -> str:
         return f"ValidationLoss(path={self.path!r}, examples={self.examples}, tokens={self.tokens})"
@@ -167,18 +290,32 @@ class ValidationLoss:
         self.path, self.reason = "fast", "a causal language model on plain batches"
         self._lm, self._rows = lm, rows
         if check and rows:
+            candidates = [replace(lm, given_mask=True), lm] if could_be_given_a_mask(lm) else [lm]
             with evaluation_mode(self.model, self._device):
-                difference = disagreement(lm, self.model, rows, self._device)
+                for self._lm in candidates:
+                    compare = partial(disagreement, self._lm, self.model, rows, self._device)
+                    difference = self._resharded(compare)
+                    if difference is None:
+                        break
             if difference is not None:
                 self.path, self.reason = "generic", difference
                 self._lm, self._rows = None, []
             else:
                 self.reason += ", equal to the model's own loss"
 
-    def _build(self) -> LabelledLoss | ModelLoss:
+    def _build(self) -> Callable[[], torch.Tensor]:
+        ranks, device = self.ranks, self._device
+        if self.path == "callable":
+            return (
+                self._call_function if ranks is None else shared_function(ranks, self._call_function, device)
+            )
         if self._lm is None:
-            return ModelLoss(self.model, self._batches, self._device)
-        return LabelledLoss(self._lm, self._rows, max_tokens=self._max_tokens, device=self._device)
+            if ranks is not None:
+                return shared_model_loss(ranks, self.model, self._batches, device)
+            return ModelLoss(self.model, self._batches, device)
+        if ranks is not None:
+            return shared_labelled_loss(ranks, self._lm, self._rows, self._max_tokens, device)
+        return LabelledLoss(self._lm, self._rows, max_tokens=self._max_tokens, device=device)
 
     def follow(self) -> None:
         """Rebuild what belongs to a device or an output embedding that the model has left.
@@ -194,7 +331,7 @@ class ValidationLoss:
             return
         if self._lm is not None:
             try:
-                self._lm = find_causal_lm(self.model)
+                self._lm = replace(find_causal_lm(self.model), given_mask=self._lm.given_mask)
             except FastPathRefused as refusal:
                 raise RuntimeError(
                     f"the model changed since its ValidationLoss was made: {refusal}; make a new one"
@@ -225,4 +362,4 @@ def _is_loss_function(batches: Any) -> bool:
 def _announce(message: str) -> None:
     from ffkernels.ops.notices import announce_once
 
-    announce_once(f"validation: {message}", message, stacklevel=3)
+    announce_once(f"validation: {message}", message, stacklevel=4)

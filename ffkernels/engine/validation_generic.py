@@ -12,7 +12,7 @@ count rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from ffkernels.engine.causal_lm import accepts_argument, unwrap
 from ffkernels.engine.validation_batches import IGNORE
 
-__all__ = ["ModelLoss", "count_targets"]
+__all__ = ["ModelLoss", "count_targets", "size_of"]
 
 _SHIFTING_LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")
 
@@ -47,6 +47,11 @@ def _names_labels(model: nn.Module) -> bool:
     return hasattr(model, "config") and "labels" in parameters
 
 
+def size_of(batch: Mapping[str, Any]) -> int:
+    """Elements of the largest tensor of a batch, padding included: what its forward costs, roughly."""
+    return max((v.numel() for v in batch.values() if isinstance(v, torch.Tensor)), default=1)
+
+
 def _rows(batch: Mapping[str, Any]) -> int:
     for value in batch.values():
         if isinstance(value, torch.Tensor) and value.ndim > 0:
@@ -55,7 +60,10 @@ def _rows(batch: Mapping[str, Any]) -> int:
 
 
 class ModelLoss:
-    """Weighted mean of `model(**batch)`'s losses: calling it returns a 0-dim float64 tensor on `device`."""
+    """Weighted mean of `model(**batch)`'s losses: calling it returns a 0-dim float64 tensor on `device`.
+
+    `scored` targets in `rows` rows; batches without a target are left out.
+    """
 
     def __init__(self, model: nn.Module, batches: list[dict[str, Any]], device: torch.device) -> None:
         inner, _ = unwrap(model)
@@ -81,13 +89,33 @@ class ModelLoss:
             if weight
         ]
         self.rows = sum(_rows(batch) for batch in self.batches)
+        self.for_company: list[dict[str, Any]] = []
+
+    def keep(self, chosen: Sequence[int], forwards: int = 0) -> None:
+        """Run only the `chosen` batches from now on, and in `forwards` forwards at least.
+
+        Where each forward waits for other processes, those that have fewer batches run the smallest one for
+        company, which counts for nothing.
+        """
+        smallest = min(self.batches, key=size_of, default={})
+        self.batches = [self.batches[i] for i in chosen]
+        self.weights = [self.weights[i] for i in chosen]
+        self.scored = sum(self.weights)
+        self.rows = sum(_rows(batch) for batch in self.batches)
+        self.for_company = [smallest] * (forwards - len(chosen))
 
     def __call__(self) -> torch.Tensor:
+        return self.total() / self.scored
+
+    def total(self) -> torch.Tensor:
+        """The sum over all targets, 0-dim float64; 0 without batches."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch, weight in zip(self.batches, self.weights, strict=True):
             loss = self._loss(self.model(**batch), batch)
             total += loss.detach().to(self.device, torch.float64).reshape(()) * weight
-        return total / self.scored
+        for batch in self.for_company:
+            self.model(**batch)
+        return total
 
     def _loss(self, output: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         if isinstance(output, Mapping):

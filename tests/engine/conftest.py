@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +36,32 @@ _FAMILIES = {
     "gemma2": ("Gemma2", dict(num_key_value_heads=2, head_dim=8)),
     "mistral": ("Mistral", dict(num_key_value_heads=2)),
     "granite": ("Granite", dict(num_key_value_heads=2, logits_scaling=4.0)),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=2)),
+    "gemma3": ("Gemma3", dict(num_key_value_heads=2, head_dim=8)),
+    "opt": ("OPT", dict(ffn_dim=64, word_embed_proj_dim=32)),
+    "phi": ("Phi", {}),
+    "phi3": ("Phi3", dict(num_key_value_heads=2)),
+    "olmo2": ("Olmo2", {}),
+    "stablelm": ("StableLm", dict(num_key_value_heads=4)),
+    "starcoder2": ("Starcoder2", dict(num_key_value_heads=4)),
+    "gptj": ("GPTJ", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4)),
+    "bloom": ("Bloom", {}),
+    "mixtral": ("Mixtral", dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        dict(
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        ),
+    ),
+    "olmoe": ("Olmoe", dict(num_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": (
+        "GptOss",
+        dict(num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+    ),
 }
 
 
@@ -39,7 +69,8 @@ def _build(family: str, **changes):
     transformers = pytest.importorskip("transformers")
     name, extra = _FAMILIES[family]
     head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
-    config = getattr(transformers, f"{name}Config")(**(_SIZES | extra | changes))
+    kind = "Gemma3Text" if name == "Gemma3" else name
+    config = getattr(transformers, f"{kind}Config")(**(_SIZES | extra | changes))
     torch.manual_seed(7)
     model = getattr(transformers, head)(config)
     with torch.no_grad():  # far from uniform predictions, so that a wrong position or token shows
@@ -103,6 +134,35 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _nothing_announced_yet(monkeypatch):
     monkeypatch.setattr("ffkernels.ops.notices._announced", set())
+
+
+_NUMBERS = itertools.count(1000)
+
+
+@pytest.fixture
+def fake(monkeypatch, request):
+    """`FakeCuda` in the place of CUDA: captures on the CPU; see `fake_cuda.py`."""
+    name = "ffkernels_fake_cuda"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("fake_cuda.py"))
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    installed = sys.modules[name].FakeCuda.install(monkeypatch)
+    from triton.runtime import interpreter
+
+    # Triton's language is made ready for the interpreter once, not for each of many launches.
+    prepared = interpreter._patch_lang(installed.decide._decide_kernel.fn)
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
+    request.addfinalizer(prepared.restore)
+    # A capture looks through all objects for tensors: through those that this test makes.
+    gc.freeze()
+    request.addfinalizer(gc.unfreeze)
+    # A graph that an earlier test forgot is closed whenever it is collected: it must not mean one of this test.
+    installed._numbers = _NUMBERS
+    installed.graph_class = sys.modules[name].Graph
+    # A graph has no autograd; the functions that stand for it here would.
+    monkeypatch.setattr(installed.graph_class, "run", torch.no_grad()(installed.graph_class.run))
+    return installed
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def test_refusals(tiny_model):
     )
     invoked = lora(tiny_model("llama"), task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
     sharded = tiny_model("llama")
-    sharded.__class__ = type("FSDPLlama", (type("FSDPModule", (), {}), type(sharded)), {})
+    sharded.__class__ = type("FSDPLlama", (type("FullyShardedDataParallel", (), {}), type(sharded)), {})
     for model, match in [
         (nn.Linear(2, 2), "not a transformers model"),
         (tiny_model("granite"), "logits_scaling"),

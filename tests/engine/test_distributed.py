@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ffkernels.engine.distributed import ROW_BYTES, Ranks, checksum, digest
+from ffkernels.engine.digests import checksum, digest
+from ffkernels.engine.distributed import ROW_BYTES, Ranks
 
 
 def values(answers):
@@ -18,7 +19,7 @@ def test_without_a_process_group_there_are_no_ranks():
 
 
 def test_every_rank_gets_the_rows_of_all_in_rank_order(in_ranks):
-    expected = [[3, False, 0.1 * rank, "nan", -(2**62) - rank] for rank in range(3)]
+    expected = [[4, False, 0.1 * rank, "nan", -(2**62) - rank] for rank in range(3)]
     assert values(in_ranks(3, "exchange_rows")) == [expected] * 3
     assert ROW_BYTES == 32
 
@@ -55,9 +56,8 @@ def test_what_fails_to_be_made_on_one_rank_is_made_on_none(in_ranks):
 def test_ranks_that_are_at_different_places_say_where(in_ranks):
     for answer in in_ranks(3, "different_places"):
         assert answer["error"] == "RanksDisagree"
-        assert (
-            "rank 0: 'the start of a Fast Forward stage'; rank 1, 2: 'a validation loss'" in answer["message"]
-        )
+        places = "rank 0: 'the update of a Fast Forward stage'; rank 1, 2: 'a validation loss'"
+        assert places in answer["message"]
 
 
 def test_different_settings_are_named_with_their_ranks(in_ranks):
