@@ -202,12 +202,14 @@ class Cuda:
     def node_types(self, graph: int) -> list[tuple[str, int]]:
         """Per node its type, as "KERNEL", and the graph inside of it, 0 where there is none."""
         driver = self._driver()
-        prefix, found = "CU_GRAPH_NODE_TYPE_", []
         count = self._call("cuGraphGetNodes", driver.CUgraph(graph), 0)[1]
         nodes, count = self._call("cuGraphGetNodes", driver.CUgraph(graph), count)
+        found = []
         for node in nodes[:count]:
-            kind = self._call("cuGraphNodeGetType", node)
-            name = getattr(kind, "name", str(kind)).removeprefix(prefix)
+            try:
+                name = self._call("cuGraphNodeGetType", node).name.removeprefix("CU_GRAPH_NODE_TYPE_")
+            except ValueError:  # newer than the bindings
+                name = "UNKNOWN"
             child = int(self._call("cuGraphChildGraphNodeGetGraph", node)) if name == "GRAPH" else 0
             found.append((name, child))
         return found
@@ -231,10 +233,9 @@ class Cuda:
         params.conditional.size = 1
         params.conditional.ctx = self._call("cuCtxGetCurrent")
         before = [driver.CUgraphNode(node) for node in after]
-        # The same call, which was given the argument for data on edges under a new name in 12.3, in place of
-        # the old one in 13.0.
-        add = "cuGraphAddNode_v2" if hasattr(driver, "cuGraphAddNode_v2") else "cuGraphAddNode"
-        self._call(add, driver.CUgraph(graph), before, None, len(before), params)
+        # 13.0 gave the plain name to the form with data on edges, which 12 calls _v2.
+        edges = () if hasattr(driver, "cuGraphAddNode_v2") else (None,)
+        self._call("cuGraphAddNode", driver.CUgraph(graph), before, *edges, len(before), params)
         return int(params.conditional.phGraph_out[0])
 
     def exec_create(self, graph: int) -> int:

@@ -55,6 +55,7 @@ WORDS = {
     "EXT_SEMAS_WAIT": "a wait for a semaphore of another process or library",
     "BATCH_MEM_OP": "a write to or wait for a memory location",
     "CONDITIONAL": "a conditional node of its own",
+    "UNKNOWN": "a kind of node that this cuda-bindings does not know",
 }
 
 

@@ -34,6 +34,7 @@ class Machine:
     stack: int
     local: int
     instructions: list[str]  # as "LDG.E.128 R4, desc[UR6][R2.64]", predicates cut off
+    open_calls: list[str]  # functions that the driver must fill in when it loads the kernel
 
     @cached_property
     def opcodes(self) -> Counter:
@@ -77,7 +78,21 @@ def read(cubin: bytes, ptx: str) -> Machine:
     )
     # As in "        /*0040*/              @!P0 LDG.E.128 R4, desc[UR6][R2.64] ;"
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?)\s*;", sass, re.MULTILINE)
-    return Machine(ptx, registers, stack, local, instructions)
+    return Machine(ptx, registers, stack, local, instructions, undefined_functions(cubin))
+
+
+def undefined_functions(elf: bytes) -> list[str]:
+    """Names of the functions in the symbol table that no section defines."""
+    (offset,) = struct.unpack_from("<Q", elf, 40)
+    size, count = struct.unpack_from("<HH", elf, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", elf, offset + i * size) for i in range(count)]
+    (symbols,) = (section for section in sections if section[1] == 2)  # SHT_SYMTAB
+    names, found = sections[symbols[6]][4], []
+    for at in range(symbols[4], symbols[4] + symbols[5], 24):
+        name, info, _, section = struct.unpack_from("<IBBH", elf, at)
+        if section == 0 and info & 15 == 2:  # STT_FUNC
+            found.append(elf[names + name : elf.index(b"\0", names + name)].decode())
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -197,3 +212,151 @@ def test_constants_of_the_search_keep_their_64_bits(search, compiled, architectu
     ptx = search(architecture, True, False).ptx
     for value in (decide.GOLDEN.value, decide.REFINE_TOLERANCE.value):
         assert "0d" + struct.pack(">d", value).hex().upper() in ptx
+
+
+@pytest.fixture(scope="session")
+def beginning(compiled):
+    """Compiles the begin of a search as its launcher would."""
+    decide = compiled("decide")
+
+    @cache
+    def build(architecture, condition) -> Machine:
+        return compile_for(
+            decide._begin_kernel,
+            architecture,
+            {"state": "*i64", "fresh": "*i64", "largest_ptr": "*fp32", "handle": "i64"},
+            {"CONDITION": condition},
+            1,
+            **({"extern_libs": decide.CONDITION_LIBRARY} if condition else {}),
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("condition", [False, True], ids=["plain", "for a WHILE node"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_search_begins_with_one_store(beginning, architecture, condition):
+    code = beginning(architecture, condition)
+    assert code.stack == code.local == 0
+    assert code.count("LDL", "STL", "LD.", "ST.", "LDS", "STS") == 0
+    assert code.count("STG") == 1
+
+
+def sets_condition_once(code: Machine) -> None:
+    """One call in all, which every thread but the first jumps over, and nothing else is left open."""
+    assert code.open_calls == ["cudaGraphSetConditional"]
+    # Calls within the kernel, as to its division, are relative.
+    assert code.count("CALL.ABS") == code.ptx.count("call.uni") == 1
+    threads = "|".join(re.findall(r"mov\.u32\s+(%r\d+), %tid\.x;", code.ptx))
+    before, after = code.ptx.split("call.uni")
+    guard = rf"setp\.ne\.b32\s+(%p\d+), (?:{threads}), 0;\s+@\1 bra\s+(\S+);"
+    _, end = re.findall(guard, before)[-1]
+    rest, _, _ = after.partition("ret;")
+    assert f"{end}:" in rest and not re.search(r"\bbra\b", rest), "from the call straight to the end"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_thread_sets_the_condition_once(beginning, search, architecture):
+    sets_condition_once(beginning(architecture, True))
+    for parabolic in (False, True):
+        sets_condition_once(search(architecture, parabolic, True))
+    assert beginning(architecture, False).open_calls == []
+    assert search(architecture, True, False).open_calls == []
+
+
+def assemble(ptx: str, architecture: int, tmp_path: Path) -> subprocess.CompletedProcess:
+    source, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    source.write_text(ptx)
+    ptxas = tool("ptxas-blackwell" if architecture >= 100 else "ptxas")
+    command = [ptxas, f"-arch=sm_{architecture}", str(source), "-o", str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_kernel_beside_leaves_one_call_to_the_driver(architecture, tmp_path):
+    from ffkernels.ops.condition import PTX
+
+    assert assemble(PTX, architecture, tmp_path).returncode == 0
+    code = read((tmp_path / "kernel.cubin").read_bytes(), PTX)
+    assert code.open_calls == ["cudaGraphSetConditional"] and code.count("CALL.ABS") == 1
+    # The assembler knows this name as one that the driver has; any other it wants to see defined.
+    unknown = assemble(PTX.replace("cudaGraphSetConditional", "nobodyKnowsThis"), architecture, tmp_path)
+    assert unknown.returncode != 0 and "nobodyKnowsThis" in unknown.stderr
+
+
+class NoDriver:
+    """Triton's driver for a GPU that is not there: everything up to the launch happens, which is recorded."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target, self.launches, self.utils = GPUTarget("cuda", architecture, 32), [], self
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+    def get_device_properties(self, device) -> dict:
+        return {"max_shared_mem": 1 << 16}
+
+    def load_binary(self, name, cubin, shared, device) -> tuple:
+        return object(), 0, 32, 0, 1024
+
+    def unload_module(self, module) -> None:
+        pass
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+            self.launches.append((x * y * z, dict(source.signature), arguments))
+
+        return launch
+
+
+@pytest.fixture
+def launched(compiled, monkeypatch):
+    """The decisions as launched on a GPU, up to the driver: (programs, signature, arguments) of each."""
+    from triton.runtime import driver
+
+    decide, gpu = compiled("decide"), NoDriver(90)
+    monkeypatch.setattr(driver, "_active", gpu)
+    monkeypatch.setattr(decide.condition, "inside", lambda device: True)
+    for kernel in (decide._begin_kernel, decide._decide_kernel):
+        monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
+    return decide, gpu
+
+
+@pytest.mark.parametrize("name", ["linear", "parabolic"])
+def test_what_was_prepared_is_all_that_is_launched(launched, name):
+    """Whatever the handle: nothing is left to be compiled while a graph is captured."""
+    decide, gpu = launched
+    state = decide.DecideState(name, 8, "cpu")
+    before = state._memory.clone()
+
+    def built() -> int:
+        return sum(len(k.device_caches[0][0]) for k in (decide._begin_kernel, decide._decide_kernel))
+
+    decide.prepare(state)
+    assert built() == 2
+    decide.prepare(state, with_condition=True)
+    assert built() == 4
+    assert {programs for programs, *_ in gpu.launches} == {0}, "prepared, not run"
+    assert torch.equal(state._memory, before)
+    gpu.launches.clear()
+
+    largest, loss = torch.ones(3)[1], torch.ones(4, dtype=torch.float64)[3]  # other addresses than prepared
+    handles = [None, 0, 1, 16, 1 << 31, 1 << 40, (1 << 63) + 5, (1 << 64) - 1]
+    for handle in handles:
+        decide.begin(state, largest, handle)
+        decide.decide(state, loss, handle)
+    assert built() == 4
+    assert {signature["handle"] for _, signature, _ in gpu.launches} == {"i64"}
+    given = [handle for handle in handles for _ in range(2)]
+    for (programs, signature, arguments), handle in zip(gpu.launches, given, strict=True):
+        assert programs == 1
+        passed = arguments[list(signature).index("handle")]
+        assert passed % (1 << 64) == (handle or 0) and -(1 << 63) <= passed < 1 << 63
