@@ -93,6 +93,22 @@ def _part(program: StageProgram, decided: Any) -> str | None:
     return None
 
 
+@torch.no_grad()
+def _kept(program: StageProgram, start: Sequence[Tensor]) -> bool:
+    """Whether W is best, bit for bit, and W0 + τ·Δ, but for one rounding per move."""
+    table, search = program.table, program.search
+    if search.best_tau == 0 and not all(map(torch.equal, table.weights, start)):
+        return False
+    furthest = max(tau for tau, _ in search.losses)
+    for weight, best, delta, begun in zip(table.weights, table.best, table.deltas, start, strict=True):
+        largest = begun.abs().double() + 2 * furthest * delta.abs().double()
+        slack = (program.moves + 2) * torch.finfo(weight.dtype).eps * largest
+        away = (weight.double() - begun.double() - search.best_tau * delta.double()).abs()
+        if not torch.equal(weight, best) or bool((away > slack).any()):
+            return False
+    return True
+
+
 def difference(
     program: StageProgram, start: Sequence[Tensor], baseline: float, evaluate: Callable[[], float]
 ) -> str | None:
@@ -121,8 +137,7 @@ def difference(
         )
 
     recorded = dict(search.losses)
-    weights = [weight.detach() for weight in table.weights]
-    if not all(map(torch.equal, weights, table.best if search.best_tau else start)):
+    if not _kept(program, start):
         return f"the weights are not those of τ = {search.best_tau}, which the stage kept"
     found = apart("at τ = 0", recorded[0], baseline)
     kept = evaluate()

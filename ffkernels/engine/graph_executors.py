@@ -179,6 +179,7 @@ class GraphExecutor:
             raise
         if fault:
             start.restore()
+            self.close()
             raise GraphUnsafe(fault)
         self.fault = None
         self._proved = bool(program.search.losses)  # a stage with nothing to search proves nothing

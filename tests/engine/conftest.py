@@ -157,7 +157,7 @@ def fake(monkeypatch, request):
     # A capture looks through all objects for tensors: through those that this test makes.
     gc.freeze()
     request.addfinalizer(gc.unfreeze)
-    # A graph that an earlier test forgot is closed whenever it is collected: it must not mean one of this test.
+    # A graph that an earlier test forgot is closed when it is collected: it must not mean one of this test.
     installed._numbers = _NUMBERS
     installed.graph_class = sys.modules[name].Graph
     # A graph has no autograd; the functions that stand for it here would.
