@@ -229,3 +229,75 @@ def test_bad_arguments_are_refused(device):
         ValueError, match=r"loss is \(\) torch.float32 on cpu; a decision needs one torch.float64"
     ):
         device.decide(state, torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"largest is \(2,\) torch.float32 on cpu; a decision needs one"):
+        device.begin(state, torch.ones(2))
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    ("largest", "reason"),
+    [
+        (0.5, None),
+        (1e-45, None),
+        (3.4e38, None),
+        (0.0, fast_forward.NO_UPDATE),
+        (-0.0, fast_forward.NO_UPDATE),
+        (math.inf, fast_forward.UPDATE_NOT_FINITE),
+        (math.nan, fast_forward.UPDATE_NOT_FINITE),
+    ],
+)
+def test_a_search_begins_only_with_an_update_that_is_one(device, name, largest, reason):
+    """Whatever the state held before."""
+    twins = Twins(device, name, 8)
+    fresh = twins.state._memory[:16].clone()
+    twins.run(lambda tau: (tau - 3.0) ** 2)
+    device.begin(twins.state, torch.tensor(largest))
+    assert twins.state.go.item() == (reason is None)
+    assert (twins.state.accept.item(), twins.state.k.item()) == (0, 0.0)
+    assert twins.state.read() == device.Decided([], 0, math.inf, False, reason)
+    assert torch.equal(twins.state._memory[2:16], fresh[2:])
+    if reason is None:
+        twins.python = python.make_search(name, 8)
+        assert twins.run(lambda tau: (tau - 5.0) ** 2).best_tau == 5
+    else:  # a loss that comes nevertheless changes nothing
+        device.decide(twins.state, torch.tensor(1.0, dtype=torch.float64))
+        assert twins.state.read() == device.Decided([], 0, math.inf, False, reason)
+
+
+def test_preparing_runs_nothing(device):
+    twins = Twins(device, "parabolic", 8)
+    twins.observe(2.0)
+    before = twins.state._memory.clone()
+    device.prepare(twins.state)
+    assert torch.equal(twins.state._memory, before)
+
+
+def test_where_the_decision_cannot_set_the_condition_a_kernel_beside_it_does(device, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(device.condition, "set_beside", lambda handle, go: set_to.append((handle, go.item())))
+    state = device.DecideState("linear", 8, "cpu")
+    device.begin(state, torch.tensor(1.0), handle=7)
+    for loss in (3.0, 2.0, 2.5):
+        device.decide(state, torch.tensor(loss, dtype=torch.float64), handle=7)
+    device.begin(state, torch.tensor(0.0), handle=7)
+    device.begin(state, torch.tensor(1.0))
+    assert set_to == [(7, 1), (7, 1), (7, 1), (7, 0), (7, 0)]
+
+
+def test_which_way_a_condition_is_set_is_chosen_per_device(device):
+    condition, gpus = device.condition, [torch.device("cuda", i) for i in range(2)]
+    assert not condition.inside(torch.device("cpu"))
+    assert condition.inside(gpus[0]) and condition.inside(gpus[1])
+    condition.use(gpus[1], condition.BESIDE)
+    try:
+        assert condition.inside(gpus[0]) and not condition.inside(gpus[1])
+    finally:
+        condition.use(gpus[1], condition.INSIDE)
+    with pytest.raises(ValueError, match="'inside' the decision or 'beside' it, not 'around'"):
+        condition.use(gpus[0], "around")
+
+
+@pytest.mark.parametrize("handle", [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_a_handle_keeps_its_bits_as_a_signed_number(device, handle):
+    passed = device.condition.signed(handle)
+    assert -(1 << 63) <= passed < 1 << 63 and passed % (1 << 64) == handle

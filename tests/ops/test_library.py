@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -210,3 +212,16 @@ def test_absmax_of_the_flat_arenas_is_that_of_the_tensors():
     table.deltas[2].fill_(float("nan"))
     assert ops.delta_absmax(table) != ops.delta_absmax(table)
     assert moves.delta_absmax(ops.TensorTable([], impl="torch")) == 0.0
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_absmax_that_stays_on_the_device_is_the_same_number(impl):
+    table = ops.TensorTable([torch.zeros(5), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(0)], impl=impl)
+    for value, expected in ((0.0, 0.25), (-3.5, 3.5), (-math.inf, math.inf), (math.nan, math.nan)):
+        table.deltas[0][2] = value
+        table.deltas[1][1] = -0.25
+        found = ops.delta_absmax_on_device(table)
+        assert (found.shape, found.dtype, found.device) == ((), torch.float32, table.device)
+        assert repr(found.item()) == repr(ops.delta_absmax(table)) == repr(expected)
+    empty = ops.delta_absmax_on_device(ops.TensorTable([], impl="torch"))
+    assert (empty.shape, empty.dtype, empty.item()) == ((), torch.float32, 0.0)
