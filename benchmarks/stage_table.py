@@ -16,7 +16,7 @@ def render_stages(result: dict) -> list[str]:
     lines = [
         "",
         "stages: ms per evaluation, median [20 %, 80 %], and its gap above the captured forward; what one",
-        "more step takes, and its gap; what a stage takes beside its steps; memory at most and held after it;",
+        "more step takes, and its gap; what a stage takes beside its steps; memory at most and after it;",
         "first stage, captures included",
         f"{'provider':20}{'ms per step':>28}{'gap':>9}{'step ms':>10}{'gap':>9}{'fixed ms':>10}"
         f"{'peak MiB':>10}{'held MiB':>10}{'first s':>9}",
@@ -41,16 +41,7 @@ def render_stages(result: dict) -> list[str]:
         lines += [f"{name:20}left out: {reason}" for name, reason in row["missing"].items()]
     if result["left_out"]:
         lines.append(f"-- no time was left for: {'; '.join(result['left_out'])}")
-    counts = result["counts"].get("providers", {})
-    if counts:
-        stage = f"a stage of {result['counts']['evaluations']} evaluations"
-        lines.append(f"-- {result['counts']['case']}: in {stage} (and what one more step adds)")
-    for name, found in counts.items():
-        if "missing" in found:
-            lines.append(f"{name:20}left out: {found['missing']}")
-            continue
-        cells = (f"{kind} {found['stage'][kind]} (+{found['step'][kind]:g})" for kind in found["stage"])
-        lines.append(f"{name:20}{', '.join(cells)}")
+    lines += _render_counts(result["counts"])
     loss, tau = (result["agreement"].get(key) for key in ("loss", "tau"))
     if loss:
         values = ", ".join(f"{key} {value:.9f}" for key, value in loss.items() if isinstance(value, float))
@@ -63,6 +54,20 @@ def render_stages(result: dict) -> list[str]:
     return [*lines, *(f"error: {error}" for error in result["errors"])]
 
 
+def _render_counts(counts: dict) -> list[str]:
+    if not counts.get("providers"):
+        return [f"-- nothing was counted: {counts['failure']}"] if "failure" in counts else []
+    stage = f"a stage of {counts['evaluations']} evaluations"
+    lines = [f"-- {counts['case']}: in {stage} (and what one more step adds)"]
+    for name, found in counts["providers"].items():
+        cells = [
+            f"{kind} {value} (+{found['step'][kind]:g})" for kind, value in found.get("stage", {}).items()
+        ]
+        cells += [f"not profiled: {found['missing']}"] if "missing" in found else []
+        lines.append(f"{name:20}{', '.join(cells)}")
+    return lines
+
+
 def stage_targets(result: dict) -> list[dict]:
     """What was promised of captured stages, each with what was measured. Empty for a dry run."""
     if result["dry"]:
@@ -72,21 +77,21 @@ def stage_targets(result: dict) -> list[dict]:
 
 
 def _counts(result: dict):
+    """Graphs by our own count; launches besides them by the profiler, where it lived through the stage."""
     providers = result["counts"].get("providers", {})
-    step, stage = providers.get(STEP, {}), providers.get(STAGE, {})
-    what = "step graph: 1 launch per Fast Forward step"
-    if "step" in step:
-        measured = f"{step['step']['launches']:g} launches, {step['step']['graph launches']:g} of them graphs"
-        yield what, step["step"]["launches"] == step["step"]["graph launches"] == 1, measured
-    else:
-        yield what, False, step.get("missing", "not measured")
-    what = "stage graph: 1 launch and 1 host sync per stage"
-    if "stage" in stage:
-        kinds = ("launches", "graph launches", "syncs", "reads")
-        met = all(stage["stage"][kind] == 1 for kind in kinds[:3])
-        yield what, met, ", ".join(f"{kind} {stage['stage'][kind]}" for kind in kinds)
-    else:
-        yield what, False, stage.get("missing", "not measured")
+    promises = (
+        (STEP, "step", "1 launch per Fast Forward step", ("graphs",)),
+        (STAGE, "stage", "1 launch and 1 host sync per stage", ("graphs", "waits")),
+    )
+    for name, per, promise, ones in promises:
+        found = providers.get(name, {})
+        if per not in found:
+            yield f"{name}: {promise}", False, found.get("missing", "not measured")
+            continue
+        kinds = found[per]
+        met = all(kinds[kind] == 1 for kind in ones) and kinds.get("launches", 0) == 0
+        measured = ", ".join(f"{kind} {value:g}" for kind, value in kinds.items())
+        yield f"{name}: {promise}", met, measured + (f" ({found['missing']})" if "missing" in found else "")
 
 
 def _row(result: dict, case: Case) -> dict | None:
