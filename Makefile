@@ -15,6 +15,7 @@ help:
 	@echo "make lint       ruff, formatting and the shape of the house"
 	@echo "make bench      kernel benchmarks on this machine; writes runs/bench/"
 	@echo "make gpu-check  tests and benchmarks on a GPU (FFK_DRY=1: the same in small, on the CPU); writes \$$OUT"
+	@echo "                ONLY=bench-stage: that part alone, for longer"
 	@echo "make clean      removes what the targets above made, the environment included"
 
 install: $(VENV)/.installed
@@ -51,7 +52,7 @@ bench: install
 # Runs from the checkout, also where nothing can be installed: with this python3 unless there is a .venv.
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py \
-	  --out $(if $(filter file,$(origin OUT)),runs/gpu-check,$(OUT))
+	  --out $(if $(filter file,$(origin OUT)),runs/gpu-check,$(OUT)) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

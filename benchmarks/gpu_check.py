@@ -83,7 +83,7 @@ def stages(out: Path, dry: bool, only: list[str]) -> list[Stage]:
         Stage("provenance", [python, __file__, "--provenance"], 40),
         Stage("tests", pytest, 120),
     ]
-    for name, limit, seconds in (("bench-stage", 185, 150), ("bench-step", 100, 65)):
+    for name, limit, seconds in (("bench-stage", 210, 180), ("bench-step", 100, 65)):
         measure = [python, str(bench / BENCHMARKS[name]), "--out", str(out / f"{name}.json")]
         seconds = BUDGET_SECONDS - OVERHEAD_SECONDS if only == [name] else seconds
         found.append(Stage(name, [*measure, *(["--dry"] if dry else ["--seconds", str(seconds)])], limit))

@@ -35,9 +35,9 @@ class Case:
     lengths: str = "mixed"
     method: str = "lora"
     rank: int = 8
-    evaluations: int = 8
+    evaluations: int = 6
     ahead: tuple[int, ...] = (0,)
-    seconds: float = 10.0
+    seconds: float = 15.0
 
     @property
     def name(self) -> str:
@@ -52,12 +52,12 @@ CASES = (
     Case(SMOL, 256, ahead=AHEAD),
     Case(SMOL, 1024),
     Case(LLAMA, 1024, evaluations=3, seconds=40),
-    Case(LLAMA, 64, evaluations=6, seconds=15),
-    Case(PYTHIA, 64, seconds=12),
+    Case(LLAMA, 64, evaluations=4, seconds=18),
+    Case(PYTHIA, 64, seconds=15),
     Case(LLAMA, 256, evaluations=4, seconds=25),
-    Case(PYTHIA, 256, seconds=12),
+    Case(PYTHIA, 256, seconds=15),
     Case(PYTHIA, 1024, evaluations=4, seconds=15),
-    Case(SMOL, 256, method="dora", seconds=12),
+    Case(SMOL, 256, method="dora", seconds=18),
     Case(SMOL, 256, rank=64),
     Case(SMOL, 256, lengths="equal"),
     Case(SMOL, 1024, lengths="equal"),
