@@ -91,7 +91,9 @@ def _all_modules_in_eval(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     try:
         for module, training in flags:
-            if training:
+            # bitsandbytes packs a 4-bit weight for inference at its first use in eval mode on such a CPU, for
+            # good: no gradient would come through it any more. The layer has no other use for the flag.
+            if training and not vars(module).get("support_avx512bf16_for_cpu"):
                 _set_training(module, False)
         yield
     finally:

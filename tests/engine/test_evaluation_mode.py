@@ -204,3 +204,30 @@ def test_ctrl_c_waits_until_modes_are_put_back(at, monkeypatch):
     assert torch.is_grad_enabled()
     assert random_state() == before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_layer_that_eval_mode_would_spoil_stays_in_training():
+    class PacksItsWeightForInference(nn.Linear):
+        """As bitsandbytes' Linear4bit on a CPU with AVX512-BF16."""
+
+        support_avx512bf16_for_cpu = False
+
+        def __init__(self, supported):
+            super().__init__(3, 3)
+            self.support_avx512bf16_for_cpu = supported
+
+        def forward(self, x):
+            if self.support_avx512bf16_for_cpu and not self.training:
+                self.weight.requires_grad_(False)
+            return super().forward(x)
+
+    model = nn.Sequential(PacksItsWeightForInference(True), PacksItsWeightForInference(False), nn.Dropout())
+    loss = ValidationLoss(model, lambda model: model(torch.ones(2, 3)).sum())
+    seen = []
+    model[2].register_forward_hook(lambda *_: seen.append([module.training for module in model]))
+    first = loss()
+    assert torch.equal(first, loss())
+    assert seen == [[True, False, False]] * 2
+    assert all(module.training for module in model.modules())
+    model(torch.ones(2, 3)).sum().backward()
+    assert model[0].weight.grad is not None
