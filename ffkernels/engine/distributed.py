@@ -160,12 +160,12 @@ class Ranks:
             if any(value != values[0] for value in values.values()):
                 raise RanksDisagree(f"the ranks differ in {name}: {_by_value(values)}; {advice}")
 
-    def start_of_stage(self, optimizer_step: int, skip: bool) -> bool:
-        """All ranks follow the same optimizer step; whether any of them wants to skip this stage."""
-        rows = self.exchange(START, float(skip), float(optimizer_step))
+    def in_step(self, optimizer_steps: int, failures: int, skip: bool = False) -> bool:
+        """All ranks have come equally far; whether any of them wants to skip the coming stage."""
+        rows = self.exchange(START, float(skip), float(optimizer_steps), failures)
         self.agree_on_rows(
             rows,
-            {"b": "the optimizer steps they have taken"},
+            {"b": "the optimizer steps they have taken", "c": "how many stages in a row failed"},
             "load the same checkpoint on every rank, and step all optimizers equally often",
         )
         return any(row.a for row in rows)

@@ -110,6 +110,7 @@ class FastForward:
         self._table: ops.TensorTable | None = None
         self._signature: tuple = ()
         self._armed = self._due_now = False
+        self._unconfirmed = True  # that all ranks start from the same state
         self._checkpoint_seconds = 0.0
         self._hooks: list[Any] = []
         given = isinstance(validation, ValidationLoss)
@@ -228,6 +229,7 @@ class FastForward:
         self._switched_off = bool(state["switched_off"])
         self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
         self._armed = self._due_now = False
+        self._unconfirmed = True
 
     def _due(self, step: int) -> bool:
         past = step - self.config.warmup
@@ -235,6 +237,9 @@ class FastForward:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._armed = self._due_now = False
+        if self.ranks is not None and self._unconfirmed:
+            self.ranks.in_step(self.optimizer_steps, self._failures)
+            self._unconfirmed = False
         if self._switched_off or not self._due(self.optimizer_steps + 1):
             return
         start = perf_counter()
@@ -293,7 +298,7 @@ class FastForward:
         program = StageProgram(table, self.validation, search)
         stale = table.is_stale()
         if self.ranks is not None:
-            stale = self.ranks.start_of_stage(self.optimizer_steps, stale)
+            stale = self.ranks.in_step(self.optimizer_steps, self._failures, stale)
         if stale:
             program.stopped_because = WEIGHTS_CHANGED
             return self._finish(stage, program)

@@ -93,7 +93,7 @@ def _tensor_parallel(model: nn.Module) -> str | None:
         placements = getattr(parameter, "placements", None)
         if placements is None:
             continue
-        shards = sum(placement.is_shard() for placement in placements)
+        shards = sum(not placement.is_replicate() for placement in placements)
         if shards > 1 or id(parameter) not in by_fsdp:
             return (
                 f"{name} is sharded by tensor parallelism ({', '.join(map(str, placements))}): its ranks "

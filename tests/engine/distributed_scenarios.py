@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import torch
@@ -124,10 +125,12 @@ def wrap(model, how):
     if how.startswith("fsdp"):
         from torch.distributed.fsdp import fully_shard
 
+        # Mixed: adapters stay whole tensors, whose gradients the loop has to average itself.
+        whole = {p for p in model.parameters() if p.requires_grad} if how == "fsdp_mixed" else set()
         for module in model.modules():
             if type(module).__name__ in ("GPTNeoXLayer", "LlamaDecoderLayer"):
-                fully_shard(module)
-        fully_shard(model)
+                fully_shard(module, ignored_params=whole)
+        fully_shard(model, ignored_params=whole)
     return model
 
 
@@ -136,8 +139,8 @@ def whole(parameter):
     return full.detach().clone()
 
 
-def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation=None, steps=6, **config):
-    """Six optimizer steps on the same global batches, whatever the number of ranks."""
+def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation=None, steps=4, **config):
+    """A few optimizer steps on the same global batches, whatever the number of ranks."""
     from ffkernels import FastForward, FastForwardConfig, ValidationLoss
 
     model = wrap(tiny_lm(family, adapters), how)
@@ -156,11 +159,15 @@ def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation
     else:
         batches = [rows_of(4, seed=50), rows_of(3, length=30, seed=51)]
     loss = ValidationLoss(model, batches)
-    ff = FastForward(model, optimizer, loss, FastForwardConfig(**{"interval": 2, **config}))
+    ff = FastForward(model, optimizer, loss, FastForwardConfig(**{"interval": 2, "max_tau": 16, **config}))
     for step in range(steps):
         batch = rows_of(8, seed=step, padded=False)
         share = slice(rank * 8 // size, (rank + 1) * 8 // size)
         model(**{key: value[share] for key, value in batch.items()}).loss.backward()
+        if how == "fsdp_mixed":
+            for p in trained:
+                dist.all_reduce(p.grad)
+                p.grad /= size
         optimizer.step()
         optimizer.zero_grad()
     measured = float(loss())
@@ -175,6 +182,210 @@ def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation
         "reason": loss.reason,
         "examples": [loss.examples, loss.tokens],
         "measured": measured,
+        "kinds": sorted({type(p).__name__ for p in trained}),
         "weights": torch.cat([w.flatten() for w in weights]).tolist(),
         "training": model.training,
     }
+
+
+class Slope(torch.nn.Module):
+    """(w − target)², with more weights than two ranks can share equally."""
+
+    def __init__(self, n=5):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(n))
+
+    def forward(self, noise=0.0):
+        return ((self.w - torch.arange(1.0, 1.0 + len(self.w)) + noise) ** 2).sum()
+
+
+class Run:
+    """A DDP model with a Fast Forward and a loop around it; what fails is kept as text."""
+
+    def __init__(self, validation=lambda model: model(), wrapped=True, lr=1e-3, **config):
+        from ffkernels import FastForward, FastForwardConfig
+
+        self.model = Slope()
+        wrapped = torch.nn.parallel.DistributedDataParallel(self.model) if wrapped else self.model
+        self.forward = wrapped
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0)
+        settings = FastForwardConfig(**{"interval": 2, "max_tau": 64, **config})
+        self.ff = FastForward(wrapped, self.optimizer, validation, settings)
+
+    def train(self, steps, rank, first=0):
+        for step in range(first, first + steps):
+            generator = torch.Generator().manual_seed(100 * rank + step)
+            self.optimizer.zero_grad()
+            self.forward(0.1 * torch.randn(5, generator=generator)).backward()
+            self.optimizer.step()
+
+    def attempt(self, steps, rank):
+        try:
+            self.train(steps, rank)
+        except BaseException as error:
+            return {"error": type(error).__name__, "message": str(error), **self.state()}
+        return self.state()
+
+    def state(self):
+        return {
+            "weights": self.model.w.tolist(),
+            "taus": [stage.tau for stage in self.ff.stages],
+            "losses": [[tau, loss] for stage in self.ff.stages for tau, loss in stage.losses],
+            "stopped": [stage.stopped_because for stage in self.ff.stages],
+            "active": self.ff.active,
+        }
+
+
+def slope(rank, size, steps=6, **config):
+    return Run(**config).attempt(steps, rank)
+
+
+def slope_resumed(rank, size, cut):
+    """The same six steps, saved after `cut` of them and continued by another FastForward."""
+    first = Run()
+    first.train(cut, rank)
+    second = Run()
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.ff.load_state_dict(first.ff.state_dict())
+    second.train(6 - cut, rank, first=cut)
+    return second.state()
+
+
+def slope_fails(rank, size, who, at, how):
+    """Rank `who` ends in its validation number `at`: by an exception, a real Ctrl-C, or at once."""
+    calls = []
+
+    def validation(model):
+        calls.append(1)
+        if rank == who and len(calls) == at:
+            if how == "raise":
+                raise torch.OutOfMemoryError("no room on this rank")
+            if how == "interrupt":
+                signal.raise_signal(signal.SIGINT)
+            if how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return model()
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run = Run(validation)
+    outcome = run.attempt(2, rank)
+    if how != "die":  # the ranks are still in step: training can go on where the user catches the error
+        run.train(2, rank, first=2)
+        outcome["after"] = run.state()
+    return outcome
+
+
+def slope_interrupted_between_exchanges(rank, size):
+    """Ctrl-C on one rank while weights move: it is delivered after the move, and told with the next loss."""
+    from ffkernels import ops
+
+    real, calls = ops.step_, []
+
+    def step(*args, **kwargs):
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **kwargs)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ops.step_ = step
+    return Run().attempt(2, rank)
+
+
+def slope_differs(rank, size, what):
+    """Rank 1 has something else; all must hear of it."""
+    from ffkernels import FastForward, ValidationLoss
+
+    if what == "interval":
+        Run(interval=2 + rank)
+    elif what == "no optimizer":
+        model = Slope()
+        other = Slope() if rank == 1 else model
+        FastForward(model, torch.optim.SGD(other.parameters()), lambda model: model())
+    elif what == "names":
+        model = torch.nn.ModuleList([Slope(), Slope()])
+        FastForward(
+            model,
+            torch.optim.SGD(model.parameters()),
+            lambda model: model[0](),
+            include="0" if rank == 0 else "1",
+        )
+    elif what == "examples":
+        ValidationLoss(tiny_lm(), [rows_of(4, seed=rank)])
+    elif what == "empty":
+        ValidationLoss(tiny_lm(), [rows_of(4)] if rank == 0 else [])
+    elif what == "unsynchronised":
+        Run(wrapped=False).train(2, rank)
+    elif what == "initial weights":
+        run = Run(wrapped=False)
+        run.model.w.data[4] += 2.0 * rank  # not small enough to change the others' Δ
+        for _ in range(2):
+            run.model.w.grad = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
+            run.optimizer.step()
+    elif what == "steps":
+        run = Run()
+        if rank == 1:  # a checkpoint that only one rank loads
+            run.ff.load_state_dict({**run.ff.state_dict(), "optimizer_steps": 1})
+        run.train(2, rank)
+    elif what == "executor":
+        Run(executor="step_graph")
+
+
+def late_process_group(rank, size):
+    """A FastForward that was made before the job had ranks must not search alone in it."""
+    run = Run(wrapped=False)
+    run.ff.ranks = None
+    run.train(2, rank)
+
+
+def fsdp_fails(rank, size, how):
+    """A rank that ends in the middle of a forward for which the others wait."""
+    from ffkernels import FastForward, FastForwardConfig, ValidationLoss
+
+    model = wrap(tiny_lm(), "fsdp")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    loss = ValidationLoss(model, [rows_of(4)])
+    FastForward(model, optimizer, loss, FastForwardConfig(interval=1))
+    model(**rows_of(2, seed=rank)).loss.backward()
+
+    def fail(*args):
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise torch.OutOfMemoryError("no room on this rank")
+
+    if rank == 1:
+        model.get_base_model().gpt_neox.layers[1].mlp.register_forward_hook(fail)
+    optimizer.step()
+
+
+def group_of_ddp(rank, size):
+    """Two jobs of two ranks each in one world: DDP's group is the search's."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    from ffkernels import ValidationLoss
+
+    model = torch.nn.parallel.DistributedDataParallel(Slope(), process_group=groups[rank // 2])
+    loss = ValidationLoss(model, lambda model: float(rank))
+    return [loss.ranks.size, loss.ranks.rank, float(loss())]
+
+
+def tensor_parallel(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    from ffkernels.engine.parallelism import why_refused
+
+    def linear():
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    split = parallelize_module(linear(), mesh["tensor"], {"0": ColwiseParallel()})
+    both = parallelize_module(linear(), mesh["tensor"], {"0": ColwiseParallel()})
+    fully_shard(both, mesh=mesh["data"])
+    hybrid = linear()
+    fully_shard(hybrid, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")))
+    plain = fully_shard(linear())
+    old = FullyShardedDataParallel(linear(), device_id=torch.device("cpu"))
+    return [why_refused(model, None) for model in (split, both, hybrid, plain, old)]

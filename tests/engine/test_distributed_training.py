@@ -1,0 +1,164 @@
+"""Fast Forward in several processes, for real over gloo: as one process, or an error on all of them."""
+
+import re
+
+import pytest
+import torch
+
+WAYS = {
+    "ddp": dict(how="ddp"),
+    "fsdp2": dict(how="fsdp"),
+    "fsdp2, full fine-tuning": dict(how="fsdp", family="llama", adapters=False),
+    "fsdp2, adapters whole": dict(how="fsdp_mixed"),
+    "ddp, batches as given": dict(how="ddp", validation="generic"),
+    "fsdp2, batches as given": dict(how="fsdp", validation="generic"),
+    "ddp, a loss function": dict(how="ddp", validation="callable"),
+}
+QUICK = ["ddp", "fsdp2, full fine-tuning", "fsdp2, adapters whole", "fsdp2, batches as given"]
+
+
+def cases():
+    for size in (2, 4):
+        for way in WAYS:
+            for search in ("parabolic", "linear") if way == "ddp" else ("parabolic",):
+                quick = size == 2 and way in QUICK and search == "parabolic"
+                marks = () if quick else pytest.mark.slow
+                yield pytest.param(size, way, search, marks=marks, id=f"{size} ranks, {way}, {search}")
+
+
+def values(answers):
+    assert all("value" in answer for answer in answers), [a.get("trace", a) for a in answers]
+    return [answer["value"] for answer in answers]
+
+
+@pytest.mark.parametrize(("size", "way", "search"), list(cases()))
+def test_several_ranks_do_what_one_process_does(in_ranks, size, way, search):
+    settings = {**WAYS[way], "search": search}
+    alone = values(in_ranks(1, "train_lm", seconds=90, **{**settings, "how": "plain"}))[0]
+    ranks = values(in_ranks(size, "train_lm", seconds=90, **settings))
+    first = ranks[0]
+    for rank in ranks:
+        assert rank["taus"] == alone["taus"] and max(alone["taus"]) > 3
+        assert rank["steps"] == alone["steps"] == [2, 4]
+        assert rank["losses"] == first["losses"], "the same bits on every rank"
+        assert rank["weights"] == first["weights"], "the same bits on every rank"
+        assert (rank["path"], rank["examples"]) == (alone["path"], alone["examples"])
+        assert rank["training"]
+    assert torch.allclose(
+        torch.tensor(first["weights"]), torch.tensor(alone["weights"]), rtol=2e-5, atol=2e-6
+    )
+    for ours, theirs in zip(first["losses"], alone["losses"], strict=True):
+        assert [float.fromhex(x) for x in ours] == pytest.approx([float.fromhex(x) for x in theirs], rel=1e-6)
+    assert first["measured"] == pytest.approx(alone["measured"], rel=1e-6)
+    if way == "ddp":  # the work is divided, not repeated
+        assert max(rank["flops"] for rank in ranks) < 0.62 * alone["flops"]
+    if way == "fsdp2":
+        assert first["kinds"] == ["DTensor"]
+
+
+def test_without_an_accepted_step_the_run_is_the_plain_one_bit_for_bit(in_ranks):
+    frozen = values(in_ranks(2, "slope", lr=0.0))
+    assert [rank["stopped"] for rank in frozen] == [["the optimizer did not change the weights"] * 3] * 2
+    assert frozen[0]["active"]
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_resumed_run_continues_bit_identically(in_ranks, cut):
+    whole = values(in_ranks(2, "slope"))
+    resumed = values(in_ranks(2, "slope_resumed", cut=cut))
+    assert whole[0] == whole[1] == resumed[0] == resumed[1]
+    assert max(whole[0]["taus"]) > 3
+
+
+@pytest.mark.parametrize("how", ["raise", "interrupt"])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_a_rank_that_raises_in_a_stage_stops_it_on_all(in_ranks, how, at):
+    zero, one = values(in_ranks(2, "slope_fails", who=1, at=at, how=how))
+    name = "OutOfMemoryError" if how == "raise" else "KeyboardInterrupt"
+    assert one["error"] == name
+    assert zero["error"] == "RankFailed"
+    assert f"rank 1: {name}" in zero["message"]
+    assert zero["weights"] == one["weights"]
+    assert zero["losses"] == one["losses"] and len(one["losses"]) == at - 1
+    assert zero["taus"] == one["taus"]
+    after = [{**rank["after"], "stopped": rank["after"]["stopped"][1]} for rank in (zero, one)]
+    assert after[0] == after[1] and len(after[0]["taus"]) == 2, "and training could go on"
+
+
+def test_ctrl_c_on_one_rank_while_weights_move(in_ranks):
+    zero, one = values(in_ranks(2, "slope_interrupted_between_exchanges"))
+    assert (zero["error"], one["error"]) == ("RankFailed", "KeyboardInterrupt")
+    assert zero["weights"] == one["weights"]
+    assert zero["losses"] == one["losses"] and len(one["losses"]) == 3
+
+
+def test_a_rank_that_dies_in_a_stage_ends_the_job(in_ranks):
+    zero, one = in_ranks(2, "slope_fails", who=1, at=2, how="die")
+    assert one["died"] == -9
+    assert zero["value"]["error"] == "RankFailed"
+    assert "lost the others during Fast Forward" in zero["value"]["message"]
+    assert zero["seconds"] < 15
+
+
+@pytest.mark.parametrize("how", ["raise", "die"])
+def test_a_rank_that_ends_in_a_forward_of_fsdp_ends_the_job(in_ranks, how):
+    zero, one = in_ranks(2, "fsdp_fails", how=how)
+    assert one.get("died") == -9 if how == "die" else one["error"] == "OutOfMemoryError"
+    assert zero["error"] in ("RuntimeError", "DistNetworkError", "DistBackendError", "RankFailed"), zero
+    assert zero["seconds"] < 15
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("interval", "FastForwardConfig.interval: rank 0: 2; rank 1: 3; make the same FastForward on every"),
+        ("names", r"the trainable parameters \(number, hash of names and shapes\): rank 0: \[1, '"),
+        (
+            "examples",
+            r"(number of validation examples|validation examples \(their hash\)).*give every rank the",
+        ),
+        ("unsynchronised", r"max \|Δ\| of the optimizer's update.*wrap the model in DistributedDataParallel"),
+        ("initial weights", "the bits of the weights and the update"),
+        ("steps", "the optimizer steps they have taken: rank 0: 0.0; rank 1: 1.0; load the same checkpoint"),
+    ],
+)
+def test_ranks_that_differ_are_told_how(in_ranks, what, message):
+    answers = in_ranks(2, "slope_differs", seconds=8, what=what)
+    for answer in answers:
+        assert answer["error"] in ("RanksDisagree", "RankFailed", "RuntimeError"), answer
+    assert any(re.search(message, answer["message"]) for answer in answers), answers
+    assert answers[0]["seconds"] < 20
+
+
+def test_what_one_rank_cannot_make_no_rank_makes(in_ranks):
+    zero, one = in_ranks(2, "slope_differs", what="no optimizer")
+    assert one["error"] == "ValueError" and "param_groups" in one["message"]
+    assert zero["error"] == "RankFailed" and "rank 1: ValueError" in zero["message"]
+    zero, one = in_ranks(2, "slope_differs", what="empty")
+    assert one["error"] == "ValueError" and "validation set is empty" in one["message"]
+    assert zero["error"] == "RankFailed"
+
+
+def test_graphs_are_refused_in_several_processes(in_ranks):
+    for answer in in_ranks(2, "slope_differs", what="executor"):
+        assert answer["error"] == "RuntimeError"
+        assert 'executor="step_graph" cannot run here: training runs in 2 processes' in answer["message"]
+
+
+def test_a_fast_forward_made_before_the_process_group_is_refused(in_ranks):
+    for answer in in_ranks(2, "late_process_group"):
+        assert answer["error"] == "RuntimeError"
+        assert "became one of several processes after" in answer["message"]
+
+
+@pytest.mark.slow
+def test_the_group_of_a_ddp_model_is_the_one_that_searches(in_ranks):
+    assert values(in_ranks(4, "group_of_ddp")) == [[2, 0, 0.5], [2, 1, 0.5], [2, 0, 2.5], [2, 1, 2.5]]
+
+
+def test_how_a_model_is_spread_decides_whether_it_can_be_moved(in_ranks):
+    split, both, hybrid, plain, old = values(in_ranks(2, "tensor_parallel"))[0]
+    assert "0.weight is sharded by tensor parallelism (S(0))" in split
+    assert "is sharded by tensor parallelism" in both
+    assert hybrid is None and plain is None
+    assert "FullyShardedDataParallel (FSDP1)" in old
