@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ffkernels import __version__, ops
-from ffkernels.engine.config import EXECUTORS
+from ffkernels.engine.graphs import why_no_stage_graph, why_no_step_graph
+from ffkernels.engine.ladder import NO_LAUNCHES
 from ffkernels.ops.build import find_compiler
 from ffkernels.reporting.machine import choose_device, machine_info, version_info
 
@@ -83,11 +84,21 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _executor(device: torch.device) -> dict[str, str]:
+def _executor(device: torch.device) -> dict[str, Any]:
+    """The fastest executor that can run here, why not a faster one, and what would change that."""
     if device.type == "cpu":
-        return {"name": "eager", "reason": "on a CPU there are no launches to save"}
-    known = ", ".join(name for name in EXECUTORS if name != "auto")
-    return {"name": "eager", "reason": f"executors of this version: {known}"}
+        return {"name": "eager", "reason": NO_LAUNCHES, "refused": {}}
+    refused = {
+        name: problem
+        for name, why_not in (("stage_graph", why_no_stage_graph), ("step_graph", why_no_step_graph))
+        if (problem := why_not(device)) is not None
+    }
+    name = next(name for name in ("stage_graph", "step_graph", "eager") if name not in refused)
+    if name == "eager":
+        return {"name": name, "reason": refused["step_graph"], "refused": refused}
+    reason = "a small loop on the device counted right" if name == "stage_graph" else refused["stage_graph"]
+    reason += "; a model may still refuse, and where launches are not what a stage waits for, eager runs"
+    return {"name": name, "reason": reason, "refused": refused}
 
 
 def _advice(report: dict[str, Any], device: torch.device) -> list[dict[str, str]]:
@@ -108,6 +119,9 @@ def _advice(report: dict[str, Any], device: torch.device) -> list[dict[str, str]
                 "`ffkernels doctor --build` and set FFKERNELS_LIBRARY to the file that it names"
             )
             advice.append({"what": "the cpp ops run on one thread", "cure": cure})
+    for problem in dict.fromkeys(report["executor"]["refused"].values()):
+        cause, _, cure = problem.rpartition("; ")
+        advice.append({"what": f"stages run {report['executor']['name']}: {cause}", "cure": cure})
     if device.type == "cpu":
         threads, cores = report["machine"]["threads"], _physical_cores()
         if threads < cores:

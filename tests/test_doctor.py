@@ -78,3 +78,47 @@ def test_hardware_threads_of_one_core_are_one_core(monkeypatch):
         doctor.Path, "read_text", lambda path: siblings[int(path.parts[-3].removeprefix("cpu"))] + "\n"
     )
     assert doctor._physical_cores() == 2
+
+
+def on_a_gpu(monkeypatch, stage, step):
+    monkeypatch.setattr(doctor, "why_no_stage_graph", lambda device: stage)
+    monkeypatch.setattr(doctor, "why_no_step_graph", lambda device: step)
+    return doctor._executor(torch.device("cuda", 0))
+
+
+def test_the_executor_on_a_cpu_needs_no_cure():
+    found = diagnose("cpu")
+    assert found["executor"]["reason"] == "on a CPU there are no launches to save"
+    assert not any("stages run" in advice["what"] for advice in found["advice"])
+
+
+def test_the_executor_on_a_gpu_where_all_is_there(monkeypatch):
+    found = on_a_gpu(monkeypatch, None, None)
+    assert found["name"] == "stage_graph" and "counted right" in found["reason"]
+    assert found["refused"] == {}
+
+
+def test_the_executor_on_a_gpu_without_a_loop(monkeypatch):
+    missing = "loops need cuda-bindings; `pip install 'ffkernels[cuda]'`"
+    found = on_a_gpu(monkeypatch, missing, None)
+    assert found["name"] == "step_graph" and missing in found["reason"]
+    advice = advice_for(monkeypatch, found)
+    assert {
+        "what": "stages run step_graph: loops need cuda-bindings",
+        "cure": "`pip install 'ffkernels[cuda]'`",
+    } in advice
+
+
+def test_the_executor_on_a_gpu_without_graphs(monkeypatch):
+    found = on_a_gpu(monkeypatch, "no Triton; install it", "no Triton; install it")
+    assert (found["name"], found["reason"]) == ("eager", "no Triton; install it")
+    advice = [a for a in advice_for(monkeypatch, found) if a["what"].startswith("stages run")]
+    assert advice == [{"what": "stages run eager: no Triton", "cure": "install it"}]
+
+
+def advice_for(monkeypatch, executor):
+    """The diagnosis of this machine with another one's executor."""
+    monkeypatch.setattr(doctor, "_executor", lambda device: executor)
+    found = diagnose("cpu")
+    assert executor["reason"] in describe(found)
+    return found["advice"]

@@ -21,7 +21,7 @@ def test_defaults_are_the_papers_interval_and_the_bracketing_search():
         ("max_tau", 65537, "from 1 to 65536"),
         ("patience", 0, "at least 1 or None"),
         ("search", "golden", "'parabolic', 'linear'"),
-        ("executor", "warp", "'auto', 'eager'"),
+        ("executor", "warp", "'auto', 'eager', 'step_graph', 'stage_graph'"),
         ("impl", "fortran", "'auto', 'torch', 'cpp'"),
     ],
 )

@@ -1,0 +1,369 @@
+"""Which executor runs, in what order they are tried, what is said, and when a graph steps aside."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from ffkernels import FastForward, FastForwardConfig, Stage, ValidationLoss
+from ffkernels.engine import capture_rules, graph_executors, graph_support, graphs, ladder
+from ffkernels.engine.ladder import NO_LAUNCHES, graphs_pay
+from ffkernels.ops.notices import FFKernelsNotice
+
+CPU = torch.device("cpu")
+
+
+class Bowl(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.0, 1.0, -1.0]))
+
+    def forward(self, shift=0.0):
+        return (torch.tensor([1.0, 0.3, 2.0]) * (self.w - 3.0 - shift) ** 2).sum()
+
+
+def loss(model):
+    return model()
+
+
+class Run:
+    """A model that trains one step per stage; `stage()` returns the record of the next one."""
+
+    def __init__(self, executor="auto", loss=loss, **config):
+        self.model = Bowl()
+        self.optimizer = torch.optim.SGD([self.model.w], lr=1e-3)
+        config = FastForwardConfig(interval=1, executor=executor, patience=None, **config)
+        self.ff = FastForward(self.model, self.optimizer, ValidationLoss(self.model, loss), config)
+
+    def stage(self) -> Stage:
+        self.optimizer.zero_grad()
+        self.model(shift=torch.tensor([1.0, -1.0, 0.5]).roll(len(self.ff.stages))).backward()
+        self.optimizer.step()
+        return self.ff.stages[-1]
+
+    def stages(self, count):
+        return [self.stage() for _ in range(count)]
+
+    def result(self):
+        return [(s.tau, s.losses, s.stopped_because) for s in self.ff.stages], self.model.w.tolist()
+
+
+def eager_result(count, **config):
+    run = Run("eager", **config)
+    run.stages(count)
+    return run.result()
+
+
+@pytest.fixture
+def graphs_allowed(fake, monkeypatch):
+    """Callables may be captured, and the host is all that an eager step waits for."""
+    monkeypatch.setattr(capture_rules, "why_not_captured", lambda *args, **kwargs: None)
+    pace(monkeypatch, 1.0, 1.0)
+    return fake
+
+
+def pace(monkeypatch, *measured):
+    monkeypatch.setattr(ladder, "step_pace", lambda program: measured)
+
+
+# ---- does it pay? ----
+
+
+@pytest.mark.parametrize(
+    ("enqueue", "eager", "pays"), [(0.9, 1.0, True), (0.5, 1.0, True), (0.49, 1.0, False), (0.0, 1.0, False)]
+)
+def test_before_a_capture_the_host_must_be_what_is_waited_for(enqueue, eager, pays):
+    found, reason = graphs_pay(enqueue, eager)
+    assert found is pays
+    assert f"{1000 * enqueue:.3g} ms" in reason and "1e+03 ms" in reason
+
+
+@pytest.mark.parametrize(
+    ("capture", "replay", "pays", "words"),
+    [
+        (1.0, 0.004, True, "after 167 steps"),
+        (6.0, 0.004, True, "after 1,000 steps"),
+        (6.1, 0.004, False, "after 1,017 steps, which is more than the 1,000 allowed"),
+        (0.1, 0.010, False, "saves nothing"),
+        (0.1, 0.020, False, "saves nothing"),
+    ],
+)
+def test_after_a_capture_the_gain_must_pay_for_it(capture, replay, pays, words):
+    found, reason = graphs_pay(0.009, 0.010, capture, replay)
+    assert found is pays
+    assert words in reason and "10 ms" in reason
+
+
+def test_the_horizon_may_be_another():
+    assert graphs_pay(1.0, 0.010, 1.0, 0.004, horizon=166)[0] is False
+    assert graphs_pay(1.0, 0.010, 1.0, 0.004, horizon=167)[0] is True
+
+
+# ---- without a GPU ----
+
+
+def test_a_cpu_is_eager_and_nothing_is_said():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stages = Run("auto").stages(2)
+    assert [(s.executor, s.executor_reason) for s in stages] == [("eager", NO_LAUNCHES)] * 2
+
+
+@pytest.mark.parametrize("name", ["step_graph", "stage_graph"])
+def test_a_graph_asked_for_on_a_cpu_is_refused_at_once(name):
+    with pytest.raises(RuntimeError, match=rf'executor="{name}" cannot run here: .*CUDA.*; or leave it at'):
+        Run(name)
+
+
+def test_what_is_refused_leaves_no_hook_behind():
+    model = Bowl()
+    optimizer = torch.optim.SGD([model.w], lr=1e-3)
+    with pytest.raises(RuntimeError, match="cannot run here"):
+        FastForward(model, optimizer, loss, FastForwardConfig(executor="stage_graph"))
+    with FastForward(model, optimizer, loss) as ff:
+        assert ff.active
+
+
+def test_eager_asked_for_says_so():
+    assert Run("eager").stage().executor_reason == "asked for"
+
+
+# ---- the order, and what is said ----
+
+
+def test_auto_measures_first_then_takes_the_whole_stage(graphs_allowed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = Run()
+        stages = run.stages(3)
+    assert [s.executor for s in stages] == ["eager", "stage_graph", "stage_graph"]
+    assert "measured first, to see whether stage_graph pays" in stages[0].executor_reason
+    assert "pay for themselves" in stages[1].executor_reason
+    assert run.result() == eager_result(3)
+
+
+def test_a_graph_asked_for_runs_from_the_first_stage_on(fake):
+    for name in ("step_graph", "stage_graph"):
+        run = Run(name)
+        assert [(s.executor, s.executor_reason) for s in run.stages(2)] == [(name, "asked for")] * 2
+        assert run.result() == eager_result(2)
+
+
+def test_a_stage_without_an_update_measures_nothing(fake, monkeypatch):
+    monkeypatch.setattr(capture_rules, "why_not_captured", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ladder, "graphs_pay", lambda *numbers: (True, "pays"))
+    run = Run()
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    assert [s.executor for s in run.stages(2)] == ["eager", "eager"]
+    run.optimizer.param_groups[0]["lr"] = 1e-3
+    assert [s.executor for s in run.stages(3)] == ["eager", "stage_graph", "stage_graph"]
+
+
+def test_without_bindings_a_step_is_a_graph(graphs_allowed):
+    graphs_allowed.problem = "No module named 'cuda'"
+    run = Run()
+    with pytest.warns(
+        FFKernelsNotice, match=r"as one graph replay per step .*cuda-bindings.*pip install"
+    ) as said:
+        stages = run.stages(2)
+    assert len(said) == 1
+    assert [s.executor for s in stages] == ["eager", "step_graph"]
+    assert "cuda-bindings" in stages[1].executor_reason and "captured step" in stages[1].executor_reason
+    with pytest.raises(RuntimeError, match=r"cannot run here: .*cuda-bindings"):
+        Run("stage_graph")
+
+
+def test_without_any_graph_a_stage_is_eager_and_the_cause_said_once(graphs_allowed):
+    graphs_allowed.backend = "cudaMallocAsync"
+    with pytest.warns(
+        FFKernelsNotice, match=r"run eagerly \(eager\): memory comes from cudaMallocAsync"
+    ) as said:
+        stages = [*Run().stages(2), *Run().stages(1)]
+    assert len(said) == 1 and str(said[0].message).count("cudaMallocAsync") == 1
+    assert [s.executor for s in stages] == ["eager"] * 3
+    assert stages[0].executor_reason.startswith("memory comes from cudaMallocAsync")
+
+
+def test_a_model_that_refuses(fake):
+    with pytest.warns(FFKernelsNotice, match=r"run eagerly .*callable path"):
+        stage = Run().stage()
+    assert stage.executor == "eager" and "callable path" in stage.executor_reason
+
+
+@pytest.mark.parametrize("asked", ["auto", "stage_graph"])
+def test_a_stage_that_cannot_be_captured_becomes_steps(asked, graphs_allowed):
+    run = Run(asked)
+    graph_support.probe(CPU)
+    graphs_allowed.fail("exec_create")
+    with pytest.warns(FFKernelsNotice, match="per step .*stage_graph could not be captured: .*PLANTED"):
+        stages = run.stages(3)
+    assert [s.executor for s in stages][-2:] == ["step_graph"] * 2
+    assert "stage_graph could not be captured" in stages[-1].executor_reason
+    assert run.result() == eager_result(3)
+
+
+@pytest.mark.parametrize("asked", ["auto", "stage_graph", "step_graph"])
+def test_what_cannot_be_captured_at_all_is_eager(asked, graphs_allowed):
+    run = Run(asked)
+    graph_support.probe(CPU)
+    graphs_allowed.fail("end", times=2)
+    with pytest.warns(FFKernelsNotice, match="run eagerly .*step_graph could not be captured"):
+        stages = run.stages(3)
+    assert [s.executor for s in stages] == ["eager"] * 3
+    assert run.result() == eager_result(3)
+    assert graphs_allowed.alive() == {}
+
+
+def test_a_loss_that_reads_on_the_host_is_named(fake):
+    run = Run("step_graph", loss=lambda model: model().item())
+    with pytest.warns(FFKernelsNotice, match="could not be captured: .*synchroni"):
+        stage = run.stage()
+    assert stage.executor == "eager" and stage.tau > 0
+    assert run.result() == eager_result(1, loss=lambda model: model().item())
+
+
+def test_an_error_of_the_loss_itself_is_raised(fake):
+    run = Run("stage_graph", loss=lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError), pytest.warns(FFKernelsNotice, match="division by zero"):
+        run.stage()
+
+
+# ---- stepping aside ----
+
+
+def test_a_busy_device_needs_no_graph(graphs_allowed, monkeypatch):
+    pace(monkeypatch, 0.001, 0.010)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stages = Run().stages(3)
+    assert [s.executor for s in stages] == ["eager"] * 3
+    assert "launches hide behind" in stages[1].executor_reason and "10 ms" in stages[2].executor_reason
+    assert graphs_allowed.iterations == [5, 5, 0], "the trial's launches alone"
+    assert graphs_allowed.alive() == {}
+
+
+def test_a_graph_that_does_not_pay_is_closed_after_two_stages(graphs_allowed, monkeypatch):
+    pace(monkeypatch, 1e-9, 1e-9)
+    run = Run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stages = run.stages(5)
+    assert [s.executor for s in stages] == ["eager", "stage_graph", "stage_graph", "eager", "eager"]
+    assert all("the graph saves nothing" in s.executor_reason for s in stages[1:])
+    assert graphs_allowed.alive() == {}
+    assert run.result() == eager_result(5)
+
+
+def test_a_graph_asked_for_is_not_asked_whether_it_pays(fake, monkeypatch):
+    pace(monkeypatch, 1e-9, 1e-9)
+    assert [s.executor for s in Run("step_graph").stages(4)] == ["step_graph"] * 4
+
+
+def test_a_wrong_graph_is_given_up_and_the_stage_run_again(graphs_allowed, monkeypatch):
+    class Lying(ValidationLoss):
+        def evaluate(self):
+            return super().evaluate() + 1
+
+    monkeypatch.setitem(globals(), "ValidationLoss", Lying)
+    run = Run("stage_graph")
+    with pytest.warns(FFKernelsNotice, match="given up and run again eagerly: at τ = 0 the graph measured"):
+        stages = run.stages(2)
+    assert [s.executor for s in stages] == ["eager"] * 2
+    assert "at τ = 0" in stages[1].executor_reason
+    assert run.result() == eager_result(2)
+    assert graphs_allowed.alive() == {}
+    per_loss = 0  # a bowl has no matrix products
+    assert stages[0].flops == per_loss + 2 * 3 * stages[0].evaluations
+
+
+def test_a_later_fault_ends_the_graphs_with_the_devices_record(fake, monkeypatch):
+    run = Run("stage_graph")
+    run.stage()
+    read = fake.decide.DecideState.read
+
+    def tampered(state):
+        decided = read(state)
+        return type(decided)(**{**vars(decided), "stopped_because": "weather"})
+
+    monkeypatch.setattr(fake.decide.DecideState, "read", tampered)
+    with pytest.warns(FFKernelsNotice, match="captured stages are given up: .*weather"):
+        stage = run.stage()
+    assert (stage.executor, stage.stopped_because) == ("stage_graph", "weather")
+    assert run.model().item() == stage.loss_after
+    assert run.stage().executor == "eager"
+    assert fake.alive() == {}
+
+
+def test_what_goes_out_of_date_all_the_time_is_given_up(fake, monkeypatch):
+    counter = iter(range(100))
+    token = capture_rules.token
+    monkeypatch.setattr(capture_rules, "token", lambda v: token(v)._replace(version=(next(counter), "fast")))
+    run = Run("step_graph")
+    with pytest.warns(FFKernelsNotice, match="went out of date 4 times") as said:
+        stages = run.stages(7)
+    most = graph_executors.MAX_CAPTURES
+    assert [s.executor for s in stages] == ["step_graph"] * most + ["eager"] * (7 - most)
+    assert any("captured again: the validation set's buffers" in str(w.message) for w in said)
+    assert run.result() == eager_result(7)
+    assert fake.alive() == {}
+
+
+def test_out_of_memory_during_a_capture_is_not_the_end(fake):
+    run = Run("step_graph")
+    fake.fail("begin", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    with pytest.warns(FFKernelsNotice, match="out of memory"):
+        assert run.stage().executor == "eager"
+    assert run.result() == eager_result(1)
+
+
+# ---- the record ----
+
+
+def test_a_stage_says_which_executor_and_why_also_when_read_from_old_records():
+    stage = Run("eager").stage()
+    record = stage.to_dict()
+    assert record["executor_reason"] == "asked for"
+    assert Stage.from_dict(record) == stage
+    del record["executor_reason"]
+    assert Stage.from_dict(record).executor_reason == ""
+
+
+def test_warming_up_and_checking_are_charged(fake):
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(8, 4))
+            self.x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+        def forward(self):
+            return ((self.x @ self.w) ** 2).mean()
+
+    flops = {}
+    for name in ("eager", "stage_graph"):
+        model = Line()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        config = FastForwardConfig(interval=1, executor=name)
+        with FastForward(model, optimizer, ValidationLoss(model, loss), config) as ff:
+            model().backward()
+            for _ in range(2):
+                optimizer.step()
+        flops[name] = [stage.flops for stage in ff.stages]
+    one = 2 * 16 * 8 * 4
+    extra = graph_executors.WARM_UPS + 2 + (ff.stages[0].losses[-1][0] != ff.stages[0].tau)
+    assert flops["stage_graph"] == [flops["eager"][0] + extra * one, flops["eager"][1]]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_fast_forward_cannot_be_copied(copied):
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled.*state_dict\(\)"):
+        copied(Run("eager").ff)
+
+
+def test_names_that_others_use():
+    assert graphs.why_no_step_graph(CPU) and graphs.why_no_stage_graph(CPU)
+    assert set(ladder._EXECUTORS) == {"stage_graph", "step_graph"}
