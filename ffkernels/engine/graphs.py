@@ -130,15 +130,18 @@ class Capture:
         cuda = graph_driver.cuda
         if self._graph is not None:
             raise RuntimeError("a Capture records once; make a new one")
-        with _explained("be captured in a CUDA graph"), self._side_stream() as place, _no_collection():
-            graph = cuda.new_graph()
-            try:
-                cuda.begin(graph, place.pool)
-                value = cuda.work(graph, fn)
-                cuda.end(graph)
-            except BaseException:
-                cuda.abandon(graph, place.pool, self.device)
-                raise
+        with _explained("be captured in a CUDA graph"), ExitStack() as undo:
+            with self._side_stream() as place, _no_collection():
+                graph = cuda.new_graph()
+                try:
+                    cuda.begin(graph, place.pool)
+                    value = cuda.work(graph, fn)
+                    cuda.end(graph)
+                except BaseException:
+                    cuda.abandon(graph, place.pool, self.device)
+                    raise
+                undo.callback(cuda.reset, graph)
+            undo.pop_all()
         self._graph, self._value = graph, value
         return value
 
