@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ffkernels.engine.capture_rules import describe_change, evaluated_modules, token, why_not_captured
+from ffkernels.engine.capture_rules import describe_change, token, why_not_captured
+from ffkernels.engine.capture_token import evaluated_modules
 from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.validation import ValidationLoss
 

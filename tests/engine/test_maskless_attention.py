@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ffkernels.engine import validation_fast
+from ffkernels.engine import capture_rules, validation_fast
 from ffkernels.engine.capture_rules import why_not_captured
 from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.maskless_attention import (
@@ -183,6 +183,21 @@ def test_experts_in_a_loop_are_refused_by_name(family, tiny_model):
     assert run(validation)[1].counts["nonzero"] > 0
     reason = why_not_captured(validation, CPU, explicit=False)
     assert "Experts loops over the experts" in reason and "grouped_mm" in reason
+
+
+def test_grouped_products_run_without_the_host_in_bfloat16_on_hopper_only(tiny_model, monkeypatch):
+    modules = list(tiny_model("mixtral").modules())
+    gpu = torch.device("cuda", 0)
+    for dtype, capability, captured in [
+        (torch.bfloat16, (9, 0), True),
+        (torch.bfloat16, (8, 0), False),
+        (torch.float32, (9, 0), False),
+    ]:
+        modules[0].to(dtype)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert (capture_rules._experts(modules, gpu) is None) == captured
+        assert capture_rules._experts(modules, CPU) is None
+    assert "bfloat16 on such a GPU" in capture_rules._experts(modules, gpu)
 
 
 @pytest.mark.parametrize("kind", ["flex_attention", "flash_attention_2"])
