@@ -27,8 +27,7 @@ def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
 
     Raises:
         TypeError: when no torch optimizer is inside.
-        ValueError: when the one inside keeps other weights in the model while it trains than those it is
-            evaluated with.
+        ValueError: when the one inside keeps weights of its own, which a stage cannot move.
     """
     # A wrapper may itself be a torch.optim.Optimizer, and wrappers may be stacked; `seen` ends a circle.
     seen = {id(optimizer)}
@@ -41,6 +40,12 @@ def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
             "while it trains, the model holds one mixture of two weight sequences and is evaluated with "
             "another. Fast Forward would move the model's and leave the optimizer's behind; use an optimizer "
             "without modes, such as torch.optim.AdamW"
+        )
+    if getattr(optimizer, "master_weights", None) is True:
+        raise ValueError(
+            f"{type(optimizer).__name__} has master_weights=True: it trains float32 copies and overwrites "
+            "the model's weights with them at each step, whatever Fast Forward moved; keep trainable weights "
+            "in float32 and leave master_weights off"
         )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(

@@ -134,6 +134,15 @@ def test_optimizers_with_modes_are_refused():
     assert unwrap_optimizer(HasModesForOthers(plain)) is plain
 
 
+def test_optimizers_with_copies_of_the_weights_are_refused():
+    optimizer = torch.optim.SGD(Net().parameters(), lr=0.1)
+    optimizer.master_weights = False  # as apex's and Transformer Engine's FusedAdam say
+    assert unwrap_optimizer(Wrapper(optimizer)) is optimizer
+    optimizer.master_weights = True
+    with pytest.raises(ValueError, match=r"SGD has master_weights=True.*leave master_weights off"):
+        unwrap_optimizer(Wrapper(optimizer))
+
+
 @pytest.fixture
 def mesh(tmp_path):
     distributed = pytest.importorskip("torch.distributed")
