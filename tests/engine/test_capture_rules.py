@@ -51,6 +51,18 @@ def test_other_paths_only_when_asked_for(padded_batch, tiny_model):
     assert reason(general, explicit=True) is None
 
 
+def test_the_reason_for_the_generic_path_is_named(tiny_model, padded_batch):
+    with pytest.warns(UserWarning, match="sliding_window"):
+        narrow = ValidationLoss(tiny_model("mistral", sliding_window=6), [padded_batch(4, 20)])
+    assert "sliding_window = 6 is shorter" in reason(narrow)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    growing = tiny_model("llama", rope_parameters=rope, max_position_embeddings=12)
+    with pytest.warns(UserWarning, match="rotary"):
+        validation = ValidationLoss(growing, [padded_batch(4, 20)])
+    assert "rotary embedding changes" in reason(validation)
+    assert "rotary embedding (dynamic)" in reason(validation, explicit=True)
+
+
 def test_several_processes(lora, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
