@@ -7,6 +7,7 @@ driver's calls come from cuda-bindings, which is imported by the first of them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
@@ -86,7 +87,7 @@ class Cuda:
         """Memory apart from all other, held until `close_pool`."""
         pool = torch.cuda.graph_pool_handle()
         self._begin_allocating(pool, device)  # makes the pool, with one reference, which stays
-        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_endAllocateToPool(_index(device), pool)
         return pool
 
     @contextmanager
@@ -96,26 +97,28 @@ class Cuda:
         try:
             yield
         finally:
-            torch._C._cuda_endAllocateToPool(device.index, pool)
-            torch._C._cuda_releasePool(device.index, pool)
+            torch._C._cuda_endAllocateToPool(_index(device), pool)
+            torch._C._cuda_releasePool(_index(device), pool)
 
-    def close_pool(self, pool: Any, device: torch.device) -> None:
-        """Give the memory back, when the graphs that used it are reset."""
-        torch._C._cuda_releasePool(device.index, pool)
-        # In some versions of torch a capture that failed keeps its reference. How many are left cannot be
-        # asked, but a pool without any cannot be allocated from: that raises.
-        for _ in range(8):
+    def close_pool(self, pool: Any, device: torch.device, failures: int = 0) -> None:
+        """Give the memory back, when the graphs that used it are reset.
+
+        `failures` of its captures were abandoned. In some versions of torch each of those keeps a reference.
+        """
+        torch._C._cuda_releasePool(_index(device), pool)
+        for _ in range(failures):
+            # How many there are cannot be asked; but from a pool without any nothing can be allocated.
             try:
                 self._begin_allocating(pool, device)
             except RuntimeError:
                 break
-            torch._C._cuda_endAllocateToPool(device.index, pool)
-            torch._C._cuda_releasePool(device.index, pool)
-            torch._C._cuda_releasePool(device.index, pool)
+            torch._C._cuda_endAllocateToPool(_index(device), pool)
+            torch._C._cuda_releasePool(_index(device), pool)
+            torch._C._cuda_releasePool(_index(device), pool)
         self.empty_cache()
 
     def _begin_allocating(self, pool: Any, device: torch.device) -> None:
-        torch._C._cuda_beginAllocateCurrentThreadToPool(device.index, pool)
+        torch._C._cuda_beginAllocateCurrentThreadToPool(_index(device), pool)
 
     def empty_cache(self) -> None:
         """Give unused memory back to the device: none is looked for there while one allocates from a pool."""
@@ -128,7 +131,9 @@ class Cuda:
     def sync_is_error(self) -> Iterator[None]:
         """Whatever would make the host wait for the device raises instead."""
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it does not find all: a capture finds the rest
+            torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
@@ -160,12 +165,12 @@ class Cuda:
         with suppress(Exception):
             graph.reset()
         with suppress(Exception):
-            torch._C._cuda_endAllocateToPool(device.index, pool)  # raises where that has happened
+            torch._C._cuda_endAllocateToPool(_index(device), pool)  # raises where that has happened
         try:
             torch.empty(1, device=device).uniform_()
         except Exception:
             with suppress(Exception):
-                generator = torch.cuda.default_generators[device.index]
+                generator = torch.cuda.default_generators[_index(device)]
                 fresh = torch.Generator(device)
                 fresh.set_state(generator.get_state())
                 generator.graphsafe_set_state(fresh)
@@ -194,10 +199,9 @@ class Cuda:
     def handle_create(self, graph: int) -> int:
         """A condition for a node of `graph`; it is 0 whenever the graph is launched."""
         driver = self._driver()
-        context = self._call("cuCtxGetCurrent")
         assign = driver.CU_GRAPH_COND_ASSIGN_DEFAULT
-        handle = self._call("cuGraphConditionalHandleCreate", driver.CUgraph(graph), context, 0, assign)
-        return int(handle)
+        arguments = (driver.CUgraph(graph), self._context(), 0, assign)
+        return int(self._call("cuGraphConditionalHandleCreate", *arguments))
 
     def node_types(self, graph: int) -> list[tuple[str, int]]:
         """Per node its type, as "KERNEL", and the graph inside of it, 0 where there is none."""
@@ -231,7 +235,7 @@ class Cuda:
         params.conditional.handle = driver.CUgraphConditionalHandle(handle)
         params.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
         params.conditional.size = 1
-        params.conditional.ctx = self._call("cuCtxGetCurrent")
+        params.conditional.ctx = self._context()
         before = [driver.CUgraphNode(node) for node in after]
         # 13.0 gave the plain name to the form with data on edges, which 12 calls _v2.
         edges = () if hasattr(driver, "cuGraphAddNode_v2") else (None,)
@@ -255,12 +259,23 @@ class Cuda:
 
         return driver
 
+    def _context(self) -> Any:
+        context = self._call("cuCtxGetCurrent")
+        if not int(context):  # this thread has not used the device yet
+            torch.empty(1, device="cuda")
+            context = self._call("cuCtxGetCurrent")
+        return context
+
     def _call(self, name: str, *arguments: Any) -> Any:
         """What the call returns beside its status: nothing, one value or a tuple."""
         status, *values = getattr(self._driver(), name)(*arguments)
         if int(status) != 0:
             raise DriverError(f"{name}: {getattr(status, 'name', status)}")
         return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 cuda = Cuda()

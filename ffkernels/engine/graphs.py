@@ -68,14 +68,14 @@ class _Place:
 
     def __init__(self, device: torch.device) -> None:
         cuda = graph_driver.cuda
-        self.device, self.guests = device, 0
+        self.device, self.guests, self.failures = device, 0, 0
         self.stream = cuda.new_stream(device)
         self.pool = cuda.new_pool(device)
 
     def leave(self) -> None:
         self.guests -= 1
         if not self.guests:
-            graph_driver.cuda.close_pool(self.pool, self.device)
+            graph_driver.cuda.close_pool(self.pool, self.device, self.failures)
 
 
 class Capture:
@@ -138,6 +138,7 @@ class Capture:
                     value = cuda.work(graph, fn)
                     cuda.end(graph)
                 except BaseException:
+                    place.failures += 1
                     cuda.abandon(graph, place.pool, self.device)
                     raise
                 undo.callback(cuda.reset, graph)

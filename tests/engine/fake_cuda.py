@@ -266,7 +266,7 @@ class FakeCuda:
             raise RuntimeError("there is no such pool")
         yield
 
-    def close_pool(self, pool, device) -> None:
+    def close_pool(self, pool, device, failures=0) -> None:
         self._called("close_pool", during_capture=False)
         if any(graph.pool == pool for graph in self._graphs.values()):
             raise RuntimeError("the pool of a graph that lives")

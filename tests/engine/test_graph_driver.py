@@ -1,0 +1,256 @@
+"""The calls themselves, as far as they can be seen without a GPU: what is undone, and what is passed on."""
+
+from __future__ import annotations
+
+import sys
+from enum import IntEnum
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from ffkernels.engine.graph_driver import Cuda, DriverError
+
+GPU = torch.device("cuda", 0)
+
+
+class Allocator:
+    """torch's bookkeeping of pools: who allocates from which, and how many references each has."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.counts: dict[tuple, int] = {}
+        self.underway: list[tuple] = []
+        self.freed: list[tuple] = []
+        for name, call in (
+            ("_cuda_beginAllocateCurrentThreadToPool", self.begin),
+            ("_cuda_endAllocateToPool", self.end),
+            ("_cuda_releasePool", self.release),
+        ):
+            monkeypatch.setattr(torch._C, name, call, raising=False)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, len(self.counts) + 1))
+        monkeypatch.setattr(torch.cuda, "empty_cache", self.empty)
+
+    def begin(self, device, pool) -> None:
+        assert self.counts.get(pool, 1) > 0 or self.fail("no reference")
+        assert pool not in self.underway or self.fail("already recording")
+        self.counts[pool] = self.counts.get(pool, 0) + 1
+        self.underway.append(pool)
+
+    def end(self, device, pool) -> None:
+        assert pool in self.underway or self.fail("not recording")
+        self.underway.remove(pool)
+
+    def release(self, device, pool) -> None:
+        self.counts[pool] -= 1
+        assert self.counts[pool] >= 0 or self.fail("released too often")
+
+    def empty(self) -> None:
+        if not self.underway:
+            self.freed = [pool for pool, count in self.counts.items() if count == 0]
+
+    @staticmethod
+    def fail(text: str):
+        raise RuntimeError(text)
+
+
+@pytest.fixture
+def allocator(monkeypatch):
+    return Allocator(monkeypatch)
+
+
+class Graph:
+    """torch.cuda.CUDAGraph whose capture ends in an error; `tidy` says how much of it that version undoes."""
+
+    def __init__(self, allocator: Allocator, tidy: str, broken: bool = True) -> None:
+        self.allocator, self.tidy, self.broken, self.pool, self.ended = allocator, tidy, broken, None, False
+
+    def capture_begin(self, pool, capture_error_mode) -> None:
+        assert capture_error_mode == "thread_local"
+        self.pool = pool
+        self.allocator.begin(0, pool)
+
+    def capture_end(self) -> None:
+        if self.broken:
+            if self.tidy != "nothing":
+                self.allocator.end(0, self.pool)
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.allocator.end(0, self.pool)
+        self.ended = True
+
+    def reset(self) -> None:
+        if self.ended or (self.tidy == "all" and self.pool):
+            self.allocator.release(0, self.pool)
+        self.pool, self.ended = None, False
+
+
+@pytest.fixture
+def generator(monkeypatch):
+    """The device's generator; where `stuck`, it refuses to draw until its state is replaced."""
+    state = SimpleNamespace(stuck=False, replaced=0)
+
+    def draw(*size, device):
+        if state.stuck:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+        return torch.zeros(*size)
+
+    def replace(fresh) -> None:
+        state.stuck, state.replaced = False, state.replaced + 1
+
+    def make(device):
+        return SimpleNamespace(set_state=lambda state: None)
+
+    default = SimpleNamespace(get_state=lambda: b"seed and offset", graphsafe_set_state=replace)
+    monkeypatch.setattr("ffkernels.engine.graph_driver.torch.empty", draw)
+    monkeypatch.setattr("ffkernels.engine.graph_driver.torch.Generator", make)
+    monkeypatch.setattr(torch.cuda, "default_generators", (default,))
+    return state
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+@pytest.mark.parametrize("broken", [False, True], ids=["Python raised", "CUDA refused"])
+@pytest.mark.parametrize("tidy", ["nothing", "allocations", "all"])
+def test_whatever_torch_leaves_of_a_failed_capture_is_undone(allocator, generator, tidy, broken, stuck):
+    cuda = Cuda()
+    pool = cuda.new_pool(GPU)
+    good, bad = Graph(allocator, tidy, broken=False), Graph(allocator, tidy, broken)
+    cuda.begin(good, pool)
+    cuda.end(good)
+    cuda.begin(bad, pool)
+    generator.stuck = stuck
+    cuda.abandon(bad, pool, GPU)
+    assert allocator.underway == [] and not generator.stuck
+    assert generator.replaced == stuck, "a generator in order stays the one that other graphs draw from"
+    assert allocator.counts[pool] >= 2, "the pool of a graph that lives"
+    cuda.reset(good)
+    cuda.close_pool(pool, GPU, failures=1)
+    assert (allocator.counts[pool], allocator.underway, allocator.freed) == (0, [], [pool])
+
+
+@pytest.mark.parametrize("tidy", ["nothing", "allocations", "all"])
+def test_a_capture_that_could_not_begin_is_undone_too(allocator, generator, tidy):
+    class Refused(Graph):
+        def capture_begin(self, pool, capture_error_mode) -> None:
+            super().capture_begin(pool, capture_error_mode)
+            raise RuntimeError("the stream is recording already")
+
+    cuda = Cuda()
+    pool, graph = cuda.new_pool(GPU), Refused(allocator, tidy)
+    with pytest.raises(RuntimeError):
+        cuda.begin(graph, pool)
+    cuda.abandon(graph, pool, GPU)
+    cuda.close_pool(pool, GPU, failures=1)
+    assert (allocator.counts[pool], allocator.underway, allocator.freed) == (0, [], [pool])
+
+
+def test_memory_is_held_between_uses_and_then_given_back(allocator):
+    cuda = Cuda()
+    pool = cuda.new_pool(GPU)
+    assert (allocator.counts[pool], allocator.underway) == (1, [])
+    with pytest.raises(KeyError), cuda.in_pool(pool, GPU):
+        assert (allocator.counts[pool], allocator.underway) == (2, [pool])
+        raise KeyError
+    assert (allocator.counts[pool], allocator.underway) == (1, [])
+    cuda.close_pool(pool, GPU)
+    assert (allocator.counts[pool], allocator.freed) == (0, [pool])
+
+
+class Types(IntEnum):
+    CU_GRAPH_NODE_TYPE_KERNEL = 0
+    CU_GRAPH_NODE_TYPE_HOST = 3
+    CU_GRAPH_NODE_TYPE_GRAPH = 4
+    CU_GRAPH_NODE_TYPE_CONDITIONAL = 13
+
+
+class Status(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_NOT_SUPPORTED = 801
+
+
+@pytest.fixture(params=[12, 13])
+def bindings(request, monkeypatch):
+    """cuda.bindings.driver as far as it is called, with the signatures of either major version."""
+    calls: list[tuple] = []
+
+    def answer(name, *values, status=Status.CUDA_SUCCESS):
+        def call(*arguments):
+            calls.append((name, *arguments))
+            return status, *values
+
+        return call
+
+    def kind(node):
+        if node > max(Types):
+            raise ValueError(f"{node} is not a valid CUgraphNodeType")
+        return Status.CUDA_SUCCESS, Types(node)
+
+    def nodes(graph, count):
+        found = [0, 4, 99] if graph == 7 else [3]
+        return Status.CUDA_SUCCESS, found[:count], len(found)
+
+    class Params:
+        def __init__(self):
+            self.type, self.conditional = None, SimpleNamespace(phGraph_out=[55])
+
+    driver = ModuleType("cuda.bindings.driver")
+    same = lambda number: number  # noqa: E731
+    for name in ("CUgraph", "CUgraphNode", "CUgraphExec", "CUstream", "CUgraphConditionalHandle"):
+        setattr(driver, name, same)
+    driver.CUgraphNodeParams, driver.CUgraphNodeType = Params, Types
+    driver.CUgraphConditionalNodeType = SimpleNamespace(CU_GRAPH_COND_TYPE_WHILE="while")
+    driver.CU_GRAPH_COND_ASSIGN_DEFAULT = 1
+    driver.cuCtxGetCurrent = answer("context", 77)
+    driver.cuGraphConditionalHandleCreate = answer("handle", 1 << 63)
+    driver.cuGraphGetNodes, driver.cuGraphNodeGetType = nodes, kind
+    driver.cuGraphChildGraphNodeGetGraph = answer("inside", 8)
+    driver.cuGraphAddChildGraphNode = answer("child", 21)
+    driver.cuGraphAddNode = answer("add", 22)
+    if request.param == 12:
+        driver.cuGraphAddNode_v2 = answer("add with edges", 22)
+    driver.cuGraphInstantiate = answer("instantiate", 23)
+    driver.cuGraphLaunch = answer("launch", status=Status.CUDA_ERROR_NOT_SUPPORTED)
+    package, parent = ModuleType("cuda"), ModuleType("cuda.bindings")
+    package.bindings, parent.driver = parent, driver
+    for module in (package, parent, driver):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return SimpleNamespace(version=request.param, calls=calls, driver=driver)
+
+
+class TestDriver:
+    def test_nodes_are_named_also_those_it_does_not_know(self, bindings):
+        assert Cuda().node_types(7) == [("KERNEL", 0), ("GRAPH", 8), ("UNKNOWN", 0)]
+        assert Cuda().node_types(8) == [("HOST", 0)]
+
+    def test_a_condition_is_0_until_it_is_set(self, bindings):
+        assert Cuda().handle_create(7) == 1 << 63
+        assert bindings.calls[-1] == ("handle", 7, 77, 0, 1)
+
+    def test_a_while_node_is_added_in_the_form_of_the_version(self, bindings):
+        assert Cuda().add_while(7, [5], 1 << 63) == 55
+        name, graph, after, *edges, count, params = bindings.calls[-1]
+        assert (name, graph, after, count) == ("add", 7, [5], 1)
+        assert edges == ([] if bindings.version == 12 else [None])
+        assert params.type == Types.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        conditional = params.conditional
+        assert (conditional.type, conditional.size, conditional.ctx) == ("while", 1, 77)
+        assert conditional.handle == 1 << 63
+
+    def test_copies_and_executables(self, bindings):
+        assert Cuda().add_child(7, [5, 6], 9) == 21
+        assert bindings.calls[-1] == ("child", 7, [5, 6], 2, 9)
+        assert Cuda().exec_create(7) == 23
+        assert bindings.calls[-1] == ("instantiate", 7, 0)
+
+    def test_a_refusal_names_the_call_and_the_drivers_word(self, bindings):
+        with pytest.raises(DriverError, match="cuGraphLaunch: CUDA_ERROR_NOT_SUPPORTED"):
+            Cuda().exec_launch(23, SimpleNamespace(cuda_stream=4))
+        assert bindings.calls[-1] == ("launch", 23, 4)
+
+    def test_bindings_that_are_too_old_are_no_bindings(self, bindings):
+        assert Cuda().bindings_problem() is None
+        del bindings.driver.cuGraphConditionalHandleCreate
+        assert "older than CUDA 12.4" in Cuda().bindings_problem()
+
+
+def test_bindings_that_are_not_there_are_said_to_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert "ModuleNotFoundError" in Cuda().bindings_problem()
