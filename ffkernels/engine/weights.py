@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ffkernels.engine.parallelism import fsdp_modules, reshard
 from ffkernels.ops.notices import announce_once
 
 NameFilter = Callable[[str], bool] | str | Iterable[str]
@@ -70,6 +71,9 @@ def trainable_weights(
     Raises:
         ValueError: when nothing is left, saying at which of the conditions.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # After a forward without a backward, the outermost module lists gathered copies of its parameters.
+        reshard(fsdp_modules(model))
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:

@@ -180,3 +180,24 @@ def test_a_dtensor_is_moved_by_its_shard_beside_plain_tensors(mesh):
 
     net.lora_A.weight._local_tensor = net.lora_A.weight._local_tensor.clone()  # as `.to()` does under FSDP
     assert signature(weights) != before
+
+
+def test_parameters_that_fsdp_has_gathered_are_not_missed(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    class Whole(Net):
+        def forward(self, x):
+            return self.lora_B(self.lora_A(self.base(x))) * self.scale
+
+    net = Whole()
+    fully_shard(net.lora_A, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    names = list(trainable_weights(net, optimizer))
+    assert names == ["scale", "lora_A.weight", "lora_B.weight", "lora_B.bias"]
+    with torch.no_grad():
+        net(torch.ones(2, 3))
+    assert not hasattr(net.scale, "to_local"), "gathered, for a backward that does not come"
+    weights = trainable_weights(net, optimizer)
+    assert list(weights) == names
+    assert all(hasattr(weight, "to_local") for weight in weights.values())
