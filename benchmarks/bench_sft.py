@@ -1,7 +1,7 @@
 """TRL's SFTTrainer with and without Fast Forward: FLOPs on the way to the plain run's final test loss.
 
     python benchmarks/bench_sft.py                                      the embedded model, about 3 minutes
-    python benchmarks/bench_sft.py --model smollm2-135m --steps 36 …    SmolLM2-135M
+    python benchmarks/bench_sft.py --model smollm2-135m --bf16 …    SmolLM2-135M
     python benchmarks/bench_sft.py --fast                               the same in small: seconds
 
 For every learning rate, with the same seed, data order and adapter initialisation:
@@ -33,9 +33,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 3e-4])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=120, help="of the plain run")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=48, help="of the plain run")
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--train", type=int, default=4000, help="training examples")
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.fast:
         options.steps, options.batch_size, options.train, options.test = 24, 32, 400, 48
-        options.lr = options.lr[-1:]
+        options.lr, options.seeds = options.lr[-1:], options.seeds[:1]
     return options
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from stage_cases import Case, make_model
-from stage_providers import BareForward, Bench
+from stage_providers import STAGE, STEP, BareForward, Bench, graph_executor
 
 from ffkernels import ops
 from ffkernels.engine.executors import EagerExecutor, StageProgram
@@ -66,12 +66,14 @@ def tau_agreement(
     weights = [p.detach() for p in named.values()]
     validation = ValidationLoss(model, [collate(task.validation, tokenizer.pad_token_id)])
     executors: dict[str, Any] = {"eager": EagerExecutor()}
+    refused: dict[str, str] = {}
     if graphs:
-        from ffkernels.engine.graph_executors import StageGraphExecutor, StepGraphExecutor
-
         for search in ("parabolic", "linear"):  # one search per capture
-            executors[f"step graph {search}"] = StepGraphExecutor()
-            executors[f"stage graph {search}"] = StageGraphExecutor()
+            for name in (STEP, STAGE):
+                try:
+                    executors[f"{name} {search}"] = graph_executor(device, name)
+                except RuntimeError as error:  # the other one is still worth knowing about
+                    refused[name] = str(error)
     model.train()
     draw = torch.Generator().manual_seed(0)
     compared: list[dict[str, Any]] = []
@@ -107,7 +109,7 @@ def tau_agreement(
             torch._foreach_copy_(weights, ends["eager"]["weights"])
     for executor in executors.values():
         executor.close()
-    return {"dtype": str(dtype), **_totals(compared), "each": compared}
+    return {"dtype": str(dtype), "refused": refused, **_totals(compared), "each": compared}
 
 
 def _compare(search: str, ends: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -30,13 +30,14 @@ from ffkernels.engine.executors import EagerExecutor, StageProgram
 from ffkernels.engine.search import LinearSearch
 from ffkernels.engine.validation import ValidationLoss
 
-AUTHORS, CLEAN, EAGER, STAGE, BARE = "authors", "clean eager", "ours eager", "stage graph", "bare forward"
+AUTHORS, CLEAN, BARE = "authors", "clean eager", "bare forward"
+EAGER, STEP, STAGE = "ours eager", "step graph", "stage graph"
 SHORT = 2  # evaluations of the shortest stage: τ = 0, and τ = 1 that is not better
 AUTHORS_BATCH = 2  # the default of their --eval_batch_size
 
 
 def step_graph(ahead: int) -> str:
-    return f"step graph, {ahead} ahead" if ahead else "step graph"
+    return f"{STEP}, {ahead} ahead" if ahead else STEP
 
 
 class FallingLoss(ValidationLoss):
@@ -233,6 +234,17 @@ class BareForward:
         self.graph.reset()
 
 
+def graph_executor(device: torch.device, name: str, ahead: int = 0) -> Any:
+    """A fresh executor; RuntimeError where this machine cannot have it. Asking also tries a small loop."""
+    from ffkernels.engine import graphs
+    from ffkernels.engine.graph_executors import StageGraphExecutor, StepGraphExecutor
+
+    refused = (graphs.why_no_stage_graph if name == STAGE else graphs.why_no_step_graph)(device)
+    if refused:
+        raise RuntimeError(refused)
+    return StageGraphExecutor() if name == STAGE else StepGraphExecutor(ahead=ahead)
+
+
 def makers(bench: Bench) -> dict[str, Callable[[], Any]]:
     """Name → what makes that provider; graphs only on a GPU."""
     found: dict[str, Callable[[], Any]] = {
@@ -240,13 +252,13 @@ def makers(bench: Bench) -> dict[str, Callable[[], Any]]:
         CLEAN: lambda: CleanEager(bench),
         EAGER: lambda: Executor(bench, EagerExecutor()),
     }
-    if bench.device.type == "cuda":
-        from ffkernels.engine.graph_executors import StageGraphExecutor, StepGraphExecutor
-
+    if (device := bench.device).type == "cuda":
         found[BARE] = lambda: BareForward(bench)
         for ahead in bench.case.ahead:
-            found[step_graph(ahead)] = lambda ahead=ahead: Executor(bench, StepGraphExecutor(ahead=ahead))
-        found[STAGE] = lambda: Executor(bench, StageGraphExecutor())
+            found[step_graph(ahead)] = lambda ahead=ahead: Executor(
+                bench, graph_executor(bench.device, STEP, ahead)
+            )
+        found[STAGE] = lambda: Executor(bench, graph_executor(bench.device, STAGE))
     return found
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from stage_cases import CASES, LLAMA, SMOL, Case
-from stage_providers import AUTHORS, CLEAN, EAGER, STAGE, step_graph
+from stage_providers import AUTHORS, CLEAN, EAGER, STAGE, STEP
 
-STEP = step_graph(0)
 GRAPHS = (STAGE, STEP)
 MOST_GAP, MOST_MEMORY, MOST_LOSS_DIFFERENCE, LEAST_SAME_TAU, LEAST_STAGES = 0.01, 0.35, 1e-5, 0.95, 40
 LEAST_SPEED = {64: 3.0, 1024: 1.3}
@@ -164,7 +163,7 @@ def _agreement(result: dict):
         what = f"{name}: τ of eager in {LEAST_SAME_TAU:.0%} of at least {LEAST_STAGES} bf16 stages"
         found = tau.get(name)
         if found is None:
-            yield what, False, "not measured"
+            yield what, False, tau.get("refused", {}).get(name, "not measured")
         else:
             met = found["stages"] >= LEAST_STAGES and found["same_tau"] >= LEAST_SAME_TAU * found["stages"]
             yield what, met, f"{found['same_tau']} of {found['stages']}"
