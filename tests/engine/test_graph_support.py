@@ -1,0 +1,112 @@
+"""Whether graphs can work here: every reason names its cure, and the small loop finds a wrong count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ffkernels.engine import graph_support, graphs
+from ffkernels.engine.graph_driver import Cuda
+from ffkernels.ops import condition
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def ways(monkeypatch):
+    """Which way conditions are set, as if nothing had been tried yet."""
+    ways: dict[int, str] = {}
+    monkeypatch.setattr(condition, "_ways", ways)
+    return ways
+
+
+def test_where_nothing_stands_against_it_there_is_no_reason(fake, ways):
+    assert graphs.why_no_step_graph(CPU) is None
+    assert fake.calls == [], "what a step graph needs is known without trying"
+    assert graphs.why_no_stage_graph(CPU) is None
+    assert fake.iterations == [5, 5, 0] and ways == {0: condition.INSIDE}
+    assert fake.alive() == {}
+
+
+def test_without_a_gpu_there_is_one_reason(monkeypatch):
+    monkeypatch.setattr("ffkernels.engine.graph_driver.cuda", Cuda())
+    for why in (graphs.why_no_step_graph, graphs.why_no_stage_graph):
+        assert "these are on cpu; move the model there" in why(CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cause", "cure"),
+    [
+        ("rocm", True, "ROCm", "executor='eager'"),
+        ("old_torch", "torch 2.0 has no CUDAGraph.instantiate", "has no CUDAGraph.instantiate", "torch 2.10"),
+        ("no_triton", "ModuleNotFoundError: triton", "ModuleNotFoundError: triton", "pip install"),
+        ("backend", "cudaMallocAsync", "cudaMallocAsync", "backend:native"),
+    ],
+)
+def test_what_stands_against_any_graph_is_said_with_its_cure(fake, name, value, cause, cure):
+    setattr(fake, name, value)
+    for why in (graphs.why_no_step_graph, graphs.why_no_stage_graph):
+        assert cause in why(CPU) and cure in why(CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cause", "cure"),
+    [
+        ("problem", "ModuleNotFoundError: cuda", "cuda-bindings", "pip install 'ffkernels[cuda]'"),
+        ("driver", 12020, "the driver speaks CUDA 12.2", "update it to r550"),
+    ],
+)
+def test_what_a_loop_needs_beyond_that(fake, name, value, cause, cure):
+    setattr(fake, name, value)
+    assert graphs.why_no_step_graph(CPU) is None
+    assert cause in graphs.why_no_stage_graph(CPU) and cure in graphs.why_no_stage_graph(CPU)
+    assert "graph_create" not in fake.calls
+
+
+def test_a_driver_that_does_not_answer_is_a_reason(fake):
+    fake.fail("driver_version")
+    assert "CUDA_ERROR_PLANTED" in graphs.why_no_stage_graph(CPU)
+
+
+def test_a_device_is_tried_once(fake):
+    assert graphs.probe(CPU) is None
+    launches = len(fake.launches)
+    assert graphs.probe(CPU) is None and len(fake.launches) == launches
+
+
+@pytest.mark.parametrize("name", ["graph_create", "end", "exec_create", "exec_launch"])
+def test_when_the_one_way_to_set_a_condition_fails_the_other_is_used(fake, ways, name):
+    fake.fail(name)
+    assert graphs.probe(CPU) is None
+    assert ways == {0: condition.BESIDE}
+    assert fake.alive() == {}
+
+
+def test_when_both_fail_the_reason_has_both(fake, ways):
+    fake.fail("exec_create", times=2)
+    reason = graphs.why_no_stage_graph(CPU)
+    assert reason.count("CUDA_ERROR_PLANTED") == 2 and "doctor" in reason
+    assert "set inside the decision" in reason and "set beside the decision" in reason
+    assert ways == {0: condition.INSIDE} and fake.alive() == {}
+    assert graphs.probe(CPU) == reason, "nor is it tried again"
+
+
+def test_a_condition_that_cannot_be_set_is_found_and_does_not_hang(fake, monkeypatch):
+    monkeypatch.setattr(condition, "set_beside", lambda handle, go: None)
+    assert "it found [] and ended at 1.0, not at 4.0" in graphs.probe(CPU)
+    assert fake.iterations == [0, 0]
+
+
+def test_a_loop_that_counts_wrong_is_found(fake, monkeypatch):
+    set_condition = fake.set_condition
+    monkeypatch.setattr(condition, "set_beside", lambda handle, go: set_condition(handle, go * (go < 0)))
+    assert "it found []" in graphs.probe(CPU)
+    monkeypatch.setattr(graph_support, "_probed", {})
+    calls = []
+
+    def stops_early(handle, go) -> None:
+        calls.append(1)
+        set_condition(handle, go if len(calls) % 3 else torch.zeros_like(go))
+
+    monkeypatch.setattr(condition, "set_beside", stops_early)
+    assert "not at 4.0" in graphs.probe(CPU)
