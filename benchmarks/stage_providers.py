@@ -255,10 +255,8 @@ def makers(bench: Bench) -> dict[str, Callable[[], Any]]:
     if (device := bench.device).type == "cuda":
         found[BARE] = lambda: BareForward(bench)
         for ahead in bench.case.ahead:
-            found[step_graph(ahead)] = lambda ahead=ahead: Executor(
-                bench, graph_executor(bench.device, STEP, ahead)
-            )
-        found[STAGE] = lambda: Executor(bench, graph_executor(bench.device, STAGE))
+            found[step_graph(ahead)] = lambda n=ahead: Executor(bench, graph_executor(device, STEP, n))
+        found[STAGE] = lambda: Executor(bench, graph_executor(device, STAGE))
     return found
 
 
