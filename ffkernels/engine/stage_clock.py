@@ -49,7 +49,8 @@ class StageClock:
             return
         end = _recorded_event(self._device)
         yield
-        end.synchronize()  # has happened already: the read waited for it
+        if not end.query():  # it has happened, as the read waited for it, unless that was of another stream
+            end.synchronize()
         self._before_read, self._start = self._start.elapsed_time(end) / 1000, None
         self._begun = perf_counter()
 

@@ -30,6 +30,9 @@ class Event:
     def __init__(self, times):
         self.times, self.at = times, max(times.now, times.busy)
 
+    def query(self):
+        return self.times.now >= self.at
+
     def synchronize(self):
         self.times.now = max(self.times.now, self.at)
 
