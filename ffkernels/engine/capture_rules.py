@@ -168,7 +168,8 @@ def _experts(modules: list[nn.Module], device: torch.device) -> str | None:
         if wide or torch.cuda.get_device_capability(device) < (9, 0):
             return (
                 f"{type(module).__name__} multiplies by groups whose sizes the host reads, except in "
-                f"bfloat16 on compute capability 9.0 or later; load the model in bfloat16 on such a GPU, {_EAGER}"
+                f"bfloat16 on compute capability 9.0 or later; load the model in bfloat16 on such a GPU, "
+                f"{_EAGER}"
             )
     return None
 

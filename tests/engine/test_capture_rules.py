@@ -424,7 +424,7 @@ def test_a_token_runs_no_operator_and_is_cheap(tiny_model, padded_batch):
         token(validation)
     times = []
     for _ in range(15):
-        start = time.perf_counter()
+        start = time.process_time()
         token(validation)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.008  # 2 ms on an idle core; the bound is for machines that do other things too
