@@ -16,7 +16,17 @@ NEEDS = {"hf_trainer.py": "transformers", "trl_sft.py": "trl", "pytorch_loop.py"
 STEPS = {"your_own_ff_loop.py": [6, 12, 18, 24, 30]}
 
 
-@pytest.mark.parametrize("name", ["hf_trainer.py", "trl_sft.py", "pytorch_loop.py", "your_own_ff_loop.py"])
+SLOW = ["hf_trainer.py", "trl_sft.py"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        "pytorch_loop.py",
+        "your_own_ff_loop.py",
+    ],
+)
 def test_example(name, tmp_path):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])

@@ -127,7 +127,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         return {"args": {"from_checkpoint": True}, "attributes": {"saved": self.saved}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._end()  # of a training that was interrupted, or began anew with a smaller batch
+        self.detach()  # a training that was interrupted, or begins anew with a smaller batch
         trainer = self.trainer or trainer_access.calling_trainer()
         if trainer is None:
             raise RuntimeError(
@@ -183,7 +183,15 @@ class FastForwardCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.state()
-        self._end()
+        self.detach()
+
+    def detach(self) -> None:
+        """Let go of model, optimizer and Trainer. Training's end does it; after an exception, you may."""
+        self._unwrap()
+        self._unwrap = _nothing
+        if self.ff is not None:
+            self.ff.detach()
+        self.ff = self._trainer = None
 
     def _make_validation(self, trainer: Any, model: torch.nn.Module, seed: int) -> ValidationLoss:
         given, collator = self.validation, None
@@ -258,13 +266,6 @@ class FastForwardCallback(TrainerCallback, ExportableState):
 
     def _share(self) -> float:
         return self.stage_flops["measured"] / max(1, self.flops["measured"])
-
-    def _end(self) -> None:
-        self._unwrap()
-        self._unwrap = _nothing
-        if self.ff is not None:
-            self.ff.detach()
-        self.ff = self._trainer = None
 
 
 def _nothing() -> None:

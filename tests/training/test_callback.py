@@ -305,6 +305,36 @@ def test_examples_grouped_by_length(make):
     trainer = make(callback, **options)
     trainer.train()
     assert len(callback.stages) == 2 and equal(weights(plain), weights(trainer))
+    callback = FastForwardCallback(config=EVERY_3)
+    make(callback, **options).train()
+    assert callback.stages[0].tau > 0
+
+
+def test_after_an_exception_it_lets_go_or_begins_anew(make):
+    class Broken(Trainer):
+        broken = True
+
+        def training_step(self, *args, **kwargs):
+            if self.broken and self.state.global_step == 4:
+                raise ZeroDivisionError
+            return super().training_step(*args, **kwargs)
+
+    callback = FastForwardCallback(config=EVERY_3)
+    trainer = make(callback, cls=Broken)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert callback.ff is not None and len(callback.stages) == 1
+    trainer.broken = False
+    trainer.train()
+    assert [s.optimizer_step for s in callback.stages] == [3, 6]
+
+    trainer.broken = True
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    optimizer = callback.ff.optimizer
+    callback.detach()
+    assert callback.ff is None and "training_step" not in vars(trainer)
+    FastForward(trainer.model, optimizer, lambda model: 0.0).detach()  # nothing is in its way
 
 
 def test_bf16_autocast_is_in_the_validation_too(make):
