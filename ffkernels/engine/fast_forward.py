@@ -181,9 +181,9 @@ class FastForward:
             hook.remove()
         self._hooks = []
         self._table, self._armed, self._due_now = None, False, False
-        self._executor.close()
         if _attached.get(self.optimizer, lambda: None)() is self:  # else another has been attached since
             del _attached[self.optimizer]
+        self._executor.close()
 
     def __enter__(self) -> FastForward:
         return self

@@ -93,12 +93,13 @@ class GraphExecutor:
     def _record_if_needed(self, program: StageProgram) -> None:
         search = (program.search.name, program.search.max_tau)
         token = capture_rules.token(program.validation)
-        if self._held:
+        held = bool(self._held)
+        if held:
             if self._table is program.table and self._search == search and self._token == token:
                 return
             self.close()
         if self._token is not None:
-            self._record_again(token)
+            self._record_again(token, held)
         self._token, self._search = token, search
         began = perf_counter()
         try:
@@ -114,10 +115,10 @@ class GraphExecutor:
         self.capture_seconds = perf_counter() - began
         self.captures += 1
 
-    def _record_again(self, token: Any) -> None:
+    def _record_again(self, token: Any, held: bool) -> None:
         changed = capture_rules.describe_change(self._token, token)
         if changed == "nothing":
-            changed = "the table of the weights that move"
+            changed = "the table of the weights that move" if held else "it had been given back"
         if self.captures >= MAX_CAPTURES:
             raise GraphUnsafe(
                 f"what was captured went out of date {self.captures} times, now by a change of {changed}, "
@@ -159,7 +160,11 @@ class GraphExecutor:
 
     def _prove(self, program: StageProgram) -> None:
         """Run the first stage on a fresh capture, check it, and undo it where it is wrong."""
-        start = Snapshot(program.table)
+        try:
+            start = Snapshot(program.table)
+        except torch.OutOfMemoryError as error:
+            self.close()
+            raise GraphUnsafe(f"there is no memory for the copies that its check needs: {error}") from error
 
         def evaluate() -> float:
             program.extra_validations += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 import warnings
 
 import pytest
@@ -319,6 +320,35 @@ def test_out_of_memory_during_a_capture_is_not_the_end(fake):
     with pytest.warns(FFKernelsNotice, match="out of memory"):
         assert run.stage().executor == "eager"
     assert run.result() == eager_result(1)
+
+
+def test_no_memory_for_the_check_is_not_the_end(fake, monkeypatch):
+    def full(table):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graph_executors, "Snapshot", full)
+    run = Run("stage_graph")
+    with pytest.warns(FFKernelsNotice, match="no memory for the copies"):
+        assert run.stage().executor == "eager"
+    assert run.result() == eager_result(1) and fake.alive() == {}
+
+
+def test_ctrl_c_in_a_captured_stage_is_recorded_with_what_was_found(fake, monkeypatch):
+    run = Run("stage_graph")
+    run.stage()
+    launch = fake.exec_launch
+
+    def interrupted(*args):
+        launch(*args)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(fake, "exec_launch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.stage()
+    stage = run.ff.stages[-1]
+    assert (stage.executor, stage.stopped_because) == ("stage_graph", "interrupted by KeyboardInterrupt")
+    assert stage.tau > 0 and run.model().item() == stage.loss_after
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # ---- the record ----
