@@ -20,8 +20,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.trainer_callback import ExportableState, TrainerCallback
-from transformers.trainer_utils import set_seed
 
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.evaluation_mode import keep_random_state
@@ -32,6 +30,12 @@ from ffkernels.ops.notices import announce_once
 from ffkernels.reporting.flops import FlopMeter, Flops
 from ffkernels.training import trainer_access
 from ffkernels.training.step_flops import StepFlops
+
+try:
+    from transformers.trainer_callback import ExportableState, TrainerCallback
+    from transformers.trainer_utils import set_seed
+except ImportError as error:
+    raise ImportError("FastForwardCallback needs transformers: pip install 'ffkernels[hf]'") from error
 
 __all__ = ["EXECUTOR_NUMBERS", "FastForwardCallback"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -508,3 +510,9 @@ def test_patience_switches_it_off(make):
     callback = FastForwardCallback(rising(), FastForwardConfig(interval=1, patience=2))
     make(callback).train()
     assert len(callback.stages) == 2
+
+
+def test_without_transformers_the_import_says_what_to_install():
+    code = "import sys; sys.modules['transformers'] = None; from ffkernels import FastForwardCallback"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "FastForwardCallback needs transformers: pip install 'ffkernels[hf]'" in run.stderr
