@@ -139,6 +139,10 @@ class Cuda:
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
+    def random_state(self, device: torch.device) -> torch.Tensor:
+        """The state of the device's generator, as bytes on the host."""
+        return torch.cuda.get_rng_state(device)
+
     def new_graph(self) -> Any:
         return torch.cuda.CUDAGraph(keep_graph=True)
 

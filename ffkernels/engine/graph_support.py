@@ -12,6 +12,8 @@ import torch
 
 from ffkernels import ops
 from ffkernels.engine import graph_driver
+from ffkernels.engine.capture import Capture
+from ffkernels.engine.while_graph import WhileGraph
 
 __all__ = ["probe", "why_no_stage_graph", "why_no_step_graph"]
 
@@ -95,7 +97,6 @@ def _try_both(device: torch.device) -> str | None:
 
 def _loop(device: torch.device) -> str | None:
     """Search W = 1, 2, 3, … for a loss that is least at 4, twice over; then without an update to search."""
-    from ffkernels.engine.graphs import Capture, WhileGraph
     from ffkernels.ops import decide
 
     weight = torch.zeros(5, device=device)

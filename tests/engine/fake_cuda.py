@@ -16,6 +16,7 @@ raises, as on a GPU. A WHILE node repeats its body while its condition, set by `
     fake.nodes = ["KERNEL", "HOST"]             # what captures from here on are found to consist of
     fake.driver = 12020; fake.problem = "..."   # an old driver; no cuda-bindings; also rocm, backend,
                                                 # old_torch, no_triton
+    fake.random += 1                            # inside captured work: it draws random numbers on the device
     fake.calls                                  # names of all calls so far
     fake.launches                               # "replay" or "while", one per launch
     fake.iterations                             # of the body, one number per launch of a WHILE graph
@@ -142,6 +143,7 @@ class FakeCuda:
         self.calls: list[str] = []
         self.launches: list[str] = []
         self.iterations: list[int] = []
+        self.random = torch.zeros(1, dtype=torch.int64)
         self.capturing: Graph | None = None
         self.streams = [Stream("default")]
         self.conditions: dict[int, int] = {}
@@ -282,6 +284,9 @@ class FakeCuda:
     def sync_is_error(self) -> Iterator[None]:
         with HostReads():
             yield
+
+    def random_state(self, device) -> torch.Tensor:
+        return self.random.clone()
 
     def new_graph(self) -> Graph:
         self._called("new_graph")

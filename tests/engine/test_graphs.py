@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -84,6 +85,17 @@ class TestStage:
             assert (fake.launches, fake.iterations) == (["while"] * launches, [5] * launches)
         toy.close()
         assert fake.alive() == {}
+
+    def test_a_loop_cannot_draw_random_numbers(self, fake):
+        start, step, loop = graphs.Capture(CPU), graphs.Capture(CPU), graphs.WhileGraph(CPU)
+        for part, fn in ((start, lambda: None), (step, lambda: fake.random.add_(1))):
+            part.warm_up(fn)
+            part.capture(fn)
+        assert (start.draws, step.draws) == (False, True)
+        with pytest.raises(
+            graphs.CaptureFailed, match=r"random numbers in the loop; .*executor='step_graph'"
+        ):
+            loop.build(start, step)
 
     @pytest.mark.parametrize(("by", "reason"), [(0.0, "did not change"), (float("nan"), "not finite")])
     def test_without_an_update_the_loop_does_not_run(self, fake, by, reason):
@@ -222,6 +234,21 @@ class TestCapture:
 
         with pytest.raises(graphs.CaptureFailed, match=r"not enough memory.*2 TiB.*fewer tokens.*eager"):
             graphs.Capture(CPU).warm_up(too_much)
+
+    def test_an_error_does_not_keep_what_the_work_had_allocated(self, fake):
+        held = []
+
+        def fails(error: Exception) -> None:
+            activations = torch.ones(1000)
+            held.append(weakref.ref(activations))
+            raise error
+
+        for error in (ValueError("no"), torch.OutOfMemoryError("no")):
+            for record in (graphs.Capture(CPU).capture, graphs.Capture(CPU).warm_up):
+                with pytest.raises(graphs.CaptureFailed) as caught:
+                    record(lambda error=error: fails(error))
+                assert caught.value is not None and all(each() is None for each in held)
+        assert len(held) == 5, "without memory a warm-up is tried twice"
 
     def test_what_fails_leaves_everything_as_it_was(self, fake):
         x, capture = torch.ones(3), graphs.Capture(CPU)
