@@ -170,7 +170,8 @@ def test_modes_random_numbers_and_gradients_stay_as_they_were(name, fake):
     modes = []
 
     def loss(model):
-        if not model.training:  # what stands for a replay here calls this again, which a graph does not
+        # A loop holds no random numbers; and what stands for a replay calls this again, in training mode.
+        if fake.capturing is None and not model.training:
             torch.rand(3)
         modes.append((fake.capturing is not None, model.training, torch.is_grad_enabled()))
         return model()
