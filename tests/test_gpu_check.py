@@ -171,7 +171,7 @@ def test_a_trace_is_counted(benchmarks):
 def test_single_stages_can_be_chosen(benchmarks, tmp_path):
     check = benchmarks("gpu_check")
     every = [stage.name for stage in check.stages(tmp_path, False, [])]
-    assert every[:5] == ["build", "provenance", "tests", "bench-stage", "bench-step"]
+    assert every[:6] == ["build", "provenance", "tests", "tests-stage", "bench-stage", "bench-step"]
     one = check.stages(tmp_path, False, ["bench-stage"])
     assert [stage.name for stage in one] == ["build", "provenance", "bench-stage"]
     assert one[-1].limit == check.BUDGET_SECONDS > float(one[-1].command[-1]) > 300
