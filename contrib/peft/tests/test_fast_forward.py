@@ -484,7 +484,7 @@ class TestFastForwardOptimizer:
 
     def test_raises_for_wrong_types(self):
         model = _make_lora_model()
-        with pytest.raises(TypeError, match="subclass of torch.optim.Optimizer"):
+        with pytest.raises(TypeError, match=r"subclass of torch\.optim\.Optimizer"):
             create_fast_forward_optimizer(model, dict, lr=1e-3, validation=_validation)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="validation must be a function"):
             create_fast_forward_optimizer(model, torch.optim.AdamW, lr=1e-3, validation={"input_ids": None})
