@@ -389,3 +389,60 @@ def tensor_parallel(rank, size):
     plain = fully_shard(linear())
     old = FullyShardedDataParallel(linear(), device_id=torch.device("cpu"))
     return [why_refused(model, None) for model in (split, both, hybrid, plain, old)]
+
+
+def slope_fsdp(rank, size, case):
+    """Δ differs from shard to shard: zero on one rank, not finite on one, or no rows at all."""
+    from torch.distributed.fsdp import fully_shard
+
+    from ffkernels import FastForward, FastForwardConfig
+
+    model = fully_shard(Slope(1 if case == "empty" else 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    ff = FastForward(model, optimizer, lambda model: model(), FastForwardConfig(interval=1, max_tau=1000))
+    model().backward()
+    shard = model.w.grad.to_local()
+    if rank == 1:
+        shard.zero_() if case == "zero" else shard.fill_(float("nan")) if case == "nan" else None
+    optimizer.step()
+    stage = ff.stages[0]
+    local = model.w.to_local()
+    return [
+        stage.tau,
+        stage.stopped_because,
+        local.numel(),
+        whole(model.w).tolist(),
+        model.w.grad is not None,
+    ]
+
+
+def hugging_face_trainer(rank, size):
+    """The callback in transformers' Trainer, which makes DDP of the model by itself."""
+    import tempfile
+
+    from transformers import Trainer, TrainingArguments
+
+    from ffkernels import FastForwardCallback, FastForwardConfig
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+    rows = rows_of(48, seed=3, padded=False)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dict(output_dir=folder, per_device_train_batch_size=8 // size, max_steps=6, use_cpu=True)
+        settings |= dict(learning_rate=1e-3, lr_scheduler_type="constant", save_strategy="no", report_to=[])
+        settings |= dict(disable_tqdm=True, ddp_find_unused_parameters=False, logging_strategy="no")
+        config = FastForwardConfig(interval=2, max_tau=16)
+        callback = FastForwardCallback(validation=[rows_of(6, seed=9)], config=config)
+        trainer = Trainer(
+            model=tiny_lm(),
+            args=TrainingArguments(**settings),
+            train_dataset=[{key: value[i] for key, value in rows.items()} for i in range(48)],
+            callbacks=[callback],
+        )
+        trainer.train()
+    weights = [p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]
+    return {
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "stages": [[stage.tau, stage.loss_after] for stage in callback.stages],
+        "weights": torch.cat(weights).tolist(),
+    }

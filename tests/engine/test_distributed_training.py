@@ -162,3 +162,28 @@ def test_how_a_model_is_spread_decides_whether_it_can_be_moved(in_ranks):
     assert "is sharded by tensor parallelism" in both
     assert hybrid is None and plain is None
     assert "FullyShardedDataParallel (FSDP1)" in old
+
+
+def test_a_stage_looks_at_all_shards_of_an_update(in_ranks):
+    zero, one = values(in_ranks(2, "slope_fsdp", case="zero"))
+    assert zero[0] == one[0] > 100, "one rank's shard did not change, the other's is worth repeating"
+    assert [zero[2], one[2]] == [3, 2]
+    assert zero[3] == one[3] and zero[3][3:] == [0.0, 0.0] and min(zero[3][:3]) > 0.1
+    for rank in values(in_ranks(2, "slope_fsdp", case="nan")):
+        assert rank[:2] == [0, "the optimizer's update is not finite"]
+    zero, one = values(in_ranks(2, "slope_fsdp", case="empty"))
+    assert [zero[2], one[2]] == [1, 0]
+    assert zero[0] == one[0] and zero[3] == one[3] == [pytest.approx(1.0, abs=5e-3)]
+    assert zero[4], "gradients stay the loop's"
+
+
+@pytest.mark.slow
+def test_the_trainer_of_transformers_in_two_processes(in_ranks):
+    zero, one = values(in_ranks(2, "hugging_face_trainer", seconds=120))
+    assert zero == one
+    assert zero["wrapped"] == "DistributedDataParallel"
+    assert [tau for tau, _ in zero["stages"]] == [16, 16, 16]
+    alone = values(in_ranks(1, "hugging_face_trainer", seconds=120))[0]
+    assert [loss for _, loss in zero["stages"]] == pytest.approx(
+        [loss for _, loss in alone["stages"]], rel=1e-4
+    )
