@@ -29,6 +29,7 @@ _DRIFTED = (
     "all ranks must hold the same weights: wrap the model in DistributedDataParallel, which broadcasts them "
     "and averages gradients, before its optimizer steps"
 )
+_EXCHANGES = "the ranks exchange their losses between steps; train in one process to have graphs"
 _NOT_ONE_SEARCH = "this should be impossible with one loss for all ranks; please report it"
 
 
@@ -49,12 +50,12 @@ class RankExecutor(EagerExecutor):
         self, wanted: str, validation: ValidationLoss, device: torch.device, *, sharded: bool
     ) -> None:
         self.ranks, self.sharded = validation.ranks, sharded
-        refused = why_not_captured(validation, device, explicit=True)
+        refused = why_not_captured(validation, device, explicit=True) or _EXCHANGES
         if wanted not in ("auto", "eager"):
             raise RuntimeError(f'executor="{wanted}" cannot run here: {refused}; or leave it at "auto"')
         self.reason = "asked for"
         if wanted == "auto":
-            self.reason = NO_LAUNCHES if device.type == "cpu" else f"{refused}"
+            self.reason = NO_LAUNCHES if device.type == "cpu" else refused
             if device.type != "cpu":
                 announce_once("ranks-eager", f"Fast Forward stages run eagerly (eager): {refused}")
 
