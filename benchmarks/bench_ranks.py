@@ -1,0 +1,275 @@
+"""How a stage's time falls with the number of processes, beside what docs/distributed.md's model says.
+
+    python benchmarks/bench_ranks.py --out benchmarks/results
+
+Starts 1, 2 and 4 ranks over gloo, one thread each, with DDP around LoRA on the embedded model, and measures
+one validation of 32 examples, its local part, one exchange and whole stages. The model's two constants, seconds
+per token and per forward, are fitted on one rank alone, with micro-batches of different sizes; what it
+predicts for the others stands beside what was measured there. Where ranks share cores, computing takes that
+many times longer, in the prediction too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from ffkernels import FastForward, FastForwardConfig, ValidationLoss
+from ffkernels.engine.distributed import LOSS, ROW_BYTES, Ranks
+from ffkernels.engine.shards import shard_examples
+from ffkernels.engine.validation_fast import forward_cost, plan_micro_batches
+from ffkernels.reporting.machine import machine_info, version_info
+from ffkernels.training.models import add_adapter, load_model
+from ffkernels.training.tasks import collate, load_task
+
+CPU = torch.device("cpu")
+STEPS, INTERVAL, BATCH = 12, 6, 16
+MICRO_BATCHES = (256, 384, 512, 768, 1024, 2048)
+PLANNED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def timed(call, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls, after two that are not counted."""
+    taken = []
+    for _ in range(repeats + 2):
+        begin = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - begin)
+    return taken[2:]
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    ordered = sorted(samples)
+    return {
+        "median_ms": 1e3 * median(ordered),
+        "p20_ms": 1e3 * ordered[len(ordered) // 5],
+        "p80_ms": 1e3 * ordered[4 * len(ordered) // 5],
+        "samples": len(ordered),
+    }
+
+
+def work(lengths: list[int], shard: list[int], max_tokens: int, cost: int) -> tuple[int, int]:
+    """Padded tokens and forwards of a shard."""
+    mine = [lengths[i] for i in shard]
+    groups = plan_micro_batches(mine, max_tokens, cost) if mine else []
+    return sum(len(group) * max(mine[i] for i in group) for group in groups), len(groups)
+
+
+def slowest(lengths: list[int], ranks: int, max_tokens: int, cost: int) -> tuple[int, int]:
+    shards = shard_examples(lengths, ranks, max_tokens, cost)
+    return max((work(lengths, shard, max_tokens, cost) for shard in shards), key=lambda w: w[0] + cost * w[1])
+
+
+class Setting:
+    """The embedded model with LoRA, its validation examples and a training loop, on one of `size` ranks."""
+
+    def __init__(self) -> None:
+        self.model, tokenizer = load_model("tiny")
+        self.model = add_adapter(self.model, rank=8, seed=0)
+        task = load_task("instruction", tokenizer, test_examples=64, max_length=256)
+        self.train = task.train
+        self.pad = tokenizer.pad_token_id
+        self.examples = [self.batch([example]) for example in task.validation]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    def batch(self, examples):
+        return collate(examples, self.pad)
+
+    def lengths(self) -> list[int]:
+        """Positions to compute of each example, as the validation orders them."""
+        rows = ValidationLoss(self.model, self.examples, check=False)._rows
+        return [row.computed for row in rows]
+
+
+def rank_main(out: Path, repeats: int) -> None:
+    """What one rank does; rank 0 writes what all of them measured."""
+    torch.set_num_threads(1)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    dist.init_process_group("gloo")
+    setting = Setting()
+    lengths = setting.lengths() if size == 1 else []
+    model = torch.nn.parallel.DistributedDataParallel(setting.model)
+    optimizer = torch.optim.AdamW(setting.trained, lr=1e-4)
+    validation = ValidationLoss(model, setting.examples)
+    local = getattr(validation._loss, "local", validation._loss)
+    found: dict = {
+        "validation": summary(timed(validation, repeats)),
+        "local": summary(timed(lambda: validation._run(local), repeats)),
+    }
+    ranks = Ranks(CPU)
+    dist.barrier()
+    found["exchange"] = summary(timed(lambda: ranks.exchange(LOSS, 1.0, 1.0), 10 * repeats))
+    if size == 1:
+        found["lengths"] = lengths
+        found["fit"] = []
+        for tokens in MICRO_BATCHES:
+            alone = ValidationLoss(model, setting.examples, micro_batch_tokens=tokens, check=False)
+            done = work(lengths, list(range(len(lengths))), tokens, forward_cost(CPU))
+            found["fit"].append([tokens, *done, median(timed(alone, repeats))])
+    ff = FastForward(model, optimizer, validation, FastForwardConfig(interval=INTERVAL, patience=None))
+    steps = []
+    for step in range(STEPS):
+        share = BATCH // size
+        first = BATCH * step + share * rank
+        begin = time.perf_counter()
+        model(**setting.batch(setting.train[first : first + share])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append(time.perf_counter() - begin)
+    found["train_step_ms"] = 1e3 * median(s for i, s in enumerate(steps, start=1) if i % INTERVAL)
+    found["stages"] = [
+        {
+            "tau": stage.tau,
+            "evaluations": stage.evaluations,
+            "milliseconds": 1e3 * stage.seconds,
+            "validate_ms": 1e3 * stage.validate_seconds,
+            "move_ms": 1e3 * stage.move_seconds,
+        }
+        for stage in ff.stages
+    ]
+    everyone = [json.loads(text) for text in ranks.gather_bytes(json.dumps(found).encode())]
+    if rank == 0:
+        out.write_text(json.dumps(everyone))
+    dist.destroy_process_group()
+
+
+def start(size: int, repeats: int) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "ranks.json"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        arguments = ["--rank-of", str(out), "--repeats", str(repeats)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        subprocess.run([sys.executable, *launcher, __file__, *arguments], check=True, env=environment)
+        return json.loads(out.read_text())
+
+
+def fit(points: list[list[float]]) -> tuple[float, float]:
+    """Least squares of seconds = a · tokens + b · forwards."""
+    known = torch.tensor([[tokens, forwards] for _, tokens, forwards, _ in points], dtype=torch.float64)
+    seconds = torch.tensor([[taken] for *_, taken in points], dtype=torch.float64)
+    per_token, per_forward = torch.linalg.lstsq(known, seconds).solution.flatten().tolist()
+    return per_token, per_forward
+
+
+def measure(sizes: list[int], repeats: int) -> dict:
+    cores = machine_info()["cores"]
+    report: dict = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {**machine_info(), "load_before": os.getloadavg()},
+        "versions": version_info(),
+        "note": f"one thread per rank on {cores} cores: more ranks than cores share them",
+        "task": "32 examples of at most 256 tokens of the instruction task, embedded model, LoRA rank 8, DDP, gloo",
+        "row_bytes": ROW_BYTES,
+        "ranks": {},
+    }
+    per_token = per_forward = 0.0
+    lengths: list[int] = []
+    for size in sizes:
+        everyone = start(size, repeats)
+        first = everyone[0]
+        if size == 1:
+            lengths = first["lengths"]
+            per_token, per_forward = fit(first["fit"])
+            report["model"] = {
+                "microseconds_per_token": 1e6 * per_token,
+                "microseconds_per_forward": 1e6 * per_forward,
+                "fitted_on": [
+                    {"micro_batch_tokens": m, "tokens": t, "forwards": f, "milliseconds": 1e3 * s}
+                    for m, t, f, s in first["fit"]
+                ],
+            }
+        tokens, forwards = slowest(lengths, size, 2048, forward_cost(CPU))
+        crowded = max(1.0, size / cores)
+        exchange = first["exchange"]["median_ms"] if size > 1 else 0.0
+        predicted = 1e3 * (per_token * tokens + per_forward * forwards) * crowded + exchange
+        stages = first["stages"]
+        report["ranks"][str(size)] = {
+            "slowest_rank": {"tokens": tokens, "forwards": forwards},
+            "processes_per_core": crowded,
+            "validation": first["validation"],
+            "local_of_each_rank": [rank["local"] for rank in everyone],
+            "exchange": first["exchange"],
+            "train_step_ms": first["train_step_ms"],
+            "stages": stages,
+            "predicted": {
+                "validation_ms": predicted,
+                "stage_ms": [
+                    stage["evaluations"] * predicted + stage["move_ms"] + 3 * exchange for stage in stages
+                ],
+            },
+            "measured_over_predicted": {
+                "validation": first["validation"]["median_ms"] / predicted,
+                "stage": [
+                    stage["milliseconds"]
+                    / (stage["evaluations"] * predicted + stage["move_ms"] + 3 * exchange)
+                    for stage in stages
+                ],
+            },
+        }
+    report["machine"]["load_after"] = os.getloadavg()
+    report["lengths"] = lengths
+    report["plan"] = plan(lengths)
+    return report
+
+
+def plan(lengths: list[int]) -> list[dict]:
+    """What each number of ranks leaves to the slowest one, and what it receives: no measurement."""
+    rows = []
+    for size in PLANNED:
+        by_cost = {}
+        for name, device in (("cpu", CPU), ("gpu", torch.device("cuda"))):
+            limit = 2048 if name == "cpu" else 16384
+            tokens, forwards = slowest(lengths, size, limit, forward_cost(device))
+            by_cost[name] = {"tokens": tokens, "forwards": forwards}
+        rows.append({"ranks": size, **by_cost, "bytes_received_per_validation": size * ROW_BYTES})
+    return rows
+
+
+def table(report: dict) -> str:
+    lines = ["ranks  tokens  forwards  validation ms (predicted)  stage ms (predicted)  exchange ms  τ"]
+    for size, row in report["ranks"].items():
+        stages, predicted = row["stages"], row["predicted"]
+        measured = " ".join(f"{stage['milliseconds']:.0f}" for stage in stages)
+        expected = " ".join(f"{ms:.0f}" for ms in predicted["stage_ms"])
+        lines.append(
+            f"{size:>5}  {row['slowest_rank']['tokens']:>6}  {row['slowest_rank']['forwards']:>8}  "
+            f"{row['validation']['median_ms']:>8.1f} ({predicted['validation_ms']:.1f})  "
+            f"{measured} ({expected})  {row['exchange']['median_ms']:.3f}  {' '.join(str(stage['tau']) for stage in stages)}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for ranks_cpu_<date>.json; else only the table")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="the first must be 1")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank_of is not None:
+        return rank_main(arguments.rank_of, arguments.repeats)
+    if arguments.ranks[0] != 1:
+        parser.error("--ranks must begin with 1, on which the cost model is fitted")
+    report = measure(arguments.ranks, arguments.repeats)
+    print(table(report))
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        path = arguments.out / f"ranks_cpu_{report['date'][:10]}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
