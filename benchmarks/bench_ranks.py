@@ -3,10 +3,10 @@
     python benchmarks/bench_ranks.py --out benchmarks/results
 
 Starts 1, 2 and 4 ranks over gloo, one thread each, with DDP around LoRA on the embedded model, and measures
-one validation of 32 examples, its local part, one exchange and whole stages. The model's two constants, seconds
-per token and per forward, are fitted on one rank alone, with micro-batches of different sizes; what it
-predicts for the others stands beside what was measured there. Where ranks share cores, computing takes that
-many times longer, in the prediction too.
+one validation of 32 examples, its local part, one exchange and whole stages. The model's two constants,
+seconds per token and per forward, are fitted on one rank alone, with micro-batches of different sizes; what
+it predicts for the others stands beside what was measured there. Where ranks share cores, computing takes
+that many times longer, in the prediction too.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def measure(sizes: list[int], repeats: int) -> dict:
         "machine": {**machine_info(), "load_before": os.getloadavg()},
         "versions": version_info(),
         "note": f"one thread per rank on {cores} cores: more ranks than cores share them",
-        "task": "32 examples of at most 256 tokens of the instruction task, embedded model, LoRA rank 8, DDP, gloo",
+        "task": "instruction, 32 examples of at most 256 tokens; embedded model, LoRA rank 8, DDP over gloo",
         "row_bytes": ROW_BYTES,
         "ranks": {},
     }
@@ -246,7 +246,8 @@ def table(report: dict) -> str:
         lines.append(
             f"{size:>5}  {row['slowest_rank']['tokens']:>6}  {row['slowest_rank']['forwards']:>8}  "
             f"{row['validation']['median_ms']:>8.1f} ({predicted['validation_ms']:.1f})  "
-            f"{measured} ({expected})  {row['exchange']['median_ms']:.3f}  {' '.join(str(stage['tau']) for stage in stages)}"
+            f"{measured} ({expected})  {row['exchange']['median_ms']:.3f}  "
+            f"{' '.join(str(stage['tau']) for stage in stages)}"
         )
     return "\n".join(lines)
 

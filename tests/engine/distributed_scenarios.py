@@ -125,12 +125,17 @@ def wrap(model, how):
     if how.startswith("fsdp"):
         from torch.distributed.fsdp import fully_shard
 
+        mesh = None
+        if how == "fsdp_hybrid":  # sharded over pairs of ranks, replicated over the pairs
+            from torch.distributed.device_mesh import init_device_mesh
+
+            mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copy", "shard"))
         # Mixed: adapters stay whole tensors, whose gradients the loop has to average itself.
         whole = {p for p in model.parameters() if p.requires_grad} if how == "fsdp_mixed" else set()
         for module in model.modules():
             if type(module).__name__ in ("GPTNeoXLayer", "LlamaDecoderLayer"):
-                fully_shard(module, ignored_params=whole)
-        fully_shard(model, ignored_params=whole)
+                fully_shard(module, mesh=mesh, ignored_params=whole)
+        fully_shard(model, mesh=mesh, ignored_params=whole)
     return model
 
 
@@ -202,13 +207,19 @@ class Slope(torch.nn.Module):
 class Run:
     """A DDP model with a Fast Forward and a loop around it; what fails is kept as text."""
 
-    def __init__(self, validation=lambda model: model(), wrapped=True, lr=1e-3, **config):
+    def __init__(self, validation=lambda model: model(), wrapped=True, lr=1e-3, zero=False, **config):
         from ffkernels import FastForward, FastForwardConfig
 
         self.model = Slope()
         wrapped = torch.nn.parallel.DistributedDataParallel(self.model) if wrapped else self.model
         self.forward = wrapped
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0)
+        settings = dict(lr=lr, weight_decay=0.0)
+        if zero:  # each rank holds the optimizer's state of some weights, and sends those to the others
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+            self.optimizer = ZeroRedundancyOptimizer(self.model.parameters(), torch.optim.AdamW, **settings)
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), **settings)
         settings = FastForwardConfig(**{"interval": 2, "max_tau": 64, **config})
         self.ff = FastForward(wrapped, self.optimizer, validation, settings)
 
@@ -330,6 +341,20 @@ def slope_differs(rank, size, what):
         run.train(2, rank)
     elif what == "executor":
         Run(executor="step_graph")
+
+
+def swapped_examples(rank, size):
+    """Other examples, shared anew; then different ones on each rank."""
+    from ffkernels import ValidationLoss
+
+    model = tiny_lm()
+    loss = ValidationLoss(model, [rows_of(7, seed=1)])
+    kept = loss.swap_batch([rows_of(5, seed=2)])
+    fresh = ValidationLoss(model, [rows_of(5, seed=2)])
+    try:
+        loss.swap_batch([rows_of(5, seed=rank)])
+    except RuntimeError as error:
+        return [kept, float(loss()) == float(fresh()), loss.examples, str(error)]
 
 
 def late_process_group(rank, size):
