@@ -77,7 +77,7 @@ def _sharded(model: nn.Module) -> str | None:
         return "FSDP gathers and frees parameters around every forward; train with DDP or on one device"
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
-            return "DeepSpeed ZeRO-3 gathers and frees parameters around every forward; use ZeRO-1 or ZeRO-2"
+            return "DeepSpeed ZeRO-3 gathers and frees parameters around every forward; train with DDP"
         if "DTensor" in _class_names(parameter):
             return f"{name} is a DTensor, whose operators communicate; train with whole tensors on one device"
     return None
