@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,24 @@ class Cuda:
     def driver_version(self) -> int:
         """The CUDA version that the driver speaks, as 12040 for 12.4."""
         return int(self._call("cuDriverGetVersion"))
+
+    def devices(self) -> list[torch.device]:
+        """The GPUs that this process sees."""
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+    def gpu(self, device: torch.device) -> dict[str, str]:
+        """Which GPU that is, and with which driver."""
+        properties = torch.cuda.get_device_properties(device)
+        try:
+            build = Path("/proc/driver/nvidia/version").read_text().split("\n")[0]
+        except OSError:  # not on WSL
+            build = ""
+        return {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "driver": f"CUDA {self.driver_version()} {build}".strip(),
+            "uuid": str(properties.uuid),
+        }
 
     # ---- streams, memory, torch's capture ----
 

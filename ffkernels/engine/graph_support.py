@@ -11,11 +11,11 @@ from contextlib import ExitStack
 import torch
 
 from ffkernels import ops
-from ffkernels.engine import graph_driver
+from ffkernels.engine import graph_driver, graph_probe
 from ffkernels.engine.capture import Capture
 from ffkernels.engine.while_graph import WhileGraph
 
-__all__ = ["probe", "why_no_stage_graph", "why_no_step_graph"]
+__all__ = ["probe", "small_loop", "why_no_stage_graph", "why_no_step_graph"]
 
 WHILE_NODES = 12040  # the CUDA version of driver r550
 INSTALL = "`pip install 'ffkernels[cuda]'`"
@@ -45,7 +45,8 @@ def why_no_step_graph(device: torch.device) -> str | None:
 def why_no_stage_graph(device: torch.device) -> str | None:
     """What stands against a stage as one launch: what stands against a step graph, and what a loop needs.
 
-    Asks the device by one small loop when nothing else is found, once per device.
+    Asks the device by one small loop when nothing else is found: once per device, and on a machine that has
+    not been asked before, first in a process of its own, which takes some seconds (`engine.graph_probe`).
     """
     if problem := why_no_step_graph(device):
         return problem
@@ -67,22 +68,24 @@ def why_no_stage_graph(device: torch.device) -> str | None:
 def probe(device: torch.device) -> str | None:
     """Run one small WHILE loop with a stage's kernels, once per device; None when it counted right.
 
-    Tries both ways to set a loop's condition, see `ops.condition`, and leaves the one that worked in use. A
-    condition that cannot be set gives a loop that does not run: that is found here, and nothing hangs.
+    Only what has gone well in a process of its own is tried in this one. Leaves the way to set a loop's
+    condition that worked in use, see `ops.condition`. A condition that cannot be set gives a loop that does
+    not run: that is found here, and nothing hangs.
     """
     if device not in _probed:
-        _probed[device] = _try_both(device)
+        verdict = graph_probe.verdict(device)
+        _probed[device] = verdict.problem or _try(device, verdict.ways)
     return _probed[device]
 
 
-def _try_both(device: torch.device) -> str | None:
+def _try(device: torch.device, ways: tuple[str, ...]) -> str | None:
     from ffkernels.ops import condition
 
     problems = []
-    for way in (condition.INSIDE, condition.BESIDE):
+    for way in ways:
         condition.use(device, way)
         try:
-            problem = _loop(device)
+            problem = small_loop(device)
         except Exception as error:
             problem = str(error).strip().split("\n")[0] or type(error).__name__
         if problem is None:
@@ -95,8 +98,11 @@ def _try_both(device: torch.device) -> str | None:
     )
 
 
-def _loop(device: torch.device) -> str | None:
-    """Search W = 1, 2, 3, … for a loss that is least at 4, twice over; then without an update to search."""
+def small_loop(device: torch.device) -> str | None:
+    """Search W = 1, 2, 3, … for a loss that is least at 4, twice over; then without an update to search.
+
+    Returns what was wrong, None when it counted right; raises what CUDA raises.
+    """
     from ffkernels.ops import decide
 
     weight = torch.zeros(5, device=device)

@@ -22,6 +22,7 @@ from ffkernels.engine.graph_executors import (
     StageGraphExecutor,
     StepGraphExecutor,
 )
+from ffkernels.engine.stage_clock import StageClock
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.ops.notices import announce_once
 
@@ -84,8 +85,10 @@ def _ms(seconds: float) -> str:
 
 def why_not(rung: str, validation: ValidationLoss, device: torch.device, *, explicit: bool) -> str | None:
     """Why "stage_graph" or "step_graph" cannot run here, as "cause; cure"; None where it can."""
-    refused = graphs.why_no_stage_graph if rung == "stage_graph" else graphs.why_no_step_graph
-    return refused(device) or capture_rules.why_not_captured(validation, device, explicit=explicit)
+    refused = graphs.why_no_step_graph(device)
+    refused = refused or capture_rules.why_not_captured(validation, device, explicit=explicit)
+    # Last, as it may try a small loop.
+    return refused or (graphs.why_no_stage_graph(device) if rung == "stage_graph" else None)
 
 
 class Ladder:
@@ -132,6 +135,8 @@ class Ladder:
         if not self._looked:
             self._looked = True
             self._look(program)
+            # To look may take seconds, once per machine, which are not the stage's.
+            program.clock = StageClock(program.table.device)
         while (graph := self._next_graph()) is not None:
             self.name = graph.name
             try:

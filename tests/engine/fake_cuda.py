@@ -159,12 +159,15 @@ class FakeCuda:
     def install(cls, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         """In the place of CUDA until the test ends."""
         from ffkernels import ops
-        from ffkernels.engine import graph_driver, graph_support
+        from ffkernels.engine import graph_driver, graph_probe, graph_support
         from ffkernels.ops import condition
 
         fake = cls()
         monkeypatch.setattr(graph_driver, "cuda", fake)
         monkeypatch.setattr(graph_support, "_probed", {})
+        # No process is started; `test_graph_probe.py` puts the real one back.
+        allowed = graph_probe.Verdict(graph_probe.WAYS)
+        monkeypatch.setattr(graph_probe, "verdict", lambda device: allowed)
         monkeypatch.setattr(condition, "load", lambda device: None)
         monkeypatch.setattr(condition, "set_beside", fake.set_condition)
         monkeypatch.setitem(sys.modules, "ffkernels.ops.decide", fake.decide)
@@ -226,6 +229,14 @@ class FakeCuda:
     def driver_version(self) -> int:
         self._called("driver_version")
         return self.driver
+
+    def devices(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    def gpu(self, device) -> dict[str, str]:
+        self._called("gpu")
+        driver = f"CUDA {self.driver}"
+        return {"gpu": "Fake 100", "capability": "9.0", "driver": driver, "uuid": "fake-uuid"}
 
     # ---- streams, memory, torch's capture ----
 

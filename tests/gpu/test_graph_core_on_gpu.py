@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from ffkernels import ops
-from ffkernels.engine import graph_driver, graph_support, graphs
+from ffkernels.engine import graph_driver, graph_probe, graph_support, graphs
 from ffkernels.engine.search import make_search
 
 pytestmark = pytest.mark.gpu
@@ -20,17 +17,7 @@ pytestmark = pytest.mark.gpu
 SEARCHES = ("parabolic", "linear")
 MIB = 1 << 20
 # Seconds. A GPU that hangs in an endless loop is freed with its process.
-PATIENCE = 45
-PROBE = """
-import sys, torch
-from ffkernels.engine import graph_support
-from ffkernels.ops import condition
-device = torch.device("cuda", int(sys.argv[1]))
-condition.use(device, sys.argv[2])
-problem = graph_support._loop(device)
-print(problem)
-sys.exit(problem is not None)
-"""
+PATIENCE = 45.0
 
 
 @pytest.fixture(scope="session")
@@ -45,31 +32,37 @@ def bindings(gpu):
 @pytest.fixture(scope="session")
 def tried(gpu, bindings) -> dict[str, str]:
     """What came of the small loop with either way to set its condition: "" where it counted right."""
-    running = {}
-    for way in ("inside", "beside"):
-        command = [sys.executable, "-c", PROBE, str(gpu.index), way]
-        running[way] = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=Path(__file__).parents[2],
-        )
-    end, found = time.monotonic() + PATIENCE, {}
-    for way, process in running.items():
+    uuid = graph_driver.cuda.gpu(gpu)["uuid"]
+
+    def attempt(way: str) -> str:
         try:
-            said, _ = process.communicate(timeout=max(end - time.monotonic(), 1))
-            found[way] = "" if process.returncode == 0 else said[-2000:] or f"exit code {process.returncode}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            found[way] = f"did not end within {PATIENCE} s"
-    return found
+            return graph_probe.attempt(gpu, uuid, way).problem or ""
+        except graph_probe.NotTried as reason:
+            return f"not tried: {reason}"
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setattr(graph_probe, "LIMIT", PATIENCE)
+        return dict(zip(graph_probe.WAYS, pool.map(attempt, graph_probe.WAYS), strict=True))
 
 
-@pytest.mark.parametrize("way", ["inside", "beside"])
+@pytest.mark.parametrize("way", graph_probe.WAYS)
 def test_a_small_loop_counts_right(tried, way):
     assert tried[way] == "", tried[way]
+
+
+def test_the_first_verdict_is_found_apart_and_kept(gpu, bindings, tmp_path, monkeypatch):
+    monkeypatch.setenv("FFKERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(graph_probe, "LIMIT", PATIENCE)
+    first = graph_probe.verdict(gpu)
+    assert first.problem is None, first.problem
+    assert len(list((tmp_path / "graph-probe").glob("*.json"))) == 1
+    monkeypatch.setattr(graph_probe, "attempt", None)
+    assert graph_probe.verdict(gpu) == first
+
+
+def test_a_process_told_of_another_gpu_does_not_try_this_one(gpu, bindings):
+    with pytest.raises(graph_probe.NotTried, match="not the one that was meant"):
+        graph_probe.attempt(gpu, "no-such-uuid", "inside")
 
 
 @pytest.fixture
@@ -80,10 +73,8 @@ def loops(gpu, tried):
     worked = [way for way, problem in tried.items() if not problem]
     if not worked:
         pytest.skip("no loop worked in a process of its own")
-    condition.use(gpu, worked[0])
-    if worked[0] == condition.INSIDE:
-        assert graphs.why_no_stage_graph(gpu) is None
-        assert condition.inside(gpu)
+    assert graphs.why_no_stage_graph(gpu) is None
+    assert condition.inside(gpu) == (worked[0] == condition.INSIDE)
 
 
 class Stage:
