@@ -231,8 +231,11 @@ def plan(lengths: list[int]) -> list[dict]:
         by_cost = {}
         for name, device in (("cpu", CPU), ("gpu", torch.device("cuda"))):
             limit = 2048 if name == "cpu" else 16384
-            tokens, forwards = slowest(lengths, size, limit, forward_cost(device))
-            by_cost[name] = {"tokens": tokens, "forwards": forwards}
+            cost = forward_cost(device)
+            tokens, forwards = slowest(lengths, size, limit, cost)
+            alone, times = slowest(lengths, 1, limit, cost)
+            share = (tokens + cost * forwards) / (alone + cost * times)
+            by_cost[name] = {"tokens": tokens, "forwards": forwards, "of_one_rank": share}
         rows.append({"ranks": size, **by_cost, "bytes_received_per_validation": size * ROW_BYTES})
     return rows
 

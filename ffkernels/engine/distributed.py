@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ffkernels.engine.interrupts import interrupt_later
+
 __all__ = [
     "ROW_BYTES",
     "RankFailed",
@@ -94,7 +96,6 @@ class Ranks:
             raise ValueError("this process is not in process_group; make FastForward in those that are")
         self.device = _exchange_device(device, group)
         self.forward_is_collective = False
-        self._told: BaseException | None = None
 
     @classmethod
     def present(cls, device: torch.device, group: Any = None) -> Ranks | None:
@@ -139,9 +140,10 @@ class Ranks:
         Nothing is sent where everyone knows (``RankFailed``, ``RanksDisagree``), nor from inside a forward
         that is collective: the others wait there, not here.
         """
-        if error is self._told or isinstance(error, (RankFailed, RanksDisagree, dist.DistError)):
+        known = isinstance(error, (RankFailed, RanksDisagree, dist.DistError))
+        if known or hasattr(error, "_told_the_ranks"):
             return
-        self._told = error
+        error._told_the_ranks = True  # type: ignore[attr-defined]
         if inside_forward and self.forward_is_collective:
             return
         rows = self._gather(Row(0, True, 0.0, 0.0, 0))
@@ -153,7 +155,8 @@ class Ranks:
         ``facts`` are plain values; ``advice`` says in the message what to do about a difference.
         """
         self.exchange(FACTS)
-        texts = self.gather_bytes(json.dumps(facts, default=str).encode())
+        with interrupt_later():
+            texts = self.gather_bytes(json.dumps(facts, default=str).encode())
         everyone = [json.loads(text) for text in texts]
         for name in facts:
             values = {rank: theirs.get(name) for rank, theirs in enumerate(everyone)}
@@ -211,7 +214,8 @@ class Ranks:
 
     def _failures(self, rows: Sequence[Row], message: str) -> str:
         """Every rank is here, those that failed and those that heard of it: now the texts are sent."""
-        messages = self.gather_bytes(message[:2000].encode())
+        with interrupt_later():
+            messages = self.gather_bytes(message[:2000].encode())
         told = [
             f"rank {rank}: {messages[rank].decode(errors='replace')}"
             for rank, row in enumerate(rows)
@@ -246,14 +250,16 @@ def together(ranks: Ranks | None) -> Iterator[None]:
 
 
 def _exchange_device(device: torch.device, group: Any) -> torch.device:
-    """The model's device where the backend can send from it; "cpu:gloo,cuda:nccl" can from both."""
-    able = {entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")}
-    if device.type in able:
+    """The model's device where its backend sends from there ("cpu:gloo,cuda:nccl"), else the CPU."""
+    backends = dict(entry.split(":") for entry in dist.get_backend_config(group).split(","))
+    # gloo copies everything to the CPU first, and knows few other devices.
+    if backends.get(device.type, "gloo") != "gloo":
         return device
-    if "cpu" in able:
+    if "cpu" in backends:
         return torch.device("cpu")
-    # NCCL with a model on the CPU: what it needs is this process's GPU.
-    return torch.device(sorted(able)[0], torch.get_device_module(sorted(able)[0]).current_device())
+    # NCCL alone, with a model on the CPU: what it sends from is this process's GPU.
+    kind = next(iter(backends))
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def _sum(values: Iterator[float]) -> float:

@@ -23,7 +23,7 @@ class Stage:
             are one launch, both are in ``validate_seconds``. What is left is the capture itself, its check
             and bookkeeping.
         flops: FLOPs of the validations (measured), also of those that warmed up or checked a capture, plus 2
-            per element and weight move; 0 for an interrupted stage.
+            per element and weight move; 0 for an interrupted stage. Of several processes, this one's.
         executor: which executor ran it: "eager", "step_graph" or "stage_graph".
         executor_reason: why that one; empty in records from before there was a choice.
         stopped_because: why the search ended.

@@ -92,6 +92,8 @@ def test_checksums_see_every_bit_and_no_order():
     flipped.view(torch.int32)[3] ^= 1
     assert checksum([flipped, other]) != same
     assert checksum([torch.zeros(4), other]) != same
+    odd = torch.arange(7, dtype=torch.float16)
+    assert checksum([odd]) == checksum([odd[1:]]) != checksum([odd + 1]), "zero has no bits"
     assert checksum([]) == 0
     assert checksum([torch.full((1 << 12,), -(2.0**120))] * 64) == checksum(
         [torch.full((1 << 12,), -(2.0**120))] * 64
