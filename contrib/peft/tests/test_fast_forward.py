@@ -14,6 +14,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def _make_lora_model(seed: int = 42, **kwargs):
     return get_peft_model(SimpleNet(), config).to(torch_device)
 
 
-def _make_causal_lm(seed: int = 42, **kwargs):
+def _make_causal_lm(seed: int = 42, tie_word_embeddings: bool = False, **kwargs):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64,
@@ -67,6 +68,7 @@ def _make_causal_lm(seed: int = 42, **kwargs):
         num_attention_heads=2,
         num_key_value_heads=2,
         pad_token_id=0,
+        tie_word_embeddings=tie_word_embeddings,
     )
     return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, task_type="CAUSAL_LM", **kwargs)).to(torch_device)
 
@@ -408,6 +410,16 @@ class TestFastForwardOptimizer:
             prepared.zero_grad()
         assert [stage.step for stage in optim.fast_forward.stages] == [2, 4]
 
+        # put on the optimizer after it was prepared
+        optim.fast_forward.remove()
+        fast_forward = FastForward(prepared, model, _validation, interval=2)
+        for step in range(2):
+            accelerator.backward(_loss(model, seed=step))
+            prepared.step()
+            prepared.zero_grad()
+        assert fast_forward.optimizer is optim
+        assert [stage.step for stage in fast_forward.stages] == [2]
+
     @pytest.mark.parametrize("use_dora", [False, True])
     def test_dora_and_its_cache(self, use_dora):
         model = _make_lora_model(use_dora=use_dora)
@@ -456,6 +468,53 @@ class TestFastForwardOptimizer:
         assert len(fast_forward.stages) == 1
         assert optim.fast_forward is None
 
+    def test_remove_forgets_the_count_and_the_failures(self):
+        model = _make_lora_model()
+        losses = iter(range(1000))
+        optim = create_fast_forward_optimizer(
+            model, torch.optim.AdamW, lr=1e-3, validation=lambda model: next(losses), interval=2, patience=1
+        )
+        keys = torch.optim.AdamW(optim.param_groups[0]["params"], lr=1e-3).param_groups[0].keys()
+        _train(model, optim, steps=3)
+        first = optim.fast_forward
+        assert not first.active
+        first.remove()
+        assert optim.param_groups[0].keys() == keys
+        second = FastForward(optim, model, _validation, interval=2, patience=1)
+        first.remove()  # this one is off already
+        assert optim.fast_forward is second
+        _train(model, optim, steps=2, start=3)
+        assert [stage.step for stage in second.stages] == [2]
+        assert second.stages[0].tau > 0
+
+    def test_copies_of_the_optimizer_are_plain(self):
+        model = _make_lora_model()
+        optim = create_fast_forward_optimizer(model, torch.optim.AdamW, lr=1e-3, validation=_validation, interval=2)
+        _train(model, optim, steps=1)
+        model_copy, optim_copy = copy.deepcopy((model, optim))
+        plain_model, plain = copy.deepcopy((model, optim))
+        pickle.dumps(optim)  # the validation function could not be pickled
+        FastForward(optim_copy, model_copy, _validation, interval=2)
+        for m, o in ((model_copy, optim_copy), (plain_model, plain), (model, optim)):
+            _train(m, o, steps=1, start=1)
+        assert not hasattr(plain, "fast_forward")
+        assert [stage.step for stage in optim.fast_forward.stages] == [2]
+        # the copy starts from the state of the original, including the count
+        assert optim_copy.fast_forward.stages == optim.fast_forward.stages
+        _assert_equal(_adapter(model_copy), _adapter(model))
+        assert any(not torch.equal(p, q) for p, q in zip(_adapter(plain_model).values(), _adapter(model).values()))
+
+    def test_schedule_free_optimizers_are_refused(self):
+        class AdamWScheduleFree(torch.optim.AdamW):
+            def train(self):
+                pass
+
+            def eval(self):
+                pass
+
+        with pytest.raises(ValueError, match="AdamWScheduleFree is a schedule-free optimizer"):
+            create_fast_forward_optimizer(_make_lora_model(), AdamWScheduleFree, lr=1e-3, validation=_validation)
+
     def test_bfloat16_parameters_warn(self):
         model = _make_lora_model().to(torch.bfloat16)
         with pytest.warns(UserWarning, match="Keep the trainable parameters in float32"):
@@ -475,6 +534,7 @@ class TestFastForwardOptimizer:
             ({"search": "golden"}, r"search must be one of \['parabolic', 'linear'\], got 'golden'"),
             ({"validation": []}, "at least one batch"),
             ({"validation": [torch.zeros(1)]}, "each batch must be a dict"),
+            ({"validation": [{"input_ids": [1, 2], "labels": [1, 2]}]}, "must contain tensors"),
         ],
     )
     def test_raises_for_bad_values(self, kwargs, match):
@@ -540,7 +600,33 @@ class TestFastForwardCausalLM:
             losses.append([loss for _, loss in optim.fast_forward.stages[0].losses])
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
         assert losses[2] == pytest.approx(losses[0], rel=1e-5)
-        model.eval()
+
+    def test_adapters_that_share_memory_are_moved_once(self):
+        # the adapters of tied embeddings are different parameters that are views of each other
+        model = _make_causal_lm(
+            tie_word_embeddings=True, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True
+        )
+        params = [param for param in model.parameters() if param.requires_grad]
+        assert len({param.data_ptr() for param in params}) < len(params)
+        batch = {k: v.to(torch_device) for k, v in self._collate(self._examples()).items()}
+        seen, losses = [], iter([4.0, 3.0, 2.0, 1.0])
+
+        def validation(model):
+            seen.append([param.detach().clone() for param in params])
+            return next(losses)
+
+        optim = create_fast_forward_optimizer(
+            model, torch.optim.SGD, lr=1e-2, validation=validation, interval=2, search="linear", max_tau=3
+        )
+        for _ in range(2):
+            optim.zero_grad()
+            model(**batch).loss.backward()
+            before = [param.detach().clone() for param in params]
+            optim.step()
+        assert optim.fast_forward.stages[0].tau == 3
+        for tau in range(4):
+            for weight, first, old in zip(seen[tau], seen[0], before):
+                torch.testing.assert_close(weight, first + tau * (first - old))
 
     def test_batches_without_labels(self):
         model = _make_causal_lm()

@@ -199,11 +199,13 @@ class FastForward:
     somewhere else, e.g. from [`create_loraplus_optimizer`].
 
     The weights are moved inside `optimizer.step()`, with hooks before and after the original step. Between two calls
-    of `step`, nothing is stored apart from two integers in the first parameter group. During a stage, two copies of
-    the trainable parameters exist: the best weights so far and the update. Frozen parameters are never copied.
+    of `step`, nothing is stored apart from two integers in the first parameter group. They are part of the optimizer's
+    `state_dict`, so after `load_state_dict` the interval and `patience` go on where they were. The hooks are not part
+    of it, nor of a copy of the optimizer. During a stage, two copies of the trainable parameters exist: the best
+    weights so far and the update. Frozen parameters are never copied.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): The optimizer.
+        optimizer (`torch.optim.Optimizer`): The optimizer, also one that was prepared by accelerate.
         model (`torch.nn.Module`): The model that is trained.
         validation (`Callable` or `Iterable[dict]`): See [`create_fast_forward_optimizer`].
         interval (`int`), warmup_steps (`int`), search (`str`), max_tau (`int`), patience (`int`):
@@ -225,8 +227,14 @@ class FastForward:
         max_tau: int = 1024,
         patience: Optional[int] = 3,
     ) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # the wrapper of accelerate has no hooks
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+            raise ValueError(
+                f"{type(optimizer).__name__} is a schedule-free optimizer: it trains other weights than those that are "
+                "evaluated, Fast Forward would only move one of them. Use an optimizer without train() and eval()."
+            )
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if getattr(optimizer, "fast_forward", None) is not None:
@@ -253,6 +261,10 @@ class FastForward:
             validation = list(validation)
             if not validation or not all(isinstance(batch, Mapping) for batch in validation):
                 raise ValueError("validation must contain at least one batch, and each batch must be a dict.")
+            if not all(any(isinstance(value, torch.Tensor) for value in batch.values()) for batch in validation):
+                raise ValueError(
+                    "Each validation batch must contain tensors. Pass what the data collator returns, not the dataset."
+                )
 
         self.optimizer = optimizer
         self.model = model
@@ -288,9 +300,13 @@ class FastForward:
         return bool(self._hooks) and (self.patience is None or failures < self.patience)
 
     def remove(self) -> None:
-        """Take Fast Forward off the optimizer, which goes on as a plain one."""
+        """Take Fast Forward off the optimizer, which goes on as a plain one, as if it had never been on it."""
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
+        for key in (_STEP_KEY, _FAILURES_KEY):
+            self.optimizer.param_groups[0].pop(key, None)
         self._hooks, self._weights, self._previous = [], [], None
         self.optimizer.fast_forward = None
 
@@ -306,9 +322,11 @@ class FastForward:
             raise ValueError(
                 "None of the optimizer's parameters is a trainable parameter of the model, there is nothing to fast "
                 "forward. Create the optimizer from this model. Optimizers that update their own copies of the "
-                "parameters (e.g. with DeepSpeed) are not supported."
+                "parameters (e.g. with DeepSpeed) are not supported. If another adapter was activated, or this one was "
+                "merged or unloaded, call optimizer.fast_forward.remove() first."
             )
-        return weights
+        # Tied adapters may be different parameters in the same memory, which must be moved only once.
+        return list({(weight.device, weight.data_ptr() or id(weight)): weight for weight in weights}.values())
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         # A subclass that calls super().step() may run the hooks twice in one step. The innermost pair counts.
@@ -430,7 +448,7 @@ def create_fast_forward_optimizer(
     model holds plain weights: they can be saved or evaluated at any time, and are never worse on the validation set
     than those of the optimizer's own step. When a stage is interrupted, the best weights so far are restored. The
     optimizer's state (e.g. the moments of Adam), the gradients, the training flags of all modules, and the state of
-    the random number generators are as if there had been no stage. A step that is skipped by a `GradScaler` is
+    PyTorch's random number generators are as if there had been no stage. A step that is skipped by a `GradScaler` is
     followed by no stage.
 
     During a stage, two copies of the trainable parameters are held, and no gradients or activations are stored. After
