@@ -46,10 +46,9 @@ def load_model_and_examples(args):
     from datasets import load_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(args.base_model_name_or_path)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    # The base model may be in bfloat16, the adapter that PEFT adds to it is in float32.
-    model = AutoModelForCausalLM.from_pretrained(args.base_model_name_or_path, dtype=dtype).to(device)
+    # The base model may be in bfloat16, the adapter that PEFT adds to it is in float32. The trainer moves both.
+    dtype = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(args.base_model_name_or_path, dtype=dtype)
     dataset = load_dataset(args.dataset_name_or_path, split="train")
     dataset = dataset.shuffle(seed=args.seed).select(range(min(len(dataset), args.max_examples)))
     examples = [
