@@ -96,8 +96,10 @@ class Capture:
     def _rehearse(self, fn: Callable[[], Any], place: _Place, last: bool) -> None:
         cuda = graph_driver.cuda
         before = cuda.random_state(self.device)
-        with cuda.in_pool(place.pool, self.device), cuda.sync_is_error() if last else nullcontext():
-            fn()
+        with cuda.in_pool(place.pool, self.device):
+            cuda.claim_workspace()
+            with cuda.sync_is_error() if last else nullcontext():
+                fn()
         self.draws |= not torch.equal(cuda.random_state(self.device), before)
 
     def capture(self, fn: Callable[[], T]) -> T:

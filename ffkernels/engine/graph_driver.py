@@ -11,11 +11,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
 
 __all__ = ["Cuda", "DriverError", "cuda"]
+
+_WAITED = "called a synchronizing CUDA operation"
 
 
 class DriverError(RuntimeError):
@@ -119,6 +122,14 @@ class Cuda:
             torch._C._cuda_endAllocateToPool(_index(device), pool)
             torch._C._cuda_releasePool(_index(device), pool)
 
+    def claim_workspace(self) -> None:
+        """Let the matrix library have its workspace for the current stream now.
+
+        torch may keep it for longer than the graph lives (before 2.12: for good), and with it the whole piece
+        of memory that it was cut from. Claimed before anything else, it has a piece to itself.
+        """
+        torch.cuda.current_blas_handle()
+
     def close_pool(self, pool: Any, device: torch.device, failures: int = 0) -> None:
         """Give the memory back, when the graphs that used it are reset.
 
@@ -148,15 +159,30 @@ class Cuda:
 
     @contextmanager
     def sync_is_error(self) -> Iterator[None]:
-        """Whatever would make the host wait for the device raises instead."""
-        before = torch.cuda.get_sync_debug_mode()
+        """Whatever would make the host wait for the device raises instead, in this thread.
+
+        torch has one switch for all threads. An error in another one, which loads data or saves a checkpoint,
+        would be none of ours: so torch only warns, and the warning is an error here.
+        """
+        before, own = torch.cuda.get_sync_debug_mode(), get_ident()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it does not find all: a capture finds the rest
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+            torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", message=_WAITED)
+            show = warnings.showwarning
+
+            def show_or_raise(message: Any, *arguments: Any, **options: Any) -> None:
+                if not str(message).startswith(_WAITED):
+                    show(message, *arguments, **options)
+                elif get_ident() == own:
+                    raise RuntimeError(str(message))
+
+            warnings.showwarning = show_or_raise
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
 
     def random_state(self, device: torch.device) -> torch.Tensor:
         """The state of the device's generator, as bytes on the host."""

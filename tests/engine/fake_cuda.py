@@ -279,6 +279,11 @@ class FakeCuda:
             raise RuntimeError("there is no such pool")
         yield
 
+    def claim_workspace(self) -> None:
+        self._called("claim_workspace", during_capture=False)
+        if self.stream.name == "default":
+            raise RuntimeError("the workspace of a stream that nothing is captured on")
+
     def close_pool(self, pool, device, failures=0) -> None:
         self._called("close_pool", during_capture=False)
         if any(graph.pool == pool for graph in self._graphs.values()):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from types import ModuleType, SimpleNamespace
 
@@ -152,6 +154,40 @@ def test_memory_is_held_between_uses_and_then_given_back(allocator):
     assert (allocator.counts[pool], allocator.underway) == (1, [])
     cuda.close_pool(pool, GPU)
     assert (allocator.counts[pool], allocator.freed) == (0, [pool])
+
+
+@pytest.fixture
+def debug_mode(monkeypatch):
+    """torch's switch for waits, which is one for all threads."""
+    seen = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: seen[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", seen.append)
+    return seen
+
+
+def wait_for_the_device() -> None:
+    """What torch says where the host waits."""
+    message = "called a synchronizing CUDA operation (Triggered internally at CUDAFunctions.cpp:120.)"
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def test_a_wait_raises_every_time_and_others_only_warn(debug_mode, recwarn):
+    cuda = Cuda()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="synchronizing CUDA operation"), cuda.sync_is_error():
+            assert debug_mode[-1] == "warn"
+            warnings.warn("something else", UserWarning, stacklevel=1)
+            wait_for_the_device()
+        assert debug_mode[-1] == "default"
+    assert {str(said.message) for said in recwarn} == {"something else"}
+    wait_for_the_device()
+    assert "synchronizing" in str(recwarn[-1].message)
+
+
+def test_waits_of_other_threads_are_their_own(debug_mode, recwarn):
+    with ThreadPoolExecutor(1) as pool, Cuda().sync_is_error():
+        pool.submit(wait_for_the_device).result()  # an error there would be raised here
+    assert debug_mode == ["default", "warn", "default"] and len(recwarn) == 0
 
 
 class Types(IntEnum):

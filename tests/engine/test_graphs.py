@@ -379,6 +379,7 @@ CALLS = {
     "handle_create": set(),
     "wait": set(),
     "in_pool": set(),
+    "claim_workspace": set(),
     "new_graph": set(),
     "begin": set(),
     "work": set(),
