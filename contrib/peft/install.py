@@ -184,7 +184,7 @@ def find_target(path: Path | None) -> Target:
     ):
         if (package / "peft_model.py").is_file():
             if not (package / "optimizers/__init__.py").is_file():
-                raise InstallError(f"the PEFT in {package} has no optimizers/: it is too old, 0.14 or newer is needed")
+                raise InstallError(f"the PEFT in {package} has no optimizers/: install peft 0.19 or newer")
             return Target(package, checkout)
     raise InstallError(f"{path} is neither a PEFT checkout (no src/peft) nor a folder with the package peft")
 
@@ -205,6 +205,12 @@ def _new_files(target: Target) -> dict[Path, Path]:
 
 def _plan(target: Target, *, uninstall: bool) -> dict[Path, str]:
     """The edited files with their new text; raises before anything is written if one of them does not fit."""
+    # The module imports DoraCaching, and peft imports the module: in an older one, `import peft` would fail.
+    helpers = target.package / "helpers.py"
+    if not uninstall and "\nclass DoraCaching" not in (
+        helpers.read_text(encoding="utf-8") if helpers.is_file() else ""
+    ):
+        raise InstallError(f"the PEFT in {target.package} has no helpers.DoraCaching: install peft 0.19 or newer")
     init = target.package / "optimizers/__init__.py"
     change = unregister if uninstall else register
     texts = {init: change(init.read_text(encoding="utf-8"), init)}
@@ -257,8 +263,12 @@ def uninstall(target: Target) -> list[Path]:
         if destination.is_file():
             destination.unlink()
             touched.append(destination)
-            if not any(destination.parent.iterdir()):
-                destination.parent.rmdir()
+            cache = destination.parent / "__pycache__"
+            for compiled in cache.glob(f"{destination.stem}.*.pyc"):
+                compiled.unlink()
+            for folder in (cache, destination.parent):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
     return touched
 
 
