@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET_SECONDS = 530
 # Before what cannot be left out, and after it: the build, starting up.
 OVERHEAD_SECONDS = 100
+LAST_WORDS_SECONDS = 8  # of a stage whose time is up
 BENCHMARKS = {"bench-stage": "bench_stage.py", "bench-step": "bench_step_gpu.py"}
 
 
@@ -57,10 +59,11 @@ def stages(out: Path, dry: bool, only: list[str]) -> list[Stage]:
     # The project's own options name a plugin that these tests do not need and a GPU machine may lack.
     pytest = [python, "-m", "pytest", "-m", "gpu", "-q", "-rf", "--durations=5", "-p", "no:cacheprovider"]
     pytest += ["-o", "addopts=", "--import-mode=importlib"]
-    if dry:
-        pytest += ["-k", "not linear"]  # one of the two searches is enough to see that the tests are right
-    # In a process of their own: they profile loops on the device, on which profilers have crashed.
+    some = (
+        " and not linear" if dry else ""
+    )  # one of the two searches is enough to see that the tests are right
     apart = "tests/gpu/test_stage_on_gpu.py"
+    profiled = "launches_and_waits"  # these profile loops on the device, on which profilers have crashed
     build = "import torch; from ffkernels import ops; print(ops.build_native())"
     if shutil.which("nvcc") or os.environ.get("CUDA_HOME"):
         build += "; print(ops.build_cuda())"
@@ -71,8 +74,8 @@ def stages(out: Path, dry: bool, only: list[str]) -> list[Stage]:
     found = [
         Stage("build", [python, "-c", build], 80),
         Stage("provenance", [python, __file__, "--provenance"], 40),
-        Stage("tests", [*pytest, "tests/gpu", f"--ignore={apart}"], 110),
-        Stage("tests-stage", [*pytest, apart], 90),
+        Stage("tests", [*pytest, "-k", f"test{some}", "tests/gpu", f"--ignore={apart}"], 120),
+        Stage("tests-stage", [*pytest, "-k", f"not {profiled}{some}", apart], 110),
     ]
     for name, limit, seconds in (("bench-stage", 210, 180), ("bench-step", 100, 65)):
         measure = [python, str(bench / BENCHMARKS[name]), "--out", str(out / f"{name}.json")]
@@ -80,6 +83,7 @@ def stages(out: Path, dry: bool, only: list[str]) -> list[Stage]:
         found.append(Stage(name, [*measure, *(["--dry"] if dry else ["--seconds", str(seconds)])], limit))
     if dry:
         found.append(Stage("sanitize", script, 60))
+    found.append(Stage("tests-profile", [*pytest, "-k", profiled, apart], 45))
     for tool in ("memcheck", "racecheck"):
         # Of API errors only ours count, and those raise: torch asks drivers for functions that they lack.
         flags = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
@@ -125,8 +129,7 @@ def run(stage: Stage, out: Path, left: float) -> dict:
         try:
             code, reason = process.wait(timeout=limit), ""
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code, reason = process.wait(), f"stopped after {limit:.0f} s"
+            code, reason = stop(process), f"stopped after {limit:.0f} s"
     printed = log.read_bytes()[start:].decode(errors="replace").strip()
     return {
         "stage": stage.name,
@@ -135,6 +138,16 @@ def run(stage: Stage, out: Path, left: float) -> dict:
         "seconds": round(time.perf_counter() - begin, 1),
         "output": printed[-6000:],
     }
+
+
+def stop(process: subprocess.Popen) -> int:
+    """Ask the process to end, so that it says what it has found, then end it and all that it started."""
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(LAST_WORDS_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 def provenance() -> dict:

@@ -168,10 +168,33 @@ def test_a_trace_is_counted(benchmarks):
     }
 
 
+STUBBORN = """
+import signal, sys, time
+signal.signal(signal.SIGINT, {handler})
+print("begun", flush=True)
+try:
+    time.sleep(60)
+finally:
+    print("what was found so far", flush=True)
+"""
+
+
+@pytest.mark.parametrize("handler", ["signal.default_int_handler", "signal.SIG_IGN"])
+def test_a_stage_whose_time_is_up_says_what_it_found(benchmarks, tmp_path, monkeypatch, handler):
+    check = benchmarks("gpu_check")
+    monkeypatch.setattr(check, "LAST_WORDS_SECONDS", 1)
+    command = [sys.executable, "-c", STUBBORN.format(handler=handler)]
+    done = check.run(check.Stage("slow", command, 5), tmp_path, 5.0)
+    assert (done["status"], done["reason"]) == ("failed", "stopped after 5 s")
+    assert "begun" in done["output"] and done["seconds"] < 20
+    assert ("what was found so far" in done["output"]) == (handler == "signal.default_int_handler")
+
+
 def test_single_stages_can_be_chosen(benchmarks, tmp_path):
     check = benchmarks("gpu_check")
     every = [stage.name for stage in check.stages(tmp_path, False, [])]
     assert every[:6] == ["build", "provenance", "tests", "tests-stage", "bench-stage", "bench-step"]
+    assert every[6] == "tests-profile", "what may end its process has one of its own, after what counts"
     one = check.stages(tmp_path, False, ["bench-stage"])
     assert [stage.name for stage in one] == ["build", "provenance", "bench-stage"]
     assert one[-1].limit == check.BUDGET_SECONDS > float(one[-1].command[-1]) > 300

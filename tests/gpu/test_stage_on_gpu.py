@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 
@@ -255,9 +256,9 @@ def test_training_that_is_still_running_is_not_booked_to_the_stage(gpu, place):
     for _ in range(2):
         executor.run(setting.program())
     for runner in (executor, EagerExecutor()):
+        prepared = setting.program()  # which waits for the device
         torch.cuda.synchronize()
         start = perf_counter()
-        prepared = setting.program()
         torch.cuda._sleep(1_000_000_000)  # about half a second that belongs to training
         program = StageProgram(prepared.table, prepared.validation, prepared.search)
         runner.run(program)
@@ -320,9 +321,12 @@ def trained(model, raw, device, executor, steps=6):
     return ff
 
 
-@BOTH
-@pytest.mark.parametrize("compiled", ["aot_eager", "inductor", None])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+# Inductor takes many seconds for each kind of model, so it meets each kind and each graph once.
+COMPILED = [(*each, kind) for kind in (False, True) for each in product(GRAPHS, ("aot_eager", None))]
+COMPILED += [("stage_graph", "inductor", False), ("step_graph", "inductor", True)]
+
+
+@pytest.mark.parametrize(("name", "compiled", "checkpointing"), COMPILED)
 def test_beside_compiled_training_and_gradient_checkpointing(name, compiled, checkpointing, gpu, place):
     raw = build("llama-lora", torch.float32, place).train()
     if checkpointing:
