@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -338,6 +339,11 @@ def slope_differs(rank, size, what):
         run = Run()
         if rank == 1:  # a checkpoint that only one rank loads
             run.ff.load_state_dict({**run.ff.state_dict(), "optimizer_steps": 1})
+        run.train(2, rank)
+    elif what == "search":  # as if one rank had decided otherwise
+        run = Run(max_tau=1024)
+        if rank == 1:
+            run.ff.config = dataclasses.replace(run.ff.config, search="linear")
         run.train(2, rank)
     elif what == "executor":
         Run(executor="step_graph")
