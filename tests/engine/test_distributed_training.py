@@ -122,7 +122,7 @@ def test_a_rank_that_ends_in_a_forward_of_fsdp_ends_the_job(in_ranks, how):
         ),
         ("unsynchronised", r"max \|Δ\| of the optimizer's update.*wrap the model in DistributedDataParallel"),
         ("initial weights", "the bits of the weights and the update"),
-        ("search", "not at the same place: rank 0: 'the end of a Fast Forward stage'; rank 1: 'a validation"),
+        ("search", "not at the same place: rank 0: 'a validation loss'; rank 1: 'the end of a Fast"),
         ("steps", "the optimizer steps they have taken: rank 0: 0.0; rank 1: 1.0; load the same checkpoint"),
     ],
 )
