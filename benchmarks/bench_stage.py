@@ -36,6 +36,8 @@ from stage_profile import counts_of_a_child  # noqa: E402
 from stage_providers import BARE, SHORT, Bench, makers, timed  # noqa: E402
 from timing import summary, write_json  # noqa: E402
 
+from ffkernels.engine import graphs  # noqa: E402
+
 MOST_ROUNDS, LEAST_ROUNDS, MOST_SHARE = 40, 3, 0.3
 ROWS_FIRST = 3  # those of SmolLM2; then counts and agreement, then the rest
 AGREEMENT_SECONDS = 30.0
@@ -200,6 +202,9 @@ def main() -> int:
     report = Report(options.out, device, dry)
     result, models = report.result, Models(device, torch.float32 if dry else torch.bfloat16)
     cases = DRY_CASES if dry else CASES
+    if not dry:
+        # On a machine that was not asked before, the answer takes some seconds, which are no row's.
+        report.attempt("small loop", lambda: graphs.why_no_stage_graph(device))
     end = report.begin + options.seconds
     for place, case in enumerate(cases):
         if place == (1 if dry else ROWS_FIRST):

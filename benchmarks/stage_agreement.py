@@ -91,13 +91,20 @@ def tau_agreement(
         start = [tensor.clone() for tensor in (*weights, *table.best_flats)]
         search = ("parabolic", "linear")[stage % 2]
         ends: dict[str, dict[str, Any]] = {}
-        for name, executor in executors.items():
+        for name, executor in list(executors.items()):
             if name != "eager" and not name.endswith(search):
                 continue
             with torch.no_grad():
                 torch._foreach_copy_([*weights, *table.best_flats], start)
             program = StageProgram(table, validation, make_search(search, max_tau))
-            executor.run(program)
+            try:
+                executor.run(program)
+            except RuntimeError as error:
+                if name == "eager":
+                    raise
+                refused[name.removesuffix(f" {search}")] = f"in stage {stage}: {str(error)[:500]}"
+                executors.pop(name).close()
+                continue
             ends[name.removesuffix(f" {search}")] = {
                 "tau": program.search.best_tau,
                 "losses": list(program.search.losses),
