@@ -343,6 +343,17 @@ class TestFastForwardOptimizer:
         assert [stage.step for stage in optim.fast_forward.stages] == [2, 4]
         assert not optim.fast_forward.active
 
+    def test_patience_counts_failures_in_a_row(self):
+        model = _make_lora_model()
+        failure, success, not_finite = [1.0, 2.0], [2.0, 1.0], [math.nan]
+        losses = iter(failure + not_finite + success + failure + not_finite + failure)
+        optim = create_fast_forward_optimizer(
+            model, torch.optim.AdamW, lr=1e-2, validation=lambda model: next(losses), interval=1, max_tau=1, patience=2
+        )
+        _train(model, optim, steps=8)
+        assert [len(stage.losses) for stage in optim.fast_forward.stages] == [2, 1, 2, 2, 1, 2]
+        assert not optim.fast_forward.active
+
     @pytest.mark.parametrize("checkpoint_step", [3, 4, 7])
     def test_resume_is_exact(self, checkpoint_step):
         def make(model):
@@ -394,6 +405,34 @@ class TestFastForwardOptimizer:
         )
         _train(model, optim, steps=1)
         assert optim.fast_forward.stages[0].losses == []
+
+    def test_update_that_is_not_finite_is_not_repeated(self):
+        model = _make_lora_model()
+        optim = create_fast_forward_optimizer(
+            model, torch.optim.SGD, lr=1e-3, validation=lambda model: 1.0, interval=1, patience=1
+        )
+        _loss(model, seed=0).backward()
+        optim.param_groups[0]["params"][0].grad[0, 0] = math.nan
+        optim.step()
+        assert optim.fast_forward.stages[0].losses == []
+        assert optim.fast_forward.active
+
+    def test_step_inside_autocast(self):
+        # Autocast keeps casts of the weights: of the training step's, and of those that were validated last.
+        model = _make_lora_model()
+        optim = create_fast_forward_optimizer(
+            model, torch.optim.AdamW, lr=3e-2, validation=_validation, interval=2, search="linear"
+        )
+        for step in range(2):
+            with torch.autocast(torch_device, torch.bfloat16):
+                _train(model, optim, steps=1, start=step)
+                with torch.no_grad():
+                    after = _validation(model).item()
+        (stage,) = optim.fast_forward.stages
+        assert stage.tau > 0
+        assert stage.losses[-1][0] == stage.tau + 1  # the weights that were validated last are not those kept
+        assert len({loss for _, loss in stage.losses}) == len(stage.losses)
+        assert after == dict(stage.losses)[stage.tau]
 
     def test_works_with_lr_scheduler_and_accelerate(self):
         from accelerate import Accelerator
@@ -627,6 +666,38 @@ class TestFastForwardCausalLM:
         for tau in range(4):
             for weight, first, old in zip(seen[tau], seen[0], before):
                 torch.testing.assert_close(weight, first + tau * (first - old))
+
+    def test_batch_without_targets_counts_nothing(self):
+        losses = []
+        for number in (1, 2):
+            model = _make_causal_lm()
+            batch = self._collate(self._examples())
+            ignored = {**batch, "labels": torch.full_like(batch["labels"], -100)}  # its mean loss is nan
+            optim = create_fast_forward_optimizer(
+                model, torch.optim.AdamW, lr=1e-3, validation=[batch, ignored][:number], interval=1, max_tau=4
+            )
+            model(**{k: v.to(torch_device) for k, v in batch.items()}).loss.backward()
+            optim.step()
+            losses.append(optim.fast_forward.stages[0].losses)
+        assert losses[0] == losses[1]
+        assert all(math.isfinite(loss) for _, loss in losses[0])
+
+    def test_no_kv_cache_during_a_stage(self):
+        model = _make_causal_lm()
+        batch = {k: v.to(torch_device) for k, v in self._collate(self._examples()).items()}
+        assert model.config.use_cache
+        caches = []
+
+        def validation(model):
+            output = model(**batch)
+            caches.append(output.past_key_values)
+            return output.loss
+
+        optim = create_fast_forward_optimizer(model, torch.optim.AdamW, lr=1e-3, validation=validation, interval=1)
+        model(**batch).loss.backward()
+        optim.step()
+        assert len(caches) > 1 and set(caches) == {None}
+        assert model.config.use_cache
 
     def test_batches_without_labels(self):
         model = _make_causal_lm()

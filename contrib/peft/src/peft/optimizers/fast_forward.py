@@ -141,7 +141,7 @@ _SEARCHES: dict[str, Callable[[int], Search]] = {"parabolic": _parabolic_search,
 
 @contextmanager
 def _evaluation_mode(model: nn.Module, devices: set[torch.device]) -> Iterator[None]:
-    """Eval mode without gradients that leaves no trace: per-module training flags and RNG states are put back."""
+    """Eval mode that leaves no trace: per-module training flags and RNG states are put back."""
     in_training = [module for module in model.modules() if module.training]
     # In eval mode, transformers models would build a KV cache that nothing reads.
     config = getattr(model, "config", None)
@@ -151,7 +151,6 @@ def _evaluation_mode(model: nn.Module, devices: set[torch.device]) -> Iterator[N
         for device in devices:
             if device.type in ("cuda", "xpu", "npu"):
                 stack.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
-        stack.enter_context(torch.no_grad())
         # The weights change between two forward passes, cached weight norms would be outdated.
         stack.enter_context(DoraCaching(enabled=False))
         try:
