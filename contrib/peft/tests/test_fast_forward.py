@@ -15,6 +15,7 @@
 import copy
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -261,6 +262,7 @@ class TestFastForwardOptimizer:
         # larger than the adapter, a copy of it would be noticed.
         class CountAllocations(TorchDispatchMode):
             numel = 0
+            kept = ()
 
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
                 out = func(*args, **(kwargs or {}))
@@ -268,6 +270,7 @@ class TestFastForwardOptimizer:
                 for t in tree_leaves(out):
                     if isinstance(t, torch.Tensor) and t.is_floating_point() and t.data_ptr() not in known:
                         self.numel += t.numel()
+                        self.kept = (*self.kept, weakref.ref(t))
                 return out
 
         model = _make_lora_model()
@@ -289,6 +292,8 @@ class TestFastForwardOptimizer:
         # apart from the two copies, there are only the scalars for the largest update
         scalars = 2 * len(weights) + 2
         assert 2 * adapter_numel <= stage.numel <= 2 * adapter_numel + scalars
+        assert len(stage.kept) >= 2 * len(weights)
+        assert not any(ref() is not None for ref in stage.kept)  # nothing is held until the next step
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_loss_that_is_not_finite_is_never_accepted(self, bad):
@@ -496,6 +501,14 @@ class TestFastForwardOptimizer:
         for name, param in model.named_parameters():
             if "lora_A" in name:
                 assert torch.equal(param, lora_a[name])
+
+    def test_empty_parameters(self):
+        model = _make_lora_model()
+        model.empty = nn.Parameter(torch.empty(0, device=torch_device))
+        optim = create_fast_forward_optimizer(model, torch.optim.AdamW, lr=1e-3, validation=_validation, interval=2)
+        model.empty.grad = torch.empty_like(model.empty)
+        _train(model, optim, steps=2)
+        assert optim.fast_forward.stages[0].tau > 0
 
     def test_remove(self):
         model = _make_lora_model()

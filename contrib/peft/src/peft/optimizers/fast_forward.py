@@ -226,7 +226,8 @@ class FastForward:
         max_tau: int = 1024,
         patience: Optional[int] = 3,
     ) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # the wrapper of accelerate has no hooks
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
         if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
