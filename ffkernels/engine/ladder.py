@@ -31,6 +31,8 @@ __all__ = ["HORIZON", "NO_LAUNCHES", "Ladder", "graphs_pay", "why_not"]
 NO_LAUNCHES = "on a CPU there are no launches to save"
 # Fast Forward steps within which a capture has to earn what it cost: about a hundred stages of ten steps.
 HORIZON = 1000
+# What it cost is spent by then: a gain of such a share of an eager step is worth the memory in any case.
+LARGE_GAIN = 0.05
 # The host must need at least this share of an eager step; else it is the host that waits.
 HOST_SHARE = 0.5
 _EXECUTORS: dict[str, type[GraphExecutor]] = {
@@ -59,7 +61,7 @@ def graphs_pay(
         eager: seconds that step takes in all.
         capture: seconds the capture cost; None before there is one.
         replay: seconds a captured step takes; None before there is one.
-        horizon: steps within which the capture has to pay for itself.
+        horizon: steps within which the capture has to pay for itself, unless the gain is large.
     """
     if capture is None or replay is None:
         if enqueue < HOST_SHARE * eager:
@@ -74,8 +76,8 @@ def graphs_pay(
         return False, f"{numbers}: the graph saves nothing"
     steps = capture / gain
     pays = f"the capture's {capture:.2f} s pay for themselves after {steps:,.0f} steps"
-    if steps > horizon:
-        return False, f"{numbers}; {pays}, which is more than the {horizon:,} allowed"
+    if steps > horizon and gain < LARGE_GAIN * eager:
+        return False, f"{numbers}; {pays}, which is more than the {horizon:,} allowed for a gain that small"
     return True, f"{numbers}; {pays}"
 
 

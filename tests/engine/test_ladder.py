@@ -89,7 +89,9 @@ def test_before_a_capture_the_host_must_be_what_is_waited_for(enqueue, eager, pa
     [
         (1.0, 0.004, True, "after 167 steps"),
         (6.0, 0.004, True, "after 1,000 steps"),
-        (6.1, 0.004, False, "after 1,017 steps, which is more than the 1,000 allowed"),
+        (6.1, 0.004, True, "after 1,017 steps"),  # spent already, and the gain is large
+        (0.4, 0.0096, True, "after 1,000 steps"),
+        (0.5, 0.0096, False, "after 1,250 steps, which is more than the 1,000 allowed for a gain that small"),
         (0.1, 0.010, False, "saves nothing"),
         (0.1, 0.020, False, "saves nothing"),
     ],
@@ -101,8 +103,8 @@ def test_after_a_capture_the_gain_must_pay_for_it(capture, replay, pays, words):
 
 
 def test_the_horizon_may_be_another():
-    assert graphs_pay(1.0, 0.010, 1.0, 0.004, horizon=166)[0] is False
-    assert graphs_pay(1.0, 0.010, 1.0, 0.004, horizon=167)[0] is True
+    assert graphs_pay(1.0, 0.010, 0.4, 0.0096, horizon=999)[0] is False
+    assert graphs_pay(1.0, 0.010, 0.4, 0.0096, horizon=1001)[0] is True
 
 
 # ---- without a GPU ----
