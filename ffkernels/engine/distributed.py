@@ -20,7 +20,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,25 +129,26 @@ class Ranks:
             total, weight = measure()
             total = float(total)
         except BaseException as error:
-            self.fail(error, inside_forward=True)
+            self.fail(error, forwards=True)
             raise
         rows = self.exchange(LOSS, total, weight)
         return _sum(row.a for row in rows) / _sum(row.b for row in rows)
 
-    def fail(self, error: BaseException, *, inside_forward: bool = False) -> None:
+    def fail(self, error: BaseException, *, forwards: bool = False) -> None:
         """Tell the others at their next exchange that this rank ends with ``error``. Once per error.
 
-        Nothing is sent where everyone knows (``RankFailed``, ``RanksDisagree``), nor from inside a forward
-        that is collective: the others wait there, not here.
+        Nothing is sent where everyone knows (``RankFailed``, ``RanksDisagree``), nor where the others may be
+        in ``forwards`` that are collective: they wait there, not here.
         """
         known = isinstance(error, (RankFailed, RanksDisagree, dist.DistError))
         if known or hasattr(error, "_told_the_ranks"):
             return
         error._told_the_ranks = True  # type: ignore[attr-defined]
-        if inside_forward and self.forward_is_collective:
+        if forwards and self.forward_is_collective:
             return
-        rows = self._gather(Row(0, True, 0.0, 0.0, 0))
-        self._failures(rows, f"{type(error).__name__}: {error}")
+        with suppress(RankFailed):  # the others are gone: this rank's own error is what counts
+            rows = self._gather(Row(0, True, 0.0, 0.0, 0))
+            self._failures(rows, f"{type(error).__name__}: {error}")
 
     def agree(self, facts: Mapping[str, Any], advice: str) -> None:
         """Raise ``RanksDisagree`` on every rank, naming ranks and values, unless all have the same facts.
@@ -230,20 +231,23 @@ def several_processes(group: Any = None) -> bool:
 
 
 @contextmanager
-def telling(ranks: Ranks | None) -> Iterator[None]:
-    """What raises in this block on one rank raises on the others at their next exchange."""
+def telling(ranks: Ranks | None, *, forwards: bool = False) -> Iterator[None]:
+    """What raises in this block on one rank raises on the others at their next exchange.
+
+    ``forwards``: until then they may run the model.
+    """
     try:
         yield
     except BaseException as error:
         if ranks is not None:
-            ranks.fail(error)
+            ranks.fail(error, forwards=forwards)
         raise
 
 
 @contextmanager
-def together(ranks: Ranks | None) -> Iterator[None]:
+def together(ranks: Ranks | None, *, forwards: bool = False) -> Iterator[None]:
     """A block that succeeds on every rank or raises on every rank."""
-    with telling(ranks):
+    with telling(ranks, forwards=forwards):
         yield
         if ranks is not None:
             ranks.exchange(CONSTRUCTION)

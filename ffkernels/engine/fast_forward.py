@@ -160,7 +160,7 @@ class FastForward:
         }
 
     def _refuse_late_ranks(self) -> None:
-        if self.ranks is None and several_processes():
+        if self.validation.before_ranks and several_processes():
             raise RuntimeError(
                 "this job became one of several processes after its ValidationLoss or FastForward was made: "
                 "each rank would choose its own τ; call init_process_group (or make the Accelerator) first"

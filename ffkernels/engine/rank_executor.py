@@ -61,7 +61,7 @@ class RankExecutor(EagerExecutor):
 
     def run(self, program: StageProgram) -> None:
         """As ``EagerExecutor``; what raises on one rank raises on all, and all end with the same weights."""
-        with telling(self.ranks):
+        with telling(self.ranks, forwards=True):
             super().run(program)
             self._agree(program)
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from ffkernels.engine.causal_lm import CausalLM, FastPathRefused, find_causal_lm, model_device, unwrap
 from ffkernels.engine.digests import digest
-from ffkernels.engine.distributed import Ranks, together
+from ffkernels.engine.distributed import Ranks, several_processes, together
 from ffkernels.engine.evaluation_mode import evaluation_mode, keep_random_state
 from ffkernels.engine.flop_counter import count_flops
 from ffkernels.engine.interrupts import interrupt_later
@@ -83,7 +83,8 @@ class ValidationLoss:
         examples: rows that are run (rows with nothing to score are not, on the fast path); 0 for a callable.
         version: rises whenever the tensors that an evaluation reads its examples from are made anew.
         tokens: targets the mean runs over; 0 for a callable.
-        ranks: the processes that share the examples; None in a job of one.
+        ranks: the processes that share the examples; None where it is one.
+        before_ranks: it was made before the job had a process group of several.
 
     Raises:
         RanksDisagree: when the ranks were given different examples, or came to different paths.
@@ -124,32 +125,45 @@ class ValidationLoss:
         self._rows: list[Example] = []
         self._batches: list[dict[str, Any]] = []
 
+        self.before_ranks = not several_processes()
         self.ranks = Ranks.present(self._device, process_group or training_group(model))
-        if self.ranks is None:
-            self._prepare(batches, collator, check)
-            return
-        self.ranks.forward_is_collective = bool(self._fsdp)
+        if self.ranks is not None:
+            self.ranks.forward_is_collective = bool(self._fsdp)
         with together(self.ranks):
-            facts = self._prepare(batches, collator, check)
-        self.ranks.agree(
-            facts, "give every rank the same, whole validation set; the ranks share it among themselves"
-        )
+            self._read(batches, collator)
+        if self.ranks is not None:
+            self.ranks.agree(
+                {
+                    "whether the validation loss is a callable": self.path == "callable",
+                    "the number of validation batches": len(self._batches),
+                    "the validation examples (their hash)": digest(self._batches),
+                    "micro_batch_tokens": self._max_tokens,
+                },
+                "give every rank the same, whole validation set; the ranks share it among themselves",
+            )
+        with together(self.ranks, forwards=True):
+            self._prepare(check)
+        if self.ranks is not None:
+            self.ranks.agree({"the path of the validation loss": self.path}, f"here: {self.reason}")
 
-    def _prepare(self, batches: Any, collator: Callable[..., Any] | None, check: bool) -> dict[str, Any]:
-        """Read the examples and choose the path. Returns what must be the same on every rank."""
+    def _read(self, batches: Any, collator: Callable[..., Any] | None) -> None:
         if _is_loss_function(batches):
             if collator is not None:
                 raise TypeError("collator goes with a dataset, not with a callable loss_fn(model)")
             self.path, self.reason = "callable", "the loss is a callable"
             self._function = batches
-            self._loss: Callable[[], torch.Tensor] = self._build()
-            return {"the path of the validation loss": self.path}
+            return
         # Shuffling loaders and masking collators draw random numbers.
         with keep_random_state(self._device):
             self._batches = read_batches(batches, collator, self._max_tokens)
-        data = digest(self._batches) if self.ranks is not None else ""
-        self._choose_path(check)
-        self._loss = self._build()
+
+    def _prepare(self, check: bool) -> None:
+        """Choose the path and make what an evaluation runs."""
+        if self.path != "callable":
+            self._choose_path(check)
+        self._loss: Callable[[], torch.Tensor] = self._build()
+        if self.path == "callable":
+            return
         if self.path == "fast":
             self.examples, self.tokens = len(self._rows), self._loss.scored
             self._batches = []
@@ -163,12 +177,6 @@ class ValidationLoss:
         if self.path == "generic":
             name = type(unwrap(self.model)[0]).__name__
             _announce(f"ValidationLoss runs {name} as it is, with full logits: {self.reason}")
-        return {
-            "the path of the validation loss": [self.path, self.reason],
-            "the number of validation examples and labelled tokens": [self.examples, self.tokens],
-            "the validation examples (their hash)": data,
-            "micro_batch_tokens": self._max_tokens,
-        }
 
     @property
     def device(self) -> torch.device:

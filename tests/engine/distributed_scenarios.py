@@ -366,8 +366,23 @@ def swapped_examples(rank, size):
 def late_process_group(rank, size):
     """A FastForward that was made before the job had ranks must not search alone in it."""
     run = Run(wrapped=False)
-    run.ff.ranks = None
+    run.ff.validation.before_ranks, run.ff.ranks = True, None
     run.train(2, rank)
+
+
+def alone_among_others(rank, size):
+    """Each rank trains a model of its own; that the job has others is not Fast Forward's affair."""
+    from ffkernels import FastForward, FastForwardConfig, ValidationLoss
+
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    model = Slope()
+    loss = ValidationLoss(model, lambda model: model(), process_group=groups[rank])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3 * (1 + rank))
+    ff = FastForward(model, optimizer, loss, FastForwardConfig(interval=1, max_tau=1024))
+    for _ in range(1 + rank):
+        model().backward()
+        optimizer.step()
+    return [ff.ranks is None, len(ff.stages), ff.stages[0].tau]
 
 
 def fsdp_fails(rank, size, how):

@@ -155,6 +155,12 @@ def test_a_fast_forward_made_before_the_process_group_is_refused(in_ranks):
         assert "became one of several processes after" in answer["message"]
 
 
+def test_ranks_that_train_models_of_their_own_search_alone(in_ranks):
+    zero, one = values(in_ranks(2, "alone_among_others"))
+    assert zero[:2] == [True, 1] and one[:2] == [True, 2]
+    assert zero[2] > one[2] > 3
+
+
 @pytest.mark.slow
 def test_the_group_of_a_ddp_model_is_the_one_that_searches(in_ranks):
     assert values(in_ranks(4, "group_of_ddp")) == [[2, 0, 0.5], [2, 1, 0.5], [2, 0, 2.5], [2, 1, 2.5]]
