@@ -61,6 +61,7 @@ class GraphExecutor:
         self.fault: str | None = None
         self._held: list[Any] = []
         self._table: ops.TensorTable | None = None
+        self._validation: Any = None
         self._state: Any = None
         self._search: tuple = ()
         self._token: Any = None
@@ -85,7 +86,7 @@ class GraphExecutor:
     def close(self) -> None:
         """Give the graphs and their memory back; a later stage would record again. Idempotent."""
         held, self._held = self._held, []
-        self._table = self._state = None
+        self._table = self._validation = self._state = None
         self._proved = False
         for graph in reversed(held):
             graph.close()
@@ -93,13 +94,19 @@ class GraphExecutor:
     def _record_if_needed(self, program: StageProgram) -> None:
         search = (program.search.name, program.search.max_tau)
         token = capture_rules.token(program.validation)
-        held = bool(self._held)
-        if held:
-            if self._table is program.table and self._search == search and self._token == token:
+        other = "it had been given back"
+        if self._held:
+            same = {
+                "the table of the weights that move": self._table is program.table,
+                "the validation loss": self._validation is program.validation,
+                "the search": self._search == search,
+            }
+            other = next((what for what, kept in same.items() if not kept), "")
+            if not other and self._token == token:
                 return
             self.close()
         if self._token is not None:
-            self._record_again(token, held)
+            self._record_again(token, other)
         self._token, self._search = token, search
         began = perf_counter()
         try:
@@ -115,10 +122,10 @@ class GraphExecutor:
         self.capture_seconds = perf_counter() - began
         self.captures += 1
 
-    def _record_again(self, token: Any, held: bool) -> None:
+    def _record_again(self, token: Any, other: str) -> None:
         changed = capture_rules.describe_change(self._token, token)
         if changed == "nothing":
-            changed = "the table of the weights that move" if held else "it had been given back"
+            changed = other
         if self.captures >= MAX_CAPTURES:
             raise GraphUnsafe(
                 f"what was captured went out of date {self.captures} times, now by a change of {changed}, "
@@ -133,7 +140,8 @@ class GraphExecutor:
         table, validation, search = program.table, program.validation, program.search
         checkpoint = [flat.clone() for flat in table.best_flats]
         state = self._state = decide.DecideState(search.name, search.max_tau, table.device)
-        self._table = table
+        # Held, so that what it validates keeps its addresses as long as the graph has them.
+        self._table, self._validation = table, validation
         decide.prepare(state, with_condition=self.loops)
 
         def prologue(handle: int | None = None) -> None:

@@ -423,8 +423,7 @@ def test_another_table_search_or_precision_is_captured_again(name, fake):
     with pytest.warns(FFKernelsNotice, match=r"captured again: the address of Landscape\.a"):
         setting.stage(executor)
     setting.search = "linear"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # announced before
+    with pytest.warns(FFKernelsNotice, match="captured again: the search"):
         setting.stage(executor)
     assert executor.captures == 4 == graph_executors.MAX_CAPTURES
     setting.max_tau = 5
@@ -435,6 +434,21 @@ def test_another_table_search_or_precision_is_captured_again(name, fake):
     assert all(map(torch.equal, setting.weights(), before))
     executor.close()
     assert fake.alive() == {}
+
+
+@BOTH
+def test_another_validation_loss_of_the_same_model_is_captured_again(name, fake):
+    setting, executor = Setting(), GRAPHS[name]()
+    setting.stage(executor)
+    setting.validation = ValidationLoss(setting.model, lambda model: 2 * model())
+    with pytest.warns(FFKernelsNotice, match="captured again: the validation loss"):
+        found = setting.stage(executor)
+    twin = Setting()
+    twin.stage(EagerExecutor())
+    twin.validation = ValidationLoss(twin.model, lambda model: 2 * model())
+    assert found == twin.stage(EagerExecutor())
+    assert executor.captures == 2
+    executor.close()
 
 
 @BOTH
