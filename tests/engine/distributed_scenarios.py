@@ -378,7 +378,7 @@ def alone_among_others(rank, size):
     model = Slope()
     loss = ValidationLoss(model, lambda model: model(), process_group=groups[rank])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3 * (1 + rank))
-    ff = FastForward(model, optimizer, loss, FastForwardConfig(interval=1, max_tau=1024))
+    ff = FastForward(model, optimizer, loss, FastForwardConfig(interval=1, max_tau=4096))
     for _ in range(1 + rank):
         model().backward()
         optimizer.step()
