@@ -38,11 +38,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--alpha", type=float, default=16.0, help="of LoRA; PEFT's own default is 8")
     parser.add_argument("--train", type=int, default=4000, help="training examples")
     parser.add_argument("--test", type=int, default=256, help="test examples")
     parser.add_argument("--validation", type=int, default=32, help="validation examples of Fast Forward")
     parser.add_argument("--search", default="parabolic", choices=["parabolic", "linear"])
-    parser.add_argument("--check-every", type=int, default=6)
+    parser.add_argument("--check-every", type=int, default=3)
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--fast", action="store_true", help="small and quick; the numbers mean little")
@@ -160,7 +161,7 @@ def run(
             processing_class=tokenizer,
             peft_config=LoraConfig(
                 r=options.rank,
-                lora_alpha=2 * options.rank,
+                lora_alpha=options.alpha,
                 target_modules=attention_targets(model),
                 task_type="CAUSAL_LM",
             ),

@@ -150,17 +150,22 @@ def test_the_stage_runs_after_the_gradients_are_freed_and_before_a_save_or_an_ev
     assert gradients and not any(gradients)
 
 
+MORE_SCHEDULERS = [
+    ("cosine", {}),
+    ("cosine_with_restarts", {"num_cycles": 2}),
+    ("polynomial", {}),
+    ("inverse_sqrt", {}),
+    ("cosine_with_min_lr", {"min_lr": 1e-5}),
+]
+
+
 @pytest.mark.parametrize(
     "scheduler, extra",
     [
         ("linear", {}),
-        ("cosine", {}),
-        ("cosine_with_restarts", {"num_cycles": 2}),
-        ("polynomial", {}),
         ("constant_with_warmup", {}),
-        ("inverse_sqrt", {}),
-        ("cosine_with_min_lr", {"min_lr": 1e-5}),
-        ("warmup_stable_decay", {"num_stable_steps": 3, "num_decay_steps": 2}),
+        ("warmup_stable_decay", {"num_decay_steps": 2}),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_SCHEDULERS),
     ],
 )
 def test_every_scheduler_goes_its_own_way(make, scheduler, extra):
@@ -463,6 +468,7 @@ def test_without_a_trainer_it_says_so():
         callback.on_train_begin(None, None, None)
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_is_found_begins_anew(make):
     class Greedy(Trainer):
         def training_step(self, model, inputs, *args, **kwargs):

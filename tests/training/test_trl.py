@@ -140,6 +140,7 @@ def test_without_an_accepted_step_it_is_the_plain_run(make):
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
+@pytest.mark.slow
 def test_resuming_continues_bit_for_bit(make):
     config = FastForwardConfig(interval=3, max_tau=8)
     options = {"save_strategy": "steps", "save_steps": 4}
