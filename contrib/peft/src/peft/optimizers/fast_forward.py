@@ -329,7 +329,8 @@ class FastForward:
         return list({(weight.device, weight.data_ptr() or id(weight)): weight for weight in weights}.values())
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        # A subclass that calls super().step() may run the hooks twice in one step. The innermost pair counts.
+        # A subclass that calls super().step() may run the hooks twice in one step. The innermost pair counts: after a
+        # step that raised there is no telling a second call from a nested one, other than by looking at the stack.
         self._in_step = True
         self._previous = None
         steps = optimizer.param_groups[0].get(_STEP_KEY, 0) + 1 - self.warmup_steps
