@@ -63,11 +63,11 @@ def shared_labelled_loss(
     shards = shard_examples(lengths, ranks.size, token_limit(lm, max_tokens, device), forward_cost(device))
     mine = [examples[i] for i in shards[ranks.rank]]
     local = LabelledLoss(lm, mine, max_tokens=max_tokens, device=device) if mine else None
-    company = LabelledLoss(lm, [_SHORTEST], max_tokens=max_tokens, device=device)
-    idle = 0
+    idle, company = 0, None
     if ranks.forward_is_collective:
         forwards = [len(plan(lm, [lengths[i] for i in shard], max_tokens, device)) for shard in shards]
         idle = max(forwards) - forwards[ranks.rank]
+        company = LabelledLoss(lm, [_SHORTEST], max_tokens=max_tokens, device=device)
 
     def total() -> torch.Tensor:
         own = torch.zeros((), dtype=torch.float64, device=device)
