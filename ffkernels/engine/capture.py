@@ -11,6 +11,7 @@ import contextlib
 import gc
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -222,8 +223,9 @@ def _line(error: Exception) -> str:
 
 
 def _origin(error: Exception) -> str:
-    """The innermost line of code outside of torch and of this module that an error came through."""
-    here = (__file__, str(Path(__file__).with_name("while_graph.py")), contextlib.__file__)
-    own = (*here, sys.modules[type(graph_driver.cuda).__module__].__file__, str(Path(torch.__file__).parent))
+    """The innermost line outside of torch and of this module that an error came through."""
+    here = (__file__, str(Path(__file__).with_name("while_graph.py")), graph_driver.__file__)
+    stand_in = sys.modules[type(graph_driver.cuda).__module__].__file__
+    own = (*here, stand_in, contextlib.__file__, warnings.__file__, str(Path(torch.__file__).parent))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
     return f", at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import warnings
 import weakref
 
 import pytest
@@ -181,6 +182,19 @@ class TestCapture:
 
         graphs.Capture(CPU).warm_up(fn, times=times)
         assert len(calls) == times
+
+    def test_a_wait_that_torch_warns_of_is_said_to_be_where_it_is(self, fake, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+        monkeypatch.setattr(fake, "sync_is_error", graph_driver.Cuda().sync_is_error)
+        capture = graphs.Capture(CPU)
+
+        def warn() -> None:
+            warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+
+        with pytest.raises(graphs.CaptureFailed, match=r'test_graphs.py:\d+: warnings.warn\("called a sync'):
+            capture.warm_up(warn, times=1)
+        capture.close()
 
     def test_a_wait_is_said_to_be_where_it_is(self, fake):
         x = torch.ones(3)
