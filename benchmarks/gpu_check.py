@@ -75,7 +75,7 @@ def stages(out: Path, dry: bool, only: list[str]) -> list[Stage]:
         Stage("build", [python, "-c", build], 80),
         Stage("provenance", [python, __file__, "--provenance"], 40),
         Stage("tests", [*pytest, "-k", f"test{some}", "tests/gpu", f"--ignore={apart}"], 140),
-        Stage("tests-stage", [*pytest, "-k", f"not {profiled}{some}", apart], 110),
+        Stage("tests-stage", [*pytest, "-k", f"not {profiled}{some}", apart], 130),
     ]
     for name, limit, seconds in (("bench-stage", 210, 180), ("bench-step", 100, 65)):
         measure = [python, str(bench / BENCHMARKS[name]), "--out", str(out / f"{name}.json")]
