@@ -40,7 +40,7 @@ from ffkernels.engine import graphs  # noqa: E402
 
 MOST_ROUNDS, LEAST_ROUNDS, MOST_SHARE = 40, 3, 0.3
 ROWS_FIRST = 3  # those of SmolLM2; then counts and agreement, then the rest
-AGREEMENT_SECONDS = 30.0
+AGREEMENT_SECONDS, LEAST_AGREEMENT_SECONDS = 30.0, 8.0
 
 
 class Models:
@@ -208,7 +208,7 @@ def main() -> int:
     end = report.begin + options.seconds
     for place, case in enumerate(cases):
         if place == (1 if dry else ROWS_FIRST):
-            agreement(report, models, device, dry)
+            agreement(report, models, device, dry, end)
         if place and end - time.perf_counter() < case.seconds:
             result["left_out"].append(case.name)
             continue
@@ -228,8 +228,8 @@ def main() -> int:
     return finish(result)
 
 
-def agreement(report: Report, models: Models, device: torch.device, dry: bool) -> None:
-    """Launches counted, losses and τ compared."""
+def agreement(report: Report, models: Models, device: torch.device, dry: bool, end: float) -> None:
+    """Launches counted, losses and τ compared, the latter as often as there is time until `end`."""
     if not dry:
         counts = report.attempt("counts", lambda: counts_of_a_child(report.path))
         report.result["counts"] = counts or {}
@@ -239,9 +239,8 @@ def agreement(report: Report, models: Models, device: torch.device, dry: bool) -
     losses = report.attempt("loss agreement", lambda: loss_agreement(name, length, device))
     report.result["agreement"]["loss"] = losses
     report.write()
-    taus = report.attempt(
-        "τ agreement", lambda: tau_agreement(device, stages, AGREEMENT_SECONDS, most, graphs=not dry)
-    )
+    left = max(LEAST_AGREEMENT_SECONDS, min(AGREEMENT_SECONDS, end - time.perf_counter()))
+    taus = report.attempt("τ agreement", lambda: tau_agreement(device, stages, left, most, graphs=not dry))
     report.result["agreement"]["tau"] = taus
     report.write()
 
