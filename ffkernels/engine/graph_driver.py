@@ -170,10 +170,11 @@ class Cuda:
             torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings():
             warnings.filterwarnings("always", message=_WAITED)
-            show = warnings.showwarning
+            show, over = warnings.showwarning, False
 
             def show_or_raise(message: Any, *arguments: Any, **options: Any) -> None:
-                if not str(message).startswith(_WAITED):
+                # Another thread may have saved this function, and put it back when all is over.
+                if over or not str(message).startswith(_WAITED):
                     show(message, *arguments, **options)
                 elif get_ident() == own:
                     raise RuntimeError(str(message))
@@ -182,6 +183,7 @@ class Cuda:
             try:
                 yield
             finally:
+                over = True
                 torch.cuda.set_sync_debug_mode(before)
 
     def random_state(self, device: torch.device) -> torch.Tensor:

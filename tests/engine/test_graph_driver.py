@@ -190,6 +190,14 @@ def test_waits_of_other_threads_are_their_own(debug_mode, recwarn):
     assert debug_mode == ["default", "warn", "default"] and len(recwarn) == 0
 
 
+def test_afterwards_a_wait_is_none_of_its_business(debug_mode, recwarn, monkeypatch):
+    with Cuda().sync_is_error():
+        saved = warnings.showwarning
+    monkeypatch.setattr(warnings, "showwarning", saved)  # as another thread's catch_warnings may do
+    wait_for_the_device()
+    assert "synchronizing" in str(recwarn[-1].message)
+
+
 class Types(IntEnum):
     CU_GRAPH_NODE_TYPE_KERNEL = 0
     CU_GRAPH_NODE_TYPE_HOST = 3
