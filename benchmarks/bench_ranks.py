@@ -2,11 +2,13 @@
 
     python benchmarks/bench_ranks.py --out benchmarks/results
 
-Starts 1, 2 and 4 ranks over gloo, one thread each, with DDP around LoRA on the embedded model, and measures
-one validation of 32 examples, its local part, one exchange and whole stages. The model's two constants,
-seconds per token and per forward, are fitted on one rank alone, with micro-batches of different sizes; what
-it predicts for the others stands beside what was measured there. Where ranks share cores, computing takes
-that many times longer, in the prediction too.
+Lets 1, 2 and 4 ranks over gloo, one thread each, train LoRA on the embedded model with DDP, and measures one
+validation of 32 examples, its local part, one exchange and whole stages, of all sizes in turn. The model's
+two constants, seconds per token and per forward, are fitted on one rank alone, with micro-batches of
+different sizes; what it predicts for the others stands beside what was measured there. Ranks of one machine
+slow each other down, sharing cores, caches and memory, which ranks with a GPU each do not: how much is
+measured apart, as the time of the whole set's forward on all ranks at once over that on one, and is part of
+the prediction.
 """
 
 from __future__ import annotations
@@ -28,25 +30,25 @@ import torch.distributed as dist
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
 from ffkernels.engine.distributed import LOSS, ROW_BYTES, Ranks
 from ffkernels.engine.shards import shard_examples
-from ffkernels.engine.validation_fast import forward_cost, plan_micro_batches
+from ffkernels.engine.validation_fast import LabelledLoss, forward_cost, plan_micro_batches
 from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_task
 
 CPU = torch.device("cpu")
-STEPS, INTERVAL, BATCH = 12, 6, 16
+STAGES, INTERVAL, BATCH = 2, 6, 16
 MICRO_BATCHES = (256, 384, 512, 768, 1024, 2048)
 PLANNED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def timed(call, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls, after two that are not counted."""
+    """Seconds of each of `repeats` calls, after one that is not counted."""
     taken = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + 1):
         begin = time.perf_counter()
         call()
         taken.append(time.perf_counter() - begin)
-    return taken[2:]
+    return taken[1:]
 
 
 def summary(samples: list[float]) -> dict[str, float]:
@@ -71,84 +73,126 @@ def slowest(lengths: list[int], ranks: int, max_tokens: int, cost: int) -> tuple
     return max((work(lengths, shard, max_tokens, cost) for shard in shards), key=lambda w: w[0] + cost * w[1])
 
 
-class Setting:
-    """The embedded model with LoRA, its validation examples and a training loop, on one of `size` ranks."""
+class Job:
+    """Training by the first `size` ranks: the embedded model with LoRA in DDP, 32 examples, Fast Forward."""
 
-    def __init__(self) -> None:
-        self.model, tokenizer = load_model("tiny")
-        self.model = add_adapter(self.model, rank=8, seed=0)
+    def __init__(self, size: int) -> None:
+        self.size, self.rank = size, dist.get_rank()
+        # One process is a group too, so that all sizes run the same training loop.
+        self.group = dist.new_group(list(range(size)))
+        if not self.member:
+            return
+        model, tokenizer = load_model("tiny")
+        model = add_adapter(model, rank=8, seed=0)
         task = load_task("instruction", tokenizer, test_examples=64, max_length=256)
-        self.train = task.train
-        self.pad = tokenizer.pad_token_id
-        self.examples = [self.batch([example]) for example in task.validation]
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.train, self.held_out, self.pad = task.train, task.validation, tokenizer.pad_token_id
+        self.model = torch.nn.parallel.DistributedDataParallel(model, process_group=self.group)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self.validation = self.loss()
+        self.lengths = [row.computed for row in self.validation._rows]
+        rows = (self.validation.causal_lm, self.validation._rows)
+        self.whole = LabelledLoss(*rows, max_tokens=2048, device=CPU)
+        self.ranks = Ranks(CPU, self.group)
+        config = FastForwardConfig(interval=INTERVAL, patience=None)
+        self.ff = FastForward(self.model, self.optimizer, self.validation, config)
+        self.samples: dict[str, list[float]] = {"validation": [], "local": [], "whole": [], "exchange": []}
+        self.fit: list[list[float]] = []
+        if size == 1:
+            self.losses = [self.loss(micro_batch_tokens=tokens, check=False) for tokens in MICRO_BATCHES]
+        self.steps: list[float] = []
+
+    @property
+    def member(self) -> bool:
+        return self.rank < self.size
 
     def batch(self, examples):
         return collate(examples, self.pad)
 
-    def lengths(self) -> list[int]:
-        """Positions to compute of each example, as the validation orders them."""
-        rows = ValidationLoss(self.model, self.examples, check=False)._rows
-        return [row.computed for row in rows]
+    def loss(self, **settings) -> ValidationLoss:
+        examples = [self.batch([example]) for example in self.held_out]
+        return ValidationLoss(self.model, examples, **settings)
 
-
-def rank_main(out: Path, repeats: int) -> None:
-    """What one rank does; rank 0 writes what all of them measured."""
-    torch.set_num_threads(1)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    dist.init_process_group("gloo")
-    setting = Setting()
-    lengths = setting.lengths() if size == 1 else []
-    model = torch.nn.parallel.DistributedDataParallel(setting.model)
-    optimizer = torch.optim.AdamW(setting.trained, lr=1e-4)
-    validation = ValidationLoss(model, setting.examples)
-    local = getattr(validation._loss, "local", validation._loss)
-    found: dict = {
-        "validation": summary(timed(validation, repeats)),
-        "local": summary(timed(lambda: validation._run(local), repeats)),
-    }
-    ranks = Ranks(CPU)
-    dist.barrier()
-    found["exchange"] = summary(timed(lambda: ranks.exchange(LOSS, 1.0, 1.0), 10 * repeats))
-    if size == 1:
-        found["lengths"] = lengths
-        found["fit"] = []
-        for tokens in MICRO_BATCHES:
-            alone = ValidationLoss(model, setting.examples, micro_batch_tokens=tokens, check=False)
-            done = work(lengths, list(range(len(lengths))), tokens, forward_cost(CPU))
-            found["fit"].append([tokens, *done, median(timed(alone, repeats))])
-    ff = FastForward(model, optimizer, validation, FastForwardConfig(interval=INTERVAL, patience=None))
-    steps = []
-    for step in range(STEPS):
-        share = BATCH // size
-        first = BATCH * step + share * rank
-        begin = time.perf_counter()
-        model(**setting.batch(setting.train[first : first + share])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        steps.append(time.perf_counter() - begin)
-    found["train_step_ms"] = 1e3 * median(s for i, s in enumerate(steps, start=1) if i % INTERVAL)
-    found["stages"] = [
-        {
-            "tau": stage.tau,
-            "evaluations": stage.evaluations,
-            "milliseconds": 1e3 * stage.seconds,
-            "validate_ms": 1e3 * stage.validate_seconds,
-            "move_ms": 1e3 * stage.move_seconds,
+    def measure(self) -> None:
+        """One round."""
+        own = getattr(self.validation._loss, "local", self.validation._loss)
+        calls = {
+            "validation": self.validation,
+            "local": lambda: self.validation._run(own),
+            "whole": lambda: self.validation._run(self.whole),
         }
-        for stage in ff.stages
-    ]
-    everyone = [json.loads(text) for text in ranks.gather_bytes(json.dumps(found).encode())]
-    if rank == 0:
-        out.write_text(json.dumps(everyone))
+        for name, call in calls.items():
+            self.ranks.exchange(LOSS)  # together
+            self.samples[name] += timed(call, 1)
+        self.samples["exchange"] += timed(lambda: self.ranks.exchange(LOSS, 1.0, 1.0), 10)
+        if self.size == 1:
+            self.fit.append([timed(loss, 1)[0] for loss in self.losses])
+
+    def train_to_the_next_stage(self) -> None:
+        share, stages = BATCH // self.size, len(self.ff.stages)
+        while len(self.ff.stages) == stages:
+            first = BATCH * self.ff.optimizer_steps + share * self.rank
+            begin = time.perf_counter()
+            self.model(**self.batch(self.train[first : first + share])).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.steps.append(time.perf_counter() - begin)
+
+    def found(self) -> dict:
+        found: dict = {name: summary(samples) for name, samples in self.samples.items()}
+        plain = [taken for i, taken in enumerate(self.steps, start=1) if i % INTERVAL]
+        found["train_step_ms"] = 1e3 * median(plain)
+        found["stages"] = [
+            {
+                "tau": stage.tau,
+                "evaluations": stage.evaluations,
+                "milliseconds": 1e3 * stage.seconds,
+                "validate_ms": 1e3 * stage.validate_seconds,
+                "move_ms": 1e3 * stage.move_seconds,
+            }
+            for stage in self.ff.stages
+        ]
+        if self.size == 1:
+            found["lengths"] = self.lengths
+            everything = list(range(len(self.lengths)))
+            found["fit"] = [
+                [tokens, *work(self.lengths, everything, tokens, forward_cost(CPU)), median(taken)]
+                for tokens, taken in zip(MICRO_BATCHES, zip(*self.fit, strict=True), strict=True)
+            ]
+        return found
+
+
+def rank_main(out: Path, sizes: list[int], repeats: int) -> None:
+    """What one rank does: jobs of all sizes in turn, so that a machine that slows down slows all of them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    jobs = [Job(size) for size in sizes]
+    for _ in range(repeats):
+        for job in jobs:
+            dist.barrier()
+            if job.member:
+                job.measure()
+    for _ in range(STAGES):
+        for job in jobs:
+            dist.barrier()
+            if job.member:
+                job.train_to_the_next_stage()
+    dist.barrier()
+    mine = {job.size: job.found() for job in jobs if job.member}
+    everyone = Ranks(CPU).gather_bytes(json.dumps(mine).encode())
+    if dist.get_rank() == 0:
+        ranks = [json.loads(text) for text in everyone]
+        by_size = {str(size): [rank[str(size)] for rank in ranks if str(size) in rank] for size in sizes}
+        out.write_text(json.dumps(by_size))
     dist.destroy_process_group()
 
 
-def start(size: int, repeats: int) -> list[dict]:
+def start(sizes: list[int], repeats: int) -> dict[str, list[dict]]:
+    """{size: what each of its ranks measured}"""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "ranks.json"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        arguments = ["--rank-of", str(out), "--repeats", str(repeats)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(max(sizes))]
+        arguments = ["--rank-of", str(out), "--repeats", str(repeats), "--ranks", *map(str, sizes)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         subprocess.run([sys.executable, *launcher, __file__, *arguments], check=True, env=environment)
         return json.loads(out.read_text())
@@ -174,10 +218,11 @@ def measure(sizes: list[int], repeats: int) -> dict:
         "row_bytes": ROW_BYTES,
         "ranks": {},
     }
-    per_token = per_forward = 0.0
+    per_token = per_forward = alone = 0.0
     lengths: list[int] = []
+    found = start(sizes, repeats)
     for size in sizes:
-        everyone = start(size, repeats)
+        everyone = found[str(size)]
         first = everyone[0]
         if size == 1:
             lengths = first["lengths"]
@@ -191,13 +236,15 @@ def measure(sizes: list[int], repeats: int) -> dict:
                 ],
             }
         tokens, forwards = slowest(lengths, size, 2048, forward_cost(CPU))
-        crowded = max(1.0, size / cores)
+        whole = max(rank["whole"]["median_ms"] for rank in everyone)
+        alone = whole if size == 1 else alone
+        crowded = whole / alone
         exchange = first["exchange"]["median_ms"] if size > 1 else 0.0
         predicted = 1e3 * (per_token * tokens + per_forward * forwards) * crowded + exchange
         stages = first["stages"]
         report["ranks"][str(size)] = {
             "slowest_rank": {"tokens": tokens, "forwards": forwards},
-            "processes_per_core": crowded,
+            "slowed_by_the_others": crowded,
             "validation": first["validation"],
             "local_of_each_rank": [rank["local"] for rank in everyone],
             "exchange": first["exchange"],
@@ -263,7 +310,7 @@ def main() -> None:
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of is not None:
-        return rank_main(arguments.rank_of, arguments.repeats)
+        return rank_main(arguments.rank_of, arguments.ranks, arguments.repeats)
     if arguments.ranks[0] != 1:
         parser.error("--ranks must begin with 1, on which the cost model is fitted")
     report = measure(arguments.ranks, arguments.repeats)
