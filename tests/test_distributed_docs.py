@@ -1,0 +1,62 @@
+"""docs/distributed.md quotes a committed result: its tables are made here again from that file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+NAME = "ranks_cpu_2026-11-21.json"
+REPORT = json.loads((ROOT / "benchmarks" / "results" / NAME).read_text(encoding="utf-8"))
+
+
+def measured_rows() -> list[str]:
+    rows = []
+    for size, found in REPORT["ranks"].items():
+        stages = found["stages"]
+        cells = [
+            size,
+            found["slowest_rank"]["tokens"],
+            found["slowest_rank"]["forwards"],
+            f"{found['slowed_by_the_others']:.2f}",
+            f"{found['exchange']['median_ms']:.2f}" if size != "1" else "",
+            f"{found['validation']['median_ms']:.0f}",
+            f"{found['predicted']['validation_ms']:.0f}",
+            f"{sum(stage['milliseconds'] for stage in stages) / 1e3:.2f}",
+            f"{sum(found['predicted']['stage_ms']) / 1e3:.2f}",
+        ]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return rows
+
+
+def planned_rows() -> list[str]:
+    return [
+        f"| {row['ranks']:,} | {row['gpu']['tokens']:,} | {row['gpu']['forwards']} "
+        f"| {100 * row['gpu']['of_one_rank']:.0f} % | {row['bytes_received_per_validation']:,} |"
+        for row in REPORT["plan"]
+        if row["ranks"] in (1, 8, 16, 32, 64, 1024)
+    ]
+
+
+def test_the_tables_are_those_of_the_result_file():
+    assert NAME in TEXT
+    for row in measured_rows() + planned_rows():
+        assert row in TEXT, row
+
+
+def test_the_constants_are_those_of_the_result_file():
+    model = REPORT["model"]
+    assert f"c = {model['microseconds_per_token']:.0f} µs per token" in TEXT
+    assert f"f = {model['microseconds_per_forward'] / 1e3:.1f} ms per forward" in TEXT
+
+
+def test_all_ranks_took_the_same_steps():
+    taus = [[stage["tau"] for stage in found["stages"]] for found in REPORT["ranks"].values()]
+    assert list(REPORT["ranks"]) == ["1", "2", "4"]
+    assert taus[0] == taus[1] == taus[2]
+
+
+if __name__ == "__main__":  # to paste into the document
+    print("\n".join(measured_rows() + planned_rows()))
+    print(REPORT["model"]["microseconds_per_token"], REPORT["model"]["microseconds_per_forward"])
