@@ -91,6 +91,8 @@ def run(
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = tokenizer.for_transformers()
     data = splits(options, seed)
+    # The plain run's curve is for the reader; only its end counts.
+    check_every = options.check_every if fast_forward else max(options.check_every, options.steps // 4)
     ff = FastForwardCallback(config=FastForwardConfig(search=options.search))
 
     class Measure(TrainerCallback):
@@ -119,7 +121,7 @@ def run(
             self.meter.optimizer_step()
             staged, self.stages = len(ff.stages) > self.stages, len(ff.stages)
             step = state.global_step
-            if staged or step % options.check_every == 0 or step == options.steps:
+            if staged or step % check_every == 0 or step == options.steps:
                 loss = self.measure(state)
                 control.should_training_stop |= target is not None and loss <= target
 
