@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -13,3 +14,16 @@ def ctrl_c_arrives():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Libraries set variables for good (PEFT's BOFT chooses a compiler); the next test shall not see them."""
+    before = dict(os.environ)
+    yield
+    added = os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}
+    for name in added:
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value and name != "PYTEST_CURRENT_TEST":
+            os.environ[name] = value
