@@ -5,14 +5,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs
 
-.PHONY: help install demo test test-all lint format bench gpu-check clean
+.PHONY: help install demo test test-slow test-all lint format bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make install    .venv with the pinned versions of constraints.txt and this package, its C++ core built"
 	@echo "make demo       Adam against Fast Forward on the embedded model, about 3 minutes; writes runs/demo/"
 	@echo "make test       the test suite, without the tests marked slow"
-	@echo "make test-all   all of it: four processes, every way to spread a model over them"
+	@echo "make test-slow  the tests marked slow: four processes, longer runs in a Trainer"
+	@echo "make test-all   both"
 	@echo "make lint       ruff, formatting and the shape of the house"
 	@echo "make bench      kernel benchmarks on this machine; writes runs/bench/"
 	@echo "make gpu-check  tests and benchmarks on a GPU (FFK_DRY=1: the same in small, on the CPU); writes \$$OUT"
@@ -37,10 +38,12 @@ test: install
 	$(BIN)/python -m pytest tests -m "not slow" --junitxml $(OUT)/tests/junit.xml
 	@echo "The results of every test are in $(OUT)/tests/junit.xml."
 
-test-all: install
+test-slow: install
 	@mkdir -p $(OUT)/tests
-	$(BIN)/python -m pytest tests --junitxml $(OUT)/tests/junit-all.xml
-	@echo "The results of every test are in $(OUT)/tests/junit-all.xml."
+	$(BIN)/python -m pytest tests -m slow --junitxml $(OUT)/tests/junit-slow.xml
+	@echo "The results of the slow tests are in $(OUT)/tests/junit-slow.xml."
+
+test-all: test-slow test
 
 lint: install
 	$(BIN)/ruff check .
