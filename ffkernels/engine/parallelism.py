@@ -9,12 +9,13 @@ Found by class names, so that nothing is imported for a model that does not use 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-__all__ = ["fsdp_modules", "reshard", "training_group", "why_refused"]
+__all__ = ["fsdp_modules", "replicas", "reshard", "training_group", "why_refused", "without_broadcasts"]
 
 _INSTEAD = "train with DDP or FSDP2 (torch.distributed.fsdp.fully_shard)"
 
@@ -38,11 +39,31 @@ def reshard(modules: Iterable[nn.Module]) -> None:
         module.reshard()
 
 
+def replicas(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
+    """The DDP modules: `model` itself, or inside `torch.compile` and wrappers of one's own."""
+    return [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+
+
+@contextmanager
+def without_broadcasts(modules: Sequence[nn.parallel.DistributedDataParallel]) -> Iterator[None]:
+    """Forwards of DDP modules send nothing: ranks that run more or fewer of them do not wait for each other.
+
+    Also without gradients, the first forward after a training step broadcasts rank 0's buffers, and notes
+    that the next one, of training, need not. In here it does neither.
+    """
+    before = [module.require_forward_param_sync for module in modules]
+    try:
+        for module in modules:
+            module.require_forward_param_sync = False
+        yield
+    finally:
+        for module, sync in zip(modules, before, strict=True):
+            module.require_forward_param_sync = sync
+
+
 def training_group(model: nn.Module) -> Any:
     """The process group over which DDP averages gradients; None, for the default group, elsewhere."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.process_group
-    return None
+    return next((module.process_group for module in replicas(model)), None)
 
 
 def why_refused(model: nn.Module, optimizer: object) -> str | None:

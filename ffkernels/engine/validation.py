@@ -30,7 +30,7 @@ from ffkernels.engine.distributed import Ranks, several_processes, together
 from ffkernels.engine.evaluation_mode import evaluation_mode, keep_random_state
 from ffkernels.engine.flop_counter import count_flops
 from ffkernels.engine.interrupts import interrupt_later
-from ffkernels.engine.parallelism import fsdp_modules, reshard, training_group
+from ffkernels.engine.parallelism import fsdp_modules, replicas, reshard, training_group, without_broadcasts
 from ffkernels.engine.validation_batches import (
     Example,
     check_causal_batches,
@@ -117,7 +117,7 @@ class ValidationLoss:
         self.tokens = 0
         self.version = 0
         self._device = model_device(model)
-        self._fsdp = fsdp_modules(model)
+        self._fsdp, self._replicas = fsdp_modules(model), replicas(model)
         self._max_tokens = micro_batch_tokens or _TOKENS.get(self._device.type, _TOKENS_ELSEWHERE)
         self._check, self._process_group = check, process_group
         self._flops: int | None = None
@@ -213,9 +213,10 @@ class ValidationLoss:
             return self._resharded(loss)
 
     def _resharded(self, measure: Callable[[], Any]) -> Any:
-        """Under FSDP2: with parameters gathered anew, and given back."""
+        """Under FSDP2: with parameters gathered anew, and given back. Under DDP: without its broadcasts."""
         if not self._fsdp:
-            return measure()
+            with without_broadcasts(self._replicas):
+                return measure()
         reshard(self._fsdp)
         try:
             return measure()

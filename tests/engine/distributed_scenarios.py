@@ -462,6 +462,46 @@ def slope_fsdp(rank, size, case):
     ]
 
 
+def ddp_inside(rank, size, how):
+    """DDP of a model with buffers, inside of something else; one batch, so one rank has none to run."""
+    from ffkernels import FastForward, FastForwardConfig, ValidationLoss
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(4))
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x, labels=None):
+            if self.training:
+                self.seen += 1 + rank  # differs from rank to rank until the next broadcast
+            return {"loss": ((x @ self.w - labels) ** 2).mean()}
+
+    class Outer(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **batch):
+            return self.inner(**batch)
+
+    ddp = torch.nn.parallel.DistributedDataParallel(Inner())
+    model = torch.compile(ddp, backend="eager") if how == "compile" else Outer(ddp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batch = {"x": torch.eye(4)[:3], "labels": torch.arange(1.0, 4.0)}
+    ff = FastForward(model, optimizer, ValidationLoss(model, [batch]), FastForwardConfig(interval=2))
+    for _ in range(4):
+        model(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        "taus": [stage.tau for stage in ff.stages],
+        "weights": ddp.module.w.tolist(),
+        "own": float(ddp.module.seen),
+        "syncs": ddp.require_forward_param_sync,
+    }
+
+
 def hugging_face_trainer(rank, size):
     """The callback in transformers' Trainer, which makes DDP of the model by itself."""
     import tempfile

@@ -59,6 +59,16 @@ def test_several_ranks_do_what_one_process_does(in_ranks, size, way, search):
         assert first["kinds"] == ["DTensor"]
 
 
+@pytest.mark.parametrize("how", ["compile", "module"])
+def test_ddp_inside_of_another_module_broadcasts_nothing_in_a_validation(in_ranks, how):
+    zero, one = values(in_ranks(2, "ddp_inside", seconds=60, how=how))
+    assert zero["taus"] == one["taus"] and min(one["taus"]) > 3
+    assert zero["weights"] == one["weights"]
+    # Training broadcasts rank 0's count before each of the 4 forwards, and nothing does after the last.
+    assert (zero["own"], one["own"]) == (4.0, 5.0)
+    assert zero["syncs"] and one["syncs"], "the next forward of training broadcasts, as without Fast Forward"
+
+
 def test_without_an_accepted_step_the_run_is_the_plain_one_bit_for_bit(in_ranks):
     frozen = values(in_ranks(2, "slope", lr=0.0))
     assert [rank["stopped"] for rank in frozen] == [["the optimizer did not change the weights"] * 3] * 2
