@@ -73,7 +73,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
 
     Raises (when training begins):
         ValueError: when there is nothing to validate on.
-        RuntimeError: when no Trainer is found, or in a job of several processes.
+        RuntimeError: when no Trainer is found, or ``FastForward`` refuses its model or optimizer.
     """
 
     def __new__(cls, *args: Any, from_checkpoint: bool = False, **kwargs: Any) -> FastForwardCallback:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -60,12 +60,14 @@ def wrap_training_step(
     """Run ``training_step(model, inputs, …)`` inside ``around(model, inputs)``; returns what undoes it."""
     own = vars(trainer).get("training_step")
     step = trainer.training_step
+    wanted: list[Callable[[Any, Any], AbstractContextManager[None]]] = [around]
 
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        with around(model, inputs):
+        with wanted[0](model, inputs) if wanted else nullcontext():
             return step(model, inputs, *args, **kwargs)
 
     def undo() -> None:
+        wanted.clear()  # also where it cannot be taken off: it must not run twice after the next wrapping
         if vars(trainer).get("training_step") is not training_step:
             return  # somebody has wrapped it since
         if own is None:

@@ -512,6 +512,18 @@ def test_flops_are_those_of_the_meter(make, parts):
         assert "train_runtime" in metrics
 
 
+def test_a_training_step_that_somebody_wrapped_since_is_not_counted_twice(make):
+    class Wraps(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            step = trainer.training_step
+            trainer.training_step = lambda *args, **kwargs: step(*args, **kwargs)
+
+    callback = FastForwardCallback(rising(), EVERY_3)
+    trainer = make(callback, Wraps())
+    first, second = ((trainer.train(), callback.flops)[1] for _ in range(2))
+    assert first["measured"] == second["measured"] > 0
+
+
 def test_patience_switches_it_off(make):
     callback = FastForwardCallback(rising(), FastForwardConfig(interval=1, patience=2))
     make(callback).train()
