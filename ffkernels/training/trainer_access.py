@@ -113,5 +113,9 @@ def is_batch(item: Any) -> bool:
     if isinstance(ids, torch.Tensor):
         return ids.ndim >= 2
     if ids is None:
-        return any(isinstance(v, torch.Tensor) and v.ndim >= 1 for k, v in item.items() if "label" in str(k))
+        # One example may have several labels (of an image, say); those of a batch are as many as its rows.
+        rows = {k: len(v) for k, v in item.items() if isinstance(v, torch.Tensor) and v.ndim >= 1}
+        labels = {n for k, n in rows.items() if "label" in str(k)}
+        others = {n for k, n in rows.items() if "label" not in str(k)}
+        return bool(labels) and (not others or bool(labels & others))
     return isinstance(ids, Iterable) and isinstance(next(iter(ids), None), Iterable)

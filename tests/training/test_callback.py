@@ -18,6 +18,7 @@ from ffkernels import FastForward, FastForwardCallback, FastForwardConfig, Valid
 from ffkernels.engine.fast_forward import NO_UPDATE
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.reporting.flops import FlopMeter
+from ffkernels.training import trainer_access
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_file
 
@@ -415,6 +416,28 @@ def test_validation_comes_from_many_places(make, parts):
     callback = FastForwardCallback(examples=3)
     make(callback, max_steps=6).train()
     assert callback.stages[0].loss_before != losses["list"]
+
+
+def test_examples_with_several_labels_each_are_collated(tmp_path):
+    class Tagger(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(3, 4)
+
+        def forward(self, x, labels=None):
+            assert x.ndim == 2, "a batch"
+            logits = self.head(x)
+            return {"loss": torch.nn.functional.mse_loss(logits, labels), "logits": logits}
+
+    examples = [{"x": torch.full((3,), float(i)), "labels": torch.ones(4)} for i in range(8)]
+    assert not trainer_access.is_batch(examples[0])
+    assert trainer_access.is_batch({"x": torch.zeros(8, 3), "labels": torch.zeros(8, 4)})
+    callback = FastForwardCallback(config=EVERY_3)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    Trainer(Tagger(), args, train_dataset=examples, eval_dataset=examples, callbacks=[callback]).train()
+    assert callback.stages[0].tau > 0
 
 
 def test_a_validation_loss_of_ones_own(make, parts):
