@@ -21,24 +21,20 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from ffkernels.engine.fast_forward import FastForward, Stage
-from ffkernels.engine.validation import ValidationLoss
-from ffkernels.reporting.flops import FlopMeter
-from ffkernels.reporting.machine import choose_device, machine_info, version_info
+from ffkernels.engine.stage import Stage
+from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.reporting.recorder import Recorder
 from ffkernels.training import checkpoint
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.models import add_adapter, load_model
-from ffkernels.training.tasks import Task, collate, load_file, load_task
+from ffkernels.training.session import Attach, open_session
 
-__all__ = ["RunResult", "TrainConfig", "prepare_task", "train"]
+__all__ = ["RunResult", "TrainConfig", "train"]
 
 ALL_STEPS = "all steps done"
 TARGET_REACHED = "target loss reached"
@@ -90,100 +86,41 @@ class Progress:
         return {**self.seconds, "total": sum(self.seconds.values())}
 
 
-class DataOrder:
-    """Which examples make the batch of a step: epoch after epoch in fresh permutations, cut into batches."""
-
-    def __init__(self, examples: int, batch_size: int, seed: int) -> None:
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self._epoch, self._permutation = -1, []
-
-    def __call__(self, step: int) -> list[int]:
-        first = step * self.batch_size
-        return [self._at(position) for position in range(first, first + self.batch_size)]
-
-    def _at(self, position: int) -> int:
-        epoch, index = divmod(position, self.examples)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._permutation = torch.randperm(self.examples, generator=generator).tolist()
-            self._epoch = epoch
-        return self._permutation[index]
-
-
-def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:
-    """The run's data: train, validation and test examples, disjoint."""
-    sizes = {
-        "max_length": config.max_length,
-        "seed": config.seed,
-        "test_examples": config.test_examples,
-        "validation_examples": config.validation_examples,
-    }
-    if config.data is not None:
-        return load_file(config.data, tokenizer, **sizes)
-    return load_task(config.task, tokenizer, **sizes)
-
-
 def train(
     config: TrainConfig,
     *,
     resume: bool = False,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     save: bool = True,
+    attach: Attach | None = None,
 ) -> RunResult:
     """Run ``config`` from its beginning, or with ``resume`` from where its last checkpoint stands.
 
     Writes the run log as it goes, and at the end the adapter and a checkpoint (not with ``save=False``).
     Ctrl-C ends the run after the present step, saved. ``on_event`` gets every log event as a dict; a
-    KeyboardInterrupt it raises counts as Ctrl-C.
+    KeyboardInterrupt it raises counts as Ctrl-C. ``attach`` makes what runs the stages instead of FastForward
+    (see ``session.open_session``).
 
     Raises:
         ValueError: when there is nothing to resume, or the checkpoint was made under other settings.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
     log, folder = Path(config.out) / f"{config.name}.jsonl", Path(config.out) / config.name
     saved = checkpoint.load_state(folder) if resume else None
-
-    model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), device=str(device))
-    torch.manual_seed(config.seed)  # the adapter's initialisation, then dropout
-    model = add_adapter(
-        model,
-        method=config.method,
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        targets=list(config.targets) if config.targets else None,
-    )
-    model.train()
-    task = prepare_task(config, tokenizer)
-    collator = partial(collate, pad_token_id=tokenizer.pad_token_id)
-    steps = config.steps
-    if config.epochs is not None:
-        steps = math.ceil(config.epochs * len(task.train) / config.batch_size)
-    if saved is not None:
-        config.check_continues(saved["config"], steps)
-
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
-    order = DataOrder(len(task.train), config.batch_size, config.seed)
-    meter = FlopMeter(sum(p.numel() for p in trainable))
-    test = ValidationLoss(model, task.test, collator=collator)
     progress, stopped = Progress(), None
 
     with ExitStack() as stack:
-        ff = None
-        if config.fast_forward is not None:
-            validation = ValidationLoss(model, task.validation, collator=collator)
-            ff = stack.enter_context(FastForward(model, optimizer, validation, config.fast_forward))
-            _ = validation.flops  # counted at its first reading: here, outside the clock
+        session = stack.enter_context(open_session(config, attach=attach))
+        device, meter, ff, steps = session.device, session.meter, session.ff, session.steps
         if saved is not None:
-            checkpoint.restore(saved, model, optimizer, device)
+            config.check_continues(saved["config"], steps)
+            checkpoint.restore(saved, session.model, session.optimizer, device)
             progress = Progress(**saved["progress"])
             meter.load_state_dict(saved["meter"])
             if ff is not None:
+                if not hasattr(ff, "load_state_dict"):
+                    raise ValueError(
+                        f"a run with {type(ff).__name__} cannot be resumed; start it without resume"
+                    )
                 ff.load_state_dict(saved["fast_forward"])
         else:
             checkpoint.discard(folder)  # only now, when model, data and settings have proved to be good
@@ -199,7 +136,7 @@ def train(
                     interrupt.wanted = True
 
         def measure_test_loss() -> None:
-            progress.test_loss = float(test())
+            progress.test_loss = session.test_loss()
             progress.tested_at = progress.optimizer_steps
             emit(
                 "test",
@@ -214,16 +151,16 @@ def train(
             return config.target_loss is not None and tested and progress.test_loss <= config.target_loss
 
         def save_checkpoint() -> None:
-            checkpoint.save_adapter(model, folder)
+            checkpoint.save_adapter(session.model, folder)
             checkpoint.save_state(
                 folder,
-                model,
-                optimizer,
+                session.model,
+                session.optimizer,
                 device,
                 config={**config.to_dict(), "steps": steps},
                 progress=vars(progress),
                 meter=meter.state_dict(),
-                fast_forward=ff.state_dict() if ff is not None else None,
+                fast_forward=ff.state_dict() if hasattr(ff, "state_dict") else None,
             )
 
         resumed = {"resumed_from": progress.optimizer_steps} if saved is not None else {}
@@ -246,31 +183,16 @@ def train(
                 break
             step = progress.optimizer_steps
             start = _now(device)
-            batch = [task.train[i] for i in order(step)]
-            size = config.micro_batch_size or len(batch)
-            micro_batches = [collator(batch[i : i + size]) for i in range(0, len(batch), size)]
-            micro_batches = [{k: v.to(device) for k, v in mb.items()} for mb in micro_batches]
-            labelled = [int((mb["labels"][:, 1:] != -100).sum()) for mb in micro_batches]
+            batch = session.load(step)
             collated = _now(device)
-            for mb in micro_batches:
-                meter.training_step(model, mb)  # a batch shape's first time runs the model: outside the clock
+            for micro_batch in batch.micro_batches:
+                # A batch shape's first time runs the model: outside the clock.
+                meter.training_step(session.model, micro_batch)
 
             begin = _now(device)
-            lr = config.learning_rate(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss = torch.zeros((), device=device)
-            for mb, tokens in zip(micro_batches, labelled, strict=True):
-                if tokens == 0:
-                    continue  # its mean loss would be nan
-                part = model(**mb).loss * (tokens / sum(labelled))
-                part.backward()
-                loss += part.detach()
-            if config.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
             stages_before = len(ff.stages) if ff is not None else 0
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = session.backward(batch)
+            session.update(step)
             train_loss = loss.item()  # the step's one wait for the device
             end = _now(device)
 
@@ -283,7 +205,7 @@ def train(
                 "step",
                 optimizer_step=progress.optimizer_steps,
                 train_loss=train_loss,
-                lr=lr,
+                lr=session.learning_rate(step),
                 flops=meter.totals,
                 seconds=progress.clock(),
             )

@@ -14,7 +14,8 @@ from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.search import LinearSearch
 from ffkernels.reporting.recorder import read_run
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.trainer import DataOrder, _interrupt_after_the_step, train
+from ffkernels.training.session import DataOrder, prepare_task
+from ffkernels.training.trainer import _interrupt_after_the_step, train
 
 STAGES = FastForwardConfig(interval=4, max_tau=16)
 
@@ -128,7 +129,6 @@ def test_a_run_learns_counts_and_saves(config, small):
     from ffkernels.engine.validation import ValidationLoss
     from ffkernels.training.models import load_model
     from ffkernels.training.tasks import collate
-    from ffkernels.training.trainer import prepare_task
 
     config = replace(config, fast_forward=STAGES, evaluate_every=5, lr=3e-3)
     seen = []

@@ -1,0 +1,221 @@
+"""What one training run consists of, made before its first step; and one step in three parts.
+
+    with open_session(config) as session:
+        for step in range(session.steps):
+            batch = session.load(step)       a pure function of (seed, step)
+            session.backward(batch)          gradients in .grad, weighted by labelled tokens
+            session.update(step)             learning rate, clipping, optimizer.step(); a stage runs inside
+
+``trainer.train`` is this loop with clock, log and checkpoints. Who wants to look between the parts (at
+gradients, at the weights around a stage) drives a session by hand and gets the very same run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffkernels.engine.fast_forward import FastForward
+from ffkernels.engine.validation import ValidationLoss
+from ffkernels.reporting.flops import FlopMeter
+from ffkernels.reporting.machine import choose_device
+from ffkernels.training.config import TrainConfig
+from ffkernels.training.models import add_adapter, load_model
+from ffkernels.training.tasks import Task, collate, load_file, load_task
+
+__all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task"]
+
+# Makes what runs the stages instead of FastForward: ``.stages`` (a list of Stage) and ``.detach()``; with
+# ``.state_dict()`` and ``.load_state_dict()`` its runs can be resumed.
+Attach = Callable[["Session"], Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step's examples on the device, and how many tokens the loss counts in each micro-batch.
+
+    ``micro_batches``: dicts of long tensors (examples, longest), as ``tasks.collate`` makes them.
+    """
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    labelled: list[int]
+
+
+class DataOrder:
+    """Which examples make the batch of a step: epoch after epoch in fresh permutations, cut into batches."""
+
+    def __init__(self, examples: int, batch_size: int, seed: int) -> None:
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self._epoch, self._permutation = -1, []
+
+    def __call__(self, step: int) -> list[int]:
+        first = step * self.batch_size
+        return [self._at(position) for position in range(first, first + self.batch_size)]
+
+    def _at(self, position: int) -> int:
+        epoch, index = divmod(position, self.examples)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._permutation = torch.randperm(self.examples, generator=generator).tolist()
+            self._epoch = epoch
+        return self._permutation[index]
+
+
+class Session:
+    """Model, data and optimizer of one run. A context manager: leaving it detaches Fast Forward.
+
+    Attributes:
+        config: the run's settings.
+        steps: optimizer steps of the run (``config.steps``, or what ``config.epochs`` comes to).
+        device: where it trains.
+        model: with its adapter, or with its own weights trainable; in train mode.
+        tokenizer, task, collator: the data; ``collator(examples)`` makes one padded batch.
+        trainable, names: the tensors that train and their names in ``model``, in the same order.
+        optimizer: every group keeps its ratio to the base learning rate.
+        order: ``order(step)`` are the indices into ``task.train`` of that step's batch.
+        meter: counts FLOPs where its caller tells it to; a session itself counts nothing.
+        test: loss on the test examples, charged to nobody.
+        validation: loss on the validation examples, made when first asked for.
+        ff: the FastForward (or a peer of the same face) that runs stages inside ``update``; None without.
+    """
+
+    def __init__(self, config: TrainConfig, *, attach: Attach | None = None) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.ff: Any = None
+        self.device = choose_device(config.device)
+        self.model, self.tokenizer = _model(config, self.device)
+        self.model.train()
+        self.task = prepare_task(config, self.tokenizer)
+        self.collator = partial(collate, pad_token_id=self.tokenizer.pad_token_id)
+        self.steps = config.steps
+        if config.epochs is not None:
+            self.steps = math.ceil(config.epochs * len(self.task.train) / config.batch_size)
+        training = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.names: list[str] = [name for name, _ in training]
+        self.trainable: list[nn.Parameter] = [p for _, p in training]
+        self.optimizer = torch.optim.AdamW(
+            self.trainable, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        )
+        self._ratios = [group["lr"] / config.lr for group in self.optimizer.param_groups]
+        self.order = DataOrder(len(self.task.train), config.batch_size, config.seed)
+        self.meter = FlopMeter(sum(p.numel() for p in self.trainable))
+        self.test = ValidationLoss(self.model, self.task.test, collator=self.collator)
+        if attach is not None:
+            self.ff = attach(self)
+        elif config.fast_forward is not None:
+            self.ff = FastForward(self.model, self.optimizer, self.validation, config.fast_forward)
+        try:
+            if self.ff is not None:
+                _ = self.validation.flops  # counted at its first reading: here, outside anybody's clock
+        except BaseException:
+            self.close()
+            raise
+
+    @cached_property
+    def validation(self) -> ValidationLoss:
+        return ValidationLoss(self.model, self.task.validation, collator=self.collator)
+
+    def load(self, step: int) -> Batch:
+        """The batch of optimizer step ``step`` (counted from 0), collated and on the device."""
+        examples = [self.task.train[i] for i in self.order(step)]
+        size = self.config.micro_batch_size or len(examples)
+        micro_batches = [self.collator(examples[i : i + size]) for i in range(0, len(examples), size)]
+        micro_batches = [{k: v.to(self.device) for k, v in mb.items()} for mb in micro_batches]
+        return Batch(micro_batches, [int((mb["labels"][:, 1:] != -100).sum()) for mb in micro_batches])
+
+    def backward(self, batch: Batch) -> torch.Tensor:
+        """Add the gradients of the batch's mean loss over labelled tokens to ``.grad``; return that loss.
+
+        The loss is a detached float tensor of no dimension on the device: reading it is the caller's choice.
+        """
+        loss = torch.zeros((), device=self.device)
+        for micro_batch, tokens in zip(batch.micro_batches, batch.labelled, strict=True):
+            if tokens == 0:
+                continue  # its mean loss would be nan
+            part = self.model(**micro_batch).loss * (tokens / sum(batch.labelled))
+            part.backward()
+            loss += part.detach()
+        return loss
+
+    def learning_rate(self, step: int) -> float:
+        """The base learning rate of optimizer step ``step``."""
+        return self.config.learning_rate(step, self.steps)
+
+    def update(self, step: int) -> None:
+        """Optimizer step ``step`` (counted from 0) from the gradients that are there; then they are freed."""
+        lr = self.learning_rate(step)
+        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
+            group["lr"] = lr * ratio
+        if self.config.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, step: int) -> float:
+        """Load, backward and update in one; the loss of the batch before the update."""
+        loss = self.backward(self.load(step))
+        self.update(step)
+        return loss.item()
+
+    def test_loss(self) -> float:
+        """Mean loss over the test examples' labelled tokens, in nats."""
+        return float(self.test())
+
+    def close(self) -> None:
+        """Detach what runs the stages and free its buffers; ``ff.stages`` stays readable. Idempotent."""
+        if self.ff is not None:
+            self.ff.detach()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_session(config: TrainConfig, *, attach: Attach | None = None) -> Session:
+    """Load the model and the data of ``config`` and make everything up to the first step.
+
+    ``attach(session)`` makes what runs the stages instead of FastForward: an object with ``stages``, a list
+    of ``Stage``, and ``detach()``; or None. It is called last, when all else of the session is there.
+
+    Raises:
+        ValueError, RuntimeError: when model, data or settings do not go together; the message says
+            what to do.
+    """
+    return Session(config, attach=attach)
+
+
+def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:
+    """The run's data: train, validation and test examples, disjoint."""
+    sizes = {
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "test_examples": config.test_examples,
+        "validation_examples": config.validation_examples,
+    }
+    if config.data is not None:
+        return load_file(config.data, tokenizer, **sizes)
+    return load_task(config.task, tokenizer, **sizes)
+
+
+def _model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Any]:
+    model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), device=str(device))
+    torch.manual_seed(config.seed)  # the adapter's initialisation, then dropout
+    model = add_adapter(
+        model,
+        method=config.method,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        targets=list(config.targets) if config.targets else None,
+    )
+    return model, tokenizer

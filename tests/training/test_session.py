@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ffkernels.engine.config import FastForwardConfig
+from ffkernels.engine.stage import Stage
+from ffkernels.reporting.recorder import read_run
+from ffkernels.training.config import TrainConfig
+from ffkernels.training.session import open_session
+from ffkernels.training.trainer import train
+
+STAGES = FastForwardConfig(interval=4, max_tau=16)
+
+
+@pytest.fixture
+def config(small, tmp_path):
+    return TrainConfig(**{**small, "steps": 6}, out=str(tmp_path))
+
+
+@pytest.mark.parametrize("fast_forward", [None, STAGES], ids=["plain", "fast forward"])
+def test_a_session_driven_by_hand_is_the_run_of_train_to_the_bit(config, fast_forward):
+    config = replace(
+        config,
+        fast_forward=fast_forward,
+        dropout=0.1,
+        micro_batch_size=3,
+        max_grad_norm=0.1,
+        schedule="cosine",
+        weight_decay=0.1,
+    )
+    result = train(config)
+    log = read_run(str(result.log))
+    losses = []
+    with open_session(config) as session:
+        assert session.test_loss() == log.tests[0]["loss"]
+        for step in range(session.steps):
+            batch = session.load(step)
+            loss = session.backward(batch)
+            assert session.learning_rate(step) == log.steps[step]["lr"]
+            session.update(step)
+            assert all(p.grad is None for p in session.trainable)
+            losses.append(loss.item())
+        assert losses == [step["train_loss"] for step in log.steps]
+        assert session.test_loss() == result.test_loss
+        weights = torch.load(result.folder / "state.pt", weights_only=True)["weights"]
+        assert session.names == list(weights)
+        for name, weight in zip(session.names, session.trainable, strict=True):
+            assert torch.equal(weight, weights[name])
+    if fast_forward is None:
+        assert session.ff is None
+    else:
+        assert [stage.losses for stage in session.ff.stages] == [stage.losses for stage in result.stages]
+        assert not session.ff.active, "leaving the session detaches"
+
+
+def test_step_is_its_three_parts(config):
+    with open_session(config) as parts, open_session(config) as whole:
+        for step in range(3):
+            loss = parts.backward(parts.load(step)).item()
+            parts.update(step)
+            assert whole.step(step) == loss
+
+
+def test_a_batch_is_cut_into_micro_batches_and_its_labelled_tokens_are_counted(config):
+    with open_session(replace(config, micro_batch_size=3)) as session:
+        batch = session.load(2)
+        assert [mb["input_ids"].shape[0] for mb in batch.micro_batches] == [3, 3, 2]
+        examples = [session.task.train[i] for i in session.order(2)]
+        counted = [sum(label != -100 for label in example["labels"][1:]) for example in examples]
+        assert batch.labelled == [sum(counted[:3]), sum(counted[3:6]), sum(counted[6:])]
+
+
+class Peer:
+    """Runs no stages, and says that it ran one at every second step."""
+
+    def __init__(self, session):
+        self.session, self.stages, self.detached, self.steps = session, [], False, 0
+        self.hook = session.optimizer.register_step_post_hook(self.after)
+
+    def after(self, *_):
+        self.steps += 1
+        if self.steps % 2 == 0:
+            self.stages.append(Stage(self.steps, losses=[(0, float(self.session.validation()))], seconds=0.0))
+
+    def detach(self):
+        self.hook.remove()
+        self.detached = True
+
+
+def test_a_peer_takes_the_place_of_fast_forward(config):
+    config = replace(config, fast_forward=STAGES)
+    made = []
+
+    def attach(session):
+        made.append(Peer(session))
+        return made[-1]
+
+    result = train(replace(config, name="peer"), attach=attach)
+    assert [stage.optimizer_step for stage in result.stages] == [2, 4, 6]
+    assert result.validation_forwards == 3 and made[0].detached
+    tests = read_run(str(result.log)).tests
+    assert [test["optimizer_step"] for test in tests] == [0, 2, 4, 6]
+    train(replace(config, name="plain", fast_forward=None))
+    mine, plain = (read_run(f"{config.out}/{name}.jsonl") for name in ("peer", "plain"))
+    assert [s["train_loss"] for s in mine.steps] == [s["train_loss"] for s in plain.steps]
+    with pytest.raises(ValueError, match="Peer cannot be resumed"):
+        train(replace(config, name="peer", steps=8), resume=True, attach=attach)
+    assert made[-1].detached
+
+
+def test_attach_may_decline(config):
+    result = train(replace(config, fast_forward=STAGES), attach=lambda session: None)
+    assert result.stages == [] and result.optimizer_steps == 6
