@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,11 @@ def version_info() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return versions
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command as a report tells it: of absolute paths the last part, not somebody's folders."""
+    return shlex.join(["ffkernels", *(re.sub(r"(^|=)[/~].*/", r"\1", part) for part in arguments)])
 
 
 def git_commit() -> str | None:

@@ -72,11 +72,12 @@ def draw_all(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
     for stem, wanted, draw in pictures:
         if wanted:
             drawn[stem] = folder / f"{stem}.png"
-            _save(draw, drawn[stem])
+            save_figure(draw, drawn[stem])
     return drawn
 
 
-def _save(draw: Callable[[Figure], None], path: Path) -> None:
+def save_figure(draw: Callable[[Figure], None], path: Path) -> None:
+    """Let ``draw`` fill a figure in the house style and write it to ``path`` as PNG."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -98,7 +99,7 @@ def _test_loss(
     x_label: str,
 ) -> None:
     axes = figure.add_subplot()
-    _clean(axes)
+    clean_axes(axes)
     labelled: set[str] = set()
     furthest = 0.0
     for run in runs:
@@ -162,7 +163,7 @@ def _target_line(axes: Axes, runs: Sequence[Run]) -> None:
 
 def _taus(figure: Figure, runs: Sequence[Run]) -> None:
     axes = figure.add_subplot()
-    _clean(axes)
+    clean_axes(axes)
     labelled: set[str] = set()
     for run in (run for run in runs if run.log.stages):
         style, label = STYLES[run.kind], kind_label(run)
@@ -199,7 +200,7 @@ def _training(figure: Figure, runs: Sequence[Run]) -> None:
     figure.set_size_inches(7.2, 1.2 + 3.0 * len(shown))
     panels = figure.subplots(len(shown), sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, run in zip(panels, shown, strict=True):
-        _clean(axes)
+        clean_axes(axes)
         sgd, stages = walk(run)
         axes.plot(*zip(*sgd, strict=True), **SGD, label="optimizer step: training loss of its batch")
         for number, stage in enumerate(stages):
@@ -253,7 +254,8 @@ def _alpha(runs: Sequence[Run], run: Run) -> float:
     return 1.0 if sum(other.kind == run.kind for other in runs) == 1 else 0.55
 
 
-def _clean(axes: Axes) -> None:
+def clean_axes(axes: Axes) -> None:
+    """The house style of a panel: no frame above and on the right, faint horizontal lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -89,7 +89,7 @@ def build_report(
     }
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    report = Report(_plain(data), runs, several, _caveats(runs, several, target_tolerance), folder)
+    report = Report(plain(data), runs, several, _caveats(runs, several, target_tolerance), folder)
     pictures = draw_all(runs, folder)
     text = json.dumps(report.data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
@@ -204,12 +204,12 @@ def _conditions(config: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any
     return kept
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON's own types; what is not finite becomes null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -1,0 +1,29 @@
+"""``ffkernels analyze …``: one command for each figure and section of the paper.
+
+The commands live in three modules by what they look at; each has ``COMMANDS``, its functions by their names.
+Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import typer
+
+__all__ = ["app"]
+
+MODULES = ("stage_commands", "gradient_commands", "sweep_commands")
+
+app = typer.Typer(
+    name="analyze",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The paper's figures: run the experiment, print what was seen, write its data and its picture.",
+)
+
+for _module in MODULES:
+    if find_spec(f"ffkernels.analysis.{_module}") is not None:
+        for _name, _command in import_module(f"ffkernels.analysis.{_module}").COMMANDS.items():
+            app.command(_name)(_command)
