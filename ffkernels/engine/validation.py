@@ -188,6 +188,16 @@ class ValidationLoss:
         return self._lm
 
     @property
+    def labelled(self) -> LabelledLoss | None:
+        """What the fast path runs, in a job of one process; None on the other paths and in several."""
+        return self._loss if isinstance(self._loss, LabelledLoss) else None
+
+    @property
+    def rows(self) -> list[Example]:
+        """The examples of the fast path; another list after each exchange."""
+        return self._rows
+
+    @property
     def flops(self) -> int:
         """Forward FLOPs of one evaluation, measured with `FlopCounterMode` by one more at first access.
 

@@ -19,9 +19,10 @@ values. So a call can be captured in a CUDA graph, and `swap` can put other exam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,6 +231,18 @@ class LabelledLoss:
 
     def __call__(self) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+
+        def add(index: int, losses: torch.Tensor) -> None:
+            total.add_(losses.sum(dtype=torch.float64).to(total.device))
+
+        self.run(add)
+        return total / self._divisor
+
+    def run(self, take: Callable[[int, torch.Tensor], None]) -> None:
+        """Run all micro-batches; `take(i, losses)` gets the token losses of each part of the i-th, in order.
+
+        `losses` is 1-dim, fp32 or float64, in the order of the micro-batch's `positions`.
+        """
         # Whoever changes the attention implementation later needs other masks or none.
         masks = self._masks if attends_eagerly(self._attention_configs) else {}
         with ExitStack() as stack:
@@ -239,21 +252,23 @@ class LabelledLoss:
                 stack.enter_context(
                     torch.autocast(autocast.device, dtype=autocast.fast_dtype, cache_enabled=False)
                 )
-            for batch in self.micro_batches:
+            for index, batch in enumerate(self.micro_batches):
                 mask = masks.get(batch.input_ids.shape[1])
-                self._add_micro_batch(batch, total, {} if mask is None else {"attention_mask": mask})
-        return total / self._divisor
+                extra = {} if mask is None else {"attention_mask": mask}
+                self._run_micro_batch(batch, partial(take, index), extra)
 
-    def _add_micro_batch(self, batch: MicroBatch, total: torch.Tensor, extra: dict[str, Any]) -> None:
+    def _run_micro_batch(
+        self, batch: MicroBatch, take: Callable[[torch.Tensor], None], extra: dict[str, Any]
+    ) -> None:
         if self.lm.through is not None:
-            return self._add_losses(self._logits_of_the_whole(batch, extra), batch.targets, None, total)
+            return self._take_losses(self._logits_of_the_whole(batch, extra), batch.targets, None, take)
         output = self.lm.backbone(input_ids=batch.input_ids, **self._arguments, **extra)
         hidden = _labelled(output if isinstance(output, torch.Tensor) else output[0], batch.positions)
         del output
         for rows, targets in zip(
             hidden.split(self.chunk_rows), batch.targets.split(self.chunk_rows), strict=True
         ):
-            self._add_losses(self.lm.head(rows.unsqueeze(0)).squeeze(0), targets, self.lm.softcap, total)
+            self._take_losses(self.lm.head(rows.unsqueeze(0)).squeeze(0), targets, self.lm.softcap, take)
 
     def _logits_of_the_whole(self, batch: MicroBatch, extra: dict[str, Any]) -> torch.Tensor:
         def pick(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -267,8 +282,12 @@ class LabelledLoss:
         logits = getattr(output, "logits", None)
         return (output[0] if logits is None else logits).squeeze(0)
 
-    def _add_losses(
-        self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, total: torch.Tensor
+    def _take_losses(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        softcap: float | None,
+        take: Callable[[torch.Tensor], None],
     ) -> None:
         precision = torch.float64 if logits.dtype == torch.float64 else torch.float32
         targets = targets.to(logits.device)
@@ -278,7 +297,7 @@ class LabelledLoss:
             log_probabilities = F.log_softmax(rows, dim=-1, dtype=precision)
             losses = F.nll_loss(log_probabilities, wanted, reduction="none", ignore_index=IGNORE)
             del rows, log_probabilities  # else they live on while the next part's are made
-            total += losses.sum(dtype=torch.float64).to(total.device)
+            take(losses)
 
 
 def _labelled(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
