@@ -1,11 +1,15 @@
 """What to train on: tasks as lists of examples, split as in the paper (1,000 test, 32 validation, the rest).
 
-An example is ``{"input_ids": [...], "labels": [...]}``; labels repeat the tokens that the loss counts and
-are −100 elsewhere. The three splits share no example, also where texts differ only behind the cut, and what
-falls where depends on the seed alone.
+The three splits share no example, also where texts differ only behind the cut, and what falls where depends
+on the seed alone. Each task has a source that needs no download and one on the Hugging Face hub, the paper's:
 
-``instruction`` pairs docstrings with the functions they describe, cut at run time from the standard library
-of the Python that runs, so there is nothing to download. ``load_file`` reads JSON lines of one's own.
+| task | offline | hub | the loss counts |
+|---|---|---|---|
+| instruction | docstring → function, of the running Python | Magicoder-Evol-Instruct-110K | the response |
+| medical | diagnoses and their notes, ICD-10-CM | Meditron's guidelines | everything |
+| chat | the Chit-Chat Challenge's conversations | UltraChat 200k | everything |
+
+``load_file`` reads JSON lines of one's own. docs/tasks.md says more.
 """
 
 from __future__ import annotations
@@ -17,35 +21,69 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ffkernels.training.jsonl import Segment, read_lines
+from ffkernels.training import hub_data
+from ffkernels.training.chitchat import conversations
+from ffkernels.training.conversations import COUNTED, conversation
+from ffkernels.training.examples import Example, Segment, collate, make_example, start_tokens
+from ffkernels.training.icd import passages
+from ffkernels.training.jsonl import read_lines, task_name
 from ffkernels.training.standard_library import documented_functions
+from ffkernels.training.token_statistics import token_statistics
 
-Example = dict[str, list[int]]
+__all__ = ["SOURCES", "TASKS", "Example", "Task", "collate", "load_file", "load_task"]
 
-IGNORED = -100
+SOURCES = ("offline", "hub")
+
+# A split that is tokenized on demand is measured in its first examples: all of it would take minutes.
+MEASURED_ON_DEMAND = 2000
 
 
 @dataclass(frozen=True)
 class Task:
-    """Three disjoint lists of examples."""
+    """Three disjoint lists of examples; ``train`` may be one that tokenizes on demand."""
 
     name: str
-    train: list[Example]
+    train: Sequence[Example]
     validation: list[Example]
     test: list[Example]
+
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """Token counts per split, as ``token_statistics`` describes them."""
+        return {
+            split: token_statistics(examples, None if isinstance(examples, list) else MEASURED_ON_DEMAND)
+            for split, examples in (
+                ("train", self.train),
+                ("validation", self.validation),
+                ("test", self.test),
+            )
+        }
 
     def __repr__(self) -> str:
         counts = f"{len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test"
         return f"Task({self.name!r}: {counts})"
 
 
-def _instruction() -> list[tuple[Segment, Segment]]:
+def _instruction(tokenizer: Any, chat_loss: str) -> list[tuple[Segment, ...]]:
     return [((f'"""{summary}"""\n', False), (source, True)) for summary, source in documented_functions()]
 
 
-TASKS: dict[str, Callable[[], Sequence[Sequence[Segment]]]] = {"instruction": _instruction}
+def _medical(tokenizer: Any, chat_loss: str) -> list[tuple[Segment, ...]]:
+    return [((passage, True),) for passage in passages()]
+
+
+def _chat(tokenizer: Any, chat_loss: str) -> list[tuple[Segment, ...]]:
+    talks = ([{"role": role, "content": said} for role, said in talk] for talk in conversations())
+    return [
+        conversation(messages, tokenizer, f"conversation {number}", counted=chat_loss)
+        for number, messages in enumerate(talks)
+    ]
+
+
+TASKS: dict[str, Callable[[Any, str], list[tuple[Segment, ...]]]] = {
+    "chat": _chat,
+    "instruction": _instruction,
+    "medical": _medical,
+}
 
 
 def load_task(
@@ -56,14 +94,32 @@ def load_task(
     seed: int = 0,
     test_examples: int = 1000,
     validation_examples: int = 32,
+    source: str = "offline",
+    chat_loss: str = "all",
 ) -> Task:
-    """The task called ``name``, tokenized to at most ``max_length`` tokens per example."""
+    """The task called ``name``, tokenized to at most ``max_length`` tokens per example.
+
+    ``source``: "offline" needs no network, "hub" takes the paper's data set from the Hugging Face hub or
+    from the local cache. ``chat_loss``: "all" counts every token of a conversation, as the paper's authors
+    do, "assistant" only what the assistant says.
+
+    Raises:
+        ValueError: a name or number that is not allowed, or too few examples for the splits.
+        RuntimeError: a package or the hub's data set cannot be had; the message says what to do.
+    """
     if name not in TASKS:
         raise ValueError(
             f"task {name!r} does not exist; allowed are {', '.join(sorted(TASKS))}. "
             "For a JSONL file of your own use load_file (--data FILE.jsonl)."
         )
-    return _split(name, TASKS[name](), tokenizer, max_length, seed, test_examples, validation_examples)
+    for field, value, allowed in (("source", source, SOURCES), ("chat_loss", chat_loss, COUNTED)):
+        if value not in allowed:
+            raise ValueError(f"{field}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
+    sizes = _sizes(max_length, test_examples, validation_examples)
+    if source == "hub":
+        splits = hub_data.load_splits(name, tokenizer, seed=seed, chat_loss=chat_loss, **sizes)
+        return Task(name, *splits)
+    return _split(name, TASKS[name](tokenizer, chat_loss), tokenizer, seed, **sizes)
 
 
 def load_file(
@@ -77,40 +133,17 @@ def load_file(
 ) -> Task:
     """A task from a JSONL file whose lines have `text`, or `prompt` and `response`, or `messages`.
 
-    The loss counts all of a `text`, only the `response`, or only what the assistant says. Longer examples
-    than ``max_length`` are cut, never packed. A repeated line is taken once, so that no line is in two
-    splits.
+    The file may be compressed (.xz, .gz, .bz2). The loss counts all of a `text`, only the `response`, or only
+    what the assistant says. Longer examples than ``max_length`` are cut, never packed. A repeated line is
+    taken once, so that no line is in two splits.
     """
     path = Path(path)
+    sizes = _sizes(max_length, test_examples, validation_examples)
     sources = list(dict.fromkeys(read_lines(path, tokenizer)))
-    return _split(path.stem, sources, tokenizer, max_length, seed, test_examples, validation_examples)
+    return _split(task_name(path), sources, tokenizer, seed, **sizes)
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """One right-padded batch: long tensors (examples, longest), padding masked and unlabelled."""
-    if not examples:
-        raise ValueError("collate needs at least one example.")
-    longest = max(len(example["input_ids"]) for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        input_ids[row, :length] = torch.tensor(example["input_ids"])
-        labels[row, :length] = torch.tensor(example["labels"])
-        attention_mask[row, :length] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def _split(
-    name: str,
-    sources: Sequence[Sequence[Segment]],
-    tokenizer: Any,
-    max_length: int,
-    seed: int,
-    test_examples: int,
-    validation_examples: int,
-) -> Task:
+def _sizes(max_length: int, test_examples: int, validation_examples: int) -> dict[str, int]:
     for field, value, least in (
         ("max_length", max_length, 4),
         ("test_examples", test_examples, 1),
@@ -118,8 +151,25 @@ def _split(
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{field}={value!r}; it must be a whole number of at least {least}.")
-    start = _start(tokenizer)
-    cut = (_example(source, tokenizer, start, max_length) for source in sources)
+    return {
+        "max_length": max_length,
+        "test_examples": test_examples,
+        "validation_examples": validation_examples,
+    }
+
+
+def _split(
+    name: str,
+    sources: Sequence[Sequence[Segment]],
+    tokenizer: Any,
+    seed: int,
+    *,
+    max_length: int,
+    test_examples: int,
+    validation_examples: int,
+) -> Task:
+    start = start_tokens(tokenizer)
+    cut = (make_example(source, tokenizer, start, max_length) for source in sources)
     # Different texts may be the same tokens once they are cut: no example may be in two splits.
     examples = list({tuple(example["input_ids"]): example for example in cut}.values())
     held_out = test_examples + validation_examples
@@ -136,30 +186,3 @@ def _split(
         validation=examples[test_examples:held_out],
         test=examples[:test_examples],
     )
-
-
-def _start(tokenizer: Any) -> list[int]:
-    """The start token, where the tokenizer itself puts one before a text (Llama's does, GPT-NeoX's not)."""
-    start = getattr(tokenizer, "bos_token_id", None)
-    return (
-        [start] if start is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [start] else []
-    )
-
-
-def _example(segments: Sequence[Segment], tokenizer: Any, start: list[int], max_length: int) -> Example:
-    """Tokens and labels. The first prompt keeps its end, half the room at most; so some response is left."""
-    pieces = [(tokenizer.encode(text, add_special_tokens=False), counted) for text, counted in segments]
-    if start and pieces[0][0][:1] == start:  # a chat template wrote it
-        pieces[0] = (pieces[0][0][1:], pieces[0][1])
-    if not pieces[0][1]:
-        room = max_length // 2 - len(start)
-        prompt = pieces[0][0]
-        pieces[0] = (prompt[max(0, len(prompt) - room) :], False)
-    input_ids, labels = list(start), [IGNORED] * len(start)
-    for tokens, counted in pieces:
-        input_ids += tokens
-        labels += tokens if counted else [IGNORED] * len(tokens)
-    if pieces[-1][1] and tokenizer.eos_token_id is not None:
-        input_ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
-    return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}

@@ -301,7 +301,8 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 def test_bad_requests_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"'poetry' does not exist; allowed are instruction\. .*--data"):
+    allowed = r"'poetry' does not exist; allowed are chat, instruction, medical\. .*--data"
+    with pytest.raises(ValueError, match=allowed):
         load_task("poetry", TOKENIZER)
     with pytest.raises(ValueError, match="is not a file"):
         load_file(tmp_path / "none.jsonl", TOKENIZER)

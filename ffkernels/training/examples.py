@@ -1,0 +1,108 @@
+"""From text to an example: tokens, and labels on those that the loss counts.
+
+A source is segments (text, counted): the loss counts a text's tokens or passes over them. An example is
+``{"input_ids": [...], "labels": [...]}``; labels repeat the counted tokens and are −100 elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+Segment = tuple[str, bool]
+
+IGNORED = -100
+
+# Tokens of ordinary text are about four characters, of byte vocabularies one; a text's first
+# `CHARACTERS * n` are nearly always n tokens, and where they are not, all of the text is tokenized.
+CHARACTERS = 12
+
+
+class Example(dict[str, list[int]]):
+    """The dict that collators take; ``cut`` says whether something of its text was left out."""
+
+    __slots__ = ("cut",)
+
+    def __init__(self, input_ids: list[int], labels: list[int], cut: bool = False) -> None:
+        super().__init__(input_ids=input_ids, labels=labels)
+        self.cut = cut
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Example, (self["input_ids"], self["labels"], self.cut)
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """The start token, where the tokenizer itself puts one before a text (Llama's does, GPT-NeoX's not)."""
+    start = getattr(tokenizer, "bos_token_id", None)
+    return (
+        [start] if start is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [start] else []
+    )
+
+
+def make_example(
+    segments: Sequence[Segment],
+    tokenizer: Any,
+    start: Sequence[int],
+    max_length: int,
+    *,
+    whole_prompt: bool = False,
+) -> Example:
+    """``segments`` as at most ``max_length`` tokens, behind ``start``.
+
+    A prompt (a first segment that is not counted) keeps its end, half the room at most, so some response is
+    left; with ``whole_prompt`` it is not cut, and the response gets what it leaves. An end token follows a
+    counted last segment that does not bring its own.
+    """
+    start = list(start)
+    input_ids, labels, cut = list(start), [IGNORED] * len(start), False
+    for index, (text, counted) in enumerate(segments):
+        room = max_length - len(input_ids)
+        if index == 0 and not counted and not whole_prompt:
+            tokens = tokenizer.encode(text, add_special_tokens=False)
+            kept = max_length // 2 - len(start)
+        else:
+            tokens = first_tokens(text, tokenizer, room + 1)  # one more than fits shows that there is more
+            kept = len(tokens)
+        if index == 0 and start and tokens[: len(start)] == start:  # a chat template wrote it
+            tokens = tokens[len(start) :]
+        if len(tokens) > kept:
+            tokens, cut = tokens[len(tokens) - kept :], True
+        input_ids += tokens
+        labels += tokens if counted else [IGNORED] * len(tokens)
+        if len(input_ids) > max_length:
+            return Example(input_ids[:max_length], labels[:max_length], True)
+    end = tokenizer.eos_token_id
+    # A chat template ends with the end token, perhaps followed by a line break.
+    if segments[-1][1] and end is not None and end not in input_ids[-2:]:
+        input_ids.append(end)
+        labels.append(end)
+    return Example(input_ids[:max_length], labels[:max_length], cut)
+
+
+def first_tokens(text: str, tokenizer: Any, count: int) -> list[int]:
+    """At least the first ``count`` tokens of ``text``, or all; without tokenizing the rest of a long text."""
+    if len(text) > 2 * CHARACTERS * count:
+        # Tokens reach no further than to the end of a word, so those before the last space are final.
+        head = text[: CHARACTERS * count].rpartition(" ")[0]
+        tokens = tokenizer.encode(head, add_special_tokens=False)
+        if len(tokens) > count:
+            return tokens
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def collate(examples: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """One right-padded batch: long tensors (examples, longest), padding masked and unlabelled."""
+    if not examples:
+        raise ValueError("collate needs at least one example.")
+    longest = max(len(example["input_ids"]) for example in examples)
+    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, example in enumerate(examples):
+        length = len(example["input_ids"])
+        input_ids[row, :length] = torch.tensor(example["input_ids"])
+        labels[row, :length] = torch.tensor(example["labels"])
+        attention_mask[row, :length] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
