@@ -1,7 +1,8 @@
-"""A training run on disk: the adapter for its users, and one state file from which the run continues.
+"""A training run on disk: adapter or model for its users, and one state file from which the run continues.
 
     <out>/<name>.jsonl          the run log
-    <out>/<name>/adapter_*      what ``PeftModel.from_pretrained`` loads
+    <out>/<name>/adapter_*      what ``PeftModel.from_pretrained`` loads; or, where the model's own weights
+                                train, the whole model with its tokenizer for ``from_pretrained``
     <out>/<name>/state.pt       trainable weights, optimizer, random generators, Fast Forward, counters and
     clock
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["load_state", "save_adapter", "save_state", "state_path"]
+__all__ = ["load_state", "save_model", "save_state", "state_path"]
 
 STATE_VERSION = 1
 
@@ -30,12 +31,22 @@ def state_path(folder: Path) -> Path:
     return folder / "state.pt"
 
 
-def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter files of a PEFT model into ``folder``."""
+def save_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """Write a PEFT model's adapter files into ``folder``; of another model the whole, with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
+    adapter = hasattr(model, "peft_config")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as writing:
-        model.save_pretrained(writing)
-        for path in sorted(Path(writing).glob("**/adapter_*")):
+        if adapter:
+            model.save_pretrained(writing)
+        else:
+            before, model.config.use_cache = model.config.use_cache, True  # switched off for training alone
+            try:
+                model.save_pretrained(writing)
+            finally:
+                model.config.use_cache = before
+            if hasattr(tokenizer, "save_pretrained"):  # the embedded model's bytes are in its config
+                tokenizer.save_pretrained(writing)
+        for path in sorted(Path(writing).glob("**/adapter_*" if adapter else "*")):
             target = folder / path.relative_to(writing)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
@@ -110,5 +121,6 @@ def restore(
 def discard(folder: Path) -> None:
     """Delete an earlier run's files, so that nobody resumes it by mistake."""
     state_path(folder).unlink(missing_ok=True)
-    for path in folder.glob("adapter_*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for pattern in ("adapter_*", "config.json", "model*.safetensors*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

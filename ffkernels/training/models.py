@@ -1,4 +1,4 @@
-"""Which model to fine-tune, and the adapter on it.
+"""Which model to fine-tune, and what of it trains: an adapter, or its own weights.
 
 ``load_model("tiny")`` is the embedded one: a byte-level GPT-NeoX with its weights in the package, no
 download, no cache. ``"smollm2-135m"`` is a real model with a real tokenizer that needs no model hub: it is
@@ -13,6 +13,7 @@ So every trainable tensor that ``add_adapter`` leaves behind is fp32.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ffkernels.training.config import ADAPTERS
 from ffkernels.training.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ FROM_PYPI = "smollm2-135m"
 # name.
 ATTENTION_TARGETS = (("query_key_value", "dense"), ("q_proj", "k_proj", "v_proj", "o_proj"))
 
-METHODS = ("lora", "dora")
+# The file that says of a directory that a model is saved in it.
+CONFIG = "config.json"
 
 
 def load_model(
@@ -50,25 +53,49 @@ def load_model(
     ``name``: "tiny", "smollm2-135m", a directory, or a hub id. ``dtype``: of all weights. ``attn``: one of
     transformers' attention implementations ("sdpa", "eager", "flash_attention_2", …); None leaves the
     choice to transformers.
+
+    Raises:
+        ValueError: when a directory holds no model, or ``dtype`` is none.
+        RuntimeError: when the model is not at hand, or ``attn`` cannot run here; the message says what to do.
     """
     transformers = require("transformers")
-    source = str(EMBEDDED.get(name, name))
-    if name == FROM_PYPI and not Path(name).is_dir():
-        from ffkernels.training import smollm2
-
-        source = str(smollm2.checkpoint())
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"model {name!r}: this directory holds no config.json, so it is no saved model.")
+    source = _source(name)
     options = {"dtype": _dtype(dtype)}
     if attn is not None:
         options["attn_implementation"] = attn
     if ours := name in (*EMBEDDED, FROM_PYPI):
         options["local_files_only"] = True
     with _explained(name), no_progress_bars(ours):
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+        except (ImportError, ValueError) as error:
+            if attn is None:
+                raise
+            raise RuntimeError(
+                f"attn={attn!r} cannot be had for model {name!r} ({error}); take 'sdpa', or leave it out"
+            ) from error
         tokenizer = _tokenizer(source, model.config)
     model.config.use_cache = False  # no generation here; a cache would only cost memory
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str = "tiny") -> Any:
+    """The tokenizer of ``load_model(name)``, without the model's weights."""
+    source = _source(name)
+    with _explained(name), no_progress_bars():
+        return _tokenizer(source, require("transformers").AutoConfig.from_pretrained(source))
+
+
+def _source(name: str) -> str:
+    """What transformers is to load for ``name``: a directory, or a hub id as it is."""
+    source = str(EMBEDDED.get(name, name))
+    if name == FROM_PYPI and not Path(name).is_dir():
+        from ffkernels.training import smollm2
+
+        source = str(smollm2.checkpoint())
+    if Path(source).is_dir() and not (Path(source) / CONFIG).is_file():
+        raise ValueError(f"model {name!r}: this directory holds no {CONFIG}, so it is no saved model.")
+    return source
 
 
 def add_adapter(
@@ -87,8 +114,8 @@ def add_adapter(
     projection of GPT-NeoX- and Llama-like models, and PEFT's default for others. ``seed`` fixes the adapter's
     initial values and leaves the caller's random state alone; None draws from the global generator.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}; allowed are {', '.join(METHODS)}.")
+    if method not in ADAPTERS:
+        raise ValueError(f"method={method!r}; allowed are {', '.join(ADAPTERS)}.")
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank!r}; it must be a whole number of at least 1.")
     if not alpha > 0:
@@ -124,6 +151,21 @@ def add_adapter(
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return adapted
+
+
+def train_weights(model: PreTrainedModel, targets: Sequence[str] | None = None) -> PreTrainedModel:
+    """Let every weight of ``model`` train, or, with ``targets``, those of the modules with these names alone.
+
+    ``targets``: module-name suffixes, such as ``attention_targets`` gives; their weights and biases train,
+    the rest is frozen.
+    """
+    model.requires_grad_(targets is None)
+    if targets is not None:
+        _check_targets(model, targets)
+        for name, module in model.named_modules():
+            if any(f".{name}".endswith(f".{target}") for target in targets):
+                module.requires_grad_(True)
+    return model
 
 
 def _check_targets(model: torch.nn.Module, targets: Sequence[str]) -> None:
@@ -188,10 +230,22 @@ def _explained(name: str) -> Iterator[None]:
         raise RuntimeError(
             f"model {name!r} could not be loaded: it is not embedded here ({', '.join(EMBEDDED)}), not "
             f"{FROM_PYPI!r}, not a directory with a model and its tokenizer, and neither the Hugging Face "
-            f"hub nor its local cache gave it ({first}). "
-            "Without a network: copy the model here and name its directory (HF_HUB_OFFLINE=1 saves "
-            "the waiting), or use 'tiny'."
+            f"hub nor its local cache gave it ({first}). {_what_to_do()}, or use 'tiny'."
         ) from error
+
+
+def _what_to_do() -> str:
+    """About a model of the hub that did not come."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return (
+            "HF_HUB_OFFLINE is set, so that only the cache was asked: unset it where there is a network; "
+            "without one copy the model here and name its directory"
+        )
+    return (
+        "With a network: check the spelling; a model that asks for consent wants it given on the hub, and a "
+        "login here (hf auth login). Without one: copy the model here and name its directory "
+        "(HF_HUB_OFFLINE=1 saves the waiting)"
+    )
 
 
 @contextlib.contextmanager

@@ -25,9 +25,9 @@ from ffkernels.engine.fast_forward import FastForward
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.reporting.flops import FlopMeter
 from ffkernels.reporting.machine import choose_device
-from ffkernels.training.config import TrainConfig
-from ffkernels.training.models import add_adapter, load_model
-from ffkernels.training.tasks import Task, collate, load_file, load_task
+from ffkernels.training.config import ADAPTERS, TrainConfig
+from ffkernels.training.models import add_adapter, attention_targets, load_model, train_weights
+from ffkernels.training.tasks import Example, Task, collate, load_file, load_task
 
 __all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task"]
 
@@ -101,19 +101,17 @@ class Session:
         training = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.names: list[str] = [name for name, _ in training]
         self.trainable: list[nn.Parameter] = [p for _, p in training]
-        self.optimizer = torch.optim.AdamW(
-            self.trainable, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-        )
+        self.optimizer = _optimizer(config, self.model, self.trainable)
         self._ratios = [group["lr"] / config.lr for group in self.optimizer.param_groups]
         self.order = DataOrder(len(self.task.train), config.batch_size, config.seed)
         self.meter = FlopMeter(sum(p.numel() for p in self.trainable))
-        self.test = ValidationLoss(self.model, self.task.test, collator=self.collator)
+        self.test = self._loss(self.task.test)
         if attach is not None:
             self.ff = attach(self)
         elif config.fast_forward is not None:
             self.ff = FastForward(self.model, self.optimizer, self.validation, config.fast_forward)
         try:
-            if self.ff is not None:
+            if "validation" in vars(self):
                 _ = self.validation.flops  # counted at its first reading: here, outside anybody's clock
         except BaseException:
             self.close()
@@ -121,7 +119,11 @@ class Session:
 
     @cached_property
     def validation(self) -> ValidationLoss:
-        return ValidationLoss(self.model, self.task.validation, collator=self.collator)
+        return self._loss(self.task.validation)
+
+    def _loss(self, examples: list[Example]) -> ValidationLoss:
+        tokens = self.config.eval_tokens
+        return ValidationLoss(self.model, examples, collator=self.collator, micro_batch_tokens=tokens)
 
     def load(self, step: int) -> Batch:
         """The batch of optimizer step ``step`` (counted from 0), collated and on the device."""
@@ -204,18 +206,47 @@ def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:
     }
     if config.data is not None:
         return load_file(config.data, tokenizer, **sizes)
-    return load_task(config.task, tokenizer, **sizes)
+    return load_task(config.task, tokenizer, source=config.source, chat_loss=config.chat_loss, **sizes)
 
 
 def _model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Any]:
-    model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), device=str(device))
+    """The model as it trains, and its tokenizer."""
+    dtype = getattr(torch, config.dtype)
+    model, tokenizer = load_model(config.model, dtype=dtype, device=str(device), attn=config.attn)
     torch.manual_seed(config.seed)  # the adapter's initialisation, then dropout
-    model = add_adapter(
-        model,
-        method=config.method,
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        targets=list(config.targets) if config.targets else None,
-    )
+    targets = list(config.targets) if config.targets else None
+    if config.method in ADAPTERS:
+        model = add_adapter(
+            model,
+            method=config.method,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            targets=targets,
+        )
+    elif config.method == "full":
+        model = train_weights(model)
+    else:
+        targets = targets or attention_targets(model)
+        if targets is None:
+            raise ValueError(
+                f"method={config.method!r}: which modules of {config.model!r} project its attention is not "
+                "known here; name them with targets (--target-modules)"
+            )
+        model = train_weights(model, targets)
     return model, tokenizer
+
+
+def _optimizer(config: TrainConfig, model: nn.Module, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
+    common = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
+    if config.optimizer == "lora-plus":
+        from peft.optimizers import create_loraplus_optimizer
+
+        return create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            loraplus_lr_ratio=config.lora_plus_ratio,
+            loraplus_weight_decay=config.weight_decay,
+            **common,
+        )
+    return torch.optim.AdamW(trainable, weight_decay=config.weight_decay, **common)

@@ -1,4 +1,4 @@
-"""Fine-tune an adapter: one linear loop, with or without Fast Forward, measured in FLOPs and in seconds.
+"""Fine-tune: one linear loop, with or without Fast Forward, measured in FLOPs and in seconds.
 
     for every optimizer step
         batch              a pure function of (seed, step)
@@ -96,7 +96,7 @@ def train(
 ) -> RunResult:
     """Run ``config`` from its beginning, or with ``resume`` from where its last checkpoint stands.
 
-    Writes the run log as it goes, and at the end the adapter and a checkpoint (not with ``save=False``).
+    Writes the run log as it goes, and at the end what was trained and a checkpoint (not with ``save=False``).
     Ctrl-C ends the run after the present step, saved. ``on_event`` gets every log event as a dict; a
     KeyboardInterrupt it raises counts as Ctrl-C. ``attach`` makes what runs the stages instead of FastForward
     (see ``session.open_session``).
@@ -151,7 +151,7 @@ def train(
             return config.target_loss is not None and tested and progress.test_loss <= config.target_loss
 
         def save_checkpoint() -> None:
-            checkpoint.save_adapter(session.model, folder)
+            checkpoint.save_model(session.model, folder, session.tokenizer)
             checkpoint.save_state(
                 folder,
                 session.model,
@@ -164,12 +164,16 @@ def train(
             )
 
         resumed = {"resumed_from": progress.optimizer_steps} if saved is not None else {}
+        peer = (
+            {"peer": getattr(ff, "name", type(ff).__name__)} if attach is not None and ff is not None else {}
+        )
         emit(
             "run",
             name=config.name,
-            config={**config.to_dict(), "steps": steps},
+            config={**config.to_dict(), **peer, "steps": steps},
             machine=machine_info(),
             versions=version_info(),
+            tokens=session.task.statistics(),
             **resumed,
         )
         if saved is None:

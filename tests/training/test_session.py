@@ -101,7 +101,9 @@ def test_a_peer_takes_the_place_of_fast_forward(config):
     result = train(replace(config, name="peer"), attach=attach)
     assert [stage.optimizer_step for stage in result.stages] == [2, 4, 6]
     assert result.validation_forwards == 3 and made[0].detached
-    tests = read_run(str(result.log)).tests
+    log = read_run(str(result.log))
+    assert log.config["peer"] == "Peer" and log.config["fast_forward"]["interval"] == 4
+    tests = log.tests
     assert [test["optimizer_step"] for test in tests] == [0, 2, 4, 6]
     train(replace(config, name="plain", fast_forward=None))
     mine, plain = (read_run(f"{config.out}/{name}.jsonl") for name in ("peer", "plain"))

@@ -143,6 +143,10 @@ def test_a_run_learns_counts_and_saves(config, small):
     assert seen == [e["event"] for e in map(json.loads, result.log.read_text().splitlines())]
     assert seen[0] == "run" and seen[-1] == "end" and seen.count("step") == 10
 
+    first = json.loads(result.log.read_text().splitlines()[0])
+    assert first["tokens"]["test"]["examples"] == 16 and first["tokens"]["train"]["tokens"] > 0
+    assert "peer" not in first["config"]
+
     for event in events(config, "step") + tests + events(config, "end"):
         s = event["seconds"]
         assert s["total"] == pytest.approx(s["train"] + s["validate"] + s["move"] + s["other"], abs=1e-12)
