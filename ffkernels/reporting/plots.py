@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-# Okabe and Ito's colours, which the colour-blind can tell apart; line styles and markers say the same again.
+# Okabe and Ito's colours and a wine red, which the colour-blind can tell apart; line styles and markers say
+# the same again.
 STYLES: dict[str, dict[str, Any]] = {
     "adam": {"color": "#4d4d4d", "marker": "o", "linestyle": "-"},
     "linear": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
     "parabolic": {"color": "#0072B2", "marker": "^", "linestyle": "-"},
     "adam-tuned": {"color": "#009E73", "marker": "D", "linestyle": "--"},
+    "authors": {"color": "#E69F00", "marker": "P", "linestyle": "-."},
+    "peft-prototype": {"color": "#56B4E9", "marker": "X", "linestyle": "-."},
+    "lora-plus": {"color": "#882255", "marker": "p", "linestyle": "--"},
     "other": {"color": "#CC79A7", "marker": "v", "linestyle": "-."},
 }
 SGD = {"color": STYLES["adam"]["color"], "marker": "o", "linestyle": "none", "markersize": 3.5}
@@ -43,9 +47,15 @@ def flop_unit(largest: float) -> tuple[float, str]:
 def kind_label(run: Run) -> str:
     """What a run is called in pictures and tables."""
     labels = {"adam": "Adam", "linear": "Fast Forward, linear", "parabolic": "Fast Forward, parabolic"}
+    labels |= {"authors": "the authors' loop", "peft-prototype": "PEFT's prototype", "lora-plus": "LoRA+"}
     if run.kind == "adam-tuned":
         return "Adam, tuned lr" if run.lr is None else f"Adam, tuned lr {run.lr:g}"
     return labels.get(run.kind, run.name)
+
+
+def style_of(run: Run) -> dict[str, Any]:
+    """Colour, marker and line style of a run; peers that have none of their own share one."""
+    return STYLES.get(run.kind, STYLES["other"])
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
@@ -107,7 +117,7 @@ def _test_loss(
         if not points:
             continue
         furthest = max(furthest, points[-1][0])
-        style, label = STYLES[run.kind], kind_label(run)
+        style, label = style_of(run), kind_label(run)
         axes.plot(
             *zip(*points, strict=True),
             color=style["color"],
@@ -166,7 +176,7 @@ def _taus(figure: Figure, runs: Sequence[Run]) -> None:
     clean_axes(axes)
     labelled: set[str] = set()
     for run in (run for run in runs if run.log.stages):
-        style, label = STYLES[run.kind], kind_label(run)
+        style, label = style_of(run), kind_label(run)
         axes.plot(
             [stage["optimizer_step"] for stage in run.log.stages],
             [stage["tau"] for stage in run.log.stages],
@@ -206,8 +216,8 @@ def _training(figure: Figure, runs: Sequence[Run]) -> None:
         for number, stage in enumerate(stages):
             axes.plot(
                 *zip(*stage, strict=True),
-                color=STYLES[run.kind]["color"],
-                marker=STYLES[run.kind]["marker"],
+                color=style_of(run)["color"],
+                marker=style_of(run)["marker"],
                 markersize=2.0 if len(stage) > 30 else 4.0,  # so many would merge
                 linewidth=1.2,
                 label="Fast Forward step: validation loss, where it fell" if number == 0 else None,

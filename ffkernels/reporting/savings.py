@@ -5,7 +5,7 @@
 
 A run that never got there saved nothing that could be named: None, with the reason. A negative saving is a
 loss and stands as it is. A run of Adam at another learning rate, its name containing ``tuned``, is held to
-the same target.
+the same target; so are LoRA+ and the peers, other people's Fast Forward loops.
 """
 
 from __future__ import annotations
@@ -20,18 +20,28 @@ from typing import Any
 from ffkernels.reporting.recorder import RunLog
 
 COSTS = ("flops_paper", "flops_measured", "seconds")
-KINDS = ("adam", "linear", "parabolic", "adam-tuned", "other")
+# In the order of a report. A peer's kind is its name, and its place is before LoRA+.
+KINDS = ("adam", "linear", "parabolic", "lora-plus", "adam-tuned", "other")
+NOT_JUDGED = ("adam", "other")
+# What a run of a kind may have otherwise than the Adam run it is held to.
+MAY_DIFFER = {"adam-tuned": ("lr",), "lora-plus": ("optimizer",)}
 SECONDS = ("train", "validate", "move", "other", "total")
-# What two runs must share for one to be measured by the other, besides the learning rate.
+# What two runs must share for one to be measured by the other.
 CONDITIONS = (
+    "lr",
     "model",
+    "attn",
     "task",
+    "source",
+    "chat_loss",
     "data",
     "method",
     "rank",
     "alpha",
     "dropout",
     "targets",
+    "optimizer",
+    "lora_plus_ratio",
     "weight_decay",
     "beta1",
     "beta2",
@@ -51,7 +61,7 @@ class Run:
     """A run log with what the report needs to know of it.
 
     Attributes:
-        kind: one of ``KINDS``.
+        kind: one of ``KINDS``, or the name of a peer.
         row: its entry in report.json.
         adam: the Adam run it is measured by; None for Adam itself and where there is none.
         target: the test loss it had to reach; for an Adam run the one it sets.
@@ -102,7 +112,11 @@ def kind_of(log: RunLog) -> str:
     """What a run is: by its settings, and by its name where a log has none on Fast Forward."""
     name, known = log.name.lower(), "fast_forward" in log.config
     forward = log.config.get("fast_forward")
+    if peer := log.config.get("peer"):
+        return str(peer)
     if not log.stages and (forward is None if known else "adam" in name):
+        if "lora-plus" in name and log.config.get("optimizer") == "lora-plus":
+            return "lora-plus"
         return "adam-tuned" if "tuned" in name else "adam"
     if forward and forward.get("search") in KINDS:
         return forward["search"]
@@ -110,7 +124,7 @@ def kind_of(log: RunLog) -> str:
 
 
 def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
-    """Every run with its saving, in the order Adam, linear, parabolic, tuned, others and by name within.
+    """Every run with its saving, in the order Adam, linear, parabolic, peers, LoRA+, tuned, others.
 
     Raises:
         ValueError: when two runs have the same name, or tolerance is not a number ≥ 0.
@@ -121,14 +135,14 @@ def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several runs are named {', '.join(twice)}; rename them or report them separately")
     runs = [Run(log, kind_of(log), _row(log)) for log in logs]
-    runs.sort(key=lambda run: (KINDS.index(run.kind), _natural(run.name)))
+    runs.sort(key=lambda run: (_place(run.kind), _natural(run.name)))
     adams = [run for run in runs if run.kind == "adam"]
     for run in adams:
         if run.log.end is not None and _finite(run.row["test_loss"]):
             run.target = run.row["test_loss"] + tolerance
             run.reached_at = _first_at(run.log, run.target)
     for run in runs:
-        if run.kind in ("linear", "parabolic", "adam-tuned"):
+        if run.kind not in NOT_JUDGED:
             _judge(run, adams)
     return runs
 
@@ -136,7 +150,7 @@ def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
 def spreads(runs: Sequence[Run]) -> list[Spread]:
     """Median and range per kind that has two or more runs."""
     found = []
-    for kind in ("linear", "parabolic", "adam-tuned"):
+    for kind in dict.fromkeys(run.kind for run in runs if run.kind not in NOT_JUDGED):
         same = [run for run in runs if run.kind == kind]
         missing = [run for run in same if run.reason is not None]
         if len(same) < 2:
@@ -217,9 +231,8 @@ def _adam_for(run: Run, adams: Sequence[Run]) -> tuple[Run | None, str | None]:
 
 
 def _differences(run: Run, adam: Run) -> list[str]:
-    keys = CONDITIONS if run.kind == "adam-tuned" else ("lr", *CONDITIONS)
-    mine, other = run.log.config, adam.log.config
-    return [key for key in keys if key in mine and key in other and mine[key] != other[key]]
+    mine, other, free = run.log.config, adam.log.config, MAY_DIFFER.get(run.kind, ())
+    return [k for k in CONDITIONS if k not in free and k in mine and k in other and mine[k] != other[k]]
 
 
 def _rest(run: Run) -> str:
@@ -246,6 +259,10 @@ def _costs(event: dict[str, Any]) -> dict[str, float]:
 def _entry(name: str, saved: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
     entry = {"name": name, **(saved or dict.fromkeys(COSTS))}
     return entry if reason is None else {**entry, "reason": reason}
+
+
+def _place(kind: str) -> tuple[int, str]:
+    return (KINDS.index(kind), "") if kind in KINDS else (KINDS.index("parabolic"), kind)
 
 
 def _natural(name: str) -> list[Any]:

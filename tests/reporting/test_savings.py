@@ -181,3 +181,38 @@ def test_wrong_input_is_named(write_log):
     for wrong in (-1e-4, math.nan):
         with pytest.raises(ValueError, match="target_tolerance"):
             compare_runs([log], wrong)
+
+
+def test_peers_and_lora_plus_are_held_to_adam_too(write_log):
+    logs = [
+        write_log("lora-plus-s0", {0: 3.0, 4: 0.9}, optimizer="lora-plus", fast_forward=None),
+        write_log("adam-tuned-s0", {0: 3.0, 4: 0.9}, lr=3e-3, optimizer="adamw", fast_forward=None),
+        write_log("some-peer-s0", REACHES, stages={5: (1, TRIED)}, optimizer="adamw", peer="some-peer"),
+        write_log("authors-s0", REACHES, stages={5: (1, TRIED)}, optimizer="adamw", peer="authors"),
+        write_log("parabolic-s0", REACHES, stages={5: (1, TRIED)}, optimizer="adamw"),
+        write_log("adam-s0", ADAM, optimizer="adamw", fast_forward=None),
+    ]
+    runs = judge(logs)
+    kinds = ["adam", "parabolic", "authors", "some-peer", "lora-plus", "adam-tuned"]
+    assert [run.kind for run in runs.values()] == kinds
+    assert runs["authors-s0"].saved == runs["some-peer-s0"].saved == runs["parabolic-s0"].saved
+    assert runs["lora-plus-s0"].saved["seconds"] == 1 - 4 / 20
+
+
+def test_a_comparison_of_lora_plus_runs_has_its_baseline(write_log):
+    options = {"optimizer": "lora-plus", "fast_forward": None}
+    assert kind_of(write_log("adam-s0", ADAM, **options)) == "adam"
+    assert kind_of(write_log("adam-tuned-s0", ADAM, **options)) == "adam-tuned"
+    run = judge([write_log("adam-s0", ADAM, **options), write_log("linear-s0", REACHES, optimizer="adamw")])
+    assert run["linear-s0"].reason == "adam-s0 ran with another optimizer"
+
+
+def test_peers_have_medians_over_seeds(write_log):
+    logs = [write_log(f"adam-s{seed}", ADAM) for seed in (0, 1)]
+    logs += [
+        write_log(f"authors-s{seed}", {at: 1.0}, stages={at: (1, TRIED)}, peer="authors")
+        for seed, at in ((0, 5), (1, 10))
+    ]
+    (spread,) = spreads(compare_runs(logs, 1e-4))
+    assert spread.kind == "authors" and spread.count == 2
+    assert spread.entry()["name"] == "authors-median"
