@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -27,3 +28,46 @@ def same_environment():
     for name, value in before.items():
         if os.environ.get(name) != value and name != "PYTEST_CURRENT_TEST":
             os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """TrainConfig arguments: a random two-layer GPT-NeoX over bytes, and 120 lines of arithmetic.
+
+    A model and a task so small that a training step takes milliseconds.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("small")
+    config = transformers.GPTNeoXConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=257,
+        eos_token_id=257,
+        tokenizer_class="ByteTokenizer",
+    )
+    torch.manual_seed(0)
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(folder / "model")
+    pairs = [{"prompt": f"{a}+{b}=", "response": f"{a + b}."} for a in range(12) for b in range(10)]
+    data = folder / "sums.jsonl"
+    data.write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    return {
+        "model": str(folder / "model"),
+        "data": str(data),
+        "lr": 1e-3,
+        "warmup_steps": 2,
+        "batch_size": 8,
+        "steps": 10,
+        "max_length": 16,
+        "rank": 4,
+        "test_examples": 16,
+        "validation_examples": 8,
+        "evaluate_every": 0,
+        "device": "cpu",
+    }

@@ -127,7 +127,10 @@ class Session:
 
     def load(self, step: int) -> Batch:
         """The batch of optimizer step ``step`` (counted from 0), collated and on the device."""
-        examples = [self.task.train[i] for i in self.order(step)]
+        return self.batch([self.task.train[i] for i in self.order(step)])
+
+    def batch(self, examples: list[Example]) -> Batch:
+        """These examples as a batch: collated, in micro-batches, on the device."""
         size = self.config.micro_batch_size or len(examples)
         micro_batches = [self.collator(examples[i : i + size]) for i in range(0, len(examples), size)]
         micro_batches = [{k: v.to(self.device) for k, v in mb.items()} for mb in micro_batches]
