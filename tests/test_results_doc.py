@@ -1,17 +1,230 @@
-"""docs/results.md quotes committed SFT results only."""
+"""Documentation says what the committed results say, and what makes it so is right."""
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+import sys
 from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parents[1]
 DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def rows() -> list[str]:
-    """The table's rows as the files give them."""
+@pytest.fixture()
+def tool(monkeypatch):
+    """The modules in tools/ by name; they import each other as scripts do."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # they put themselves there as well
+    yield __import__
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(
+            (str(ROOT / "tools"), str(ROOT / "benchmarks"))
+        ):
+            del sys.modules[name]
+
+
+def run(kind, lr, steps, validations, taus, share):
+    whole = 1_000_000_000_000
+    return {
+        "name": f"{kind}-s0",
+        "kind": kind,
+        "lr": lr,
+        "target": 2.6001,
+        "optimizer_steps": steps,
+        "test_loss": 2.6,
+        "flops": {"paper": whole, "measured": int(share * whole)},
+        "seconds": {"total": 20.0 * share},
+        "validation_forwards": validations,
+        "stages": len(taus),
+        "taus": taus,
+        "curve": [[0, 0, 0.0, 3.0], [steps, int(share * whole), 20.0 * share, 2.6]],
+    }
+
+
+def cell(task, lr, *, method="lora", tuned=False, parabolic=0.8, linear=0.3, seeds=3):
+    def spread(kind, middle):
+        found = {"kind": kind, "count": seeds}
+        for end, offset in (("median", 0.0), ("low", -0.05), ("high", 0.02)):
+            costs = {"flops_paper": middle + 0.04, "flops_measured": middle, "seconds": middle - 0.01}
+            found[end] = {cost: value + offset * (seeds > 1) for cost, value in costs.items()}
+        return found
+
+    runs = [
+        run("adam", lr, 120, 0, [], 1.0),
+        run("linear", lr, 12, 300, [[6, 150], [12, 80]], 1 - linear),
+        run("parabolic", lr, 12, 29, [[6, 151]], 1 - parabolic),
+        run("adam-tuned", 1e-2, 6, 0, [], 0.05),
+    ]
+    return {
+        "name": f"{task} {method} lr={lr:g} batch=64",
+        "task": task,
+        "method": method,
+        "lr": lr,
+        "tuned": tuned,
+        "batch_size": 64,
+        "rounds": [{"seed": seed, "complete": True, "runs": runs, "savings": []} for seed in range(seeds)],
+        "spreads": [spread("linear", linear), spread("parabolic", parabolic), spread("adam-tuned", 0.95)],
+    }
+
+
+def document():
+    """An end-to-end result with the numbers of nobody's machine."""
+    return {
+        "kind": "end-to-end",
+        "fast": False,
+        "command": "python benchmarks/end_to_end.py",
+        "measured_at": "2026-01-01T00:00:00+00:00",
+        "seconds": 1200.0,
+        "machine": {"cpu": "a CPU", "threads": 2, "gpus": []},
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
+        "config": {
+            **{"model": "tiny", "rank": 8, "alpha": 16.0, "dtype": "float32", "steps": 120, "max_length": 64},
+            **{"warmup_steps": 8, "test_examples": 1000, "validation_examples": 32},
+        },
+        "tuned": {"instruction": {"lr": 1e-2, "source": "table"}, "chat": {"lr": 5e-3, "source": "sweep"}},
+        "cells": [
+            cell("chat", 3e-4, parabolic=0.55),
+            cell("instruction", 3e-4, parabolic=0.6),
+            cell("instruction", 1e-4),
+            cell("chat", 1e-4, linear=-0.2),
+        ],
+        "left_out": [{"cell": "chat dora lr=1e-4 batch=64", "seed": s, "reason": "late"} for s in (0, 1)],
+    }
+
+
+NAME = "end_to_end_tiny_cpu_2026-01-01.json"
+
+
+@pytest.fixture()
+def checkout(tmp_path):
+    """A checkout of documents, pictures and results, with an end-to-end result more."""
+    shutil.copytree(RESULTS, tmp_path / "benchmarks" / "results")
+    (tmp_path / "docs").mkdir()
+    shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
+    for name in ("README.md", "docs/results.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for path in (tmp_path / "benchmarks" / "results").glob("end_to_end_*.json"):
+        path.unlink()
+    (tmp_path / "benchmarks" / "results" / NAME).write_text(json.dumps(document()), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_documentation_is_up_to_date(tool):
+    assert tool("results_doc").outdated(ROOT, write=False) == [], "python tools/results_doc.py makes it anew"
+
+
+def test_every_result_is_listed():
+    for path in sorted(RESULTS.rglob("*.json")):
+        assert f"| `{path.relative_to(RESULTS).as_posix()}` |" in DOC
+
+
+def test_writing_makes_the_check_pass_and_a_changed_number_makes_it_fail(tool, checkout, capsys):
+    main = tool("results_doc").main
+    where = ["--root", str(checkout)]
+    assert main([*where, "--check"]) == 1
+    assert "docs/results.md" in capsys.readouterr().out
+    assert main(where) == 0
+    assert main([*where, "--check"]) == 0
+    for name, old, new in (
+        ("docs/results.md", "| 80 % (75 to 82) |", "| 81 % (75 to 82) |"),
+        ("README.md", "80 %", "90 %"),
+    ):
+        text = (checkout / name).read_text(encoding="utf-8")
+        assert old in text
+        (checkout / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+        assert main([*where, "--check"]) == 1
+        assert name in capsys.readouterr().out
+        (checkout / name).write_text(text, encoding="utf-8")
+    result = checkout / "benchmarks" / "results" / NAME
+    changed = document()
+    changed["cells"][0]["rounds"][0]["runs"][0]["curve"][1][3] = 2.7  # only a plot shows it
+    result.write_text(json.dumps(changed), encoding="utf-8")
+    capsys.readouterr()
+    assert main([*where, "--check"]) == 1
+    said = capsys.readouterr().out
+    assert "images/end_to_end_tiny_cpu_curves.png" in said and "results.md" not in said
+
+
+def test_the_tables_have_the_form_of_the_figures(tool):
+    doc, figures = tool("results_doc"), tool("results_figures")
+    build = doc.builders({NAME: document()})
+    text = build["end-to-end"]()
+    measured, paper, seconds, work = (part.split("\n\n")[1] for part in text.split("\n\n**")[1:])
+    assert measured.splitlines()[2:] == [
+        "| chat | 1e-4 | −20 % (−25 to −18) | 80 % (75 to 82) | 95 % (90 to 97) |",
+        "| chat | 3e-4 | 30 % (25 to 32) | 55 % (50 to 57) | 95 % (90 to 97) |",
+        "| instruction | 1e-4 | 30 % (25 to 32) | 80 % (75 to 82) | 95 % (90 to 97) |",
+        "| instruction | 3e-4 | 30 % (25 to 32) | 60 % (55 to 62) | 95 % (90 to 97) |",
+    ]
+    assert "| chat | 1e-4 | −16 % (−21 to −14) | 84 % (79 to 86) | 99 % (94 to 101) |" in paper
+    assert "| chat | 1e-4 | −21 % (−26 to −19) | 79 % (74 to 81) | 94 % (89 to 96) |" in seconds
+    assert "| chat | 1e-4 | 120 | 12, 300, 150 | 12, 29, 151 | 6 |" in work
+    assert "41 to 87 % in the paper, 59 to 84 % with `parabolic` and −16 to 34 % with `linear` here" in text
+    assert "40 to 81 % in the paper, 54 to 79 % with `parabolic`" in text
+    assert "(1e-2 for instruction, 5e-3 for chat) saves 95 % on the way" in text
+    assert text.count("chat dora lr=1e-4 batch=64") == 1
+    assert "(images/end_to_end_tiny_cpu_saved.png)" in text
+    short = build["end-to-end-short"]().splitlines()
+    assert short[2] == "| chat | 80 %, 79 % | 55 %, 54 % | −20 %, −21 % | 30 %, 29 % | 95 %, 94 % |"
+    assert len(short) == 4
+    assert figures.end_to_end({}, {}) == "*Not measured yet: `make bench-e2e`.*"
+
+
+def test_a_target_that_was_missed_and_a_single_seed_are_named_so(tool):
+    data = document()
+    data["cells"] = [cell("chat", 1e-4, seeds=1), cell("chat", 1e-2, tuned=True, parabolic=0.01, seeds=1)]
+    missed = {"kind": "linear", "count": 1, "median": None, "low": None, "high": None, "reason": "…"}
+    data["cells"][0]["spreads"][0] = missed
+    text = tool("results_figures").end_to_end({NAME: data}, {})
+    assert "| chat | 1e-4 | not reached | 80 % | 95 % |" in text
+    assert "| chat | 1e-2 (tuned) | 30 % | 1 % | 95 % |" in text
+    assert "Started at the tuned rate itself, `parabolic` saves 1 %." in text
+    assert "not reached" in tool("results_figures").end_to_end_short({NAME: data})
+
+
+@pytest.mark.parametrize("methods", [["lora"], ["lora", "dora"]])
+def test_pictures_are_small_and_know_their_data(tool, tmp_path, methods):
+    plots, data = tool("results_plots"), document()
+    data["cells"] = [
+        cell(task, lr, method=method, tuned=lr == 1e-2, seeds=1)
+        for method in methods
+        for lr in (1e-4, 1e-2)
+        for task in ("instruction", "chat")
+    ]
+    found = plots.pictures(NAME, data)
+    assert list(found) == ["end_to_end_tiny_cpu_saved.png", "end_to_end_tiny_cpu_curves.png"]
+    for file, (_, draw) in found.items():
+        plots.write(tmp_path / file, draw, data)
+        assert 5_000 < (tmp_path / file).stat().st_size <= plots.MOST_BYTES
+        assert plots.shown_digest(tmp_path / file) == plots.digest(data)
+    other = copy.deepcopy(data)
+    other["cells"][0]["spreads"][0]["median"]["seconds"] += 0.001
+    assert plots.digest(other) != plots.digest(data)
+    assert plots.shown_digest(tmp_path / "none.png") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("<!-- results: nothing -->\n<!-- end of results -->", "no block 'nothing'; there are "),
+        ("<!-- results: sft -->\n", "1 blocks of results begin and 0 end"),
+    ],
+)
+def test_a_block_that_cannot_be_filled_is_named(tool, text, what):
+    with pytest.raises(ValueError, match=what):
+        tool("results_doc").filled(text, {"sft": lambda: ""})
+
+
+def sft_rows() -> list[str]:
+    """The SFT table's rows, made here a second time."""
     rows = []
     for path in sorted(RESULTS.glob("sft_*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -30,8 +243,18 @@ def rows() -> list[str]:
 
 
 def test_the_sft_table_is_that_of_the_files():
-    wanted = rows()
+    wanted = sft_rows()
     assert len(wanted) >= 5
     assert sorted(wanted) == sorted(
         line for line in DOC.splitlines() if line.startswith(("| embedded |", "| SmolLM2"))
     )
+
+
+def test_the_words_on_sft_are_those_of_the_file():
+    report = json.loads((RESULTS / "sft_smollm2_alpha16_2026-11-21.json").read_text(encoding="utf-8"))
+    runs = {(r["name"], r["lr"]): r for r in report["runs"]}
+    taus = [stage["tau"] for stage in runs["fast_forward", 3e-4]["stages"]]
+    assert f"repeat the update {taus[0]} and {taus[1]} times only" in DOC
+    curve = {point["step"]: point["test_loss"] for point in runs["fast_forward", 1e-4]["curve"]}
+    gap = curve[6] - runs["plain", 1e-4]["test_loss"]
+    assert f"after step 6, ends {gap:.3f} above\nwhat 36 plain steps reach" in DOC

@@ -1,0 +1,127 @@
+"""Writes the numbers of the documentation: every table and plot from the JSON files in benchmarks/results/.
+
+    python tools/results_doc.py            rewrite docs/results.md, README.md and docs/images/end_to_end_*.png
+    python tools/results_doc.py --check    write nothing; exit status 1 and a list where they are out of date
+
+In a document, what stands between two comments belongs to this script, and all else to people:
+
+    <!-- results: NAME -->  …  <!-- end of results -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
+
+import results_plots  # noqa: E402
+from results_figures import end_to_end, end_to_end_files, end_to_end_short  # noqa: E402
+from results_tables import BLOCKS, Results, comparison  # noqa: E402
+
+DOCUMENTS = ("docs/results.md", "README.md")
+IMAGES = "docs/images"
+BLOCK = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+
+
+def read_results(root: Path) -> dict[str, dict[str, Any]]:
+    """Every committed result by its path below benchmarks/results/."""
+    folder = root / "benchmarks" / "results"
+    return {
+        path.relative_to(folder).as_posix(): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.rglob("*.json"))
+    }
+
+
+def builders(results: Results) -> dict[str, Callable[[], str]]:
+    """What may stand in a block, by its name."""
+    shown = {
+        name: [(file, words) for file, (words, _) in results_plots.pictures(name, data).items()]
+        for name, data in end_to_end_files(results).items()
+    }
+    found: dict[str, Callable[[], str]] = {
+        name: (lambda build=build: build(results)) for name, build in BLOCKS.items()
+    }
+    found["end-to-end"] = lambda: end_to_end(results, shown)
+    found["end-to-end-short"] = lambda: end_to_end_short(results)
+    for name, data in results.items():
+        if name.startswith("compare_"):
+            found[name] = lambda data=data: comparison(data)
+    return found
+
+
+def filled(text: str, build: dict[str, Callable[[], str]]) -> str:
+    """The document with every block made anew.
+
+    Raises:
+        ValueError: for a block of a name that is not known, and for one that is not closed.
+    """
+    opened, closed = (len(re.findall(mark, text)) for mark in ("<!-- results: ", "<!-- end of results -->"))
+    blocks = BLOCK.findall(text)
+    if not opened == closed == len(blocks):
+        raise ValueError(f"{opened} blocks of results begin and {closed} end: each needs both comments")
+    for _, name, *_ in blocks:
+        if name not in build:
+            raise ValueError(f"there is no block {name!r}; there are {', '.join(sorted(build))}")
+    return BLOCK.sub(lambda found: f"{found[1]}{build[found[2]]()}\n{found[4]}", text)
+
+
+def outdated(root: Path, write: bool) -> list[str]:
+    """The files that do not say what the results say; with ``write`` they do afterwards."""
+    results = read_results(root)
+    build = builders(results)
+    found = []
+    for name in DOCUMENTS:
+        path = root / name
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, build)
+        if before != after:
+            found.append(name)
+            if write:
+                path.write_text(after, encoding="utf-8")
+    wanted = set()
+    for name, data in end_to_end_files(results).items():
+        for file, (_, draw) in results_plots.pictures(name, data).items():
+            path = root / IMAGES / file
+            wanted.add(file)
+            if results_plots.shown_digest(path) != results_plots.digest(data):
+                found.append(f"{IMAGES}/{file}")
+                if write:
+                    results_plots.write(path, draw, data)
+    for path in sorted((root / IMAGES).glob("end_to_end_*.png")):
+        if path.name not in wanted:
+            found.append(f"{IMAGES}/{path.name}")
+            if write:
+                path.unlink()
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where something is out of date"
+    )
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout")
+    options = parser.parse_args(argv)
+    try:
+        found = outdated(options.root, write=not options.check)
+    except ValueError as error:
+        print(f"results_doc: {error}", file=sys.stderr)
+        return 2
+    if not found:
+        print("The documentation says what the results say.")
+    elif options.check:
+        print(f"out of date: {', '.join(found)}; python tools/results_doc.py makes them anew")
+    else:
+        print(f"written: {', '.join(found)}")
+    return 1 if found and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

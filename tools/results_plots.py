@@ -1,0 +1,195 @@
+"""Plots of the end-to-end results, small enough to be committed, each knowing which data it shows.
+
+    end_to_end_…_saved.png    FLOPs and time saved per task and learning rate, the paper's ranges behind them
+    end_to_end_…_curves.png   test loss over training compute, a panel per task and learning rate
+
+A picture depends on fonts and on the version of matplotlib, so two machines rarely draw the same bytes: the
+digest of the results it was drawn from stands in its metadata, and that is what is compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from results_figures import KINDS, PAPER, cell_label, in_order, spread
+from results_tables import named, rate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_BYTES = 60_000
+DRAWING = "1"  # to be raised with every change here, so that committed pictures count as old
+DIGEST = "results"
+LABELS = {
+    "adam": "Adam",
+    "linear": "Fast Forward, linear (the paper's)",
+    "parabolic": "Fast Forward, parabolic",
+    "adam-tuned": "Adam, tuned lr",
+}
+
+
+def stem(name: str) -> str:
+    """A picture is named after its result file, without the date: a newer result replaces it."""
+    return "_".join(part for part in name.removesuffix(".json").split("_") if not part[:4].isdigit())
+
+
+def pictures(name: str, data: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[Figure], None]]]:
+    """File name: what it shows in words, and what draws it."""
+    model = named(data["config"]["model"])
+    return {
+        f"{stem(name)}_saved.png": (
+            f"FLOPs and time saved by Fast Forward and by a tuned learning rate, per task, on {model}",
+            lambda figure: draw_saved(figure, data),
+        ),
+        f"{stem(name)}_curves.png": (
+            f"Test loss over training compute per task and learning rate, on {model}",
+            lambda figure: draw_curves(figure, data),
+        ),
+    }
+
+
+def digest(data: Mapping[str, Any]) -> str:
+    shown = {key: data[key] for key in ("cells", "config", "tuned")}
+    return hashlib.sha256((DRAWING + json.dumps(shown, sort_keys=True)).encode()).hexdigest()
+
+
+def shown_digest(path: Path) -> str | None:
+    """The digest in a committed picture; None where there is no picture of ours."""
+    from PIL import Image
+
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return image.info.get(DIGEST)
+
+
+def write(path: Path, draw: Callable[[Figure], None], data: Mapping[str, Any]) -> None:
+    """Draw, reduce to 64 colours, and put the digest in.
+
+    Raises:
+        ValueError: when the file is larger than a repository should carry.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from ffkernels.reporting.plots import save_figure
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(draw, path)
+    info = PngInfo()
+    info.add_text(DIGEST, digest(data))
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    small.save(path, optimize=True, pnginfo=info)
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{path} has {size} bytes; a committed picture has at most {MOST_BYTES}")
+
+
+def draw_saved(figure: Figure, data: Mapping[str, Any]) -> None:
+    """Two panels of bars with the range over the seeds; the paper's range as a band."""
+    from ffkernels.reporting.plots import STYLES, clean_axes
+
+    cells = in_order(data)
+    figure.set_size_inches(7.6, 1.5 + 0.62 * len(cells))
+    panels = figure.subplots(1, 2, sharey=True)
+    heights = {kind: 0.26 * (1 - number) for number, kind in enumerate(KINDS)}
+    for axes, cost, title in zip(
+        panels, ("flops_paper", "seconds"), ("FLOPs saved (the paper's count)", "time saved"), strict=True
+    ):
+        clean_axes(axes)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x", color="#e6e6e6", linewidth=0.8)
+        low, high = PAPER[cost]
+        axes.axvspan(low, high, color="#f2ead3", zorder=0, label=f"the paper: {low:.0%} to {high:.0%}")
+        for kind, offset in heights.items():
+            for place, cell in enumerate(cells):
+                found = spread(cell, kind)
+                if found is None or found["median"] is None:
+                    continue
+                middle = found["median"][cost]
+                error = [[middle - found["low"][cost]], [found["high"][cost] - middle]]
+                axes.barh(
+                    place - offset,
+                    middle,
+                    height=0.24,
+                    color=STYLES[kind]["color"],
+                    xerr=error,
+                    error_kw={"elinewidth": 1, "ecolor": "#333333"},
+                    label=LABELS[kind] if place == 0 else None,
+                    zorder=2,
+                )
+        least = min([0.0, *(s["low"][cost] for c in cells for s in c["spreads"] if s["median"] is not None)])
+        axes.set_xlim(max(-1.0, 1.05 * least), 1.0)
+        axes.axvline(0, color="#666666", linewidth=0.9)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %".replace("-", "−"))
+        axes.set_title(title, loc="left")
+    panels[0].set_yticks(range(len(cells)), [", lr ".join(cell_label(cell, cells)) for cell in cells])
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+
+
+def draw_curves(figure: Figure, data: Mapping[str, Any]) -> None:
+    """A row per learning rate (of the first method and batch), a column per task; the first seed of each."""
+    from ffkernels.reporting.plots import clean_axes, flop_unit
+
+    cells = in_order(data)
+    cells = [
+        c for c in cells if (c["method"], c["batch_size"]) == (cells[0]["method"], cells[0]["batch_size"])
+    ]
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    rows = list(dict.fromkeys((cell["tuned"], None if cell["tuned"] else cell["lr"]) for cell in cells))
+    figure.set_size_inches(2.7 * max(2, len(tasks)) + 0.4, 0.7 + 2.2 * len(rows))
+    panels = figure.subplots(len(rows), len(tasks), squeeze=False)
+    largest = max(p[1] for c in cells for r in c["rounds"] for run in r["runs"] for p in run["curve"])
+    size, unit = flop_unit(largest)
+    legend: dict[str, Any] = {}
+    for row, (tuned, lr) in enumerate(rows):
+        for column, task in enumerate(tasks):
+            axes = panels[row, column]
+            clean_axes(axes)
+            cell = next(
+                (c for c in cells if c["task"] == task and c["tuned"] == tuned and (tuned or c["lr"] == lr)),
+                None,
+            )
+            if cell is None:
+                axes.set_axis_off()
+                continue
+            legend |= _curves(axes, cell["rounds"][0]["runs"], size)
+            axes.set_title(f"{task}, lr {rate(cell['lr'])}", loc="left", fontsize=9)
+            axes.tick_params(labelsize=8)
+    figure.supxlabel(f"training compute ({unit}, measured)", fontsize=9)
+    figure.supylabel("test loss (nats per token)", fontsize=9)
+    figure.legend(
+        legend.values(), legend.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=9
+    )
+
+
+def _curves(axes: Axes, runs: list[Mapping[str, Any]], size: float) -> dict[str, Any]:
+    from ffkernels.reporting.plots import STYLES, TEXT
+
+    drawn = {}
+    for run in runs:
+        points = [(flops / size, loss) for _, flops, _, loss in run["curve"] if loss is not None]
+        if run["kind"] not in LABELS or not points:
+            continue
+        style = STYLES[run["kind"]]
+        (line,) = axes.plot(
+            *zip(*points, strict=True),
+            color=style["color"],
+            linestyle=style["linestyle"],
+            marker=style["marker"],
+            markevery=[-1],
+            markersize=5,
+            linewidth=1.4,
+        )
+        drawn[LABELS[run["kind"]]] = line
+        if run["kind"] == "adam":
+            axes.axhline(run["target"], color=TEXT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+    axes.set_xlim(left=0)
+    return drawn

@@ -1,0 +1,208 @@
+"""Tables of the documentation, each made from committed result files alone.
+
+A builder takes the result files by name and returns Markdown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+Results = Mapping[str, Mapping[str, Any]]
+
+LABELS = {
+    "adam": "Adam",
+    "linear": "Fast Forward, `linear` (the paper's)",
+    "parabolic": "Fast Forward, `parabolic`",
+    "adam-tuned": "Adam, tuned lr",
+    "authors": "the authors' loop",
+    "peft-prototype": "PEFT's prototype",
+}
+ORDER = tuple(LABELS)
+MODELS = {"tiny": "the embedded model", "smollm2-135m": "SmolLM2-135M"}
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %".replace("-", "−")
+
+
+def rate(lr: float) -> str:
+    mantissa, exponent = f"{lr:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}".replace("e0", "")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    rule = f"|{'---|' * text_columns}{'---:|' * (len(head) - text_columns)}"
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def named(model: str) -> str:
+    return MODELS.get(model, f"`{model}`")
+
+
+def where(data: Mapping[str, Any]) -> str:
+    """The machine in a few words: what times depend on."""
+    machine, versions = data["machine"], data["versions"]
+    place = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['threads']} threads"
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft"))
+    return f"{place}; {libraries}"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def comparison(data: Mapping[str, Any]) -> str:
+    """The runs of one `compare`, medians over its seeds."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for run in data["runs"]:
+        kinds.setdefault(re.sub(r"-s\d+$", "", run["name"]), []).append(run)
+    entries = {entry["name"]: entry for entry in data["savings"]}
+    config = data["config"]
+    labels = {
+        "adam": f"Adam, lr {rate(config['lr'])}",
+        "adam-tuned": f"Adam, lr {rate(config['tuned_lr'])} (tuned)"
+        if config.get("tuned_lr")
+        else LABELS["adam-tuned"],
+    }
+    head = ["run", "optimizer steps", "validation losses", "TFLOP (measured)", "seconds"]
+    head += ["FLOPs saved (measured)", "FLOPs saved (paper)", "time saved"]
+    rows = []
+    for kind in sorted(kinds, key=lambda kind: (ORDER.index(kind) if kind in ORDER else len(ORDER), kind)):
+        runs = kinds[kind]
+        row = [
+            labels.get(kind, LABELS.get(kind, kind)),
+            f"{median(run['optimizer_steps'] for run in runs):.0f}",
+            f"{median(run['validation_forwards'] for run in runs):.0f}",
+            f"{median(run['flops']['measured'] for run in runs) / 1e12:.3f}",
+            f"{median(run['seconds']['total'] for run in runs):.1f}",
+        ]
+        entry = entries.get(f"{kind}-median") or entries.get(runs[0]["name"])
+        row += [
+            "" if entry is None else percent(entry[c]) for c in ("flops_measured", "flops_paper", "seconds")
+        ]
+        rows.append(row)
+    return table(head, rows)
+
+
+def comparisons(results: Results) -> str:
+    """Every committed comparison, the largest batch first."""
+    parts = []
+    found = [(name, data) for name, data in results.items() if is_comparison(data)]
+    for name, data in sorted(found, key=lambda item: (-item[1]["config"]["batch_size"], item[0])):
+        config = data["config"]
+        parts += [
+            f"{named(config['model']).removeprefix('the ').capitalize()}, {config['task']}, batch "
+            f"{config['batch_size']}, {counted(len(config['seeds']), 'seed')} "
+            f"(`{config['command']}`; `{name}`):",
+            comparison(data),
+        ]
+    return "\n\n".join(parts) or "*None yet.*"
+
+
+def is_comparison(data: Mapping[str, Any]) -> bool:
+    return "savings" in data and "check_every" in data.get("config", {}) and "kind" not in data
+
+
+def sft(results: Results) -> str:
+    """SFTTrainer with the callback against without."""
+    rows = []
+    for _, data in sorted(results.items()):
+        if data.get("kind") != "sft":
+            continue
+        config = data["config"]
+        label = {"tiny": "embedded", "smollm2-135m": "SmolLM2-135M"}.get(config["model"], config["model"])
+        label += f", batch {config['batch_size']}" if config["batch_size"] != 32 else ""
+        for lr in sorted({entry["lr"] for entry in data["savings"]}):
+            entries = [entry for entry in data["savings"] if entry["lr"] == lr]
+            shares = sorted(entry["flops_measured"] for entry in entries)
+            text = percent(shares[0])
+            if len(shares) > 1:
+                text += f" – {percent(shares[-1])} ({counted(len(shares), 'seed')})"
+            if not all(entry["reached"] for entry in entries):
+                text = "not reached"
+            rows.append((label, lr, config["steps"], [label, rate(lr), str(config["steps"]), text]))
+    rows.sort(key=lambda row: (row[0] != "embedded", row[0], row[1], row[2]))
+    head = ["model", "learning rate", "plain steps", "FLOPs saved (measured)"]
+    return table(head, [row[-1] for row in rows])
+
+
+def sft_command(config: Mapping[str, Any]) -> str:
+    """The command line with these options, as far as they are not the defaults."""
+    from bench_sft import parse
+
+    words = ["python benchmarks/bench_sft.py"]
+    for name, default in vars(parse([])).items():
+        value = config.get(name, default)
+        if value == default or name == "out":
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += [f"{each:g}" if isinstance(each, float) else str(each) for each in as_list(value)]
+    return " ".join(words)
+
+
+def as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def step(results: Results) -> str:
+    """Our time for one step with checkpoint, divided by that of what else does the same."""
+    data = next(data for name, data in sorted(results.items()) if name.startswith("step_cpu"))
+    head = ["adapter set", "warm: `_foreach_copy_` + `_foreach_add_`", "per-tensor loop"]
+    head += ["state-dict with a thread pool", "cold: `_foreach` pair", "loop", "state-dict"]
+    rows = [
+        [name]
+        + [
+            f"{result['modes'][mode][other]['ours_over_this']:.2f}"
+            for mode in ("warm", "cold")
+            for other in ("foreach", "loop", "state_dict")
+        ]
+        for name, result in data["adapters"].items()
+    ]
+    return table(head, rows)
+
+
+# What the files of a kind are, by how their names begin, and how one is made where it does not say itself.
+FAMILIES: dict[str, tuple[str, str]] = {
+    "end_to_end": ("the paper's protocol on every task: what is saved on the way to Adam's test loss", ""),
+    "compare": ("Adam against Fast Forward to the same test loss", "ffkernels compare"),
+    "sft": ("TRL's `SFTTrainer` with and without the callback", ""),
+    "step_cpu": ("one `step_` with checkpoint, against foreach, a loop and the state-dict way", ""),
+    "ranks": ("validation and stages on 1, 2 and 4 processes, for [distributed.md](distributed.md)", ""),
+    "machine_code": (
+        "what the Triton kernels compile to for sm_80, sm_90 and sm_100, and rejected variants",
+        "",
+    ),
+    "gpu_check": ("tests and benchmarks on a GPU", "make gpu-check"),
+}
+
+
+def files(results: Results) -> str:
+    """Every result file: what it is, on what, and the command that made it."""
+    rows = []
+    for name, data in sorted(results.items()):
+        family = max((f for f in FAMILIES if name.startswith(f)), key=len, default="")
+        what, how = FAMILIES.get(family, (data.get("title", "see its `command`"), ""))
+        if "analysis" in data:
+            what = f"`ffkernels analyze {data['analysis']}`"
+        config, provenance = (data.get(key) or {} for key in ("config", "provenance"))
+        details = [config.get("model"), config.get("task")]
+        details += [f"batch {config['batch_size']}"] if "batch_size" in config else []
+        about = ", ".join(named(text) if text in MODELS else str(text) for text in details if text)
+        made = data.get("command") or config.get("command") or provenance.get("command") or how
+        if data.get("kind") == "sft":
+            made = sft_command(config)
+        rows.append([f"`{name}`", f"{what}; {about}" if about else what, f"`{made}`" if made else "–"])
+    return table([f"file under `{'benchmarks/results/'}`", "what", "made by"], rows, text_columns=3)
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "files": files,
+    "comparisons": comparisons,
+    "sft": sft,
+    "step": step,
+}
