@@ -119,6 +119,8 @@ def load_splits(
     def example(rows: Any, split: str, row: int) -> Example | None:
         where = f"{source.repository}, {split}, row {row}"
         segments = source.segments(rows[row], tokenizer, where, chat_loss)
+        if not any(counted and text.strip() for text, counted in segments):
+            return None
         made = make_example(segments, tokenizer, start, max_length, whole_prompt=source.drop_long)
         if made.cut and source.drop_long:
             return None

@@ -10,40 +10,43 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from ffkernels.training.packages import require_for_task
+from ffkernels.training.paused_collector import paused_collector
 
 
 @functools.lru_cache(maxsize=1)
 def passages() -> tuple[str, ...]:
     """One text per diagnosis that has notes, titles all different, in the order of the codes."""
-    icd = require_for_task("medical", "simple_icd_10_cm")
     texts: dict[str, str] = {}
-    for code in icd.get_all_codes():
-        if icd.is_category_or_subcategory(code) and not icd.is_extended_subcategory(code):
-            notes = [f"{label}: {text}." for label, text in _notes(icd, code) if text]
-            if notes:
-                title = _plain(icd.get_description(code))
-                kinds = _listed(map(icd.get_description, _subcategories(icd, code)))
-                lines = [f"{title} ({code})", *notes, *([f"Kinds: {kinds}."] if kinds else [])]
-                texts.setdefault(title.lower(), "\n".join(lines))
+    with paused_collector(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of how the package reads its files
+        icd = require_for_task("medical", "simple_icd_10_cm")
+        for code in icd.get_all_codes():
+            if icd.is_category_or_subcategory(code) and not icd.is_extended_subcategory(code):
+                title, lines = _plain(icd.get_description(code)), _notes(icd, code)
+                if lines:
+                    texts.setdefault(title.lower(), "\n".join([f"{title} ({code})", *lines]))
     return tuple(texts.values())
 
 
-def _notes(icd: Any, code: str) -> Iterator[tuple[str, str]]:
-    yield "Includes", _listed([*icd.get_includes(code), *icd.get_inclusion_term(code)])
-    yield "Coded elsewhere", _listed(icd.get_excludes1(code))
-    yield "Not part of it", _listed(icd.get_excludes2(code))
-    yield "Code first", _listed(icd.get_code_first(code).split("\n"))
-    yield "Use additional code", _listed(icd.get_use_additional_code(code).split("\n"))
-    yield "Code also", _listed(icd.get_code_also(code).split("\n"))
-    yield "Note", _listed(icd.get_notes(code).split("\n"))
-
-
-def _subcategories(icd: Any, code: str) -> list[str]:
-    return [child for child in icd.get_children(code) if not icd.is_extended_subcategory(child)]
+def _notes(icd: Any, code: str) -> list[str]:
+    notes = {
+        "Includes": _listed([*icd.get_includes(code), *icd.get_inclusion_term(code)]),
+        "Coded elsewhere": _listed(icd.get_excludes1(code)),
+        "Not part of it": _listed(icd.get_excludes2(code)),
+        "Code first": _listed(icd.get_code_first(code).split("\n")),
+        "Use additional code": _listed(icd.get_use_additional_code(code).split("\n")),
+        "Code also": _listed(icd.get_code_also(code).split("\n")),
+        "Note": _listed(icd.get_notes(code).split("\n")),
+    }
+    if any(notes.values()):
+        below = [child for child in icd.get_children(code) if not icd.is_extended_subcategory(child)]
+        notes["Kinds"] = _listed(map(icd.get_description, below))
+    return [f"{label}: {text}." for label, text in notes.items() if text]
 
 
 def _listed(items: Iterable[str]) -> str:

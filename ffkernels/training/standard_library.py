@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import gc
 import hashlib
 import inspect
 import os
@@ -19,6 +18,8 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from ffkernels.training.paused_collector import paused_collector
 
 # site-packages and dist-packages are not the standard library; encodings and pydoc_data are generated tables.
 SKIPPED_DIRECTORIES = frozenset(
@@ -31,19 +32,12 @@ def documented_functions() -> tuple[tuple[str, str], ...]:
     """(summary, function source without its docstring), every body once; read once per process."""
     root = Path(sysconfig.get_paths()["stdlib"])
     pairs, seen = [], set()
-    # Syntax trees are millions of objects without a cycle among them: the collector would walk all of them,
-    # and all of torch, again and again for nothing.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with paused_collector():
         for name in _source_files(root):
             for summary, source, body in _functions_in(root / name):
                 if body not in seen:
                     seen.add(body)
                     pairs.append((summary, source))
-    finally:
-        if collecting:
-            gc.enable()
     if not pairs:
         raise RuntimeError(
             f"No documented function found under {root}: it holds no source of the standard library. "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import bz2
+import gzip
 import json
+import lzma
 import time
 
 import pytest
@@ -335,3 +338,23 @@ def test_collate_pads_on_the_right():
         assert batch[key].tolist() == rows
     with pytest.raises(ValueError, match="at least one"):
         collate([], 256)
+
+
+@pytest.mark.parametrize(("ending", "module"), [(".xz", lzma), (".gz", gzip), (".bz2", bz2)])
+def test_compressed_files_are_read_as_they_are(tmp_path, ending, module):
+    plain = lines(tmp_path, {"text": "a"}, {"prompt": "Q: ", "response": "é"}, {"text": "c"})
+    packed = tmp_path / f"own.jsonl{ending}"
+    packed.write_bytes(module.compress(plain.read_bytes()))
+    sizes = {"test_examples": 1, "validation_examples": 1}
+    assert load_file(packed, TOKENIZER, **sizes) == load_file(plain, TOKENIZER, **sizes)
+    assert load_file(packed, TOKENIZER, **sizes).name == "own"
+
+
+@pytest.mark.parametrize(("ending", "module"), [(".xz", lzma), (".gz", gzip), (".bz2", bz2)])
+def test_a_damaged_archive_is_named(tmp_path, ending, module):
+    packed = module.compress(b'{"text": "a long enough line"}\n' * 50)
+    for name, content in (("short", packed[: len(packed) // 2]), ("plain", b'{"text": "x"}\n')):
+        path = tmp_path / f"{name}.jsonl{ending}"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl\{ending} cannot be decompressed"):
+            load_file(path, TOKENIZER)
