@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs
 
-.PHONY: help install demo test test-slow test-all lint format bench gpu-check clean
+.PHONY: help install demo test test-slow test-all lint format bench bench-e2e results gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,9 @@ help:
 	@echo "make test-all   both"
 	@echo "make lint       ruff, formatting and the shape of the house"
 	@echo "make bench      kernel benchmarks on this machine; writes runs/bench/"
+	@echo "make bench-e2e  the paper's protocol on three tasks: 20 minutes on 2 quiet cores, or on a GPU; goes on where"
+	@echo "                it was stopped; writes runs/end-to-end/. ARGS=--list says what would run, ARGS=--fast is quick"
+	@echo "make results    the tables and plots of README and docs/results.md from benchmarks/results/"
 	@echo "make gpu-check  tests and benchmarks on a GPU (FFK_DRY=1: the same in small, on the CPU); writes \$$OUT"
 	@echo "                ONLY=bench-stage: that part alone, for longer"
 	@echo "make clean      removes what the targets above made, the environment included"
@@ -58,6 +61,12 @@ bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json $(OUT)/bench/benchmark.json
 	@echo "Results are in $(OUT)/bench/."
 
+bench-e2e: install
+	$(BIN)/python benchmarks/end_to_end.py --out $(OUT)/end-to-end/end_to_end.json $(ARGS)
+
+results: install
+	$(BIN)/python tools/results_doc.py
+
 # Runs from the checkout, also where nothing can be installed: with this python3 unless there is a .venv.
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py \
@@ -65,6 +74,6 @@ gpu-check:
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	rm -rf $(addprefix $(OUT)/,demo tests bench gpu-check)
+	rm -rf $(addprefix $(OUT)/,demo tests bench gpu-check end-to-end)
 	find ffkernels tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 	find ffkernels -name '*.so' -delete

@@ -16,7 +16,9 @@ METHODS = {"lora": "LoRA", "dora": "DoRA"}
 
 
 def end_to_end_files(results: Results) -> dict[str, Mapping[str, Any]]:
-    return {name: data for name, data in results.items() if data.get("kind") == "end-to-end"}
+    return {
+        name: data for name, data in results.items() if data.get("kind") == "end-to-end" and data["cells"]
+    }
 
 
 def spread(cell: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
