@@ -1,6 +1,7 @@
-"""The command line: ``ffkernels compare | train | report | doctor``.
+"""The command line: ``ffkernels compare | train | tokens | report | analyze | doctor``.
 
-Only typer is imported here; a command imports what it needs when it runs, so that ``--help`` is quick.
+Only typer is imported here; a command imports what it needs when it runs, so that ``--help`` is quick. The
+options that commands share are in ``cli_options.py``, where their values become settings.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ffkernels import cli_options as options
+from ffkernels.analysis.commands import app as analyze
+from ffkernels.analysis.options import seeds_of
+
 __all__ = ["app", "run"]
 
 USER_ERROR = 2
@@ -29,88 +34,67 @@ app = typer.Typer(
     add_completion=False,
     help="Fast Forward low-rank fine-tuning: compare it, train with it, report on runs, see what runs here.",
 )
-
-Model = Annotated[
-    str, typer.Option(help="'tiny' (embedded), 'smollm2-135m', a folder, or a Hugging Face hub id.")
-]
-TaskName = Annotated[str, typer.Option(help="Data set: 'instruction' is embedded.")]
-Data = Annotated[
-    Path | None,
-    typer.Option(help="JSONL file with text, prompt/response or messages lines, instead of --task."),
-]
-Method = Annotated[str, typer.Option(help="Adapter: lora or dora.")]
-Rank = Annotated[int, typer.Option(help="Rank of the adapter.")]
-Alpha = Annotated[float, typer.Option(help="Scale of the adapter; it acts times alpha/rank.")]
-Lr = Annotated[float, typer.Option(help="Learning rate after warm-up.")]
-Schedule = Annotated[
-    str, typer.Option(help="Learning rate over the steps: constant, linear or cosine (to 0).")
-]
-WarmupSteps = Annotated[int, typer.Option(help="Optimizer steps over which the learning rate rises.")]
-BatchSize = Annotated[int, typer.Option(help="Examples per optimizer step.")]
-MicroBatchSize = Annotated[
-    int | None, typer.Option(help="Examples per forward and backward pass [default: the whole batch].")
-]
-Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the training data, instead of --steps.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens per example at most.")]
-TestExamples = Annotated[
-    int, typer.Option(help="Held-out examples for the test loss, which is charged to nobody.")
-]
-ValidationExamples = Annotated[int, typer.Option(help="Held-out examples Fast Forward searches with.")]
-Interval = Annotated[int, typer.Option(help="Optimizer steps from one Fast Forward stage to the next.")]
-StageWarmup = Annotated[int, typer.Option(help="Optimizer steps before the first interval begins.")]
-MaxTau = Annotated[int, typer.Option(help="Fast Forward steps per stage at most.")]
-Patience = Annotated[
-    int,
-    typer.Option(help="Switch Fast Forward off after so many stages in a row without a step; 0 never does."),
-]
-Impl = Annotated[str, typer.Option(help="What moves the weights: auto, torch, cpp, triton or cuda.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-Dtype = Annotated[str, typer.Option(help="Of the frozen base model: float32, bfloat16 or float16.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads [default: torch's choice].")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+app.add_typer(analyze)
 
 
 @app.command()
 def compare(
-    model: Model = "tiny",
-    task: TaskName = "instruction",
-    data: Data = None,
-    lr: Lr = 1e-4,
-    steps: Steps = 120,
-    epochs: Epochs = None,
-    batch_size: BatchSize = 64,
-    micro_batch_size: MicroBatchSize = None,
+    ctx: typer.Context,
+    preset: options.Preset = None,
+    model: options.Model = "tiny",
+    attn: options.Attn = None,
+    task: options.TaskName = "instruction",
+    source: options.Source = "offline",
+    chat_loss: options.ChatLoss = "all",
+    data: options.Data = None,
+    lr: options.Lr = 1e-4,
+    steps: options.Steps = 120,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = 64,
+    micro_batch_size: options.MicroBatchSize = None,
     seeds: Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which (0,7 or 7,).")] = "1",
     search: Annotated[str, typer.Option(help="Fast Forward's searches: both, linear or parabolic.")] = "both",
-    method: Method = "lora",
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    schedule: Schedule = "constant",
-    warmup_steps: WarmupSteps = 8,
-    max_length: MaxLength = 64,
-    test_examples: TestExamples = 1000,
-    validation_examples: ValidationExamples = 32,
-    interval: Interval = 6,
-    stage_warmup: StageWarmup = 0,
-    max_tau: MaxTau = 1024,
-    patience: Patience = 3,
-    impl: Impl = "auto",
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Beside them: authors or peft-prototype (other Fast Forward loops, from the repository) or "
+            "lora-plus (the optimizer, no Fast Forward). Repeatable."
+        ),
+    ] = None,
+    method: options.Method = "lora",
+    rank: options.Rank = 8,
+    alpha: options.Alpha = 16.0,
+    dropout: options.Dropout = 0.0,
+    target_modules: options.TargetModules = None,
+    optimizer: options.Optimizer = "adamw",
+    lora_plus_ratio: options.LoraPlusRatio = 16.0,
+    schedule: options.Schedule = "constant",
+    warmup_steps: options.WarmupSteps = 8,
+    max_length: options.MaxLength = 64,
+    test_examples: options.TestExamples = 1000,
+    validation_examples: options.ValidationExamples = 32,
+    eval_tokens: options.EvalTokens = None,
+    interval: options.Interval = 6,
+    stage_warmup: options.StageWarmup = 0,
+    max_tau: options.MaxTau = 1024,
+    patience: options.Patience = 3,
+    impl: options.Impl = "auto",
     tuned_lr: Annotated[
         float | None, typer.Option(help="Learning rate of the tuned Adam row [default: measured for tiny].")
     ] = None,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Find the tuned learning rate first; takes longer.")
+        bool,
+        typer.Option("--sweep", help="Find the tuned learning rate first, from 1e-5 to 2e-2; takes longer."),
     ] = False,
     evaluate_every: Annotated[int, typer.Option(help="Adam run: optimizer steps between test losses.")] = 10,
     check_every: Annotated[
         int, typer.Option(help="Runs with a target: optimizer steps between test losses.")
     ] = 3,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    threads: options.Threads = None,
     out: Annotated[Path, typer.Option(help="Folder of logs and report; overwritten.")] = Path("runs/compare"),
-    quiet: Quiet = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Adam against Fast Forward to the same test loss, in FLOPs and in seconds: the paper's protocol.
 
@@ -118,42 +102,18 @@ def compare(
     paper's linear search and with the parabolic one; then Adam with a tuned learning rate, which is what you
     would try first.
     """
-    from ffkernels.engine.config import FastForwardConfig
     from ffkernels.training.compare import Comparison, Interrupted
     from ffkernels.training.compare import compare as run_comparison
-    from ffkernels.training.config import TrainConfig
     from ffkernels.training.progress import ProgressBars
 
-    base = TrainConfig(
-        out=str(out),
-        model=model,
-        task=task,
-        data=str(data) if data is not None else None,
-        method=method,
-        rank=rank,
-        alpha=alpha,
-        lr=lr,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        steps=steps,
-        epochs=epochs,
-        max_length=max_length,
-        test_examples=test_examples,
-        validation_examples=validation_examples,
-        evaluate_every=evaluate_every,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-    )
+    base = options.training(ctx)
+    searches = ("linear", "parabolic") if search == options.BOTH else (search,)
     comparison = Comparison(
         base,
-        seeds=_seeds(seeds),
-        searches=("linear", "parabolic") if search == "both" else (search,),
-        fast_forward=FastForwardConfig(
-            interval=interval, warmup=stage_warmup, max_tau=max_tau, patience=patience or None, impl=impl
-        ),
+        seeds=seeds_of(seeds),
+        searches=searches,
+        peers=tuple(peer or ()),
+        fast_forward=options.stages(ctx),
         tuned_lr=tuned_lr,
         sweep=sweep,
         check_every=check_every,
@@ -171,42 +131,47 @@ def compare(
 
 @app.command()
 def train(
-    model: Model = "tiny",
-    task: TaskName = "instruction",
-    data: Data = None,
+    ctx: typer.Context,
+    preset: options.Preset = None,
+    model: options.Model = "tiny",
+    attn: options.Attn = None,
+    task: options.TaskName = "instruction",
+    source: options.Source = "offline",
+    chat_loss: options.ChatLoss = "all",
+    data: options.Data = None,
     fast_forward: Annotated[
         bool, typer.Option("--fast-forward/--no-fast-forward", help="Fast Forward, or the plain optimizer.")
     ] = True,
     search: Annotated[
         str, typer.Option(help="Fast Forward's search: parabolic or linear (the paper's).")
     ] = "parabolic",
-    interval: Interval = 6,
-    stage_warmup: StageWarmup = 0,
-    max_tau: MaxTau = 1024,
-    patience: Patience = 3,
-    impl: Impl = "auto",
-    method: Method = "lora",
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.0,
-    target_modules: Annotated[
-        str | None,
-        typer.Option(help="Modules with an adapter, comma-separated [default: attention projections]."),
-    ] = None,
-    lr: Lr = 1e-4,
-    schedule: Schedule = "constant",
-    warmup_steps: WarmupSteps = 8,
+    interval: options.Interval = 6,
+    stage_warmup: options.StageWarmup = 0,
+    max_tau: options.MaxTau = 1024,
+    patience: options.Patience = 3,
+    impl: options.Impl = "auto",
+    method: options.Method = "lora",
+    rank: options.Rank = 8,
+    alpha: options.Alpha = 16.0,
+    dropout: options.Dropout = 0.0,
+    target_modules: options.TargetModules = None,
+    lr: options.Lr = 1e-4,
+    optimizer: options.Optimizer = "adamw",
+    lora_plus_ratio: options.LoraPlusRatio = 16.0,
+    schedule: options.Schedule = "constant",
+    warmup_steps: options.WarmupSteps = 8,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     max_grad_norm: Annotated[
         float | None, typer.Option(help="Clip the gradient's norm [default: no].")
     ] = None,
-    steps: Steps = 120,
-    epochs: Epochs = None,
-    batch_size: BatchSize = 64,
-    micro_batch_size: MicroBatchSize = None,
-    max_length: MaxLength = 64,
-    test_examples: TestExamples = 1000,
-    validation_examples: ValidationExamples = 32,
+    steps: options.Steps = 120,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = 64,
+    micro_batch_size: options.MicroBatchSize = None,
+    max_length: options.MaxLength = 64,
+    test_examples: options.TestExamples = 1000,
+    validation_examples: options.ValidationExamples = 32,
+    eval_tokens: options.EvalTokens = None,
     evaluate_every: Annotated[
         int, typer.Option(help="Optimizer steps between test losses; 0: at both ends.")
     ] = 10,
@@ -214,10 +179,10 @@ def train(
     checkpoint_every: Annotated[
         int, typer.Option(help="Optimizer steps between checkpoints; 0: at the end.")
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Of data split and order, adapter and dropout.")] = 0,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    threads: options.Threads = None,
     name: Annotated[str, typer.Option(help="The run's name.")] = "run",
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     resume: Annotated[
@@ -226,67 +191,57 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run of this name.")
     ] = False,
-    quiet: Quiet = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Fine-tune an adapter, by default with Fast Forward; writes OUT/NAME.jsonl and OUT/NAME/."""
-    from ffkernels.engine.config import FastForwardConfig
-    from ffkernels.training.config import TrainConfig
+    """Fine-tune, by default an adapter and with Fast Forward; writes OUT/NAME.jsonl and OUT/NAME/."""
     from ffkernels.training.progress import ProgressBars, how_it_ended
     from ffkernels.training.trainer import train as run_training
 
-    stages = FastForwardConfig(
-        interval=interval,
-        warmup=stage_warmup,
-        search=search,
-        max_tau=max_tau,
-        patience=patience or None,
-        impl=impl,
-    )
-    config = TrainConfig(
-        name=name,
-        out=str(out),
-        model=model,
-        task=task,
-        data=str(data) if data is not None else None,
-        method=method,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        targets=tuple(part.strip() for part in target_modules.split(",")) if target_modules else None,
-        lr=lr,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        steps=steps,
-        epochs=epochs,
-        max_length=max_length,
-        test_examples=test_examples,
-        validation_examples=validation_examples,
-        evaluate_every=evaluate_every,
-        target_loss=target_loss,
-        checkpoint_every=checkpoint_every,
-        fast_forward=stages if fast_forward else None,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-    )
+    config = options.training(ctx, fast_forward=options.stages(ctx) if fast_forward else None)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: give one of them")
     log = out / f"{name}.jsonl"
     if log.exists() and not resume and not overwrite:
         raise ValueError(f"{log} exists: --resume goes on, --overwrite replaces it, or take another --name")
     console = _console()
-    with ProgressBars(console, quiet) as bars:
+    with ProgressBars(console, quiet, tokens=True) as bars:
         bars.start(config)
         result = run_training(config, resume=resume, on_event=bars.event)
-    for line in how_it_ended(result):
+    for line in how_it_ended(result, config.method):
         typer.echo(line)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def tokens(
+    ctx: typer.Context,
+    preset: options.Preset = None,
+    model: options.Model = "tiny",
+    task: options.TaskName = "instruction",
+    source: options.Source = "offline",
+    chat_loss: options.ChatLoss = "all",
+    data: options.Data = None,
+    max_length: options.MaxLength = 64,
+    test_examples: options.TestExamples = 1000,
+    validation_examples: options.ValidationExamples = 32,
+    seed: options.Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """How many tokens a task has under a model's tokenizer, and what --max-length cuts off."""
+    import json
+
+    from ffkernels.training.models import load_tokenizer
+    from ffkernels.training.progress import token_table
+    from ffkernels.training.session import prepare_task
+
+    config = options.training(ctx)
+    prepared = prepare_task(config, load_tokenizer(config.model))
+    statistics = prepared.statistics()
+    if as_json:
+        typer.echo(json.dumps(statistics, indent=2))
+    else:
+        _console().print(token_table(prepared.name, statistics))
 
 
 @app.command()
@@ -310,7 +265,7 @@ def doctor(
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    device: Device = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Which kernels and which executor would run here, why, and how to get the faster ones."""
     import json
@@ -342,20 +297,6 @@ def _console() -> Any:
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a file or a pipe has no width; the table needs this much
     return console
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    """``"3"`` is three seeds 0, 1, 2; ``"0,7"`` and ``"7,"`` name them."""
-    try:
-        if "," in text:
-            seeds = tuple(int(part) for part in text.split(",") if part.strip())
-        else:
-            seeds = tuple(range(int(text)))
-    except ValueError:
-        seeds = ()
-    if not seeds:
-        raise ValueError(f"seeds={text!r}: must be a count such as 3, or a list such as 0,7 or 0,")
-    return seeds
 
 
 def _command(arguments: list[str]) -> str:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
-from ffkernels.cli import _command, _seeds, app, run
+from ffkernels.cli import _command, app, run
 
 
 @pytest.fixture
@@ -58,20 +58,11 @@ def test_help_is_quick_to_import():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["compare", "train", "report", "doctor"])
+@pytest.mark.parametrize("command", ["compare", "train", "tokens", "report", "analyze", "doctor"])
 def test_every_command_has_help(invoke, command):
     result = invoke(command, "--help")
     assert result.exit_code == 0
     assert "Usage" in result.stdout
-
-
-def test_seeds():
-    assert _seeds("3") == (0, 1, 2)
-    assert _seeds("0,7") == (0, 7)
-    assert _seeds("7,") == (7,)
-    for wrong in ("x", "0", "-1", ",", ""):
-        with pytest.raises(ValueError, match=f"seeds='{wrong}': must be a count such as 3"):
-            _seeds(wrong)
 
 
 def test_the_command_in_a_report_names_no_folders():
@@ -102,6 +93,8 @@ def test_train_then_resume_then_report(invoke, quick, tmp_path, capsys):
     result = invoke("train", *quick, "--steps", 2, "--interval", 2, "--name", "a")
     assert result.exit_code == 0, result.output
     assert f"The adapter is in {out / 'a'}" in result.stdout
+    flat = " ".join(result.stdout.split())
+    assert re.search(r"a: 88 training examples; \d+ tokens, of which the loss counts \d+; length", flat)
     assert (out / "a" / "adapter_model.safetensors").is_file()
 
     assert "a.jsonl exists: --resume" in fails(capsys, "train", *quick, "--steps", 2, "--name", "a")
@@ -140,9 +133,59 @@ def test_compare_writes_the_report(invoke, quick, tmp_path):
     assert f"reportisin{out}" in last
 
 
+def test_compare_runs_peers_beside_ours(invoke, quick, tmp_path):
+    flags = ["--steps", 4, "--interval", 2, "--lr", 1e-2, "--search", "parabolic", "--patience", 0]
+    result = invoke("compare", *quick, *flags, "--peer", "lora-plus", "--peer", "authors", "--seeds", "3,")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    names = ["adam-s3", "parabolic-s3", "authors-s3", "lora-plus-s3", "adam-tuned-s3"]
+    assert [run["name"] for run in report["runs"]] == names
+    assert [entry["name"] for entry in report["savings"]] == names[1:]
+    assert report["config"]["peers"] == ["lora-plus", "authors"]
+    assert "the authors' loop" not in result.stdout and "authors-s3" in result.stdout
+
+
+def test_train_a_whole_model_and_go_on_from_it(invoke, quick, tmp_path):
+    out = tmp_path / "out"
+    result = invoke("train", *quick, "--steps", 1, "--method", "full", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert f"The model is in {out / 'run'} (--model {out / 'run'}, or from_pretrained)" in result.stdout
+    assert "training examples" not in result.stdout
+    flags = ["--name", "next", "--model", out / "run", "--optimizer", "lora-plus", "--attn", "eager"]
+    result = invoke("train", *quick, "--steps", 1, *flags, "--eval-tokens", 64)
+    assert result.exit_code == 0, result.output
+    run = json.loads((out / "next.jsonl").read_text().splitlines()[0])
+    chosen = {"optimizer": "lora-plus", "attn": "eager", "eval_tokens": 64, "method": "lora"}
+    assert {key: run["config"][key] for key in chosen} == chosen
+
+
+def test_tokens(invoke, quick):
+    wanted = ("--data", "--max-length", "--test-examples", "--validation-examples")
+    options = [part for name in wanted for part in (name, quick[quick.index(name) + 1])]
+    statistics = json.loads(invoke("tokens", *options, "--json").stdout)
+    assert list(statistics) == ["train", "validation", "test"]
+    assert statistics["train"]["examples"] == 88 and statistics["test"]["examples"] == 8
+    rows = [line.split() for line in invoke("tokens", *options).stdout.strip().splitlines()]
+    assert rows[0] == ["sums"] and rows[1][:3] == ["split", "examples", "measured"]
+    train = statistics["train"]
+    tokens, labelled = f"{train['tokens']:,}", f"{train['labelled_tokens']:,}"
+    assert rows[2][:5] == ["train", "88", "88", tokens, labelled]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "--method", "full", "--rank", "4"], "--rank: method='full' has no adapter"),
+        (["train", "--method", "full", "--target-modules", "x"], "--target-modules: method='full'"),
+        (["train", "--method", "full-attention", "--dropout", "0.1"], "--dropout: method='full-attention'"),
+        (["train", "--method", "full", "--dtype", "bfloat16"], "dtype='bfloat16': must be 'float32'"),
+        (["train", "--optimizer", "sgd"], "optimizer='sgd': must be one of 'adamw', 'lora-plus'"),
+        (["train", "--attn", "fast"], "attn='fast': must be one of"),
+        (["train", "--source", "web"], "source='web': must be one of 'offline', 'hub'"),
+        (["train", "--preset", "mine"], "preset 'mine' does not exist"),
+        (["compare", "--peer", "golden"], "peers=('golden',): must be of 'lora-plus'"),
+        (["compare", "--peer", "lora-plus", "--method", "full"], "optimizer='lora-plus': must be 'adamw'"),
+        (["tokens", "--task", "poetry"], "poetry"),
         (["train", "--lr", "0"], "lr=0.0: must be a number above 0"),
         (["train", "--device", "gpu"], "device='gpu': must be 'auto'"),
         (["train", "--device", "cuda:99"], "device='cuda:99': this torch sees"),
@@ -151,7 +194,7 @@ def test_compare_writes_the_report(invoke, quick, tmp_path):
         (["train", "--search", "golden"], "search='golden'"),
         (["train", "--resume", "--overwrite"], "give one of them"),
         (["compare", "--seeds", "none"], "seeds='none'"),
-        (["compare", "--search", "golden"], "searches=('golden',)"),
+        (["compare", "--search", "golden"], "search='golden'"),
         (["report", "no-such-run.jsonl"], "no such run log: no-such-run.jsonl"),
         (["train", "--data", "no-such-file.jsonl"], "no-such-file.jsonl"),
         (["train", "--task", "poetry"], "poetry"),

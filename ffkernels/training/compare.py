@@ -5,12 +5,14 @@ For every seed, with the same data order, adapter initialisation and learning ra
     adam-s0         N steps; its final test loss is L*
     linear-s0       Fast Forward with the paper's search until test loss ≤ L* + 1e-4, N steps at most
     parabolic-s0    the same with the bracketing search
+    authors-s0      the same with a peer, another Fast Forward loop (peers.py); for every peer asked for
+    lora-plus-s0    no Fast Forward but LoRA+, until the same test loss; where it is asked for
     adam-tuned-s0   no Fast Forward but a tuned learning rate, until the same test loss: the honest row,
                     because a tuned learning rate is what a user would try first
 
-All runs share one process, after a throwaway run through every code path, so that first-use costs fall on
-none of them. The tuned learning rate is an option, the outcome of a sweep, or a number measured once per
-model and task.
+All runs share one process, after a throwaway run through every code path of ours, so that first-use costs
+fall on none of them. The tuned learning rate is an option, the outcome of a sweep, or a number measured once
+per model and task.
 """
 
 from __future__ import annotations
@@ -20,22 +22,31 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.search import SEARCHES
-from ffkernels.training.config import TrainConfig
+from ffkernels.training.config import ADAPTERS, TrainConfig
+from ffkernels.training.peers import load_peer, peer_names
+from ffkernels.training.session import Attach
 from ffkernels.training.trainer import RunResult, train
 
-__all__ = ["SWEEP", "TUNED_LR", "Comparison", "compare"]
+__all__ = ["LORA_PLUS", "SWEEP", "TUNED_LR", "Comparison", "compare"]
 
-# Adam's best constant learning rate for rank-8 adapters, measured with --sweep. Others: give --tuned-lr or
-# --sweep.
-TUNED_LR = {("tiny", "instruction"): 1e-2}
+# The peer that is an optimizer and no Fast Forward.
+LORA_PLUS = "lora-plus"
+
+# Adam's best constant learning rate for rank-8 adapters by (model, task), each measured with --sweep. Others:
+# give --tuned-lr or --sweep.
+TUNED_LR = {
+    ("tiny", "instruction"): 1e-2,
+}
 FALLBACK_TUNED_LR = 3e-3
-SWEEP = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)
+# The likely ones first: the least number of steps found bounds the length of all later runs.
+SWEEP = (1e-2, 5e-3, 2e-2, 3e-3, 2e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class Comparison:
         base: the Adam run; ``name``, ``fast_forward`` and ``target_loss`` are the comparison's to set.
         seeds: one round of runs for each.
         searches: which searches Fast Forward runs with.
+        peers: other loops beside ours: names of ``peers.py`` ("authors", "peft-prototype"), and "lora-plus".
         fast_forward: interval, max_tau and so on; its ``search`` is replaced.
         tuned_lr: the learning rate of the tuned row; None takes the sweep's or the table's.
         sweep: find the tuned learning rate first: the one that reaches the target in the fewest steps,
@@ -55,11 +67,13 @@ class Comparison:
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
+        RuntimeError: when a peer is asked for and the package stands without its repository.
     """
 
     base: TrainConfig
     seeds: Sequence[int] = (0,)
     searches: Sequence[str] = ("linear", "parabolic")
+    peers: Sequence[str] = ()
     fast_forward: FastForwardConfig = field(default_factory=FastForwardConfig)
     tuned_lr: float | None = None
     sweep: bool = False
@@ -76,6 +90,7 @@ class Comparison:
             raise ValueError(
                 f"searches={self.searches!r}: must be of {', '.join(map(repr, SEARCHES))}, one or more"
             )
+        self._check_peers()
         if self.tuned_lr is not None and not 0 < self.tuned_lr < math.inf:
             raise ValueError(f"tuned_lr={self.tuned_lr!r}: must be a number above 0 or None")
         if self.tuned_lr is not None and self.sweep:
@@ -88,6 +103,20 @@ class Comparison:
             raise ValueError(f"check_every={self.check_every!r}: must be an integer of at least 1")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance={self.tolerance!r}: must be a number of at least 0")
+
+    def _check_peers(self) -> None:
+        if isinstance(self.peers, str) or len(set(self.peers)) < len(self.peers):
+            raise ValueError(f"peers={self.peers!r}: must be a list of names, each at most once")
+        known = (LORA_PLUS, *peer_names())
+        for name in self.peers:
+            if name == LORA_PLUS:
+                if self.base.optimizer == LORA_PLUS:
+                    raise ValueError(f"peers={self.peers!r}: the base run is {LORA_PLUS!r} itself")
+                dataclasses.replace(self.base, optimizer=LORA_PLUS)  # or the reason why it cannot be
+            elif name in known or len(known) == 1:  # without the repository there are none: load_peer says so
+                load_peer(name)
+            else:
+                raise ValueError(f"peers={self.peers!r}: must be of {', '.join(map(repr, known))}")
 
     def adam(self, seed: int) -> TrainConfig:
         return dataclasses.replace(
@@ -130,10 +159,10 @@ def compare(
     """
     base = comparison.base
 
-    def run(config: TrainConfig) -> RunResult:
+    def run(config: TrainConfig, attach: Attach | None = None) -> RunResult:
         if on_run is not None:
             on_run(config)
-        return _uninterrupted(config, on_event)
+        return _uninterrupted(config, on_event, attach)
 
     if base.threads is not None:
         torch.set_num_threads(base.threads)
@@ -151,12 +180,19 @@ def compare(
         for search in comparison.searches:
             ff = dataclasses.replace(comparison.fast_forward, search=search)
             results.append(run(comparison.until(adam, seed, search, fast_forward=ff)))
+        for name in comparison.peers:
+            if name == LORA_PLUS:
+                results.append(run(comparison.until(adam, seed, name, optimizer=LORA_PLUS)))
+            else:
+                attach = partial(load_peer(name), interval=comparison.fast_forward.interval)
+                results.append(run(comparison.until(adam, seed, name), attach))
         if tuned_lr is None:
             tuned_lr, source = sweep(comparison, adam, seed, run), "sweep"
         results.append(run(comparison.until(adam, seed, "adam-tuned", lr=tuned_lr)))
     protocol = {
         "seeds": list(comparison.seeds),
         "searches": list(comparison.searches),
+        "peers": list(comparison.peers),
         "tuned_lr": tuned_lr,
         "tuned_lr_source": source,
         "tolerance": comparison.tolerance,
@@ -209,15 +245,18 @@ def _tuned_lr(comparison: Comparison) -> tuple[float | None, str]:
     if comparison.sweep:
         return None, "sweep"
     base = comparison.base
-    known = TUNED_LR.get((base.model, base.task)) if base.data is None else None
+    if base.method not in ADAPTERS:
+        return None, "sweep"  # nothing is known of whole models, whose best rates lie far apart
+    ours = base.data is None and base.source == "offline"
+    known = TUNED_LR.get((base.model, base.task)) if ours else None
     if known is not None:
         return known, "table"
     return FALLBACK_TUNED_LR, "a usual value, not measured for this model and task"
 
 
-def _uninterrupted(config: TrainConfig, on_event: OnEvent | None) -> RunResult:
+def _uninterrupted(config: TrainConfig, on_event: OnEvent | None, attach: Attach | None = None) -> RunResult:
     try:
-        result = train(config, on_event=on_event, save=False)
+        result = train(config, on_event=on_event, save=False, attach=attach)
     except KeyboardInterrupt:  # before or after its loop, or the second Ctrl-C
         raise Interrupted(config.name) from None
     if result.ctrl_c:

@@ -6,24 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from ffkernels.training.config import TrainConfig
+from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.trainer import NOT_FINITE
 
 if TYPE_CHECKING:
     from ffkernels.training.trainer import RunResult
 
-__all__ = ["ProgressBars", "how_it_ended"]
+__all__ = ["ProgressBars", "how_it_ended", "token_line", "token_table"]
 
 
 class ProgressBars:
     """A context manager with one bar per run, fed by the trainer's events.
 
     ``start(config)`` begins a run; ``event(event)`` is an ``on_event``. With ``quiet`` both do nothing.
+    With ``tokens`` a run's data are told in a line at its start.
     """
 
-    def __init__(self, console: Console, quiet: bool = False) -> None:
-        self.console, self.quiet = console, quiet
+    def __init__(self, console: Console, quiet: bool = False, tokens: bool = False) -> None:
+        self.console, self.quiet, self.tokens = console, quiet, tokens
         self._live = not quiet and console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description:18}"),
@@ -56,6 +58,8 @@ class ProgressBars:
         kind = event["event"]
         if kind == "run":
             self._steps = event["config"]["steps"]
+            if self.tokens and not self.quiet:
+                self.console.print(f"{self._name}: {token_line(event['tokens'])}", highlight=False)
             self._progress.update(self._task, total=self._steps)
         elif kind == "test":
             self._test = f"test loss {event['loss']:.4f}"
@@ -77,7 +81,34 @@ class ProgressBars:
                 )
 
 
-def how_it_ended(result: RunResult) -> list[str]:
+def token_line(statistics: dict[str, dict[str, Any]]) -> str:
+    """What a run trains on, in a line; ``statistics`` as ``Task.statistics`` gives them."""
+    train = statistics["train"]
+    measured = "" if train["measured"] == train["examples"] else f"the first {train['measured']:,} have "
+    length = train["length"]
+    return (
+        f"{train['examples']:,} training examples; {measured}{train['tokens']:,} tokens, of which the loss "
+        f"counts {train['labelled_tokens']:,}; length {length['median']} in the median, {length['max']} at "
+        f"most; {100 * train['share_cut']:.0f} % cut"
+    )
+
+
+def token_table(name: str, statistics: dict[str, dict[str, Any]]) -> Table:
+    """The same for every split, as a table."""
+    table = Table(title=name, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    lengths = ("min", "median", "p95", "max")
+    for heading in ("split", "examples", "measured", "tokens", "labelled", "cut", *lengths):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for split, numbers in statistics.items():
+        counts = (numbers[key] for key in ("examples", "measured", "tokens", "labelled_tokens"))
+        cut = f"{100 * numbers['share_cut']:.1f} %"
+        table.add_row(
+            split, *(f"{n:,}" for n in counts), cut, *(str(numbers["length"][key]) for key in lengths)
+        )
+    return table
+
+
+def how_it_ended(result: RunResult, method: str = "lora") -> list[str]:
     """A finished run in lines: why it ended, what it cost, where its files are."""
     lines = [
         f"{result.stopped_because} after {result.optimizer_steps} steps: test loss {result.test_loss:.4f}, "
@@ -89,7 +120,8 @@ def how_it_ended(result: RunResult) -> list[str]:
         )
         lines.append("Try a lower learning rate.")
     else:
-        lines.append(
-            f"The adapter is in {result.folder} (PeftModel.from_pretrained), the log in {result.log}."
-        )
+        saved, loaded = ("adapter", "PeftModel.from_pretrained")
+        if method not in ADAPTERS:
+            saved, loaded = ("model", f"--model {result.folder}, or from_pretrained")
+        lines.append(f"The {saved} is in {result.folder} ({loaded}), the log in {result.log}.")
     return [*lines, "Go on with the same command and --resume."] if result.interrupted else lines

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from ffkernels.engine.config import FastForwardConfig
+from ffkernels.reporting.recorder import read_run
+from ffkernels.reporting.report import build_report
 from ffkernels.training import compare as module
 from ffkernels.training.compare import Comparison, Interrupted, compare
 from ffkernels.training.config import TrainConfig
@@ -62,12 +64,68 @@ def test_the_sweep_takes_the_rate_that_gets_there_first(comparison, monkeypatch)
     assert results[-1].optimizer_steps < 24
 
 
+def test_the_sweep_runs_no_longer_than_its_best_so_far(comparison, monkeypatch):
+    assert set(module.SWEEP) >= {1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2}
+    assert module.SWEEP[0] == 1e-2 and list(module.SWEEP)[-4:] == sorted(module.SWEEP)[:4][::-1]
+    monkeypatch.setattr(module, "SWEEP", (3e-3, 1e-4, 1e-5))
+    adam, told = module.train(comparison.adam(0), save=False), []
+
+    def run(config):
+        told.append(config)
+        return module.train(config, save=False)
+
+    assert module.sweep(comparison, adam, 0, run) == 3e-3
+    assert told[0].steps == 24 and told[1].steps == told[2].steps < 24
+
+
+def test_peers_run_until_the_same_loss_and_are_judged(comparison, tmp_path):
+    told = []
+    comparison = replace(comparison, searches=("linear",), peers=("authors", "lora-plus"))
+    results, protocol = compare(comparison, on_run=told.append)
+    names = ["adam-s0", "linear-s0", "authors-s0", "lora-plus-s0", "adam-tuned-s0"]
+    assert [r.name for r in results] == names and protocol["peers"] == ["authors", "lora-plus"]
+    authors, plus = told[2], told[3]
+    assert authors.fast_forward is None and plus.fast_forward is None
+    assert (authors.optimizer, plus.optimizer) == ("adamw", "lora-plus")
+    assert authors.lr == plus.lr == 3e-4
+    assert authors.target_loss == plus.target_loss == results[0].test_loss + 1e-4
+    assert [stage.optimizer_step % 4 for stage in results[2].stages] == [0] * len(results[2].stages)
+    assert results[2].stages[0].executor == "authors" and not results[3].stages
+
+    report = build_report([read_run(str(r.log)) for r in results], tmp_path / "report", config=protocol)
+    assert [run["name"] for run in report.data["runs"]] == names
+    savings = {entry["name"]: entry for entry in report.data["savings"]}
+    assert set(savings) == set(names[1:])
+    for result in results[1:]:
+        assert (savings[result.name]["flops_measured"] is not None) == result.reached_target
+    assert savings["lora-plus-s0"]["flops_measured"] > 0
+
+
+def test_a_peer_has_to_be_one(comparison, monkeypatch):
+    with pytest.raises(ValueError, match=r"peers=\('golden',\): must be of 'lora-plus', 'authors'"):
+        replace(comparison, peers=("golden",))
+    with pytest.raises(ValueError, match="each at most once"):
+        replace(comparison, peers=("authors", "authors"))
+    with pytest.raises(ValueError, match="the base run is 'lora-plus' itself"):
+        replace(comparison, peers=("lora-plus",), base=replace(comparison.base, optimizer="lora-plus"))
+    with pytest.raises(ValueError, match="optimizer='lora-plus': must be 'adamw' with method='full'"):
+        replace(comparison, peers=("lora-plus",), base=replace(comparison.base, method="full"))
+    monkeypatch.setattr(module, "peer_names", lambda: [])
+    monkeypatch.setattr("ffkernels.training.peers.peer_names", lambda: [])
+    with pytest.raises(RuntimeError, match="clone the repository"):
+        replace(comparison, peers=("authors",))
+
+
 def test_where_the_tuned_rate_comes_from(comparison):
     base = replace(comparison.base, model="tiny", data=None)
     table = replace(comparison, tuned_lr=None, base=base)
     assert module._tuned_lr(table) == (module.TUNED_LR["tiny", "instruction"], "table")
     lr, source = module._tuned_lr(replace(comparison, tuned_lr=None))
     assert lr > 0 and "not measured" in source
+    hub = replace(table, base=replace(base, source="hub"))
+    assert "not measured" in module._tuned_lr(hub)[1]
+    full = replace(table, base=replace(base, method="full"))
+    assert module._tuned_lr(full) == (None, "sweep")
 
 
 def test_interrupted(comparison):

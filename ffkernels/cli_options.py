@@ -1,0 +1,177 @@
+"""The options of ``train``, ``compare`` and ``tokens``, and the settings that a command line comes to.
+
+    @app.command()
+    def tokens(ctx: typer.Context, model: Model = "tiny", preset: Preset = None) -> None:
+        config = training(ctx)
+
+A command names its options; ``training`` and ``stages`` read their values from the context, where it also
+stands which of them were given: a preset replaces the others. Only typer is imported here, so that ``--help``
+is quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ffkernels.engine.config import FastForwardConfig
+    from ffkernels.training.config import TrainConfig
+
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Named settings, such as the paper's; options that are given as well win over them."),
+]
+Model = Annotated[
+    str, typer.Option(help="'tiny' (embedded), 'smollm2-135m', a folder, or a Hugging Face hub id.")
+]
+Attn = Annotated[
+    str | None,
+    typer.Option(help="Attention: sdpa, eager or flash_attention_2 [default: transformers' choice]."),
+]
+TaskName = Annotated[str, typer.Option(help="Data set: instruction, medical or chat.")]
+Source = Annotated[
+    str,
+    typer.Option(help="Where a task's data come from: offline (embedded, or a PyPI package) or hub."),
+]
+ChatLoss = Annotated[
+    str, typer.Option(help="What counts of the chat task: all tokens, or what the assistant says.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="JSONL file with text, prompt/response or messages lines, instead of --task."),
+]
+Method = Annotated[
+    str,
+    typer.Option(help="What trains: a lora or dora adapter; full: every weight; full-attention: its own."),
+]
+Rank = Annotated[int, typer.Option(help="Rank of the adapter.")]
+Alpha = Annotated[float, typer.Option(help="Scale of the adapter; it acts times alpha/rank.")]
+Dropout = Annotated[float, typer.Option(help="Dropout on the adapter's input.")]
+TargetModules = Annotated[
+    str | None,
+    typer.Option(help="Modules that train, comma-separated [default: attention projections]."),
+]
+Lr = Annotated[float, typer.Option(help="Learning rate after warm-up.")]
+Optimizer = Annotated[
+    str, typer.Option(help="adamw, or lora-plus: a higher learning rate for the adapters' B matrices.")
+]
+LoraPlusRatio = Annotated[float, typer.Option(help="How many times as high LoRA+ sets it.")]
+Schedule = Annotated[
+    str, typer.Option(help="Learning rate over the steps: constant, linear or cosine (to 0).")
+]
+WarmupSteps = Annotated[int, typer.Option(help="Optimizer steps over which the learning rate rises.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per optimizer step.")]
+MicroBatchSize = Annotated[
+    int | None, typer.Option(help="Examples per forward and backward pass [default: the whole batch].")
+]
+Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the training data, instead of --steps.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens per example at most.")]
+EvalTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Padded tokens per forward of validation and test losses at most; changes memory and time, not "
+        "the losses [default: 2048 on a CPU, 16384 elsewhere]."
+    ),
+]
+TestExamples = Annotated[
+    int, typer.Option(help="Held-out examples for the test loss, which is charged to nobody.")
+]
+ValidationExamples = Annotated[int, typer.Option(help="Held-out examples Fast Forward searches with.")]
+Interval = Annotated[int, typer.Option(help="Optimizer steps from one Fast Forward stage to the next.")]
+StageWarmup = Annotated[int, typer.Option(help="Optimizer steps before the first interval begins.")]
+MaxTau = Annotated[int, typer.Option(help="Fast Forward steps per stage at most.")]
+Patience = Annotated[
+    int,
+    typer.Option(help="Switch Fast Forward off after so many stages in a row without a step; 0 never does."),
+]
+Impl = Annotated[str, typer.Option(help="What moves the weights: auto, torch, cpp, triton or cuda.")]
+Seed = Annotated[int, typer.Option(help="Of data split and order, adapter and dropout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Dtype = Annotated[
+    str, typer.Option(help="Of the frozen base model: float32, bfloat16 or float16; what trains is float32.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads [default: torch's choice].")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+# compare's --search: it runs each of them.
+BOTH = "both"
+
+# Fields whose options are called otherwise.
+OPTION = {"targets": "target_modules", "warmup": "stage_warmup"}
+
+
+def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
+    """The training run that the command's options describe, without Fast Forward.
+
+    A preset's values replace those of the options that were not given. ``fixed`` fields are the command's.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed; or an option that cannot be meant.
+    """
+    from dataclasses import fields
+
+    from ffkernels.training.config import TrainConfig
+
+    names = [field.name for field in fields(TrainConfig) if field.name != "fast_forward"]
+    values = {n: ctx.params[OPTION.get(n, n)] for n in names if OPTION.get(n, n) in ctx.params}
+    for name in ("out", "data"):
+        if values.get(name) is not None:
+            values[name] = str(values[name])
+    if values.get("targets") is not None:
+        values["targets"] = tuple(part.strip() for part in values["targets"].split(","))
+    if ctx.params.get("preset") is not None:
+        values |= {n: value for n, value in preset_values(ctx).items() if n in names}
+    config = TrainConfig(**{**values, **fixed})
+    _refuse_meaningless(ctx, config.method)
+    return config
+
+
+def stages(ctx: typer.Context) -> FastForwardConfig:
+    """When and how to Fast Forward, from the command's options and the preset's values for the others."""
+    from ffkernels.engine.config import FastForwardConfig
+
+    options = ctx.params
+    values = {
+        "interval": options["interval"],
+        "warmup": options["stage_warmup"],
+        "search": options["search"] if options["search"] != BOTH else "parabolic",
+        "max_tau": options["max_tau"],
+        "patience": options["patience"] or None,
+        "impl": options["impl"],
+    }
+    if options.get("preset") is not None:
+        of_preset = preset_values(ctx).get("fast_forward")
+        for name in values if of_preset is not None else ():
+            if not _given(ctx, name):
+                values[name] = getattr(of_preset, name)
+    return FastForwardConfig(**values)
+
+
+def _given(ctx: typer.Context, *fields: str) -> list[str]:
+    """Of these settings, the options that stand on the command line."""
+    options = [OPTION.get(field, field) for field in fields]
+    return [o for o in options if o in ctx.params and ctx.get_parameter_source(o).name == "COMMANDLINE"]
+
+
+def preset_values(ctx: typer.Context) -> dict[str, Any]:
+    """The preset's values, but for those that the command line gives itself."""
+    from ffkernels.training.presets import preset
+
+    values = {name: value for name, value in preset(ctx.params["preset"]).items() if not _given(ctx, name)}
+    if _given(ctx, "steps"):
+        values.pop("epochs", None)  # they would replace the steps that were asked for
+    if _given(ctx, "data"):
+        values.pop("task", None)
+    return values
+
+
+def _refuse_meaningless(ctx: typer.Context, method: str) -> None:
+    """Raise ValueError for options of an adapter where none trains."""
+    unread = {"full": ("rank", "alpha", "dropout", "targets"), "full-attention": ("rank", "alpha", "dropout")}
+    if wrong := _given(ctx, *unread.get(method, ())):
+        option = f"--{wrong[0].replace('_', '-')}"
+        raise ValueError(f"{option}: method={method!r} has no adapter that it could be for; leave it out")
