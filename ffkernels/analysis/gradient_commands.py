@@ -13,7 +13,7 @@ from ffkernels.analysis.show import finish, working
 __all__ = ["COMMANDS"]
 
 
-@shared_options(steps=60, omit=("test_examples",))
+@shared_options(steps=60)
 def gradients(
     flags: dict[str, Any],
     batches: Annotated[
@@ -37,7 +37,7 @@ def gradients(
     finish("gradients", data, draw, flags, header=header, rows=rows, seen=what_was_seen(data))
 
 
-@shared_options(steps=60, omit=("test_examples",))
+@shared_options(steps=60)
 def similarity(
     flags: dict[str, Any],
     window: Annotated[

@@ -179,7 +179,7 @@ def what_was_seen(data: dict[str, Any]) -> list[str]:
             f"The cosine of −gradient and last update goes from {before:.2f} before a stage to {after:.2f} "
             "after it (medians)."
         )
-    return [sentence.replace("-0.", "−0.") for sentence in sentences]
+    return [sentence.replace(" -", " −") for sentence in sentences]
 
 
 def draw(figure: Figure, data: dict[str, Any]) -> None:

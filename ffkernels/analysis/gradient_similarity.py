@@ -169,7 +169,7 @@ def what_was_seen(data: dict[str, Any]) -> list[str]:
         f"Kept for that: {data['window']} gradients and as many updates of {data['trainable']:,} numbers, "
         f"{data['bytes_kept'] / 1e6:.1f} MB at a time."
     )
-    return [sentence.replace(" -0.", " −0.") for sentence in sentences]
+    return [sentence.replace(" -", " −") for sentence in sentences]
 
 
 def draw(figure: Figure, data: dict[str, Any]) -> None:

@@ -226,7 +226,7 @@ def what_was_seen(data: dict[str, Any]) -> list[str]:
         f"The lowest loss on the grid is {lowest:.3f}; W_SGD has {sgd['loss']:.3f} and W_FF {ff['loss']:.3f} "
         f"on the same {data['examples']} test examples."
     )
-    return [sentence.replace(" -0.", " −0.") for sentence in sentences]
+    return [sentence.replace(" -", " −") for sentence in sentences]
 
 
 def draw(figure: Figure, data: dict[str, Any]) -> None:
