@@ -114,7 +114,10 @@ class Comparison:
                     raise ValueError(f"peers={self.peers!r}: the base run is {LORA_PLUS!r} itself")
                 dataclasses.replace(self.base, optimizer=LORA_PLUS)  # or the reason why it cannot be
             elif name in known or len(known) == 1:  # without the repository there are none: load_peer says so
-                load_peer(name)
+                try:
+                    load_peer(name)
+                except ImportError as error:  # of a package that the peer needs
+                    raise RuntimeError(str(error)) from error
             else:
                 raise ValueError(f"peers={self.peers!r}: must be of {', '.join(map(repr, known))}")
 

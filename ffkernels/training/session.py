@@ -78,6 +78,7 @@ class Session:
         tokenizer, task, collator: the data; ``collator(examples)`` makes one padded batch.
         trainable, names: the tensors that train and their names in ``model``, in the same order.
         optimizer: every group keeps its ratio to the base learning rate.
+        lr: the base learning rate of the last update.
         order: ``order(step)`` are the indices into ``task.train`` of that step's batch.
         meter: counts FLOPs where its caller tells it to; a session itself counts nothing.
         test: loss on the test examples, charged to nobody.
@@ -90,6 +91,7 @@ class Session:
             torch.set_num_threads(config.threads)
         self.config = config
         self.ff: Any = None
+        self.lr = config.lr
         self.device = choose_device(config.device)
         self.model, self.tokenizer = _model(config, self.device)
         self.model.train()
@@ -151,12 +153,13 @@ class Session:
         return loss
 
     def learning_rate(self, step: int) -> float:
-        """The base learning rate of optimizer step ``step``."""
+        """The base learning rate that the schedule gives optimizer step ``step`` (counted from 0)."""
         return self.config.learning_rate(step, self.steps)
 
     def update(self, step: int) -> None:
         """Optimizer step ``step`` (counted from 0) from the gradients that are there; then they are freed."""
-        lr = self.learning_rate(step)
+        # Fast Forward may have found a better rate by itself; it says by how much to multiply ours.
+        self.lr = lr = self.learning_rate(step) * getattr(self.ff, "lr_scale", 1.0)
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
             group["lr"] = lr * ratio
         if self.config.max_grad_norm is not None:

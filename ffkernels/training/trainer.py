@@ -209,7 +209,7 @@ def train(
                 "step",
                 optimizer_step=progress.optimizer_steps,
                 train_loss=train_loss,
-                lr=session.learning_rate(step),
+                lr=session.lr,
                 flops=meter.totals,
                 seconds=progress.clock(),
             )

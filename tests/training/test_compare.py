@@ -110,6 +110,14 @@ def test_a_peer_has_to_be_one(comparison, monkeypatch):
         replace(comparison, peers=("lora-plus",), base=replace(comparison.base, optimizer="lora-plus"))
     with pytest.raises(ValueError, match="optimizer='lora-plus': must be 'adamw' with method='full'"):
         replace(comparison, peers=("lora-plus",), base=replace(comparison.base, method="full"))
+    with monkeypatch.context() as patch:
+
+        def missing(name):
+            raise ImportError("the peer 'authors' needs the package so-and-so")
+
+        patch.setattr(module, "load_peer", missing)
+        with pytest.raises(RuntimeError, match="needs the package so-and-so"):
+            replace(comparison, peers=("authors",))
     monkeypatch.setattr(module, "peer_names", lambda: [])
     monkeypatch.setattr("ffkernels.training.peers.peer_names", lambda: [])
     with pytest.raises(RuntimeError, match="clone the repository"):

@@ -56,6 +56,23 @@ def test_a_session_driven_by_hand_is_the_run_of_train_to_the_bit(config, fast_fo
         assert not session.ff.active, "leaving the session detaches"
 
 
+def test_a_learning_rate_that_fast_forward_found_multiplies_the_schedule(config):
+    class Finder(Peer):
+        lr_scale = 1.0
+
+        def after(self, *_):
+            self.lr_scale = 8.0  # from the second step on
+
+    config = replace(config, optimizer="lora-plus", lora_plus_ratio=2, warmup_steps=2)
+    with open_session(config, attach=Finder) as session:
+        for step, lr in ((0, 0.5e-3), (1, 8e-3), (2, 8e-3)):
+            session.step(step)
+            assert session.lr == lr and session.learning_rate(step) == lr / (1 if step == 0 else 8)
+            assert [group["lr"] for group in session.optimizer.param_groups[2:]] == [2 * lr, 2 * lr]
+    log = read_run(str(train(config, attach=Finder).log))
+    assert [event["lr"] for event in log.steps] == [0.5e-3] + [8e-3] * 5
+
+
 def test_step_is_its_three_parts(config):
     with open_session(config) as parts, open_session(config) as whole:
         for step in range(3):
