@@ -1,0 +1,226 @@
+"""Is the model as good at a task after Fast Forward as after Adam? Multiple choice by log-likelihood. §5.2.
+
+The model answers with the choice it finds likeliest: by the sum of its tokens' log-probabilities, or by
+their mean, which does not favour short choices. Asked are the model before training, after Adam, and after
+Fast Forward has reached Adam's test loss.
+
+    95 % interval of an accuracy      Wilson's score interval
+    Adam against Fast Forward         on the same questions: McNemar's exact test over those that one of them
+                                      alone answers rightly
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ffkernels.analysis.likelihood import choice_scores
+from ffkernels.analysis.multiple_choice import Question, from_examples, load_benchmark
+from ffkernels.analysis.race import Watch, outcome, race
+from ffkernels.engine.config import FastForwardConfig
+from ffkernels.reporting.plots import LEGEND, STYLES, clean_axes
+from ffkernels.training.config import TrainConfig
+from ffkernels.training.session import Session
+from ffkernels.training.trainer import RunResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["SCORES", "accuracy", "answered", "draw", "mcnemar", "wilson"]
+
+SCORES = ("sum", "mean")
+MODELS = ("before", "adam", "ff")
+# The 97.5 % quantile of the normal distribution.
+Z95 = 1.959963984540054
+# Tokens per question at most where a benchmark is read and the model itself would take more.
+LONGEST = 1024
+
+
+def accuracy(
+    config: TrainConfig,
+    *,
+    benchmark: str | None = None,
+    questions: int = 200,
+    choices: int = 4,
+    opening: float = 0.5,
+    max_question_length: int | None = None,
+    check_every: int = 3,
+    tolerance: float = 1e-4,
+    batch_size: int = 64,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Accuracy on multiple choice before training, after Adam and after Fast Forward (the paper's §5.2).
+
+    Args:
+        config: the Adam run; its ``fast_forward`` is when and how the stages search.
+        benchmark: a JSONL file, ``"pubmedqa"``, or None for questions made from the task's test examples;
+            see ``multiple_choice``.
+        questions: how many at most.
+        choices, opening: of questions made from test examples; see ``multiple_choice.from_examples``.
+        max_question_length: tokens of a prompt and a choice together, where a benchmark is given; None takes
+            what the model can, at most 1,024.
+        check_every: optimizer steps between test losses of the Fast Forward run.
+        batch_size: sequences per forward at most when scoring.
+
+    Returns:
+        ``questions`` (how many), ``choices`` (least, most), ``chance``; ``models``, of "before", "adam" and
+        "ff": ``optimizer_steps``, ``test_loss``, and under "sum" and "mean" what ``wilson`` gives;
+        ``paired``, under "sum" and "mean" what ``mcnemar`` gives; ``adam`` and ``ff`` (see ``race.outcome``).
+
+    Raises:
+        ValueError, RuntimeError: when the benchmark cannot be read; the message names the line.
+    """
+    if isinstance(questions, bool) or not isinstance(questions, int) or questions < 1:
+        raise ValueError(f"questions={questions!r}: must be an integer of at least 1")
+    asked: list[Question] = []
+    answers: dict[str, dict[str, list[bool]]] = {}
+    current: list[Session] = []
+
+    def ask(name: str) -> None:
+        session = current[-1]
+        pad = session.tokenizer.pad_token_id
+        scores = choice_scores(session.model, asked, pad_token_id=pad, batch_size=batch_size)
+        answers[name] = answered(asked, scores)
+
+    def begin(session: Session) -> None:
+        current[:] = [session]  # of two models only one is kept
+        if not asked:
+            asked.extend(_ask_what(session, benchmark, questions, choices, opening, max_question_length))
+            ask("before")
+
+    def end(name: str, result: RunResult) -> None:
+        ask(name)
+
+    ff = config.fast_forward or FastForwardConfig()
+    adam, results = race(
+        config,
+        {"ff": ff},
+        check_every=check_every,
+        tolerance=tolerance,
+        watch=watch,
+        on_session=begin,
+        on_end=end,
+    )
+    trained = {"adam": outcome(adam), "ff": outcome(results["ff"], adam)}
+    counts = [len(question.choices) for question in asked]
+    return {
+        "benchmark": str(benchmark) if benchmark else f"{config.data or config.task}, held-out examples",
+        "questions": len(asked),
+        "choices": [min(counts), max(counts)],
+        "chance": sum(1 / count for count in counts) / len(counts),
+        "stages": ff.to_dict(),
+        "models": [
+            {
+                "name": name,
+                "optimizer_steps": trained[name]["optimizer_steps"] if name in trained else 0,
+                "test_loss": trained[name]["test_loss"] if name in trained else None,
+                **{score: wilson(sum(answers[name][score]), len(asked)) for score in SCORES},
+            }
+            for name in MODELS
+        ],
+        "paired": {score: mcnemar(answers["adam"][score], answers["ff"][score]) for score in SCORES},
+        **trained,
+    }
+
+
+def _ask_what(
+    session: Session,
+    benchmark: str | None,
+    questions: int,
+    choices: int,
+    opening: float,
+    longest: int | None,
+) -> list[Question]:
+    seed = session.config.seed
+    if benchmark is None:
+        return from_examples(session.task.test, choices=choices, opening=opening, limit=questions, seed=seed)
+    limit = getattr(session.model.config, "max_position_embeddings", None) or LONGEST
+    length = longest or min(LONGEST, limit)
+    if length > limit:
+        raise ValueError(f"max_question_length={length}: this model takes {limit} tokens at most")
+    return load_benchmark(benchmark, session.tokenizer, max_length=length, limit=questions, seed=seed)
+
+
+def answered(questions: Sequence[Question], scores: Sequence[Sequence[float]]) -> dict[str, list[bool]]:
+    """Which questions are answered rightly, by the summed and by the mean log-likelihood per token."""
+    right: dict[str, list[bool]] = {"sum": [], "mean": []}
+    for question, sums in zip(questions, scores, strict=True):
+        means = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
+        for name, values in (("sum", sums), ("mean", means)):
+            right[name].append(max(range(len(values)), key=values.__getitem__) == question.answer)
+    return right
+
+
+def wilson(correct: int, n: int) -> dict[str, float]:
+    """``correct`` of ``n`` as an accuracy with Wilson's 95 % score interval (1927)."""
+    if not 0 <= correct <= n or n < 1:
+        raise ValueError(
+            f"correct={correct!r} of n={n!r}: must be counts, correct at most n and n at least 1"
+        )
+    share, z2 = correct / n, Z95 * Z95
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    # At 0 and n of n the ends are 0 and 1; rounding would leave them beyond by an ulp.
+    low = 0.0 if correct == 0 else centre - half
+    high = 1.0 if correct == n else centre + half
+    return {"correct": correct, "accuracy": share, "low": low, "high": high}
+
+
+def mcnemar(adam: Sequence[bool], ff: Sequence[bool]) -> dict[str, float]:
+    """The two trainings on the same questions; ``p`` of McNemar's exact two-sided test (1947).
+
+    Under equal accuracy, who is right where only one is, is a fair coin; ``p`` is how often it would be at
+    least as one-sided.
+    """
+    adam_only = sum(a and not f for a, f in zip(adam, ff, strict=True))
+    ff_only = sum(f and not a for a, f in zip(adam, ff, strict=True))
+    both = sum(a and f for a, f in zip(adam, ff, strict=True))
+    n = adam_only + ff_only
+    tail = sum(math.comb(n, k) for k in range(min(adam_only, ff_only) + 1))
+    return {
+        "adam_only": adam_only,
+        "ff_only": ff_only,
+        "both": both,
+        "neither": len(adam) - n - both,
+        "p": min(1.0, 2 * tail / 2**n),
+    }
+
+
+def draw(figure: Figure, data: dict[str, Any]) -> None:
+    """Accuracies with their 95 % intervals, and chance."""
+    figure.set_size_inches(6.4, 4.0)
+    axes = figure.add_subplot()
+    clean_axes(axes)
+    titles = {"before": "before training", "adam": "after Adam", "ff": "after Fast Forward"}
+    scores = {"sum": ("summed log-likelihood", "parabolic"), "mean": ("mean per token", "linear")}
+    for shift, (score, (label, kind)) in zip((-0.1, 0.1), scores.items(), strict=True):
+        found = [model[score] for model in data["models"]]
+        below = [100 * (one["accuracy"] - one["low"]) for one in found]
+        above = [100 * (one["high"] - one["accuracy"]) for one in found]
+        axes.errorbar(
+            [x + shift for x in range(len(found))],
+            [100 * one["accuracy"] for one in found],
+            yerr=[below, above],
+            fmt=STYLES[kind]["marker"],
+            color=STYLES[kind]["color"],
+            markersize=7,
+            capsize=4,
+            label=label,
+        )
+    chance = 100 * data["chance"]
+    axes.axhline(chance, color=STYLES["adam"]["color"], linewidth=1, linestyle=":")
+    axes.annotate(
+        "chance",
+        (1, chance),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        xytext=(0, 4),
+        textcoords="offset points",
+        fontsize=9,
+    )
+    axes.set_xticks(range(len(data["models"])), labels=[titles[model["name"]] for model in data["models"]])
+    axes.set_xlim(-0.5, len(data["models"]) - 0.5)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel(f"accuracy (%), {data['questions']} questions, 95 % intervals")
+    axes.legend(loc="upper left", **LEGEND)

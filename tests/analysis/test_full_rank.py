@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from matplotlib.figure import Figure
+
+from ffkernels.analysis.full_rank import VARIANTS, draw, full_rank
+from ffkernels.engine.config import FastForwardConfig
+from ffkernels.training.config import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def config(small):
+    return TrainConfig(**{**small, "steps": 12, "lr": 3e-4}, fast_forward=FastForwardConfig(interval=3))
+
+
+@pytest.fixture(scope="module")
+def data(config):
+    return full_rank(config, full_lr=2e-4)
+
+
+def test_what_trains_in_each_variant(data):
+    assert [run["variant"] for run in data["runs"]] == list(VARIANTS)
+    assert [run["name"] for run in data["runs"]] == ["lora r=4", "lora r=32", "full-attention", "full"]
+    assert [run["lr"] for run in data["runs"]] == [3e-4, 3e-4, 2e-4, 2e-4]
+    low, high, attention, full = (run["trainable"] for run in data["runs"])
+    assert (low, high) == (2 * 192 * 4, 2 * 192 * 32)
+    # query_key_value 32 → 96 and dense 32 → 32 of two layers; with or without their biases.
+    weights, biases = 2 * (32 * 96 + 32 * 32), 2 * (96 + 32)
+    assert attention in (weights, weights + biases)
+    # The embedding and the head, both 258 × 32, and the MLPs on top.
+    assert full > attention + 2 * 258 * 32 + 2 * 2 * 32 * 64
+
+
+def test_what_the_stages_took_is_counted(data):
+    for run in data["runs"]:
+        taus = [stage["tau"] for stage in run["ff"]["stages"]]
+        assert run["ff_steps"] == sum(taus) and run["stages_without_a_step"] == taus.count(0)
+        assert taus and run["ff"]["optimizer_steps"] <= 12
+        steps = [stage["optimizer_step"] for stage in run["ff"]["stages"]]
+        assert steps == list(range(3, 3 * len(taus) + 1, 3))
+
+
+def test_the_picture(data):
+    missed = [*data["runs"][:3], {**data["runs"][3], "ff": {**data["runs"][3]["ff"], "saved": None}}]
+    figure = Figure()
+    draw(figure, {**data, "runs": missed})
+    taus, saved = figure.axes
+    for line, run in zip(taus.lines, data["runs"], strict=True):
+        assert line.get_label() == run["name"]
+        assert list(line.get_ydata()) == [stage["tau"] for stage in run["ff"]["stages"]]
+    measured = [100 * run["ff"]["saved"]["measured"] for run in data["runs"][:3]]
+    assert [bar.get_height() for bar in saved.patches[:4]] == [*measured, 0]
+    assert [text.get_text() for text in saved.texts].count("–") == 2
+
+
+def test_full_rank_alone_knows_the_models_width(config):
+    (run,) = full_rank(replace(config, steps=2), variants=("full-rank",))["runs"]
+    assert run["name"] == "lora r=32" and run["trainable"] == 2 * 192 * 32
+
+
+def test_what_is_refused(config):
+    with pytest.raises(ValueError, match="variants=.*must be of 'low-rank'"):
+        full_rank(config, variants=("half",))
+    with pytest.raises(ValueError, match="method='full': the low-rank run needs 'lora' or 'dora'"):
+        full_rank(replace(config, method="full"))
+    with pytest.raises(ValueError, match=r"lr=-1\.0"):
+        full_rank(config, full_lr=-1.0)
