@@ -65,6 +65,7 @@ FAST: dict[str, Any] = {
     "tuned_lr": 1e-2,
     "dtype": "float32",
 }
+FAST_MAX_TAU = 16
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -108,6 +109,7 @@ def _rate(text: str) -> float | str:
 
 def make_plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
     """The plan, and why it is not on the model that one would expect, where that is so."""
+    from ffkernels.engine.config import FastForwardConfig
     from ffkernels.reporting.machine import choose_device
     from ffkernels.training.config import TrainConfig
 
@@ -150,6 +152,7 @@ def make_plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
         check_every=options.check_every,
         tuned_lr=chosen["tuned_lr"],
         only=options.cells,
+        fast_forward=FastForwardConfig(max_tau=FAST_MAX_TAU) if options.fast else FastForwardConfig(),
     )
     if not list(plan.rounds()):
         raise ValueError(f"--cells {' '.join(options.cells)}: no cell has these words; --list names them")

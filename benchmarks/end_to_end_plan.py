@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+from end_to_end_table import rate
 
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.compare import SWEEP, TUNED_LR, Comparison
@@ -23,8 +25,9 @@ TASKS = ("instruction", "medical", "chat")
 TUNED = "tuned"
 # The bracketing search first: where time runs out inside a round, the paper's own search is the one to miss.
 SEARCHES = ("parabolic", "linear")
-# A round's work in Adam runs, and its test losses: a first guess, from the embedded model, on which linear costs
-# 0.7 of Adam, parabolic 0.2 to 0.5 and tuned Adam 0.1. A sweep tries many rates for as long as the best needs.
+# A round's work in Adam runs, and its test losses: a first guess, from the embedded model, on which linear
+# costs 0.7 of Adam, parabolic 0.2 to 0.5 and tuned Adam 0.1. A sweep tries each rate for as long as the best
+# one needs.
 ROUND_STEPS, ROUND_TESTS = 2.2, 35
 SWEEP_STEPS, SWEEP_TESTS = 0.06, 3
 
@@ -63,6 +66,7 @@ class Plan:
     check_every: int = 3
     tuned_lr: float | None = None
     only: Sequence[str] = ()
+    fast_forward: FastForwardConfig = field(default_factory=FastForwardConfig)
 
     def rounds(self) -> Iterator[tuple[Cell, int]]:
         """Cells and seeds in the order in which they are run."""
@@ -98,17 +102,11 @@ class Plan:
             base,
             seeds=(seed,),
             searches=SEARCHES,
-            fast_forward=FastForwardConfig(),
+            fast_forward=self.fast_forward,
             tuned_lr=tuned,
             sweep=tuned is None,
             check_every=self.check_every,
         )
-
-
-def rate(lr: float) -> str:
-    """A learning rate as people write it: 1e-4, 2.5e-3."""
-    mantissa, exponent = f"{lr:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 class Forecast:

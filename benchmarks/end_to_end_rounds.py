@@ -8,8 +8,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from end_to_end_plan import Cell, Forecast, Plan, rate
+from end_to_end_plan import Cell, Forecast, Plan
 from end_to_end_record import add_round, cell_of, finished, finished_logs, now, round_of, save
+from end_to_end_table import rate
 
 from ffkernels.training.compare import Comparison, Interrupted, compare
 from ffkernels.training.config import TrainConfig
@@ -46,7 +47,7 @@ class Rounds:
     def run(self) -> bool:
         """Measure what is left; False after Ctrl-C."""
         self.document["left_out"] = []
-        todo = self.todo()
+        todo, begun = self.todo(), False
         for number, (cell, seed) in enumerate(todo):
             # The run logs: what is wanted of them goes into the document.
             with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
@@ -58,11 +59,13 @@ class Rounds:
                     self._leave_out(cell, seed, str(error))
                     continue
                 left = self._left()
-                if left is not None and expected > left:
+                # The first is begun in any case: what it finishes in the time is kept.
+                if left is not None and expected > left and (begun or left <= 0):
                     self._leave_out(
                         cell, seed, f"it takes about {expected:.0f} s, and {max(0.0, left):.0f} s were left"
                     )
                     continue
+                begun = True
                 rest = clock(self.expected(todo[number:]))
                 print(
                     f"[{number + 1}/{len(todo)}] {cell.name}, seed {seed}: about {clock(expected)}, "

@@ -33,7 +33,16 @@ BUDGET_SECONDS = 530
 # Before what cannot be left out, and after it: the build, starting up.
 OVERHEAD_SECONDS = 100
 LAST_WORDS_SECONDS = 8  # of a stage whose time is up
-BENCHMARKS = {"bench-stage": "bench_stage.py", "bench-step": "bench_step_gpu.py"}
+BENCHMARKS = {
+    "bench-stage": "bench_stage.py",
+    "bench-step": "bench_step_gpu.py",
+    "end-to-end": "end_to_end.py",
+}
+# What may take how long at most, and how long each of them measures, building and writing apart.
+LIMITS = {"bench-stage": (170, 140), "bench-step": (90, 55), "end-to-end": (100, 80)}
+# A sweep for the tuned rate would take the time of another task. The order of cells is the benchmark's own.
+END_TO_END = ["--tuned-lr", "3e-3", "--test-examples", "500", "--evaluate-every", "20", "--fresh"]
+END_TO_END_DRY = ["--fast", "--fresh", "--device", "cpu"]
 
 
 @dataclass
@@ -77,10 +86,14 @@ def stages(out: Path, dry: bool, only: list[str]) -> list[Stage]:
         Stage("tests", [*pytest, "-k", f"test{some}", "tests/gpu", f"--ignore={apart}"], 140),
         Stage("tests-stage", [*pytest, "-k", f"not {profiled}{some}", apart], 130),
     ]
-    for name, limit, seconds in (("bench-stage", 210, 180), ("bench-step", 100, 65)):
+    for name, (limit, seconds) in LIMITS.items():
         measure = [python, str(bench / BENCHMARKS[name]), "--out", str(out / f"{name}.json")]
         seconds = BUDGET_SECONDS - OVERHEAD_SECONDS if only == [name] else seconds
-        found.append(Stage(name, [*measure, *(["--dry"] if dry else ["--seconds", str(seconds)])], limit))
+        if name == "end-to-end":
+            measure += END_TO_END_DRY if dry else [*END_TO_END, "--minutes", f"{seconds / 60:.2f}"]
+        else:
+            measure += ["--dry"] if dry else ["--seconds", str(seconds)]
+        found.append(Stage(name, measure, limit))
     if dry:
         found.append(Stage("sanitize", script, 60))
     found.append(Stage("tests-profile", [*pytest, "-k", profiled, apart], 45))
@@ -207,6 +220,7 @@ def main() -> int:
     # Where the toolkit is installed by default: its tools are not always on PATH.
     os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"))
     # Imported late: --provenance must not fail on it.
+    from end_to_end_table import end_to_end_targets
     from gpu_table import render, targets
     from stage_table import stage_targets
 
@@ -218,7 +232,7 @@ def main() -> int:
         (out / name).unlink(missing_ok=True)
     begin = time.perf_counter()
     result: dict = {"dry": dry, "provenance": None, "stages": [], **dict.fromkeys(BENCHMARKS), "targets": []}
-    promised = {"bench-stage": stage_targets, "bench-step": targets}
+    promised = {"bench-stage": stage_targets, "bench-step": targets, "end-to-end": end_to_end_targets}
     for stage in todo:
         done = run(stage, out, BUDGET_SECONDS - (time.perf_counter() - begin))
         if stage.name == "provenance" and done["status"] == "passed":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from end_to_end_table import render_end_to_end
 from stage_table import render_stages
 
 OURS = ("triton", "cuda")
@@ -11,8 +12,9 @@ PAIR, COMPILED = "_foreach pair", "compiled flat pair"
 def render(result: dict) -> str:
     """What was measured as fixed-width tables, and what had been promised."""
     lines: list[str] = []
-    for name, table in (("bench-stage", render_stages), ("bench-step", render_steps)):
-        if result[name] is not None:
+    tables = {"bench-stage": render_stages, "bench-step": render_steps, "end-to-end": render_end_to_end}
+    for name, table in tables.items():
+        if result.get(name) is not None:
             lines += table(result[name])
     if result["targets"]:
         lines.append("-- promised and measured")

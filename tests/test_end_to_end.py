@@ -1,0 +1,198 @@
+"""The end-to-end benchmark: what it measures first, what it keeps, how it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = str(ROOT / "benchmarks")
+
+
+@pytest.fixture()
+def benchmarks(monkeypatch):
+    """The modules in benchmarks/ by name; they import each other as scripts do."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # they put themselves there as well
+    yield __import__
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(BENCHMARKS):
+            del sys.modules[name]
+
+
+@pytest.fixture()
+def plan(benchmarks):
+    from ffkernels.training.config import TrainConfig
+
+    def build(**changes):
+        given = {
+            "tasks": ("instruction", "chat"),
+            "methods": ("lora", "dora"),
+            "rates": (1e-4, None),
+            "batch_sizes": (64,),
+            "seeds": (0, 1),
+        }
+        return benchmarks("end_to_end_plan").Plan(TrainConfig(model="tiny"), **{**given, **changes})
+
+    return build
+
+
+def test_what_tells_most_comes_first(plan):
+    rounds = [f"{cell.name} {seed}" for cell, seed in plan(batch_sizes=(64, 128)).rounds()]
+    assert rounds[:5] == [
+        "instruction lora lr=1e-4 batch=64 0",
+        "chat lora lr=1e-4 batch=64 0",
+        "instruction lora lr=tuned batch=64 0",
+        "chat lora lr=tuned batch=64 0",
+        "instruction dora lr=1e-4 batch=64 0",
+    ]
+    assert len(rounds) == len(set(rounds)) == 32 and rounds[8].endswith("batch=64 1")
+    chosen = [cell.name for cell, _ in plan(only=["chat", "lr=1e-4"], seeds=(0,)).rounds()]
+    assert chosen == ["chat lora lr=1e-4 batch=64", "chat dora lr=1e-4 batch=64"]
+
+
+def test_the_tuned_rate_is_known_given_or_looked_for_once(plan, benchmarks, monkeypatch):
+    module = benchmarks("end_to_end_plan")
+    monkeypatch.setattr(module, "TUNED_LR", {("tiny", "instruction"): 1e-2})
+    cell = module.Cell("chat", "lora", 1e-4, 64)
+    known = plan().known_rate
+    assert known(module.Cell("instruction", "lora", 1e-4, 64), {}) == 1e-2
+    assert known(cell, {}) is None and known(cell, {"chat": {"lr": 5e-3}}) == 5e-3
+    assert plan(tuned_lr=2e-3).known_rate(cell, {"chat": {"lr": 5e-3}}) == 2e-3
+    comparison = plan().comparison(cell, 1, None, Path("runs"))
+    assert comparison.sweep and comparison.base.lr == 1e-4 and comparison.seeds == (1,)
+    tuned = plan().comparison(module.Cell("chat", "dora", None, 64), 0, 5e-3, Path("runs"))
+    assert not tuned.sweep and tuned.base.lr == tuned.tuned_lr == 5e-3 and tuned.base.method == "dora"
+    with pytest.raises(ValueError, match="no tuned learning rate is known for 'chat'"):
+        plan().comparison(module.Cell("chat", "lora", None, 64), 0, None, Path("runs"))
+
+
+def test_a_gpu_has_the_papers_batches_and_a_cpu_the_embedded_model(benchmarks, monkeypatch):
+    module = benchmarks("end_to_end")
+    cpu, _ = module.make_plan(module.parse(["--device", "cpu"]))
+    assert (cpu.base.model, list(cpu.rates), list(cpu.seeds)) == ("tiny", [1e-4, 3e-4], [0, 1, 2])
+    assert len(list(cpu.rounds())) == 18 and cpu.base.steps == 120
+    monkeypatch.setattr(
+        "ffkernels.reporting.machine.choose_device", lambda name: type("D", (), {"type": "cuda"})
+    )
+    monkeypatch.setattr("ffkernels.training.smollm2.checkpoint", lambda: Path("x"))
+    gpu, reason = module.make_plan(module.parse([]))
+    assert (gpu.base.model, gpu.base.dtype, reason) == ("smollm2-135m", "bfloat16", None)
+    assert list(gpu.rates) == [1e-4, 4e-5, 3e-4, None] and list(gpu.batch_sizes) == [64, 128, 256, 512]
+
+    def missing():
+        raise RuntimeError("no network\nand more")
+
+    monkeypatch.setattr("ffkernels.training.smollm2.checkpoint", missing)
+    gpu, reason = module.make_plan(module.parse(["--lr", "tuned", "2e-4"]))
+    assert gpu.base.model == "tiny" and list(gpu.rates) == [2e-4, None]
+    assert reason == "smollm2-135m is not at hand (no network); measured on tiny instead"
+    with pytest.raises(ValueError, match="--cells nowhere: no cell has these words"):
+        module.make_plan(module.parse(["--cells", "nowhere"]))
+
+
+def test_medians_and_ranges_of_the_seeds(benchmarks):
+    record = benchmarks("end_to_end_record")
+
+    def one(seed, flops, reason=None):
+        saved = {"flops_paper": flops, "flops_measured": flops, "seconds": flops}
+        entry = {"name": f"parabolic-s{seed}", **(saved if reason is None else dict.fromkeys(saved))}
+        entry |= {} if reason is None else {"reason": reason}
+        return {
+            "seed": seed,
+            "runs": [{"name": f"parabolic-s{seed}", "kind": "parabolic"}],
+            "savings": [entry],
+        }
+
+    (alone,) = record.spreads_of([one(0, 0.5)])
+    assert (alone["kind"], alone["count"], alone["median"]["seconds"]) == ("parabolic", 1, 0.5)
+    (three,) = record.spreads_of([one(0, 0.5), one(1, 0.9), one(2, 0.6)])
+    costs = [three[part]["flops_measured"] for part in ("median", "low", "high")]
+    assert costs == [0.6, 0.5, 0.9] and three["count"] == 3
+    (missed,) = record.spreads_of([one(0, 0.5), one(1, None, "did not reach it")])
+    assert missed["median"] is None and "parabolic-s1" in missed["reason"]
+    (alone,) = record.spreads_of([one(0, None, "did not reach it")])
+    assert alone["median"] is None and alone["reason"] == "did not reach it"
+    assert record.thinned(list(range(100)), 4) == [0, 33, 66, 99] and record.thinned([1, 2], 4) == [1, 2]
+
+
+SMALL = ["--fast", "--steps", "7", "--batch-size", "8", "--test-examples", "16", "--device", "cpu"]
+
+
+def test_one_cell_measured_kept_and_not_measured_again(benchmarks, tmp_path, capsys):
+    main, out = benchmarks("end_to_end").main, tmp_path / "e2e.json"
+    assert main([*SMALL, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "expected: about" in said and "parabolic-s0" in said
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["fast"] and document["left_out"] == [] and document["config"]["steps"] == 7
+    assert document["command"] == f"python benchmarks/end_to_end.py {' '.join(SMALL)} --out e2e.json"
+    assert document["tuned"] == {"instruction": {"lr": 1e-2, "source": "option"}}
+    (cell,) = document["cells"]
+    assert (cell["name"], cell["lr"]) == ("instruction lora lr=3e-4 batch=8", 3e-4)
+    (one,) = cell["rounds"]
+    runs = {run["kind"]: run for run in one["runs"]}
+    assert set(runs) == {"adam", "parabolic", "linear", "adam-tuned"} and one["complete"]
+    assert runs["adam"]["optimizer_steps"] == 7 and runs["adam"]["taus"] == []
+    step, flops, _, loss = runs["adam"]["curve"][-1]
+    assert (step, flops) == (7, runs["adam"]["flops"]["measured"])
+    assert loss == pytest.approx(runs["adam"]["test_loss"], abs=1e-5)
+    saved = {entry["name"]: entry for entry in one["savings"]}
+    assert runs["parabolic"]["taus"][0][0] == 6
+    spent = runs["parabolic"]["flops"]["measured"] / runs["adam"]["flops"]["measured"]
+    assert saved["parabolic-s0"]["flops_measured"] == pytest.approx(1 - spent)
+    assert len(cell["spreads"]) == 3
+
+    before = out.read_text(encoding="utf-8")
+    assert main([*SMALL, "--out", str(out), "--list"]) == 0
+    assert "0 rounds to measure, 1 are in" in capsys.readouterr().out
+    assert out.read_text(encoding="utf-8") == before
+    other = [*SMALL, "--steps", "8", "--out", str(out)]
+    assert main(other) == 2
+    assert "other conditions: steps=8 (there 7). Give another --out, or --fresh" in capsys.readouterr().err
+
+
+def test_no_time_and_ctrl_c_keep_what_was_finished(benchmarks, tmp_path, monkeypatch, capsys):
+    rounds, module = benchmarks("end_to_end_rounds"), benchmarks("end_to_end")
+    monkeypatch.setattr(benchmarks("end_to_end_plan"), "_probe", lambda comparison: (1.0, 1.0, 1.0))
+    real = rounds.compare
+    asked = []
+
+    def compare(comparison, *, on_run, on_event):
+        """Ctrl-C at the first step of the second run."""
+        asked.append(comparison)
+
+        def event(event):
+            on_event(event)
+            if event["event"] == "step" and names[-1].startswith("parabolic"):
+                raise KeyboardInterrupt
+
+        names = []
+        return real(
+            comparison, on_run=lambda config: (names.append(config.name), on_run(config)), on_event=event
+        )
+
+    monkeypatch.setattr(rounds, "compare", compare)
+    out = tmp_path / "e2e.json"
+    options = [*SMALL, "--seeds", "0", "1", "--out", str(out)]
+    assert module.main(options) == 130
+    document = json.loads(out.read_text(encoding="utf-8"))
+    (one,) = document["cells"][0]["rounds"]
+    assert [run["kind"] for run in one["runs"]] == ["adam"] and not one["complete"]
+    assert document["left_out"][0]["reason"] == "stopped in parabolic-s0: Ctrl-C"
+    assert len(asked) == 1
+
+    # The same again, out of time: the round that is not complete is begun anew, the other one left out.
+    assert module.main([*options, "--minutes", "0.001"]) == 0
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert len(asked) == 2 and asked[1].seeds == (0,)
+    reasons = {one["seed"]: one["reason"] for one in document["left_out"]}
+    assert "no time was left" in reasons[0] and "s were left" in reasons[1]
+    assert "2 rounds were left out" in capsys.readouterr().out
