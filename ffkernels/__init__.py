@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ffkernels import ops
     from ffkernels.engine.config import FastForwardConfig
     from ffkernels.engine.fast_forward import FastForward, Stage
+    from ffkernels.engine.learning_rate import Finding, find_learning_rate
     from ffkernels.engine.search import LinearSearch, ParabolicSearch
     from ffkernels.engine.validation import ValidationLoss
     from ffkernels.training.callback import FastForwardCallback
@@ -19,21 +20,25 @@ _HOMES = {
     "FastForward": "ffkernels.engine.fast_forward",
     "FastForwardCallback": "ffkernels.training.callback",
     "FastForwardConfig": "ffkernels.engine.config",
+    "Finding": "ffkernels.engine.learning_rate",
     "LinearSearch": "ffkernels.engine.search",
     "ParabolicSearch": "ffkernels.engine.search",
     "Stage": "ffkernels.engine.fast_forward",
     "ValidationLoss": "ffkernels.engine.validation",
+    "find_learning_rate": "ffkernels.engine.learning_rate",
 }
 
 __all__ = [
     "FastForward",
     "FastForwardCallback",
     "FastForwardConfig",
+    "Finding",
     "LinearSearch",
     "ParabolicSearch",
     "Stage",
     "ValidationLoss",
     "__version__",
+    "find_learning_rate",
     "ops",
 ]
 

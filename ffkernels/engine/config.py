@@ -8,6 +8,7 @@ from typing import Any
 from ffkernels.engine.search import MAX_TAU_LIMIT, SEARCHES
 
 EXECUTORS = ("auto", "eager", "step_graph", "stage_graph")
+LEARNING_RATES = ("keep", "find")
 IMPLS = ("auto", "torch", "cpp", "triton", "cuda")
 
 
@@ -28,6 +29,10 @@ class FastForwardConfig:
             step; ``"stage_graph"``, the whole stage as one launch; ``"auto"`` takes the fastest that works
             here and pays.
         impl: which implementation moves the weights; ``"auto"`` takes the fastest that works here.
+        learning_rate: ``"keep"``, or ``"find"``: once, after the first ``find_after`` optimizer steps, search
+            the multiple of the last update with the lowest validation loss, stay there, and multiply every
+            learning rate accordingly (``FastForward.finding``). Stages begin after that.
+        find_after: optimizer steps, of which the last one's update is searched for the learning rate.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
@@ -40,6 +45,8 @@ class FastForwardConfig:
     patience: int | None = 3
     executor: str = "auto"
     impl: str = "auto"
+    learning_rate: str = "keep"
+    find_after: int = 2
 
     def __post_init__(self) -> None:
         self._integer("interval", 1)
@@ -50,6 +57,8 @@ class FastForwardConfig:
         self._choice("search", tuple(SEARCHES))
         self._choice("executor", EXECUTORS)
         self._choice("impl", IMPLS)
+        self._choice("learning_rate", LEARNING_RATES)
+        self._integer("find_after", 1)
 
     def _integer(self, field: str, low: int, high: int | None = None, or_none: bool = False) -> None:
         value = getattr(self, field)

@@ -25,8 +25,10 @@ from ffkernels.engine.digests import digest
 from ffkernels.engine.distributed import Ranks, several_processes, telling, together
 from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
 from ffkernels.engine.ladder import Ladder
+from ffkernels.engine.learning_rate_mode import LearningRateMode
 from ffkernels.engine.parallelism import training_group, why_refused
 from ffkernels.engine.rank_executor import RankExecutor
+from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.search import BASELINE_NOT_FINITE, make_search
 from ffkernels.engine.stage import Stage
 from ffkernels.engine.step_hooks import on_step
@@ -49,6 +51,11 @@ WEIGHTS_CHANGED = "the weights were replaced during the optimizer's step"
 _attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref] = weakref.WeakKeyDictionary()
 
 
+def attached(optimizer: torch.optim.Optimizer) -> FastForward | None:
+    """The FastForward that sits on this optimizer."""
+    return _attached.get(optimizer, lambda: None)()
+
+
 class FastForward:
     """Fast Forward for any training loop: every ``interval`` steps, repeat the last update while it helps.
 
@@ -66,9 +73,14 @@ class FastForward:
         include, exclude: narrow the moved tensors by name (predicate, regular expression or several).
         defer: do not run a stage inside ``optimizer.step()``; it waits for ``run_due_stage()``. For loops
             that call back later, when the gradients are freed.
+        scheduler: the optimizer's scheduler or several, for ``learning_rate="find"``: what is found becomes
+            their base learning rate, around which they keep their shape.
 
     Attributes:
         stages: list of ``Stage``, one per stage.
+        finding: what ``learning_rate="find"`` found; None before.
+        lr_scale: what found learning rates have been multiplied by. For loops that write ``group["lr"]`` at
+            each step: they have to write their own times this.
         optimizer_steps: optimizer steps seen.
         ranks: the processes that run each stage together; None in a job of one.
         active: False after ``patience`` stages in a row without a step, or after ``detach()``.
@@ -93,6 +105,7 @@ class FastForward:
         include: NameFilter | None = None,
         exclude: NameFilter | None = None,
         defer: bool = False,
+        scheduler: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -119,6 +132,7 @@ class FastForward:
             facts = self._prepare(optimizer, validation)
         if self.ranks is not None:
             self.ranks.agree(facts, "make the same FastForward on every rank")
+        self._rate = LearningRateMode(self.config, self.ranks, self.validation, self.optimizer, scheduler)
         self._hooks = on_step(self.optimizer, self._before_step, self._after_step)
         _attached[self.optimizer] = weakref.ref(self)
 
@@ -128,7 +142,7 @@ class FastForward:
         if refused:
             raise RuntimeError(f"Fast Forward cannot move these weights: {refused}")
         self.optimizer = unwrap_optimizer(optimizer)
-        if _attached.get(self.optimizer, lambda: None)() is not None:
+        if attached(self.optimizer) is not None:
             raise RuntimeError(
                 "this optimizer already carries a FastForward; call its detach() before attaching another"
             )
@@ -171,6 +185,14 @@ class FastForward:
         return bool(self._hooks) and not self._switched_off
 
     @property
+    def finding(self) -> Finding | None:
+        return self._rate.finding
+
+    @property
+    def lr_scale(self) -> float:
+        return self._rate.scale
+
+    @property
     def trainable_numel(self) -> int:
         """Elements in all tensors that a stage moves."""
         return 0 if self._table is None else self._table.numel
@@ -181,7 +203,7 @@ class FastForward:
             hook.remove()
         self._hooks = []
         self._table, self._armed, self._due_now = None, False, False
-        if _attached.get(self.optimizer, lambda: None)() is self:  # else another has been attached since
+        if attached(self.optimizer) is self:  # else another has been attached since
             del _attached[self.optimizer]
         self._executor.close()
 
@@ -206,6 +228,7 @@ class FastForward:
             "failures": self._failures,
             "switched_off": self._switched_off,
             "stages": [stage.to_dict() for stage in self.stages],
+            **self._rate.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,7 +236,7 @@ class FastForward:
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             version = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"not a FastForward state of version {STATE_VERSION}: got {version!r}")
-        missing = sorted(self.state_dict().keys() - state.keys())
+        missing = sorted(self.state_dict().keys() - state.keys() - {"learning_rate"})
         if missing:
             raise ValueError(f"the FastForward state is incomplete: {', '.join(missing)} missing")
         mine = self.config.to_dict()
@@ -228,6 +251,7 @@ class FastForward:
         self._failures = int(state["failures"])
         self._switched_off = bool(state["switched_off"])
         self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
+        self._rate.load_state_dict(state)
         self._armed = self._due_now = False
         self._unconfirmed = True
 
@@ -240,6 +264,12 @@ class FastForward:
         if self.ranks is not None and self._unconfirmed:
             self.ranks.in_step(self.optimizer_steps, self._failures)
             self._unconfirmed = False
+        if self._rate.just_found:
+            self._rate.look_whether_it_was_overwritten()
+        if self._rate.seeking:
+            self._refresh_table()
+            self._rate.before_step(self._table)
+            return
         if self._switched_off or not self._due(self.optimizer_steps + 1):
             return
         start = perf_counter()
@@ -252,6 +282,9 @@ class FastForward:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.optimizer_steps += 1
+        if self._rate.seeking:
+            self._rate.after_step(self._table, self.optimizer_steps)
+            return
         self._due_now, self._armed = self._armed, False
         if not self.defer:
             self.run_due_stage()

@@ -1,0 +1,241 @@
+"""Around the optimizer's steps: let it take a few, then search how long the last one should have been.
+
+    W(s) = W_before + s·Δ          Δ the update of the last step, taken at the learning rate lr
+    s*                             where the validation loss is lowest (``rate_search``)
+    found                          s*·lr, for the base learning rate: schedules keep their shape around it
+
+The direction of an early update hardly depends on the learning rate, so neither does the distance to the
+lowest loss along it: that distance, in units of the step, is what the learning rate should have been.
+
+It does depend on it where the steps before did harm. So the loss before the first step and the one before the
+last are compared: where it is really higher (``significance``), all is taken back and begins again at 1/32 of
+the learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffkernels import ops
+from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE
+from ffkernels.engine.interrupts import interrupt_later
+from ffkernels.engine.optimizer_probe import OptimizerState, why_rate_means_nothing
+from ffkernels.engine.rate_finding import Finding, base_rates, scale_learning_rates
+from ffkernels.engine.rate_search import RateSearch
+from ffkernels.engine.significance import really_higher
+from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.validation_examples import ExampleLosses
+from ffkernels.ops.notices import announce_once
+
+__all__ = ["RateProbe"]
+
+RESTART_AT = 1 / 32
+MAX_RESTARTS = 4
+
+
+class RateProbe:
+    """Told of every step of an optimizer, before and after it; the finding comes after the step ``after``.
+
+    Steps at a learning rate of 0, as warm-ups begin with, do not count.
+
+    Args:
+        validation: the loss; with losses by example noise is told from signal.
+        optimizer, schedulers: whose learning rates are made smaller at a restart.
+        after: optimizer steps, of which the last one's update is searched.
+
+    Attributes:
+        steps: steps that counted, since the last restart.
+        applied: what the learning rates have been multiplied by so far.
+    """
+
+    def __init__(
+        self, validation: ValidationLoss, optimizer: torch.optim.Optimizer, schedulers: list[Any], after: int
+    ) -> None:
+        self.validation, self.optimizer, self.schedulers = validation, optimizer, schedulers
+        self.after = after
+        self.steps = self.restarts = 0
+        self.applied = 1.0
+        self.seconds = 0.0
+        self._looks = 0
+        self._losses: ExampleLosses | None = None
+        self._tokens: list[float] | None = None
+        self._start: tuple[float, list[float] | None] | None = None
+        self._here: tuple[float, list[float] | None] | None = None
+        self._first: tuple[list[tuple[Tensor, Tensor]], OptimizerState] | None = None
+        self._bases = base_rates(optimizer)
+        self._counts = False
+
+    def before_step(self, table: ops.TensorTable) -> None:
+        """Right before a step, when its gradients are there.
+
+        Raises:
+            ValueError: when the update does not scale with the learning rate.
+        """
+        start = perf_counter()
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._counts = any(rates)
+        if not self._counts:
+            return
+        if self.steps == 0 and self.after > 1:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self._first = [(p, p.detach().clone()) for p in trained], OptimizerState(self.optimizer)
+            if self._start is None:
+                self._start = self._measure()
+                self._looks += 1
+        if self.steps + 1 == self.after:
+            refused = why_rate_means_nothing(self.optimizer, table.weights)
+            if refused:
+                raise ValueError(refused)
+            self._rates, self._now = rates, base_rates(self.optimizer)
+            ops.checkpoint_(table)
+        self.seconds += perf_counter() - start
+
+    def after_step(self, table: ops.TensorTable, step: int) -> Finding | None:
+        """Right after a step; the finding, when it was the one to be searched, else None.
+
+        The weights stay at the multiple that was found. Learning rates are not touched by a finding.
+
+        Raises:
+            ValueError: when that step did not change the weights, or when the steps do harm at any rate.
+        """
+        if not self._counts:
+            return None
+        start = perf_counter()
+        self.steps += 1
+        finding = None
+        if self.steps == self.after:
+            ops.delta_(table)
+            finding = self._find(table, step)
+        elif self.steps == self.after - 1:
+            self._look_for_harm()
+        self.seconds += perf_counter() - start
+        if finding is not None:
+            finding.seconds = self.seconds
+        return finding
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values. What a restart would go back to is not among them: a resumed probe has none."""
+        return {
+            "steps": self.steps,
+            "restarts": self.restarts,
+            "applied": self.applied,
+            "bases": self._bases,
+            "looks": self._looks,
+            "start": self._start,
+            "here": self._here,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.restarts, self.applied = state["steps"], state["restarts"], state["applied"]
+        self._bases, self._looks = state["bases"], state["looks"]
+        self._start, self._here = state["start"], state["here"]
+
+    def _measure(self) -> tuple[float, list[float] | None]:
+        if self._losses is None and self._tokens is None:
+            why = ExampleLosses.why_not(self.validation)
+            if why is None:
+                self._losses = ExampleLosses(self.validation)
+                self._tokens = self._losses.tokens.tolist()
+            else:
+                announce_once(
+                    "find-learning-rate-mean",
+                    "the learning rate is found by the mean validation loss alone, which cannot tell a rise "
+                    f"from rounding noise: {why}. Batches of a causal language model give losses by example",
+                )
+        if self._losses is None:
+            return float(self.validation()), None
+        sums = self._losses().tolist()
+        return sum(sums) / sum(self._tokens), sums
+
+    def _look_for_harm(self) -> None:
+        self._here = self._measure()
+        self._looks += 1
+        (before, old), (now, new) = self._start, self._here
+        harmed = not math.isfinite(now)
+        if new is not None and now > before:  # by the mean alone, noise would be taken for harm
+            harmed = really_higher(old, new, self._tokens, seen=1)
+        if not harmed or self._first is None:
+            self._looks -= 1  # it is the first of the search, too
+            self._first = None
+            return
+        if self.restarts == MAX_RESTARTS:
+            raise ValueError(
+                f"the first steps raise the validation loss at lr={self._bases[0] * self.applied:g} still, "
+                f"after {MAX_RESTARTS} restarts from lr={self._bases[0]:g} down: are training and validation "
+                "batches of one kind?"
+            )
+        with interrupt_later(), torch.no_grad():
+            tensors, state = self._first
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            for tensor, value in tensors:
+                tensor.copy_(value)
+            state.restore()
+            # A schedule has gone on meanwhile: its learning rate of now stays, made smaller.
+            for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr
+            scale_learning_rates(self.optimizer, self.schedulers, RESTART_AT)
+            self.applied *= RESTART_AT
+            self.steps, self.restarts = 0, self.restarts + 1
+
+    def _find(self, table: ops.TensorTable, step: int) -> Finding:
+        pairs = zip(self._now, self._rates, strict=True)
+        # A group that its schedule holds at 0 says nothing.
+        index = next(i for i, (base, lr) in enumerate(pairs) if lr)
+        search = self._search(table)
+        base, lr, kept = self._bases[index], self._rates[index], search.best.scale > 0
+        scale = search.scale * lr / self._now[index] * self.applied if kept else self.applied
+        finding = Finding(
+            lr=scale * base,
+            tau=search.scale - 1.0,
+            scale=scale,
+            lr_before=base,
+            curve=[(place.scale * lr, place.loss) for place in search.places],
+            evaluations=len(search.places) + self._looks,
+            restarts=self.restarts,
+            optimizer_step=step,
+            judged_by="mean" if self._tokens is None else "examples",
+            stopped_because=search.stopped_because or "",
+        )
+        if not kept:
+            announce_once(
+                "no-learning-rate-found",
+                f"no learning rate was found: {finding.stopped_because} (of lr={lr:g}), and it is left there",
+            )
+        moved = 2 * table.numel * (len(search.places) + 1)
+        finding.flops = finding.evaluations * self.validation.flops + moved
+        return finding
+
+    def _search(self, table: ops.TensorTable) -> RateSearch:
+        """Search the update in ``table``, Δ there and best = W after it, and move to what was found.
+
+        The weights are bit-equal to those that were validated as the best; as the optimizer left them where
+        no multiple is better than none, or when something raises.
+        """
+        largest = ops.delta_absmax(table)
+        if largest == 0.0 or not math.isfinite(largest):
+            raise ValueError(
+                f"{UPDATE_NOT_FINITE if largest else NO_UPDATE}, so there is nothing to search along"
+            )
+        first = self._here or self._measured_at(table, 0.0)
+        search = RateSearch(self._tokens)
+        search.observe(0.0, *first)
+        try:
+            while (scale := search.propose()) is not None:
+                search.observe(scale, *self._measured_at(table, scale))
+            with interrupt_later():
+                ops.step_(table, False, search.scale - 1.0)
+        except BaseException:
+            with interrupt_later():
+                ops.step_(table, False, 0.0)
+            raise
+        return search
+
+    def _measured_at(self, table: ops.TensorTable, scale: float) -> tuple[float, list[float] | None]:
+        with interrupt_later():
+            ops.step_(table, False, scale - 1.0)
+        return self._measure()

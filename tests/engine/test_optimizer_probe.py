@@ -1,0 +1,138 @@
+"""Which optimizers have a learning rate that a line search can find, and that asking leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ffkernels.engine.optimizer_probe import OptimizerState, require_step_sizes, why_rate_means_nothing
+
+
+class Heavy(torch.optim.Optimizer):
+    """Momentum that carries the learning rate inside: yesterday's steps do not scale with today's lr."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.mul_(0.9).sub_(p.grad, alpha=group["lr"])
+                p.add_(velocity)
+
+
+class Deaf(Heavy):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=1e-3)
+
+
+def trained(make, steps=3, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+    optimizer = make(model.parameters())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+SCALING = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "adam-foreach": lambda p: torch.optim.Adam(p, lr=1e-6, weight_decay=0.1, foreach=True),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-3), foreach=False),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-3),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5),
+}
+
+
+@pytest.mark.parametrize("name", SCALING)
+def test_updates_that_scale(name):
+    model, optimizer = trained(SCALING[name])
+    before = copy.deepcopy([list(model.parameters()), optimizer.state_dict()])
+    heard = []
+    optimizer.register_step_post_hook(lambda *_: heard.append(1))
+    addresses = [t.data_ptr() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    torch.manual_seed(7)
+    draw = torch.randn(3)
+    torch.manual_seed(7)
+    if name == "rmsprop":  # the buffer of its momentum holds what the gradient was, not the step: it scales
+        assert "momentum_buffer" in next(iter(optimizer.state.values()))
+    assert why_rate_means_nothing(optimizer, list(model.parameters())) is None
+    assert torch.equal(torch.randn(3), draw) and not heard
+    for mine, old in zip(model.parameters(), before[0], strict=True):
+        assert torch.equal(mine, old)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before[1]["param_groups"]
+    for key, entry in before[1]["state"].items():
+        assert entry.keys() == after["state"][key].keys()
+        for field, value in entry.items():
+            assert torch.equal(torch.as_tensor(after["state"][key][field]), torch.as_tensor(value)), field
+    assert addresses == [
+        t.data_ptr() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)
+    ]
+
+
+def test_a_first_step_leaves_no_state_behind():
+    model, optimizer = trained(SCALING["adamw"], steps=0)
+    model(torch.randn(4, 5)).square().mean().backward()
+    assert why_rate_means_nothing(optimizer, list(model.parameters())) is None
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "make, ratio",
+    [
+        (lambda p: Heavy(p, lr=0.1), "times as long"),
+        (lambda p: Deaf(p, lr=0.1), "is 1 times as long, off twice the update by 50%"),
+        (lambda p: torch.optim.Rprop(p, lr=1e-3), "is 1 times as long"),
+    ],
+)
+def test_updates_that_do_not(make, ratio):
+    model, optimizer = trained(make)
+    assert ratio in why_rate_means_nothing(optimizer, list(model.parameters()))
+
+
+def test_rounding_of_16_bit_weights_is_not_held_against_the_optimizer():
+    model, optimizer = trained(lambda p: torch.optim.SGD(p, lr=1e-5), dtype=torch.bfloat16)
+    assert why_rate_means_nothing(optimizer, list(model.parameters())) is None
+
+
+def test_what_is_refused_without_a_step():
+    weight = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss several times"):
+        require_step_sizes(torch.optim.LBFGS([weight]))
+    prodigy = torch.optim.AdamW([weight], lr=1.0)
+    prodigy.param_groups[0]["d"] = 1e-6
+    with pytest.raises(ValueError, match="estimates its step size itself"):
+        require_step_sizes(prodigy)
+    relative = torch.optim.AdamW([weight], lr=1.0)
+    relative.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="relative_step"):
+        require_step_sizes(relative)
+    require_step_sizes(torch.optim.AdamW([weight]))
+
+
+def test_state_is_put_back_whatever_happened_to_it():
+    model, optimizer = trained(SCALING["adamw"])
+    parameter = next(model.parameters())
+    old = optimizer.state[parameter]["exp_avg"]
+    value = old.clone()
+    saved = OptimizerState(optimizer)
+    optimizer.state[parameter]["exp_avg"] = torch.ones_like(old)  # replaced, not written
+    optimizer.state[parameter]["more"] = 3
+    old.mul_(5)
+    optimizer.param_groups[0]["lr"] = 7.0
+    saved.restore()
+    assert optimizer.state[parameter]["exp_avg"] is old and torch.equal(old, value)
+    assert "more" not in optimizer.state[parameter]
+    assert optimizer.param_groups[0]["lr"] == 1e-3
