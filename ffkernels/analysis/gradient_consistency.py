@@ -11,7 +11,7 @@ step led to, and after it, at the weights the stage chose. It is the same B batc
 searches the lowest loss along Δ, and there descent would be zero if its 32 validation examples were all of
 the data.
 
-Source: Rahamim et al., arXiv 2409.04206, Figure 13. Costs B gradients per point; memory (B + 2) · 4·P bytes.
+Source: Rahamim et al., arXiv 2409.04206, Figure 13. Costs B gradients per point; memory (B + 6) · 4·P bytes.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def agreement(gradients: Tensor, update: Tensor | None = None) -> dict[str, floa
     """
     count = len(gradients)
     pairs = cosines(gradients)[tuple(torch.triu_indices(count, count, offset=1))]
-    mean = gradients.double().mean(0)
+    mean = sum(gradient.double() for gradient in gradients) / count
     descent = None
     if update is not None and bool(update.any()):
         descent = cosine(-mean, update)
@@ -129,7 +129,11 @@ def agreement(gradients: Tensor, update: Tensor | None = None) -> dict[str, floa
 
 
 def _point(session: Session, batches: list[Batch], update: Tensor | None) -> dict[str, float | None]:
-    point = agreement(torch.stack([gradient_of(session, batch) for batch in batches]), update)
+    size = sum(w.numel() for w in session.trainable)
+    gradients = torch.empty(len(batches), size, device=session.device)
+    for row, batch in zip(gradients, batches, strict=True):
+        row.copy_(gradient_of(session, batch))
+    point = agreement(gradients, update)
     if point["norm"] != point["norm"]:
         raise ValueError(
             f"the gradient is not a number at lr={session.config.lr:g}: the run has diverged; lower the lr"
