@@ -26,7 +26,14 @@ def gradients(
     config = settings(**flags)
     with working(f"{config.steps} steps, {batches} gradients around each stage", flags):
         data = gradient_consistency(config, batches=batches)
-    header = ["after step", "τ*", "consistency before", "after", "descent before", "after"]
+    header = [
+        "after step",
+        "τ*",
+        "consistency before",
+        "consistency after",
+        "descent before",
+        "descent after",
+    ]
     rows = [["start", None, data["start"]["consistency"], None, None, None]]
     for stage in data["stages"]:
         before, after = stage["before"], stage["after"]
@@ -82,9 +89,8 @@ def plane(
     rows = []
     for name, label in NAMES.items():
         at = data["points"][name]
-        rows.append(
-            [label, at["optimizer_steps"], at["x"], at["y"], at["distance"], at["test_loss"], at["loss"]]
-        )
+        place = [round(at["x"], 6) + 0.0, round(at["y"], 6) + 0.0]  # 1e-17 is a zero that was rounded
+        rows.append([label, at["optimizer_steps"], *place, at["distance"], at["test_loss"], at["loss"]])
     finish("plane", data, draw, flags, header=header, rows=rows, seen=what_was_seen(data))
 
 

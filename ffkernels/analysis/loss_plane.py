@@ -263,7 +263,8 @@ def draw(figure: Figure, data: dict[str, Any]) -> None:
             zorder=4,
             clip_on=False,
         )
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3, frameon=False)
+    tight = {"borderaxespad": 0.3, "columnspacing": 1.4, "handletextpad": 0.2}
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, **tight)
 
 
 def _contours(figure: Figure, axes: Axes, data: dict[str, Any]) -> None:
