@@ -12,7 +12,7 @@ import math
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from ffkernels.analysis.race import Watch, outcome, run
+from ffkernels.analysis.race import APART, Watch, outcome, run
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import LEGEND, STYLES, clean_axes, flop_unit
 from ffkernels.training.config import TrainConfig
@@ -148,7 +148,7 @@ def _to_adams_best(adam: list[Test], ff: list[Test], tolerance: float) -> dict[s
 def draw(figure: Figure, data: dict[str, Any]) -> None:
     """Test losses over measured FLOPs, and τ* of the stages up to the switch-off."""
     figure.set_size_inches(9.6, 3.8)
-    losses, taus = figure.subplots(1, 2)
+    losses, taus = figure.subplots(1, 2, gridspec_kw=APART)
     runs = {run["name"]: run for run in data["runs"]}
     size, unit = flop_unit(max(run["flops"]["measured"] for run in runs.values()))
     off = data["switched_off_at"]

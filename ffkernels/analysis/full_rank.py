@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ffkernels.analysis.race import CONVENTIONS, Watch, outcome, race
+from ffkernels.analysis.race import ABOVE, APART, CONVENTIONS, Watch, outcome, race
 from ffkernels.analysis.rank_sweep import rank_config
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import STYLES, clean_axes
@@ -106,7 +106,7 @@ def full_rank(
 def draw(figure: Figure, data: dict[str, Any]) -> None:
     """τ* of every stage, and the FLOPs saved, of each way to train."""
     figure.set_size_inches(9.6, 3.8)
-    taus, saved = figure.subplots(1, 2)
+    taus, saved = figure.subplots(1, 2, gridspec_kw=APART)
     runs = data["runs"]
     styles = [STYLES[name] for name in ("parabolic", "linear", "adam-tuned", "other")]
     clean_axes(taus)
@@ -117,7 +117,7 @@ def draw(figure: Figure, data: dict[str, Any]) -> None:
     taus.xaxis.get_major_locator().set_params(integer=True)
     taus.set_xlabel("optimizer step at which the stage ran")
     taus.set_ylabel("τ*: Fast Forward steps of the stage")
-    taus.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, frameon=False)
+    taus.legend(**{**ABOVE, "ncols": 2})
     clean_axes(saved)
     saved.grid(axis="x", visible=False)
     saved.axhline(0, color=STYLES["adam"]["color"], linewidth=1)
@@ -133,4 +133,4 @@ def draw(figure: Figure, data: dict[str, Any]) -> None:
         saved.bar_label(bars, labels=[text.replace("-", "−") for text in texts], fontsize=9, padding=2)
     saved.set_xticks(range(len(runs)), labels=[run["name"].replace(" ", "\n") for run in runs])
     saved.set_ylabel("FLOPs saved against Adam (%)")
-    saved.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, frameon=False)
+    saved.legend(**{**ABOVE, "ncols": 2})

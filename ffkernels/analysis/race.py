@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.fast_forward import FastForward
-from ffkernels.reporting.plots import LEGEND, STYLES, clean_axes
+from ffkernels.reporting.plots import STYLES, clean_axes
 from ffkernels.training.compare import Comparison, Interrupted
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session
@@ -22,13 +22,16 @@ from ffkernels.training.trainer import RunResult, train
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["CONVENTIONS", "Watch", "draw_saved", "draw_steps", "outcome", "race", "run"]
+__all__ = ["ABOVE", "APART", "CONVENTIONS", "Watch", "draw_saved", "draw_steps", "outcome", "race", "run"]
 
 # FLOPs are counted in two conventions (see reporting.flops), drawn always in these styles.
 CONVENTIONS = {
     "measured": {"color": STYLES["parabolic"]["color"], "marker": "o", "linestyle": "-"},
     "paper": {"color": STYLES["linear"]["color"], "marker": "s", "linestyle": "--"},
 }
+# A legend on top of its panel, and room between two panels.
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0, "frameon": False}
+APART = {"wspace": 0.08}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +173,7 @@ def draw_saved(axes: Axes, xs: Sequence[float], outcomes: Sequence[dict[str, Any
         axes.plot(missed, [0] * len(missed), "x", color="#B00020", markersize=7, label="target not reached")
     axes.set_ylabel("FLOPs saved against Adam (%)")
     axes.margins(y=0.15)
-    axes.legend(loc="best", **LEGEND)
+    axes.legend(**ABOVE)
 
 
 def draw_steps(axes: Axes, xs: Sequence[float], adams: Sequence[int], outcomes: Sequence[dict]) -> None:
@@ -184,4 +187,4 @@ def draw_steps(axes: Axes, xs: Sequence[float], adams: Sequence[int], outcomes: 
     )
     axes.set_ylim(0, 1.12 * max(*adams, *steps))
     axes.set_ylabel("optimizer steps to Adam's test loss")
-    axes.legend(loc="best", **LEGEND)
+    axes.legend(**ABOVE)

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ffkernels.analysis.race import Watch, draw_saved, draw_steps, outcome, race
+from ffkernels.analysis.race import APART, Watch, draw_saved, draw_steps, outcome, race
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.config import TrainConfig
 
@@ -91,7 +91,7 @@ def rank_config(config: TrainConfig, rank: int, scaling: str) -> TrainConfig:
 def draw(figure: Figure, data: dict[str, Any]) -> None:
     """FLOPs saved and optimizer steps over the rank."""
     figure.set_size_inches(9.0, 3.8)
-    saved, steps = figure.subplots(1, 2)
+    saved, steps = figure.subplots(1, 2, gridspec_kw=APART)
     ranks = [run["rank"] for run in data["runs"]]
     forwarded = [run["ff"] for run in data["runs"]]
     draw_saved(saved, ranks, forwarded)

@@ -22,13 +22,13 @@ CheckEvery = Annotated[
 ]
 
 
-@shared_options(omit=("interval",), steps=60, test_examples=128)
+@shared_options(omit=("interval",), lr=3e-4, batch_size=32, steps=60, test_examples=128)
 def interval(
     flags: dict[str, Any],
     intervals: Annotated[
         str, typer.Option(help="Which intervals, comma-separated.")
     ] = "1,2,3,4,5,6,7,8,9,10",
-    check_every: CheckEvery = 1,
+    check_every: CheckEvery = 2,
 ) -> None:
     """Fig. 14: FLOPs and optimizer steps to Adam's test loss, for intervals from 1 to 10."""
     from ffkernels.analysis import interval_sweep as analysis
@@ -49,7 +49,7 @@ def interval(
     )
 
 
-@shared_options(omit=("rank", "alpha"), steps=60, test_examples=128)
+@shared_options(omit=("rank", "alpha"), lr=3e-4, batch_size=32, steps=60, test_examples=128)
 def rank(
     flags: dict[str, Any],
     ranks: Annotated[str, typer.Option(help="Which ranks, comma-separated.")] = "1,4,16,64",
@@ -60,7 +60,7 @@ def rank(
     alpha: Annotated[
         float, typer.Option(help="Scale of the adapter: at rank 8 (proportional) or at every rank (fixed).")
     ] = 16.0,
-    check_every: CheckEvery = 1,
+    check_every: CheckEvery = 2,
 ) -> None:
     """Fig. 7: FLOPs saved against Adam of the same rank and learning rate, rank by rank."""
     from ffkernels.analysis import rank_sweep as analysis
@@ -90,14 +90,14 @@ def rank(
     )
 
 
-@shared_options(steps=60, test_examples=128)
+@shared_options(lr=3e-4, batch_size=32, steps=60, test_examples=128)
 def full_rank(
     flags: dict[str, Any],
     full_lr: Annotated[
         float | None,
         typer.Option(help="Learning rate where the model's own weights train [default: --lr]."),
     ] = None,
-    check_every: CheckEvery = 1,
+    check_every: CheckEvery = 2,
 ) -> None:
     """Fig. 8: Fast Forward on LoRA of low and of full rank, attention-only and full fine-tuning."""
     from ffkernels.analysis import full_rank as analysis

@@ -120,4 +120,4 @@ def test_the_picture(data):
     points = [container.lines[0] for container in axes.containers]
     for line, score in zip(points, ("sum", "mean"), strict=True):
         assert list(line.get_ydata()) == [100 * model[score]["accuracy"] for model in data["models"]]
-    assert [tick.get_text() for tick in axes.get_xticklabels()][0] == "before training"
+    assert axes.get_xticklabels()[0].get_text() == "before training"

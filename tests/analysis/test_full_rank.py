@@ -61,7 +61,7 @@ def test_full_rank_alone_knows_the_models_width(config):
 
 
 def test_what_is_refused(config):
-    with pytest.raises(ValueError, match="variants=.*must be of 'low-rank'"):
+    with pytest.raises(ValueError, match=r"variants=.*must be of 'low-rank'"):
         full_rank(config, variants=("half",))
     with pytest.raises(ValueError, match="method='full': the low-rank run needs 'lora' or 'dora'"):
         full_rank(replace(config, method="full"))

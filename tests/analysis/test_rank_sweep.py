@@ -56,7 +56,7 @@ def test_what_has_no_rank(config):
 
     with pytest.raises(ValueError, match="method='full' has no rank"):
         rank(replace(config, method="full"))
-    with pytest.raises(ValueError, match="ranks=.*must be one or more integers, each once"):
+    with pytest.raises(ValueError, match=r"ranks=.*must be one or more integers, each once"):
         rank(config, ranks=(4, 4))
     with pytest.raises(ValueError, match="rank=0: must be an integer of at least 1"):
         rank(config, ranks=(4, 0))
