@@ -20,6 +20,9 @@ ROWS = {
 }
 
 
+SHORT = re.compile(r"<!-- results: end-to-end-short -->\n(.*?)<!-- end of results -->", re.DOTALL)
+
+
 def load(name: str) -> dict:
     assert name in README, f"README does not name {name}"
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
@@ -68,6 +71,72 @@ def test_the_first_sentence_is_the_parabolic_median():
         kind: median(forwards[f"{kind}-s{seed}"] for seed in range(3)) for kind in ("linear", "parabolic")
     }
     assert f"asks for\n{counts['parabolic']} losses where the paper's asks for {counts['linear']}" in README
+
+
+def end_to_end_rows(report: dict) -> list[str]:
+    """A line per task, from the savings of every seed, not from the medians that the file holds as well."""
+    found: dict[tuple[str, float, str], list[tuple[float, float]]] = {}
+    least = min(cell["batch_size"] for cell in report["cells"])
+    for cell in report["cells"]:
+        if cell["tuned"] or cell["method"] != report["cells"][0]["method"] or cell["batch_size"] != least:
+            continue
+        for entry in (entry for one in cell["rounds"] for entry in one["savings"]):
+            kind = re.sub(r"-s\d+$", "", entry["name"])
+            shares = (entry["flops_measured"], entry["seconds"])
+            found.setdefault((cell["task"], cell["lr"], kind), []).append(shares)
+    rates = sorted({lr for _, lr, _ in found})
+    wanted = [(lr, kind) for kind in ("parabolic", "linear") for lr in rates] + [(rates[0], "adam-tuned")]
+    rows = []
+    for task in {task for task, *_ in found}:
+        cells = []
+        for lr, kind in wanted:
+            shares = found.get((task, lr, kind))
+            if shares is None:
+                cells.append("–")
+            elif any(None in share for share in shares):
+                cells.append("not reached")
+            else:
+                cells.append(", ".join(percent(median(share)) for share in zip(*shares, strict=True)))
+        rows.append(f"| {task} | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_three_tasks_are_those_of_the_result_files():
+    (block,) = SHORT.findall(README)
+    files = sorted(RESULTS.glob("end_to_end_*.json"))
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    assert not any(report["fast"] for report in reports), "a result of --fast means nothing"
+    rows = [row for report in reports for row in end_to_end_rows(report)]
+    assert sorted(rows) == sorted(
+        line for line in block.splitlines() if re.match(r"\| (instruction|medical|chat) \|", line)
+    )
+    assert ("not measured yet" in block) == (not files)
+
+
+def test_the_rows_of_a_result_are_medians_of_its_seeds():
+    def cell(lr, tuned=False):
+        rounds = [
+            {
+                "savings": [
+                    {"name": f"{kind}-s{seed}", "flops_measured": share + seed / 100, "seconds": share - 0.1}
+                    for kind, share in (("linear", -0.2), ("parabolic", 0.8), ("adam-tuned", 0.95))
+                ]
+            }
+            for seed in (0, 1, 2)
+        ]
+        return {
+            "task": "chat",
+            "method": "lora",
+            "lr": lr,
+            "tuned": tuned,
+            "batch_size": 64,
+            "rounds": rounds,
+        }
+
+    report = {"cells": [cell(3e-4), cell(1e-4), cell(1e-2, tuned=True)]}
+    report["cells"][0]["rounds"][1]["savings"][0]["flops_measured"] = None
+    rows = end_to_end_rows(report)
+    assert rows == ["| chat | 81 %, 70 % | 81 %, 70 % | −19 %, −30 % | not reached | 96 %, 85 % |"]
 
 
 def test_the_steps_ratios_are_those_of_the_result_file():
