@@ -177,6 +177,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
         "what the Triton kernels compile to for sm_80, sm_90 and sm_100, and rejected variants",
         "",
     ),
+    "peers": ("our Fast Forward beside the authors' loop and PEFT's prototype, on the same work", ""),
     "gpu_check": ("tests and benchmarks on a GPU", "make gpu-check"),
 }
 
