@@ -84,13 +84,14 @@ def accuracy(
         answers[name] = answered(asked, scores)
 
     def begin(session: Session) -> None:
-        current[:] = [session]  # of two models only one is kept
+        current[:] = [session]
         if not asked:
             asked.extend(_ask_what(session, benchmark, questions, choices, opening, max_question_length))
             ask("before")
 
     def end(name: str, result: RunResult) -> None:
         ask(name)
+        current.clear()  # the next model may need its memory
 
     ff = config.fast_forward or FastForwardConfig()
     adam, results = race(
@@ -221,6 +222,7 @@ def draw(figure: Figure, data: dict[str, Any]) -> None:
     )
     axes.set_xticks(range(len(data["models"])), labels=[titles[model["name"]] for model in data["models"]])
     axes.set_xlim(-0.5, len(data["models"]) - 0.5)
-    axes.set_ylim(0, 100)
+    highest = max(model[score]["high"] for model in data["models"] for score in SCORES)
+    axes.set_ylim(0, min(100, 125 * highest))  # room for the legend
     axes.set_ylabel(f"accuracy (%), {data['questions']} questions, 95 % intervals")
     axes.legend(loc="upper left", **LEGEND)

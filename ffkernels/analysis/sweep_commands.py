@@ -336,7 +336,7 @@ def _accuracy_seen(data: dict[str, Any]) -> list[str]:
         pair = paired[score]
         seen.append(
             f"{words}, Adam alone is right on {pair['adam_only']} of {data['questions']} questions and Fast "
-            f"Forward alone on {pair['ff_only']} (McNemar's exact test: p = {pair['p']:.2f})."
+            f"Forward alone on {pair['ff_only']} (McNemar's exact test: p = {pair['p']:.2g})."
         )
     if not data["ff"]["reached"]:
         seen.append("Fast Forward did not reach Adam's test loss in Adam's number of steps.")
