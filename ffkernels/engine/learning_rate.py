@@ -31,7 +31,7 @@ from ffkernels.engine.weights import local_tensors, trainable_weights, unwrap_op
 
 __all__ = ["Finding", "find_learning_rate"]
 
-MAX_STEPS = 100  # at a learning rate of 0, which no warm-up needs
+MAX_STEPS = 20  # that change nothing, since a warm-up begins at 0 or loss scaling skips them
 
 
 def find_learning_rate(
@@ -89,7 +89,8 @@ def find_learning_rate(
     optimizer, schedulers = _checked(model, optimizer, schedulers)
     if not isinstance(validation, ValidationLoss):
         validation = ValidationLoss(model, validation)
-    state = RunState(model, optimizer, schedulers)
+    with interrupt_later():
+        state = RunState(model, optimizer, schedulers)
     kept = False
     try:
         step = _stepping(model, optimizer, batches, after)
@@ -101,10 +102,10 @@ def find_learning_rate(
                 scale_learning_rates(optimizer, schedulers, finding.scale / probe.applied)
                 kept = True
     finally:
-        if kept:
-            state.restore_gradients()
-        else:
-            with interrupt_later():
+        with interrupt_later():
+            if kept:
+                state.keep()
+            else:
                 state.restore()
     return finding
 
@@ -196,7 +197,9 @@ def _run(probe: RateProbe, table: ops.TensorTable, step: Callable[[], Any]) -> F
                     "accumulation belongs inside of one training step)"
                 )
             if steps >= MAX_STEPS + (MAX_RESTARTS + 1) * probe.after:
-                raise ValueError(f"the learning rate is 0 in each of {steps} steps: is it a long warm-up?")
+                raise ValueError(
+                    f"{steps} steps did not change the weights: is the learning rate 0, or the gradient?"
+                )
     finally:
         for hook in hooks:
             hook.remove()

@@ -155,7 +155,10 @@ def _update(
     optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], before: Sequence[Tensor], factor: float
 ) -> list[Tensor]:
     state = OptimizerState(optimizer)
-    everything = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    everything = [(p, p.detach().clone()) for p in parameters]
+    # Fused optimizers write unscaled gradients back.
+    everything += [(p.grad, p.grad.detach().clone()) for p in parameters if p.grad is not None]
     try:
         for group in optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -165,8 +168,8 @@ def _update(
         step_without_hooks(optimizer)
         return [weight.detach() - old for weight, old in zip(weights, before, strict=True)]
     finally:
-        for parameter, old in everything:
-            parameter.detach().copy_(old)
+        for tensor, old in everything:
+            tensor.detach().copy_(old)
         state.restore()
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ffkernels import ops
-from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE
+from ffkernels.engine.executors import UPDATE_NOT_FINITE
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.optimizer_probe import OptimizerState, why_rate_means_nothing
 from ffkernels.engine.rate_finding import Finding, base_rates, scale_learning_rates
@@ -41,7 +41,8 @@ MAX_RESTARTS = 4
 class RateProbe:
     """Told of every step of an optimizer, before and after it; the finding comes after the step ``after``.
 
-    Steps at a learning rate of 0, as warm-ups begin with, do not count.
+    Steps at a learning rate of 0, as warm-ups begin with, do not count, nor does a last one that changed
+    nothing, as when loss scaling skipped it.
 
     Args:
         validation: the loss; with losses by example noise is told from signal.
@@ -101,7 +102,7 @@ class RateProbe:
         The weights stay at the multiple that was found. Learning rates are not touched by a finding.
 
         Raises:
-            ValueError: when that step did not change the weights, or when the steps do harm at any rate.
+            ValueError: when the update is not finite, or when the steps do harm at any rate.
         """
         if not self._counts:
             return None
@@ -110,7 +111,13 @@ class RateProbe:
         finding = None
         if self.steps == self.after:
             ops.delta_(table)
-            finding = self._find(table, step)
+            largest = ops.delta_absmax(table)
+            if not math.isfinite(largest):
+                raise ValueError(f"{UPDATE_NOT_FINITE}, so there is nothing to search along")
+            if largest == 0.0:
+                self.steps -= 1
+            else:
+                finding = self._find(table, step)
         elif self.steps == self.after - 1:
             self._look_for_harm()
         self.seconds += perf_counter() - start
@@ -216,11 +223,6 @@ class RateProbe:
         The weights are bit-equal to those that were validated as the best; as the optimizer left them where
         no multiple is better than none, or when something raises.
         """
-        largest = ops.delta_absmax(table)
-        if largest == 0.0 or not math.isfinite(largest):
-            raise ValueError(
-                f"{UPDATE_NOT_FINITE if largest else NO_UPDATE}, so there is nothing to search along"
-            )
         first = self._here or self._measured_at(table, 0.0)
         search = RateSearch(self._tokens)
         search.observe(0.0, *first)

@@ -3,6 +3,9 @@
 Weights and buffers, gradients, the optimizer's state and settings, schedulers, train/eval flags, and the
 random generators of CPU, device, Python and NumPy. Tensors are written in place, so that whoever holds them
 still does.
+
+Buffers that training writes are small: statistics, counters. Large ones are quantised weights, which it does
+not write; they are not copied, but a checksum tells whether that is true.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ import torch
 from torch import nn
 
 from ffkernels.engine.causal_lm import model_device
+from ffkernels.engine.digests import checksum
 from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.optimizer_probe import OptimizerState
 
 __all__ = ["RunState"]
+
+LARGE = 1 << 20  # elements
 
 
 class RunState:
@@ -31,16 +37,19 @@ class RunState:
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any] = ()
     ) -> None:
+        self._device = model_device(model)
         self._random = ExitStack()
-        self._random.enter_context(keep_random_state(model_device(model)))
+        self._random.enter_context(keep_random_state(self._device))
         self._optimizer = OptimizerState(optimizer)
         self._opt_called = vars(optimizer).get("_opt_called")  # where schedulers note the first step
         self._wrapped = optimizer
         self._schedulers = [(s, copy.deepcopy(s.state_dict())) for s in schedulers]
         trained = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         trained |= {id(p): p for p in model.parameters() if p.requires_grad}
-        tensors = [*trained.values(), *model.buffers()]
-        self._tensors = [(t, t.detach().clone()) for t in tensors]
+        buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.device.type != "meta"}
+        small = [buffer for buffer in buffers.values() if buffer.numel() <= LARGE]
+        self._tensors = [(t, t.detach().clone()) for t in [*trained.values(), *small]]
+        self._untouched = [(n, b, checksum([b])) for n, b in buffers.items() if b.numel() > LARGE]
         self._gradients = [(p, p.grad) for p in [*trained.values(), *model.parameters()]]
         self._flags = [(module, module.training) for module in model.modules()]
         for parameter, _ in self._gradients:
@@ -48,7 +57,12 @@ class RunState:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put all of it back. Once."""
+        """Put all of it back. Once.
+
+        Raises:
+            RuntimeError: when a buffer was written that is too large to have been copied; all else is put
+                back.
+        """
         for tensor, value in self._tensors:
             tensor.detach().copy_(value)
         self._optimizer.restore()
@@ -56,11 +70,20 @@ class RunState:
             vars(self._wrapped).pop("_opt_called", None)
         for scheduler, state in self._schedulers:
             scheduler.load_state_dict(state)
-        self.restore_gradients()
+        self._restore_gradients()
         for module, training in self._flags:
             module.training = training
         self._random.close()
+        written = [name for name, buffer, before in self._untouched if checksum([buffer]) != before]
+        if written:
+            raise RuntimeError(f"training wrote {written[0]!r}, which is too large a buffer to be put back")
 
-    def restore_gradients(self) -> None:
+    def keep(self) -> None:
+        """Let everything stand as it is now, except for the gradients, which are what they were."""
+        self._restore_gradients()
+        with keep_random_state(self._device):  # the outer of the two is what stays
+            self._random.close()
+
+    def _restore_gradients(self) -> None:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient

@@ -176,6 +176,45 @@ def test_keep_move_goes_on_from_the_best_weights():
     assert model.w.grad is kept
 
 
+def test_keep_move_goes_on_with_the_random_numbers():
+    model, optimizer = bowl(1e-3)
+    torch.manual_seed(3)
+    after = [torch.rand(1) for _ in range(3)][-1]
+    given = iter(batches())
+
+    def step():
+        torch.rand(1)
+        optimizer.zero_grad()
+        (SCALES * (model.w - TARGET + next(given)["noise"].mean(0)) ** 2).sum().backward()
+        optimizer.step()
+
+    torch.manual_seed(3)
+    find_learning_rate(model, optimizer, step, bowl_loss, keep_move=True)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_steps_that_change_nothing_do_not_count():
+    model, optimizer = bowl(1e-3)
+    given, calls = iter(batches()), []
+
+    def step():
+        calls.append(1)
+        optimizer.zero_grad()
+        factor = 0.0 if len(calls) in (2, 3) else 1.0  # loss scaling skips them, say
+        (factor * model(**next(given))["loss"]).backward()
+        optimizer.step()
+
+    assert find_learning_rate(model, optimizer, step, bowl_loss).optimizer_step == 4
+
+
+def test_large_buffers_are_not_copied_but_watched(monkeypatch):
+    monkeypatch.setattr("ffkernels.engine.run_state.LARGE", 3)
+    model, optimizer = bowl(1e-3)
+    with pytest.raises(RuntimeError, match=r"wrote 'norm.running_mean'"):
+        find_learning_rate(model, optimizer, batches(), bowl_loss)
+    assert torch.equal(model.w, torch.zeros(4)) and model.norm.num_batches_tracked == 0
+
+
 def test_groups_keep_their_ratio():
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(
@@ -237,7 +276,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="does not scale"):
         find_learning_rate(model, torch.optim.Rprop([model.w]), batches(), bowl_loss)
     torch.nn.init.ones_(model.w)
-    with pytest.raises(ValueError, match="did not change the weights"):
+    with pytest.raises(ValueError, match=r"\d+ steps did not change the weights"):
         find_learning_rate(
             model,
             torch.optim.SGD([model.w], lr=1e-30),

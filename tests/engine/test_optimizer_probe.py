@@ -59,6 +59,7 @@ SCALING = {
 def test_updates_that_scale(name):
     model, optimizer = trained(SCALING[name])
     before = copy.deepcopy([list(model.parameters()), optimizer.state_dict()])
+    gradients = [p.grad.clone() for p in model.parameters()]
     heard = []
     optimizer.register_step_post_hook(lambda *_: heard.append(1))
     addresses = [t.data_ptr() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
@@ -71,6 +72,7 @@ def test_updates_that_scale(name):
     assert torch.equal(torch.randn(3), draw) and not heard
     for mine, old in zip(model.parameters(), before[0], strict=True):
         assert torch.equal(mine, old)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
     after = optimizer.state_dict()
     assert after["param_groups"] == before[1]["param_groups"]
     for key, entry in before[1]["state"].items():
