@@ -57,8 +57,8 @@ def compare(
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Beside them: authors or peft-prototype (other Fast Forward loops, from the repository) or "
-            "lora-plus (the optimizer, no Fast Forward). Repeatable."
+            help="Beside them: authors or peft-prototype (other Fast Forward loops), salsa (a line search); "
+            "all three need the repository; or lora-plus (an optimizer). Repeatable."
         ),
     ] = None,
     method: options.Method = "lora",

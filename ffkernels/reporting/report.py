@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffkernels.engine.search import SEARCHES
 from ffkernels.reporting.document import markdown, percent, runs_table, spread_lines
 from ffkernels.reporting.plots import draw_all
 from ffkernels.reporting.recorder import RunLog
@@ -167,17 +168,19 @@ def _run_lines(run: Run) -> list[str]:
 
 
 def _tuned_lines(runs: Sequence[Run], several: Sequence[Spread]) -> list[str]:
-    """The honest row in words: a tuned learning rate next to Fast Forward."""
+    """The honest row in words: a tuned learning rate next to Fast Forward and the others."""
     saved = {spread.kind: spread.median for spread in several}
-    for kind in ("linear", "parabolic", "adam-tuned"):
-        saved.setdefault(kind, next((r.saved for r in runs if r.kind == kind and r.reason is None), None))
-    tuned = saved.pop("adam-tuned")
+    for run in runs:
+        if run.saved is not None and run.reason is None:
+            saved.setdefault(run.kind, run.saved)
+    tuned = saved.pop("adam-tuned", None)
     if tuned is None:
         return []
     rates = sorted({f"{run.lr:g}" for run in runs if run.kind == "adam-tuned" and run.lr is not None})
     line = f"Adam at a tuned learning rate ({', '.join(rates)})" if rates else "Adam at a tuned learning rate"
     line += f" saves {_two_shares(tuned)} on the way to the same test loss"
-    rivals = [f"Fast Forward {kind} {_two_shares(values)}" for kind, values in saved.items() if values]
+    names = {kind: f"Fast Forward {kind}" for kind in SEARCHES}
+    rivals = [f"{names.get(kind, kind)} {_two_shares(values)}" for kind, values in saved.items() if values]
     return ["; ".join([line, *rivals]) + "."]
 
 

@@ -99,6 +99,8 @@ def test_peers_run_until_the_same_loss_and_are_judged(comparison, tmp_path):
     for result in results[1:]:
         assert (savings[result.name]["flops_measured"] is not None) == result.reached_target
     assert savings["lora-plus-s0"]["flops_measured"] > 0
+    (line,) = (caveat for caveat in report.caveats if caveat.startswith("Adam at a tuned learning rate"))
+    assert "; Fast Forward linear " in line and "; lora-plus " in line
 
 
 def test_a_peer_has_to_be_one(comparison, monkeypatch):
