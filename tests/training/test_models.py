@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,14 @@ pytest.importorskip("peft")
 
 import transformers
 
-from ffkernels.training.models import EMBEDDED, add_adapter, attention_targets, load_model
+from ffkernels.training.models import (
+    EMBEDDED,
+    add_adapter,
+    attention_targets,
+    load_model,
+    load_tokenizer,
+    train_weights,
+)
 from ffkernels.training.tokenizer import ByteTokenizer
 
 SENTENCE = "It was a bright morning, and she walked to the village with her sister."
@@ -206,3 +215,43 @@ def test_a_target_may_be_a_longer_suffix():
     adapted = add_adapter(load_model("tiny")[0], targets=["0.attention.dense", "query_key_value"], seed=0)
     dense = [n for n, p in adapted.named_parameters() if "attention.dense.lora_A" in n]
     assert len(dense) == 1 and ".layers.0." in dense[0]
+
+
+def test_offline_it_is_said_why_the_hub_was_not_asked(monkeypatch):
+    monkeypatch.setattr("ffkernels.training.models.require", _without_network)
+    for load in (load_model, load_tokenizer):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(RuntimeError, match=r"model 'some/model' could not .* HF_HUB_OFFLINE is set"):
+            load("some/model")
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        with pytest.raises(RuntimeError, match=r"check the spelling.*name its directory"):
+            load("some/model")
+
+
+def _without_network(package):
+    """transformers, but for what would ask the network."""
+    real = __import__(package)
+
+    class Unreachable:
+        @staticmethod
+        def from_pretrained(*args, **options):
+            raise OSError("We couldn't connect to 'https://huggingface.co'\nand more")
+
+    names = {"AutoModelForCausalLM": Unreachable, "AutoConfig": Unreachable, "utils": real.utils}
+    return SimpleNamespace(**names)
+
+
+def test_a_tokenizer_without_its_model():
+    assert load_tokenizer("tiny").encode("ab") == [97, 98]
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        load_tokenizer(str(Path(__file__).parent))
+
+
+def test_all_weights_train_or_those_of_the_named_modules():
+    model, _ = load_model("tiny")
+    assert all(p.requires_grad for p in train_weights(model).parameters())
+    train_weights(model, ["dense"])
+    training = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert training and all(".attention.dense." in name for name in training)
+    with pytest.raises(ValueError, match="no module named 'nowhere'"):
+        train_weights(model, ["dense", "nowhere"])
