@@ -92,7 +92,7 @@ class RateProbe:
             refused = why_rate_means_nothing(self.optimizer, table.weights)
             if refused:
                 raise ValueError(refused)
-            self._rates, self._now = rates, base_rates(self.optimizer)
+            self._rates = rates
             ops.checkpoint_(table)
         self.seconds += perf_counter() - start
 
@@ -190,12 +190,16 @@ class RateProbe:
             self.steps, self.restarts = 0, self.restarts + 1
 
     def _find(self, table: ops.TensorTable, step: int) -> Finding:
-        pairs = zip(self._now, self._rates, strict=True)
         # A group that its schedule holds at 0 says nothing.
-        index = next(i for i, (base, lr) in enumerate(pairs) if lr)
+        base, lr = next(((b, r) for b, r in zip(self._bases, self._rates, strict=True) if b and r), (0, 0))
+        if not base:
+            raise ValueError(
+                "the learning rate was 0 when the search for one was prepared; give the optimizer its base "
+                "learning rate, or make its scheduler, before that"
+            )
         search = self._search(table)
-        base, lr, kept = self._bases[index], self._rates[index], search.best.scale > 0
-        scale = search.scale * lr / self._now[index] * self.applied if kept else self.applied
+        kept = search.best.scale > 0
+        scale = search.scale * lr / base if kept else self.applied
         finding = Finding(
             lr=scale * base,
             tau=search.scale - 1.0,

@@ -136,6 +136,9 @@ def test_a_loop_that_multiplies_by_lr_scale_is_not(recwarn):
         optimizer.param_groups[0]["lr"] = 1e-4 * min(1, (step + 1) / 4) * ff.lr_scale
         train(model, optimizer, 1, first=step)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(ff.finding.lr)
+    # The searched step had 2/4 of the base rate, which is what is found.
+    assert ff.finding.scale == pytest.approx((1 + ff.finding.tau) / 2)
+    assert ff.finding.curve[1][0] == pytest.approx(0.5e-4)
     assert not [w for w in recwarn if "lr_scale" in str(w.message)]
 
 
