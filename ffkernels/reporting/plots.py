@@ -9,7 +9,7 @@ training.png            the loss along the path: optimizer steps and Fast Forwar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from ffkernels.reporting.savings import Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Event = Mapping[str, Any]  # of a run log
 
 DPI = 150
 # Okabe and Ito's colours and a wine red, which the colour-blind can tell apart; line styles and markers say
@@ -36,6 +38,7 @@ STYLES: dict[str, dict[str, Any]] = {
 SGD = {"color": STYLES["adam"]["color"], "marker": "o", "linestyle": "none", "markersize": 3.5}
 LEGEND = {"frameon": True, "edgecolor": "none", "facecolor": "white", "framealpha": 0.85}
 TEXT = "#333333"
+PATH = "steps along the path: optimizer steps + Fast Forward steps (τ)"
 UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
 
 
@@ -210,34 +213,41 @@ def _training(figure: Figure, runs: Sequence[Run]) -> None:
     figure.set_size_inches(7.2, 1.2 + 3.0 * len(shown))
     panels = figure.subplots(len(shown), sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, run in zip(panels, shown, strict=True):
-        clean_axes(axes)
-        sgd, stages = walk(run)
-        axes.plot(*zip(*sgd, strict=True), **SGD, label="optimizer step: training loss of its batch")
-        for number, stage in enumerate(stages):
-            axes.plot(
-                *zip(*stage, strict=True),
-                color=style_of(run)["color"],
-                marker=style_of(run)["marker"],
-                markersize=2.0 if len(stage) > 30 else 4.0,  # so many would merge
-                linewidth=1.2,
-                label="Fast Forward step: validation loss, where it fell" if number == 0 else None,
-            )
+        draw_walk(axes, style_of(run), run.log.steps, run.log.stages)
         several = len([r for r in runs if r.kind == run.kind]) > 1
         axes.set_title(kind_label(run) + (f" ({run.name})" if several else ""), loc="left")
-        axes.set_ylabel("loss (nats per token)")
-        axes.legend(loc="upper right", fontsize=9, **LEGEND)
     panels[-1].set_xlim(left=0)
-    panels[-1].set_xlabel("steps along the path: optimizer steps + Fast Forward steps (τ)")
+    panels[-1].set_xlabel(PATH)
 
 
-def walk(run: Run) -> tuple[list[tuple[float, float]], list[list[tuple[float, float]]]]:
+def draw_walk(axes: Axes, style: Mapping[str, Any], steps: Sequence[Event], stages: Sequence[Event]) -> None:
+    """The loss along the path of a run: a point per optimizer step, a line per stage; see ``walk``."""
+    clean_axes(axes)
+    sgd, forwards = walk(steps, stages)
+    axes.plot(*zip(*sgd, strict=True), **SGD, label="optimizer step: training loss of its batch")
+    for number, points in enumerate(forwards):
+        axes.plot(
+            *zip(*points, strict=True),
+            color=style["color"],
+            marker=style["marker"],
+            markersize=2.0 if len(points) > 30 else 4.0,  # so many would merge
+            linewidth=1.2,
+            label="Fast Forward step: validation loss, where it fell" if number == 0 else None,
+        )
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(loc="upper right", fontsize=9, **LEGEND)
+
+
+def walk(
+    steps: Sequence[Event], events: Sequence[Event]
+) -> tuple[list[tuple[float, float]], list[list[tuple[float, float]]]]:
     """A run along its path, on which a step is 1 long and a stage τ*: SGD points, points per stage.
 
     A stage's points are the validation losses the search accepted on its way to τ*, the first of them τ = 0.
     """
-    stage_of = {stage["optimizer_step"]: stage for stage in run.log.stages}
+    stage_of = {stage["optimizer_step"]: stage for stage in events}
     sgd, stages, forwarded = [], [], 0
-    for step in run.log.steps:
+    for step in steps:
         x = step["optimizer_step"] + forwarded
         if math.isfinite(step["train_loss"]):
             # The loss was taken before the update, so it belongs one step back.
@@ -249,7 +259,7 @@ def walk(run: Run) -> tuple[list[tuple[float, float]], list[list[tuple[float, fl
     return sgd, [stage for stage in stages if stage]
 
 
-def accepted(stage: dict[str, Any]) -> list[tuple[int, float]]:
+def accepted(stage: Event) -> list[tuple[int, float]]:
     """The (τ, loss) of a stage that became the best when they were measured, up to τ*, by rising τ."""
     best, found = math.inf, []
     for tau, loss in stage["losses"]:

@@ -174,7 +174,7 @@ def test_the_terminal_table_fits_eighty_columns(logs, tmp_path):
 
 def test_the_path_of_a_run(logs):
     run = next(run for run in compare_runs(logs, 1e-4) if run.name == "linear-s0")
-    sgd, stages = walk(run)
+    sgd, stages = walk(run.log.steps, run.log.stages)
     # Training losses stand one step back, before their update; ten of them, then τ* = 3 moves what follows.
     assert [x for x, _ in sgd] == [*range(10), *range(13, 23)]
     assert sgd[10] == (13, pytest.approx(4.0 - 0.11))
