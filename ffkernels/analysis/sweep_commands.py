@@ -315,9 +315,10 @@ def _convergence_seen(data: dict[str, Any]) -> list[str]:
     if reached is None:
         seen.append("It did not reach Adam's lowest test loss.")
     else:
+        share = reached["saved"]["measured"]
+        cost = f"for {percent(abs(share))} {'fewer' if share > 0 else 'more'} FLOPs than Adam (measured)"
         seen.append(
-            f"It reached Adam's lowest test loss at optimizer step {reached['optimizer_step']}, saving "
-            f"{percent(reached['saved']['measured'])} of the FLOPs (measured)."
+            f"It reached Adam's lowest test loss at optimizer step {reached['optimizer_step']}, {cost}."
         )
     flat = [name for name, run in (("Adam", adam), ("Fast Forward", ff)) if not run["converged"]]
     if flat:
