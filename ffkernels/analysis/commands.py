@@ -6,14 +6,11 @@ Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-
 import typer
 
-__all__ = ["app"]
+from ffkernels.analysis import gradient_commands, stage_commands, sweep_commands
 
-MODULES = ("stage_commands", "gradient_commands", "sweep_commands")
+__all__ = ["app"]
 
 app = typer.Typer(
     name="analyze",
@@ -23,7 +20,6 @@ app = typer.Typer(
     help="The paper's figures: run the experiment, print what was seen, write its data and its picture.",
 )
 
-for _module in MODULES:
-    if find_spec(f"ffkernels.analysis.{_module}") is not None:
-        for _name, _command in import_module(f"ffkernels.analysis.{_module}").COMMANDS.items():
-            app.command(_name)(_command)
+for _module in (stage_commands, gradient_commands, sweep_commands):
+    for _name, _command in _module.COMMANDS.items():
+        app.command(_name)(_command)

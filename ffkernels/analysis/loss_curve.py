@@ -9,6 +9,7 @@ the same data order and learning rate.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from ffkernels.training.config import TrainConfig
 
-__all__ = ["draw", "loss_curve", "tests_along_the_path"]
+__all__ = ["along_the_path", "draw", "loss_curve"]
 
 Points = list[tuple[float, float]]
 
@@ -51,12 +52,12 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any
         raise ValueError("config.fast_forward is None: give a FastForwardConfig")
     if evaluate_every < 1:
         raise ValueError(f"evaluate_every={evaluate_every}: must be at least 1")
-    tests: list[float] = []
+    measured: list[tuple[float, float]] = []  # validation and test loss of each call, in order
 
     def attach(session: Session) -> FastForward:
         def both(model: Any) -> Any:
             loss = session.validation()
-            tests.append(session.test_loss())
+            measured.append((float(loss), session.test_loss()))
             return loss
 
         watched = ValidationLoss(session.model, both)
@@ -64,13 +65,13 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any
 
     with open_session(config, attach=attach) as session:
         forward = _run(session, evaluate_every)
-        measured = iter(tests)
+        calls = iter(measured)
         forward["stages"] = [
             {
                 "optimizer_step": stage.optimizer_step,
                 "tau": stage.tau,
                 "losses": [[tau, loss] for tau, loss in stage.losses],
-                "test_losses": [[tau, next(measured)] for tau, _ in stage.losses],
+                "test_losses": [[tau, _test_loss(calls, loss)] for tau, loss in stage.losses],
             }
             for stage in session.ff.stages
         ]
@@ -86,6 +87,14 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any
     }
 
 
+def _test_loss(calls: Iterator[tuple[float, float]], validation_loss: float) -> float:
+    """The test loss measured with this validation loss; calls that only counted FLOPs are skipped."""
+    for validation, test in calls:
+        if validation == validation_loss or (math.isnan(validation) and math.isnan(validation_loss)):
+            return test
+    raise RuntimeError(f"no test loss was measured with the validation loss {validation_loss}")
+
+
 def _run(session: Session, evaluate_every: int) -> dict[str, Any]:
     """Train all steps; the test loss also after each step that a stage followed."""
     start, steps = session.test_loss(), []
@@ -99,7 +108,7 @@ def _run(session: Session, evaluate_every: int) -> dict[str, Any]:
     return {"start": start, "steps": steps}
 
 
-def tests_along_the_path(run: dict[str, Any]) -> tuple[Points, list[Points]]:
+def along_the_path(run: dict[str, Any]) -> tuple[Points, list[Points]]:
     """The test loss along the path: a point per optimizer step, and per stage its points up to τ*.
 
     Of a stage the τ are those at which the validation loss fell; whether the test loss fell too is seen.
@@ -131,7 +140,7 @@ def draw(figure: Figure, data: dict[str, Any]) -> None:
 
     axes = panels["path"]
     clean_axes(axes)
-    points, stages = tests_along_the_path(forward)
+    points, stages = along_the_path(forward)
     axes.plot(*zip(*points, strict=True), **SGD, label="after an optimizer step")
     for number, stage in enumerate(stages):
         label = "after a Fast Forward step" if number == 0 else None

@@ -163,8 +163,6 @@ def settings(**flags: Any) -> TrainConfig:
     stages = {name: flags.pop(name) for name in list(flags) if name in of_stages}
     stages = {"patience": None, **stages}
     training = {name: value for name, value in flags.items() if name not in NOT_SETTINGS}
-    known = {f.name for f in fields(TrainConfig)}
-    training = {k: v for k, v in training.items() if k in known or v != SHARED[k][1]}
     return TrainConfig(fast_forward=FastForwardConfig(**stages), **training)
 
 
