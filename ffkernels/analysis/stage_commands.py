@@ -95,9 +95,9 @@ def tau_sweep(
         least = {search: min(f[search]["found"] for f in fallen) for search in ("linear", "parabolic")}
         most = {search: max(f[search]["evaluations"] for f in fallen) for search in least}
         seen.append(
-            f"Of the validation decrease the linear search gets {percent(least['linear'])} or more "
-            f"in up to {most['linear']} validations, the parabolic {percent(least['parabolic'])} or more in "
-            f"up to {most['parabolic']}."
+            f"Of what the validation loss falls in all, the linear search gets at least "
+            f"{100 * least['linear']:.1f} % in up to {most['linear']} validations, the parabolic "
+            f"{100 * least['parabolic']:.1f} % in up to {most['parabolic']}."
         )
     header = ("step and loss", "argmin", "decrease", "convex", "turns", "unimodal", "linear τ", "parabolic τ")
     finish("tau-sweep", data, draw, flags, header=header, rows=rows, seen=seen)
