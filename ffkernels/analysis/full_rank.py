@@ -111,7 +111,8 @@ def draw(figure: Figure, data: dict[str, Any]) -> None:
     styles = [STYLES[name] for name in ("parabolic", "linear", "adam-tuned", "other")]
     clean_axes(taus)
     for run, style in zip(runs, styles, strict=False):
-        steps, found = zip(*((s["optimizer_step"], s["tau"]) for s in run["ff"]["stages"]), strict=True)
+        steps = [stage["optimizer_step"] for stage in run["ff"]["stages"]]
+        found = [stage["tau"] for stage in run["ff"]["stages"]]
         taus.plot(steps, found, **style, markersize=6, linewidth=1.4, label=run["name"])
     taus.set_ylim(bottom=0)
     taus.xaxis.get_major_locator().set_params(integer=True)
@@ -132,5 +133,6 @@ def draw(figure: Figure, data: dict[str, Any]) -> None:
         texts = [f"{100 * run['ff']['saved'][name]:.0f}" if run["ff"]["saved"] else "–" for run in runs]
         saved.bar_label(bars, labels=[text.replace("-", "−") for text in texts], fontsize=9, padding=2)
     saved.set_xticks(range(len(runs)), labels=[run["name"].replace(" ", "\n") for run in runs])
+    saved.margins(y=0.12)  # room for the numbers
     saved.set_ylabel("FLOPs saved against Adam (%)")
     saved.legend(**{**ABOVE, "ncols": 2})

@@ -90,7 +90,7 @@ def rank(
     )
 
 
-@shared_options(lr=3e-4, batch_size=32, steps=60, test_examples=128)
+@shared_options(lr=3e-4, batch_size=32, steps=48, test_examples=128)
 def full_rank(
     flags: dict[str, Any],
     full_lr: Annotated[
@@ -101,7 +101,7 @@ def full_rank(
 ) -> None:
     """Fig. 8: Fast Forward on LoRA of low and of full rank, attention-only and full fine-tuning."""
     from ffkernels.analysis import full_rank as analysis
-    from ffkernels.analysis.show import finish, percent
+    from ffkernels.analysis.show import finish
 
     config = settings(**flags)
     with _watching(flags) as watch:
@@ -114,7 +114,7 @@ def full_rank(
         none = f", {run['stages_without_a_step']} of them none" if run["stages_without_a_step"] else ""
         saved = run["ff"]["saved"]
         cost = (
-            f"{percent(saved['measured'])} of Adam's FLOPs saved (measured)"
+            f"Adam's test loss for {_than_adam(saved['measured'])}"
             if saved
             else f"Adam's test loss was not reached in {run['ff']['optimizer_steps']} optimizer steps"
         )
@@ -297,9 +297,13 @@ def _best(runs: Sequence[dict[str, Any]], key: str, at: str) -> list[str]:
     return [words + ".", *([f"Adam's test loss was not reached {at} {', '.join(missed)}."] if missed else [])]
 
 
-def _convergence_seen(data: dict[str, Any]) -> list[str]:
+def _than_adam(saved: float) -> str:
     from ffkernels.analysis.show import percent
 
+    return f"{percent(abs(saved))} {'fewer' if saved > 0 else 'more'} FLOPs than Adam (measured)"
+
+
+def _convergence_seen(data: dict[str, Any]) -> list[str]:
     adam, ff = data["runs"]
     off, reached = data["switched_off_at"], data["to_adams_best"]
     patience = data["stages"]["patience"]
@@ -315,10 +319,9 @@ def _convergence_seen(data: dict[str, Any]) -> list[str]:
     if reached is None:
         seen.append("It did not reach Adam's lowest test loss.")
     else:
-        share = reached["saved"]["measured"]
-        cost = f"for {percent(abs(share))} {'fewer' if share > 0 else 'more'} FLOPs than Adam (measured)"
+        cost = _than_adam(reached["saved"]["measured"])
         seen.append(
-            f"It reached Adam's lowest test loss at optimizer step {reached['optimizer_step']}, {cost}."
+            f"It reached Adam's lowest test loss at optimizer step {reached['optimizer_step']}, for {cost}."
         )
     flat = [name for name, run in (("Adam", adam), ("Fast Forward", ff)) if not run["converged"]]
     if flat:

@@ -56,8 +56,11 @@ def test_the_picture(data):
 
 
 def test_full_rank_alone_knows_the_models_width(config):
-    (run,) = full_rank(replace(config, steps=2), variants=("full-rank",))["runs"]
+    data = full_rank(replace(config, steps=2), variants=("full-rank",))
+    (run,) = data["runs"]
     assert run["name"] == "lora r=32" and run["trainable"] == 2 * 192 * 32
+    assert run["ff"]["stages"] == [] and run["ff_steps"] == 0
+    draw(Figure(), data)  # nothing to show is no error
 
 
 def test_what_is_refused(config):
