@@ -141,7 +141,7 @@ def draw(figure: Figure, data: dict[str, Any]) -> None:
     axes = panels["path"]
     clean_axes(axes)
     points, stages = along_the_path(forward)
-    axes.plot(*zip(*points, strict=True), **SGD, label="after an optimizer step")
+    axes.plot(*zip(*points, strict=True), **SGD, zorder=3, label="after an optimizer step")
     for number, stage in enumerate(stages):
         label = "after a Fast Forward step" if number == 0 else None
         size = 2.0 if len(stage) > 30 else 4.0

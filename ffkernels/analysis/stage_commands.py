@@ -15,7 +15,7 @@ from ffkernels.analysis.show import finish, percent, working
 __all__ = ["COMMANDS"]
 
 
-@shared_options(steps=60, test_examples=128)
+@shared_options(lr=3e-4, steps=60, test_examples=128)
 def loss(
     flags: dict[str, Any],
     evaluate_every: Annotated[int, typer.Option(help="Optimizer steps between test losses.")] = 3,
@@ -38,7 +38,7 @@ def loss(
     walked = sum(stage["tau"] > 0 for stage in stages)
     there = f"at step {data['reached']}" if data["reached"] is not None else "at no step"
     seen = [
-        f"In {fell} of the {walked} stages that took steps the test loss, fell too.",
+        f"In {fell} of the {walked} stages that took steps the test loss fell too.",
         f"Test loss after {config.steps} optimizer steps: {alone:.4f} without, {forwarded:.4f} "
         f"with Fast Forward, which was at the former's {there}.",
     ]
@@ -71,6 +71,7 @@ def tau_sweep(
     for swept in data["sweeps"]:
         for measured in ("validation", "test"):
             shape = swept[f"of_{measured}"]
+            searched = measured == "validation"  # the searches never see a test loss
             shapes.append(shape)
             rows.append(
                 (
@@ -80,8 +81,8 @@ def tau_sweep(
                     percent(shape["convex_share"]),
                     shape["turning_points"],
                     "yes" if shape["unimodal"] else "no",
-                    shape["linear"]["tau"],
-                    shape["parabolic"]["tau"],
+                    shape["linear"]["tau"] if searched else None,
+                    shape["parabolic"]["tau"] if searched else None,
                 )
             )
     one_minimum = sum(shape["unimodal"] for shape in shapes)
