@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ffkernels.training.conversations import COUNTED, conversation
 from ffkernels.training.examples import Example, Segment, collate, make_example, start_tokens
 from ffkernels.training.icd import passages
 from ffkernels.training.jsonl import read_lines, task_name
+from ffkernels.training.kept_examples import kept
 from ffkernels.training.standard_library import documented_functions
 from ffkernels.training.token_statistics import token_statistics
 
@@ -119,7 +120,12 @@ def load_task(
     if source == "hub":
         splits = hub_data.load_splits(name, tokenizer, seed=seed, chat_loss=chat_loss, **sizes)
         return Task(name, *splits)
-    return _split(name, TASKS[name](tokenizer, chat_loss), tokenizer, seed, **sizes)
+    examples = kept(
+        (name, max_length, chat_loss),
+        tokenizer,
+        lambda: _examples(TASKS[name](tokenizer, chat_loss), tokenizer, max_length),
+    )
+    return _split(name, examples, seed, **sizes)
 
 
 def load_file(
@@ -139,8 +145,8 @@ def load_file(
     """
     path = Path(path)
     sizes = _sizes(max_length, test_examples, validation_examples)
-    sources = list(dict.fromkeys(read_lines(path, tokenizer)))
-    return _split(task_name(path), sources, tokenizer, seed, **sizes)
+    sources = dict.fromkeys(read_lines(path, tokenizer))
+    return _split(task_name(path), _examples(sources, tokenizer, max_length), seed, **sizes)
 
 
 def _sizes(max_length: int, test_examples: int, validation_examples: int) -> dict[str, int]:
@@ -158,20 +164,23 @@ def _sizes(max_length: int, test_examples: int, validation_examples: int) -> dic
     }
 
 
+def _examples(sources: Iterable[Sequence[Segment]], tokenizer: Any, max_length: int) -> list[Example]:
+    """An example of each source; one only where different texts are the same tokens once they are cut."""
+    start = start_tokens(tokenizer)
+    cut = (make_example(source, tokenizer, start, max_length) for source in sources)
+    return list({tuple(example["input_ids"]): example for example in cut}.values())
+
+
 def _split(
     name: str,
-    sources: Sequence[Sequence[Segment]],
-    tokenizer: Any,
+    examples: list[Example],
     seed: int,
     *,
     max_length: int,
     test_examples: int,
     validation_examples: int,
 ) -> Task:
-    start = start_tokens(tokenizer)
-    cut = (make_example(source, tokenizer, start, max_length) for source in sources)
-    # Different texts may be the same tokens once they are cut: no example may be in two splits.
-    examples = list({tuple(example["input_ids"]): example for example in cut}.values())
+    """The splits of different examples: none is in two of them."""
     held_out = test_examples + validation_examples
     if len(examples) <= held_out:
         raise ValueError(

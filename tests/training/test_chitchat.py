@@ -83,6 +83,7 @@ def test_the_loss_may_count_the_assistant_only():
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "chitchat_dataset", None)
+    monkeypatch.setattr("ffkernels.training.kept_examples._kept", {})
     monkeypatch.setattr("ffkernels.training.tasks.conversations", chitchat.conversations.__wrapped__)
     message = r"task 'chat' needs chitchat_dataset: pip install 'ffkernels\[tasks\]'"
     with pytest.raises(RuntimeError, match=message):
