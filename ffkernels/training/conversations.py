@@ -2,8 +2,10 @@
 
 The tokenizer's own chat template is used where it has one. Else ``PLAIN`` writes a turn as ``Role: content``
 on a line of its own, and ``MARKED`` as ``<|role|>``, a line break, the content and the end token, behind an
-empty system turn where there is none: the format in which the paper's authors train models without a
-template, such as Pythia and Llama-3's base.
+empty system turn where there is none: the format that the paper's authors give every model.
+
+What a template writes before the first turn's content is never counted: many begin with a system prompt of
+their own, the same in every conversation, and learning it by heart is no progress on the task.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ ROLES = ("system", "user", "assistant")
 PLAIN, MARKED = "plain", "marked"
 
 COUNTED = ("all", "assistant")
+
+# Stands for a content that no template contains, shortens or takes for empty.
+PROBE = "\x00content\x00"
 
 
 def conversation(
@@ -34,13 +39,11 @@ def conversation(
     tokenizer without a chat template.
     """
     _check(messages, where, counted)
-    if getattr(tokenizer, "chat_template", None) is None:
-        marked = fallback == MARKED
-        spans = _marked(messages, getattr(tokenizer, "eos_token", None)) if marked else _plain(messages)
-    elif counted == "all":
-        return ((_rendered(messages, tokenizer, where), True),)
-    else:
-        spans = _templated(messages, tokenizer, where)
+    if getattr(tokenizer, "chat_template", None) is not None:
+        split = _after_preamble if counted == "all" else _templated
+        return _merged(split(messages, tokenizer, where))
+    marked = fallback == MARKED
+    spans = _marked(messages, getattr(tokenizer, "eos_token", None)) if marked else _plain(messages)
     return _merged((text, kept or counted == "all") for text, kept in spans)
 
 
@@ -75,6 +78,17 @@ def _marked(messages: Sequence[dict[str, str]], end: str | None) -> Iterator[Seg
     for message in messages:
         yield f"<|{message['role']}|>\n", False
         yield f"{message['content']}{end or ''}\n", message["role"] == "assistant"
+
+
+def _after_preamble(
+    messages: Sequence[dict[str, str]], tokenizer: Any, where: str
+) -> tuple[Segment, Segment]:
+    """The rendered conversation, cut where its first content begins."""
+    probe = [{**messages[0], "content": PROBE}, *messages[1:]]
+    preamble, found, _ = _rendered(probe, tokenizer, where).partition(PROBE)
+    text = _rendered(messages, tokenizer, where)
+    begin = len(preamble) if found and text.startswith(preamble) else 0
+    return (text[:begin], False), (text[begin:], True)
 
 
 def _templated(messages: Sequence[dict[str, str]], tokenizer: Any, where: str) -> Iterator[Segment]:

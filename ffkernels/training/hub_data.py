@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
+from ffkernels.ops.notices import announce_once
 from ffkernels.training.conversations import MARKED, conversation
 from ffkernels.training.examples import IGNORED, Example, Segment, make_example, start_tokens
 from ffkernels.training.packages import require_for_task
@@ -71,9 +72,9 @@ HUB = {
 class HubExamples(Sequence[Example]):
     """Rows of a data set in a shuffled order, each made an example when it is asked for.
 
-    A row that makes none (nothing to learn from, too long for a source that drops such, or a repetition of a
-    held-out example) is replaced by the next that does, so an index always gives the same example and the
-    length is known beforehand.
+    A row that makes none (nothing to learn from, refused by the chat template, too long for a source that
+    drops such, or a repetition of a held-out example) is replaced by the next that does, so an index always
+    gives the same example and the length is known beforehand.
     """
 
     def __init__(self, order: Sequence[int], make: Callable[[int], Example | None]) -> None:
@@ -116,9 +117,17 @@ def load_splits(
     shared = source.train == source.held_out
     train_rows = held_rows if shared else _rows(task, source, source.train)
 
+    refused = ""
+
     def example(rows: Any, split: str, row: int) -> Example | None:
         where = f"{source.repository}, {split}, row {row}"
-        segments = source.segments(rows[row], tokenizer, where, chat_loss)
+        try:
+            segments = source.segments(rows[row], tokenizer, where, chat_loss)
+        except ValueError as error:  # of a conversation: one odd row must not end a run of hours
+            nonlocal refused
+            refused = f" Of those left out, one for this reason: {error}"
+            announce_once(f"hub row of {source.repository}", f"{error} Such rows are passed over.")
+            return None
         if not any(counted and text.strip() for text, counted in segments):
             return None
         made = make_example(segments, tokenizer, start, max_length, whole_prompt=source.drop_long)
@@ -140,7 +149,7 @@ def load_splits(
         raise ValueError(
             f"{source.repository} has {len(held_out)} different examples that fit, of {len(held_rows)}; "
             f"{test_examples} test and {validation_examples} validation examples leave none to train on. "
-            f"Ask for fewer of them.{why}"
+            f"Ask for fewer of them.{why}{refused}"
         )
 
     def train_example(row: int) -> Example | None:

@@ -48,11 +48,23 @@ def test_the_marked_format_begins_with_a_system_turn_and_ends_every_turn():
 @pytest.mark.parametrize("fallback", [PLAIN, MARKED])
 def test_the_tokenizers_own_template_goes_before_both(fallback):
     whole = conversation([USER, ASSISTANT] * 2, Templated(), "x", counted="all", fallback=fallback)
-    assert whole == (("<u>hi</><a>ho</><u>hi</><a>ho</>", True),)
+    assert whole == (("<u>", False), ("hi</><a>ho</><u>hi</><a>ho</>", True))
     assert conversation([USER, ASSISTANT], Templated(), "x", fallback=fallback) == (
         ("<u>hi</><a>", False),
         ("ho</>", True),
     )
+
+
+@pytest.mark.parametrize("first", [USER, {**USER, "content": " s\n"}, {**USER, "content": "Be nice."}])
+def test_a_system_prompt_that_the_template_writes_itself_is_not_counted(first):
+    class Prompted(Templated):
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            trimmed = [{**message, "content": message["content"].strip()} for message in messages]
+            return "<s>Be nice.</>" + super().apply_chat_template(trimmed, tokenize, add_generation_prompt)
+
+    whole = conversation([first, ASSISTANT], Prompted(), "x", counted="all")
+    assert whole == (("<s>Be nice.</><u>", False), (f"{first['content'].strip()}</><a>ho</>", True))
+    assert conversation([first, ASSISTANT], Prompted(), "x")[1] == ("ho</>", True)
 
 
 def test_a_conversation_without_the_assistant_counts_only_where_all_does():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.training import hub_data
 from ffkernels.training.tasks import load_task
 from ffkernels.training.tokenizer import ByteTokenizer
@@ -149,6 +150,21 @@ def test_conversations_held_out_are_not_trained_on(hub):
     task = load_task("chat", TOKENIZER, source="hub", max_length=200, **SIZES)
     assert not {text(e) for e in task.train} & {text(e) for e in task.validation + task.test}
     assert len(task.train) == len(list(task.train)) == 40
+
+
+def test_an_odd_conversation_is_passed_over_and_said_once(hub, monkeypatch):
+    monkeypatch.setattr("ffkernels.ops.notices._announced", set())
+    chats = hub["HuggingFaceH4/ultrachat_200k"]
+    alone = {**talk("train_sft", 99), "messages": [{"role": "user", "content": "Anybody?"}]}
+    chats["train_sft"] = [alone if i % 3 else row for i, row in enumerate(chats["train_sft"])]
+    options = dict(source="hub", max_length=200, chat_loss="assistant", **SIZES)
+    task = load_task("chat", TOKENIZER, **options)
+    with pytest.warns(FFKernelsNotice, match=r"train_sft, row \d+: no turn of the .*passed over") as said:
+        numbers = {text(example, labelled=True) for example in task.train}
+    assert len(said) == 1 and numbers == {f"Answer {i}.\n" for i in range(0, 30, 3)}
+    chats["test_sft"] = [alone] * 20
+    with pytest.raises(ValueError, match=r"has 0 different .* of 20; .*test_sft, row \d+: no turn of the"):
+        load_task("chat", TOKENIZER, **options)
 
 
 def test_only_what_is_used_is_tokenized(hub):
