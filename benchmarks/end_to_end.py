@@ -74,8 +74,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     which = parser.add_argument_group("what is measured; the defaults depend on the device")
     which.add_argument("--model", help="default: tiny on a CPU, smollm2-135m on a GPU where it is at hand")
-    which.add_argument("--tasks", nargs="+")
-    which.add_argument("--method", nargs="+", dest="methods")
+    which.add_argument("--tasks", nargs="+", choices=TASKS)
+    which.add_argument("--method", nargs="+", dest="methods", choices=GPU["methods"])
     which.add_argument("--lr", nargs="+", type=_rate, help=f"learning rates, or {TUNED!r}")
     which.add_argument("--seeds", nargs="+", type=int)
     which.add_argument("--batch-size", nargs="+", type=int, dest="batch_sizes")
@@ -181,6 +181,7 @@ def new_document(
     for name in ("name", "out", "task", "method", "lr", "batch_size", "seed", "fast_forward", "target_loss"):
         config.pop(name, None)
     config |= {"check_every": comparison.check_every, "tolerance": comparison.tolerance}
+    config |= {"tuned_lr": plan.tuned_lr}
     config["fast_forward"] = {
         name: value for name, value in asdict(comparison.fast_forward).items() if name != "search"
     }
@@ -232,7 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     ended = rounds.run()
     left_out = len(document["left_out"])
     print(f"written: {options.out}" + (f"; {left_out} rounds were left out" if left_out else ""))
-    return 0 if ended else INTERRUPTED
+    if not ended:
+        return INTERRUPTED
+    return 0 if document["cells"] else 1
 
 
 if __name__ == "__main__":

@@ -23,12 +23,13 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from end_to_end_plan import Cell
 
 from ffkernels.reporting.recorder import RunLog, read_run
-from ffkernels.reporting.savings import Run, compare_runs, spreads
+from ffkernels.reporting.savings import COSTS, Run, compare_runs
 from ffkernels.training.trainer import INTERRUPTED
 
 KIND = "end-to-end"
@@ -77,25 +78,19 @@ def thinned(points: Sequence[Any], most: int = CURVE_POINTS) -> list[Any]:
 
 
 def spreads_of(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Median and range of each kind's savings over the seeds; a single seed is its own median."""
-    runs = []
+    """Median and range of each kind's savings over the seeds; none, with the reason, where one has none."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for one in rounds:
-        kinds = {row["name"]: row["kind"] for row in one["runs"]}
+        kind_of = {row["name"]: row["kind"] for row in one["runs"]}
         for entry in one["savings"]:
-            saved = {cost: value for cost, value in entry.items() if cost not in ("name", "reason")}
-            name = entry["name"]
-            runs.append(Run(RunLog(name), kinds[name], {}, saved=saved, reason=entry.get("reason")))
+            kinds.setdefault(kind_of[entry["name"]], []).append(entry)
     found = []
-    for spread in spreads(runs):
-        entry = {"kind": spread.kind, "count": spread.count, "median": spread.median}
-        entry |= {"low": spread.low, "high": spread.high}
-        found.append(entry if spread.reason is None else {**entry, "reason": spread.reason})
-    several = {entry["kind"] for entry in found}
-    for run in runs:
-        if run.kind not in several:
-            saved = None if run.reason is not None else run.saved
-            entry = {"kind": run.kind, "count": 1, "median": saved, "low": saved, "high": saved}
-            found.append(entry if run.reason is None else {**entry, "reason": run.reason})
+    for kind, entries in kinds.items():
+        spread: dict[str, Any] = {"kind": kind, "count": len(entries)}
+        reasons = [f"{entry['name']} {entry['reason']}" for entry in entries if "reason" in entry]
+        for end, of in (("median", median), ("low", min), ("high", max)):
+            spread[end] = None if reasons else {cost: of(e[cost] for e in entries) for cost in COSTS}
+        found.append({**spread, "reason": "; ".join(reasons)} if reasons else spread)
     return found
 
 
@@ -119,7 +114,10 @@ def cell_of(document: dict[str, Any], cell: Cell, lr: float) -> dict[str, Any]:
 
 
 def add_round(entry: dict[str, Any], one: dict[str, Any]) -> None:
-    """Put a round into its cell, in place of an earlier one of the same seed."""
+    """Put a round into its cell, in place of one of the same seed that has not more runs."""
+    before = next((r for r in entry["rounds"] if r["seed"] == one["seed"]), None)
+    if not one["complete"] and before is not None and len(before["runs"]) > len(one["runs"]):
+        return
     entry["rounds"] = sorted(
         [*(r for r in entry["rounds"] if r["seed"] != one["seed"]), one], key=lambda r: r["seed"]
     )
@@ -138,13 +136,18 @@ def load(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """The document at ``path`` to go on with, or ``fresh`` where there is none.
 
     Raises:
-        ValueError: when the file was made under other conditions, whose numbers would not compare.
+        ValueError: when the file cannot be read, or was made under other conditions, whose numbers would
+            not compare.
     """
     if not path.is_file():
         return fresh
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before.get("kind") != KIND:
-        raise ValueError(f"{path} is no result of this benchmark; give another --out")
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        ours = before["kind"] == KIND and fresh.keys() - {"note"} <= before.keys()
+    except (ValueError, TypeError, KeyError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{path} is no whole result of this benchmark; give another --out, or --fresh")
     differing = []
     for key in CONDITIONS:
         mine, its = fresh[key], before[key]
@@ -159,8 +162,10 @@ def load(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
             f"{path} was measured under other conditions: {', '.join(differing)}. Give another --out, or "
             "--fresh to measure all of it again."
         )
-    kept = {key: before[key] for key in ("tuned", "cells", "seconds")}
-    return {**fresh, **kept}
+    kept = {key: before[key] for key in ("tuned", "cells", "seconds", "left_out")}
+    # Who wants the same file again has to give all of these.
+    commands = dict.fromkeys([*before["command"].split(" && "), fresh["command"]])
+    return {**fresh, **kept, "command": " && ".join(commands)}
 
 
 def save(document: Mapping[str, Any], path: Path) -> None:

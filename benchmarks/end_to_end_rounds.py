@@ -7,13 +7,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from end_to_end_plan import Cell, Forecast, Plan
 from end_to_end_record import add_round, cell_of, finished, finished_logs, now, round_of, save
 from end_to_end_table import rate
 
 from ffkernels.training.compare import Comparison, Interrupted, compare
 from ffkernels.training.config import TrainConfig
+
+# What ends one round and not the others: Adam diverged, the batch is too big, a task's package is missing.
+NOT_POSSIBLE = (ValueError, RuntimeError)
 
 
 class Rounds:
@@ -40,13 +42,17 @@ class Rounds:
                 swept.add(cell.task)
                 try:
                     total += self.forecast.seconds(self.plan.comparison(cell, seed, tuned, Path(folder)))
-                except ValueError:  # said when the round's turn has come
+                except NOT_POSSIBLE:  # said when the round's turn has come
                     continue
         return total
 
     def run(self) -> bool:
         """Measure what is left; False after Ctrl-C."""
-        self.document["left_out"] = []
+        planned = {(cell.name, seed) for cell, seed in self.plan.rounds()}
+        # What another plan for the same file has left out is still not there.
+        self.document["left_out"] = [
+            one for one in self.document["left_out"] if (one["cell"], one["seed"]) not in planned
+        ]
         todo, begun = self.todo(), False
         for number, (cell, seed) in enumerate(todo):
             # The run logs: what is wanted of them goes into the document.
@@ -55,8 +61,8 @@ class Rounds:
                     tuned = self.plan.known_rate(cell, self.document["tuned"])
                     comparison = self.plan.comparison(cell, seed, tuned, Path(folder))
                     expected = self.forecast.seconds(comparison)
-                except ValueError as error:
-                    self._leave_out(cell, seed, str(error))
+                except NOT_POSSIBLE as error:
+                    self._leave_out(cell, seed, reason_of(error))
                     continue
                 left = self._left()
                 # The first is begun in any case: what it finishes in the time is kept.
@@ -75,11 +81,8 @@ class Rounds:
                 try:
                     if not self._round(cell, seed, comparison, Path(folder)):
                         return False
-                except (
-                    ValueError,
-                    torch.OutOfMemoryError,
-                ) as error:  # Adam diverged, or the batch is too big
-                    self._leave_out(cell, seed, str(error).splitlines()[0])
+                except NOT_POSSIBLE as error:
+                    self._leave_out(cell, seed, reason_of(error))
                 self._write()
         self._write()
         return True
@@ -152,6 +155,10 @@ class Rounds:
         self.document["seconds"] = round(self._before + perf_counter() - self.begin, 1)
         self.document["measured_at"] = now()
         save(self.document, self.out)
+
+
+def reason_of(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def said(one: dict[str, Any]) -> list[str]:

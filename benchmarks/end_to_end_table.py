@@ -28,19 +28,23 @@ def render_end_to_end(result: dict) -> list[str]:
             line += f"{_saved(cell, kind):>22}"
         lines.append(line)
     if result["left_out"]:
-        lines.append(f"-- no time was left for: {'; '.join(one['cell'] for one in result['left_out'])}")
+        cells = dict.fromkeys(one["cell"] for one in result["left_out"])
+        lines.append(f"-- left out (the file says why): {'; '.join(cells)}")
     return [*lines, *([f"-- {result['note']}"] if "note" in result else [])]
 
 
 def _saved(cell: dict, kind: str) -> str:
-    found = _median(cell, kind)
-    if found is None:
+    spread = _spread(cell, kind)
+    if spread is None:
         return "–"
+    if (found := spread["median"]) is None:
+        return "not reached"
     return " / ".join(f"{found[cost]:.0%}" for cost in ("flops_measured", "flops_paper", "seconds"))
 
 
-def _median(cell: dict, kind: str) -> dict | None:
-    return next((spread["median"] for spread in cell["spreads"] if spread["kind"] == kind), None)
+def _spread(cell: dict, kind: str) -> dict | None:
+    """None where it was not measured; its ``median`` is None where a seed did not reach the target."""
+    return next((spread for spread in cell["spreads"] if spread["kind"] == kind), None)
 
 
 def end_to_end_targets(result: dict) -> list[dict]:
@@ -49,11 +53,11 @@ def end_to_end_targets(result: dict) -> list[dict]:
         return []
     found = []
     for cell in result["cells"]:
-        if cell["tuned"]:
+        spread = _spread(cell, "parabolic")
+        if cell["tuned"] or spread is None:
             continue
         label = f"{cell['task']}, {cell['method']}, lr {rate(cell['lr'])}, batch {cell['batch_size']}"
-        saved = _median(cell, "parabolic")
-        if saved is None:
+        if (saved := spread["median"]) is None:
             found.append(
                 {"what": f"{label}: reaches Adam's test loss", "met": False, "measured": "not reached"}
             )

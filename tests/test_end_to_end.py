@@ -119,8 +119,58 @@ def test_medians_and_ranges_of_the_seeds(benchmarks):
     (missed,) = record.spreads_of([one(0, 0.5), one(1, None, "did not reach it")])
     assert missed["median"] is None and "parabolic-s1" in missed["reason"]
     (alone,) = record.spreads_of([one(0, None, "did not reach it")])
-    assert alone["median"] is None and alone["reason"] == "did not reach it"
+    assert alone["median"] is None and alone["reason"] == "parabolic-s0 did not reach it"
+    (two,) = record.spreads_of([one(0, 0.5), one(1, 0.7)])
+    assert two["median"]["flops_paper"] == pytest.approx(0.6) and two["low"]["flops_paper"] == 0.5
     assert record.thinned(list(range(100)), 4) == [0, 33, 66, 99] and record.thinned([1, 2], 4) == [1, 2]
+
+
+def test_a_round_that_got_less_far_does_not_replace_one_that_got_further(benchmarks):
+    record = benchmarks("end_to_end_record")
+
+    def one(mark, *kinds):
+        runs = [{"name": f"{kind}-s0", "kind": kind} for kind in kinds]
+        return {"seed": 0, "complete": False, "mark": mark, "runs": runs, "savings": []}
+
+    entry = {"rounds": [], "spreads": []}
+    for mark, kinds in ((1, ["adam"]), (2, ["adam", "linear"]), (3, ["adam"]), (4, ["adam", "linear"])):
+        record.add_round(entry, one(mark, *kinds))
+        assert [r["mark"] for r in entry["rounds"]] == [{3: 2}.get(mark, mark)]
+
+
+@pytest.mark.parametrize("text", ['{"kind": "end-to-end", "cells": [', "[1]", "{}", '{"kind": "end-to-end"}'])
+def test_half_a_file_is_not_gone_on_with(benchmarks, tmp_path, capsys, text):
+    out = tmp_path / "half.json"
+    out.write_text(text, encoding="utf-8")
+    assert benchmarks("end_to_end").main([*SMALL, "--out", str(out)]) == 2
+    assert f"{out} is no whole result of this benchmark; give another --out" in capsys.readouterr().err
+    assert out.read_text(encoding="utf-8") == text
+
+
+def test_a_round_that_cannot_be_leaves_the_others_alone(benchmarks, tmp_path, monkeypatch, capsys):
+    """A task's package is missing, then Adam diverges: both are said, and a later call may measure them."""
+    rounds, module = benchmarks("end_to_end_rounds"), benchmarks("end_to_end")
+    monkeypatch.setattr(benchmarks("end_to_end_plan"), "_probe", lambda comparison: (1.0, 1.0, 1.0))
+
+    def compare(comparison, **_):
+        if comparison.base.task == "medical":
+            raise RuntimeError("task 'medical' needs simple_icd_10_cm\nmore")
+        raise ValueError("adam-s0 diverged")
+
+    monkeypatch.setattr(rounds, "compare", compare)
+    out = tmp_path / "e2e.json"
+    options = [*SMALL, "--out", str(out), "--tasks"]
+    assert module.main([*options, "medical", "chat"]) == 1  # nothing at all was measured
+    assert module.main([*options, "chat"]) == 1
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert [(one["cell"].split()[0], one["reason"]) for one in document["left_out"]] == [
+        ("medical", "task 'medical' needs simple_icd_10_cm"),
+        ("chat", "adam-s0 diverged"),
+    ]
+    first, second = document["command"].split(" && ")
+    assert first.endswith("--tasks medical chat") and second.endswith("--tasks chat")
+    assert module.main([*options, "chat", "--tuned-lr", "5e-3"]) == 2
+    assert "other conditions: tuned_lr=0.005 (there 0.01)" in capsys.readouterr().err
 
 
 SMALL = ["--fast", "--steps", "7", "--batch-size", "8", "--test-examples", "16", "--device", "cpu"]

@@ -237,7 +237,10 @@ def test_what_a_gpu_has_to_save_end_to_end(benchmarks):
     missed = table.end_to_end_targets(result)[0]
     assert not missed["met"] and missed["measured"] == "not reached"
     text = "\n".join(table.render_end_to_end(result))
-    assert "30% / 40% / 20%" in text and "no time was left for: medical lora" in text
+    assert "30% / 40% / 20%" in text and "left out (the file says why): medical lora" in text
+    assert text.count("not reached") == 4
+    result["cells"][0]["spreads"] = []  # Adam's run ended, the others had no time: that is no failure
+    assert len(table.end_to_end_targets(result)) == 3
     assert table.end_to_end_targets({**result, "fast": True}) == []
 
 
