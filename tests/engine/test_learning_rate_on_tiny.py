@@ -1,4 +1,4 @@
-"""The finder on the embedded model with a bf16 base: far too small and far too large lead to the same rate."""
+"""The finder on the embedded model, bf16 base: rates far too small and far too large lead to the same one."""
 
 from functools import partial
 
