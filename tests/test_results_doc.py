@@ -21,7 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 def tool(monkeypatch):
     """The modules in tools/ by name; they import each other as scripts do."""
     before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    for folder in ("benchmarks", "tools"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
     monkeypatch.setattr(sys, "path", list(sys.path))  # they put themselves there as well
     yield __import__
     for name in set(sys.modules) - before:
@@ -170,7 +171,7 @@ def test_the_tables_have_the_form_of_the_figures(tool):
     assert "41 to 87 % in the paper, 59 to 84 % with `parabolic` and −16 to 34 % with `linear` here" in text
     assert "40 to 81 % in the paper, 54 to 79 % with `parabolic`" in text
     assert "(1e-2 for instruction, 5e-3 for chat) saves 95 % on the way" in text
-    assert text.count("chat dora lr=1e-4 batch=64") == 1
+    assert text.count("chat dora lr=1e-4 batch=64 (seeds 0, 1)") == text.count("chat dora") == 1
     assert "(images/end_to_end_tiny_cpu_saved.png)" in text
     short = build["end-to-end-short"]().splitlines()
     assert short[2] == "| chat | 80 %, 79 % | 55 %, 54 % | −20 %, −21 % | 30 %, 29 % | 95 %, 94 % |"
@@ -181,13 +182,54 @@ def test_the_tables_have_the_form_of_the_figures(tool):
 def test_a_target_that_was_missed_and_a_single_seed_are_named_so(tool):
     data = document()
     data["cells"] = [cell("chat", 1e-4, seeds=1), cell("chat", 1e-2, tuned=True, parabolic=0.01, seeds=1)]
+    data["cells"].insert(1, cell("chat", 3e-4, seeds=1))
     missed = {"kind": "linear", "count": 1, "median": None, "low": None, "high": None, "reason": "…"}
     data["cells"][0]["spreads"][0] = missed
     text = tool("results_figures").end_to_end({NAME: data}, {})
     assert "| chat | 1e-4 | not reached | 80 % | 95 % |" in text
     assert "| chat | 1e-2 (tuned) | 30 % | 1 % | 95 % |" in text
     assert "Started at the tuned rate itself, `parabolic` saves 1 %." in text
+    assert "and 34 % (target not reached in 1 of 2 cells) with `linear` here" in text
+    assert "“not reached”" not in text  # by whom needs no saying where there is one seed
+    data["cells"][1]["spreads"][0] = missed
+    text = tool("results_figures").end_to_end({NAME: data}, {})
+    assert "and nothing (target not reached in 2 of 2 cells) with `linear` here" in text
     assert "not reached" in tool("results_figures").end_to_end_short({NAME: data})
+
+
+def test_what_is_incomplete_or_means_nothing_is_not_passed_off_as_whole(tool):
+    figures, data = tool("results_figures"), document()
+    for number, commit in enumerate(("aaa", "aaa", "bbb+changes")):
+        data["cells"][0]["rounds"][number]["git_commit"] = commit
+    data["cells"][1] = cell("instruction", 3e-4, parabolic=0.6, seeds=2)
+    data["cells"][3] = cell("chat", 1e-4, seeds=1)
+    text = figures.end_to_end({NAME: data}, {})
+    assert "| instruction | 3e-4 | 30 % (25 to 32; 2 of 3 seeds) | 60 % (55 to 62; 2 of 3 seeds) |" in text
+    assert "| chat | 1e-4 | 30 % (1 of 3 seeds) | 80 % (1 of 3 seeds) |" in text
+    assert "; commit ?, aaa, bbb+changes. `python benchmarks/end_to_end.py`" in text
+    data["fast"] = True
+    assert figures.end_to_end_files({NAME: data}) == {}
+    only_tuned = {**document(), "cells": [cell("chat", 1e-2, tuned=True)]}
+    assert figures.end_to_end_short({NAME: only_tuned}).startswith("*All three tasks: not measured yet")
+
+
+def test_every_kind_is_in_the_legend_though_the_first_cell_missed_the_target(tool):
+    from matplotlib.figure import Figure
+
+    data = document()
+    first = tool("results_figures").in_order(data)[0]
+    first["spreads"][0] |= {"median": None, "low": None, "high": None}
+    figure = Figure(layout="constrained")
+    tool("results_plots").draw_saved(figure, data)
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(said) == sorted(
+        [
+            "the paper's range",
+            "Fast Forward, linear (the paper's)",
+            "Fast Forward, parabolic",
+            "Adam, tuned lr",
+        ]
+    )
 
 
 @pytest.mark.parametrize("methods", [["lora"], ["lora", "dora"]])
@@ -209,6 +251,32 @@ def test_pictures_are_small_and_know_their_data(tool, tmp_path, methods):
     other["cells"][0]["spreads"][0]["median"]["seconds"] += 0.001
     assert plots.digest(other) != plots.digest(data)
     assert plots.shown_digest(tmp_path / "none.png") is None
+
+
+def test_the_newest_counts_and_two_of_a_kind_are_refused(tool):
+    doc, tables = tool("results_doc"), tool("results_tables")
+    adapters = {"modes": {m: {o: {} for o in ("foreach", "loop", "state_dict")} for m in ("warm", "cold")}}
+    files = {}
+    for date, ratio in (("2026-02-01", 0.5), ("2026-01-31", 0.25)):
+        data = copy.deepcopy(adapters)
+        for mode in data["modes"].values():
+            for other in mode.values():
+                other["ours_over_this"] = ratio
+        files[f"step_cpu_{date}.json"] = {"adapters": {"small": data}}
+    assert tables.step(files).splitlines()[2] == "| small |" + " 0.50 |" * 6
+    later = NAME.replace("2026", "2027")
+    with pytest.raises(ValueError, match=r"two results draw end_to_end_tiny_cpu_curves\.png, end_to_end_"):
+        doc.builders({NAME: document(), later: document()})
+
+
+def test_a_training_that_missed_the_target_has_no_share(tool):
+    entries = [{"lr": 1e-4, "reached": r, "flops_measured": 0.5 if r else None} for r in (True, False)]
+    result = {
+        "kind": "sft",
+        "config": {"model": "tiny", "batch_size": 32, "steps": 7},
+        "savings": entries,
+    }
+    assert "| embedded | 1e-4 | 7 | not reached |" in tool("results_tables").sft({"sft_x.json": result})
 
 
 @pytest.mark.parametrize(

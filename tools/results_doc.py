@@ -40,11 +40,18 @@ def read_results(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def builders(results: Results) -> dict[str, Callable[[], str]]:
-    """What may stand in a block, by its name."""
+    """What may stand in a block, by its name.
+
+    Raises:
+        ValueError: when two results would draw the same picture.
+    """
     shown = {
         name: [(file, words) for file, (words, _) in results_plots.pictures(name, data).items()]
         for name, data in end_to_end_files(results).items()
     }
+    files = [file for shows in shown.values() for file, _ in shows]
+    if twice := sorted({file for file in files if files.count(file) > 1}):
+        raise ValueError(f"two results draw {', '.join(twice)}: of one kind keep the newer, or rename one")
     found: dict[str, Callable[[], str]] = {
         name: (lambda build=build: build(results)) for name, build in BLOCKS.items()
     }

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from results_tables import Results, counted, named, percent, rate, table, where
+from end_to_end_table import rate
+from results_tables import Results, counted, named, percent, table, where
 
 # What the paper (arXiv 2409.04206) reports: its lowest and its highest saving, FLOPs in its own count.
 PAPER = {"flops_paper": (0.41, 0.87), "seconds": (0.40, 0.81)}
@@ -16,27 +17,36 @@ METHODS = {"lora": "LoRA", "dora": "DoRA"}
 
 
 def end_to_end_files(results: Results) -> dict[str, Mapping[str, Any]]:
-    return {
-        name: data for name, data in results.items() if data.get("kind") == "end-to-end" and data["cells"]
-    }
+    """Those that mean something: a --fast one does not."""
+    found = {name: data for name, data in results.items() if data.get("kind") == "end-to-end"}
+    return {name: data for name, data in found.items() if data["cells"] and not data["fast"]}
 
 
 def spread(cell: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
     return next((found for found in cell["spreads"] if found["kind"] == kind), None)
 
 
-def saved(cell: Mapping[str, Any], kind: str, cost: str) -> str:
-    """The median, and the range where there are several seeds; "not reached" where one of them did not."""
+def seeds_of(data: Mapping[str, Any]) -> set[int]:
+    return {one["seed"] for cell in data["cells"] for one in cell["rounds"]}
+
+
+def saved(cell: Mapping[str, Any], kind: str, cost: str, seeds: int) -> str:
+    """The median, and the range over the seeds; how many they are where not all ``seeds`` were measured.
+
+    "not reached" where one of them did not get to Adam's test loss.
+    """
     found = spread(cell, kind)
     if found is None:
         return "–"
     if found["median"] is None:
         return "not reached"
-    text = percent(found["median"][cost])
+    words = []
     if found["count"] > 1:
         low, high = (f"{100 * found[end][cost]:.0f}".replace("-", "−") for end in ("low", "high"))
-        text += f" ({low} to {high})"
-    return text
+        words.append(f"{low} to {high}")
+    if found["count"] < seeds:
+        words.append(f"{found['count']} of {seeds} seeds")
+    return percent(found["median"][cost]) + (f" ({'; '.join(words)})" if words else "")
 
 
 def cell_label(cell: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -66,9 +76,9 @@ def in_order(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def figure(data: Mapping[str, Any], cost: str) -> str:
-    cells = in_order(data)
+    cells, seeds = in_order(data), len(seeds_of(data))
     head = ["task", "learning rate", "`linear` (the paper's)", "`parabolic`", "Adam, tuned lr"]
-    rows = [[*cell_label(cell, cells), *(saved(cell, kind, cost) for kind in KINDS)] for cell in cells]
+    rows = [[*cell_label(cell, cells), *(saved(cell, kind, cost, seeds) for kind in KINDS)] for cell in cells]
     return table(head, rows)
 
 
@@ -95,15 +105,22 @@ def work(data: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
-def medians(data: Mapping[str, Any], kind: str, cost: str, tuned: bool = False) -> list[float]:
-    """The medians of all cells but those at the tuned rate."""
+def between(data: Mapping[str, Any], kind: str, cost: str, tuned: bool = False) -> str | None:
+    """From the least to the largest median of the cells at given rates, or of those at the tuned rate.
+
+    Says in how many cells the target was missed; None where there is no cell.
+    """
     found = [spread(cell, kind) for cell in data["cells"] if cell["tuned"] == tuned]
-    return [one["median"][cost] for one in found if one is not None and one["median"] is not None]
-
-
-def between(values: Sequence[float]) -> str:
+    found = [one for one in found if one is not None]
+    values = [one["median"][cost] for one in found if one["median"] is not None]
+    if not found:
+        return None
+    missed = f"target not reached in {len(found) - len(values)} of {counted(len(found), 'cell')}"
+    if not values:
+        return f"nothing ({missed})"
     low, high = percent(min(values)), percent(max(values))
-    return low if low == high else f"{low.removesuffix(' %')} to {high}"
+    text = low if low == high else f"{low.removesuffix(' %')} to {high}"
+    return text if len(values) == len(found) else f"{text} ({missed})"
 
 
 def beside_the_paper(data: Mapping[str, Any]) -> str:
@@ -112,19 +129,18 @@ def beside_the_paper(data: Mapping[str, Any]) -> str:
     names = {"flops_paper": "of the FLOPs in the paper's count", "seconds": "of the time"}
     for cost, (low, high) in PAPER.items():
         paper = f"{100 * low:.0f} to {100 * high:.0f} %"
-        ours = {kind: medians(data, kind, cost) for kind in ("parabolic", "linear")}
-        cells = [f"{between(values)} with `{kind}`" for kind, values in ours.items() if values]
+        ours = {kind: between(data, kind, cost) for kind in ("parabolic", "linear")}
+        cells = [f"{range_} with `{kind}`" for kind, range_ in ours.items() if range_]
         lines.append(f"{names[cost]}: {paper} in the paper, {' and '.join(cells) or 'nothing measured'} here")
     text = f"Saved {'; '.join(lines)}. "
     text += "That is against Adam at the same learning rate; "
-    tuned = medians(data, "adam-tuned", "flops_measured")
+    tuned = between(data, "adam-tuned", "flops_measured")
     rates = {task: rate(found["lr"]) for task, found in data["tuned"].items()}
     if tuned and rates:
         which = ", ".join(f"{lr} for {task}" for task, lr in rates.items())
-        text += f"Adam at a tuned one ({which}) saves {between(tuned)} on the way to the same loss."
-        at_tuned = medians(data, "parabolic", "flops_measured", tuned=True)
-        if at_tuned:
-            text += f" Started at the tuned rate itself, `parabolic` saves {between(at_tuned)}."
+        text += f"Adam at a tuned one ({which}) saves {tuned} on the way to the same loss."
+        if at_tuned := between(data, "parabolic", "flops_measured", tuned=True):
+            text += f" Started at the tuned rate itself, `parabolic` saves {at_tuned}."
     return text
 
 
@@ -137,7 +153,8 @@ def end_to_end(results: Results, pictures: Mapping[str, Sequence[str]]) -> str:
     for name, data in files.items():
         config = data["config"]
         methods = sorted({cell["method"] for cell in data["cells"]}, reverse=True)
-        seeds = {one["seed"] for cell in data["cells"] for one in cell["rounds"]}
+        seeds = seeds_of(data)
+        commits = {one.get("git_commit") or "?" for cell in data["cells"] for one in cell["rounds"]}
         batches = sorted({cell["batch_size"] for cell in data["cells"]})
         title = named(config["model"])
         parts += [
@@ -148,12 +165,14 @@ def end_to_end(results: Results, pictures: Mapping[str, Sequence[str]]) -> str:
             f"{config['max_length']} tokens per example, constant learning rate after "
             f"{config['warmup_steps']} warm-up steps, {config['test_examples']} test and "
             f"{config['validation_examples']} validation examples, {counted(len(seeds), 'seed')}. "
-            f"{where(data)}. `{data['command']}`; `{name}`.",
+            f"{where(data)}; commit {', '.join(sorted(commits))}. `{data['command']}`; `{name}`.",
             beside_the_paper(data),
         ]
         if "note" in data:
             parts.append(f"Note: {data['note']}.")
         several = "; median, and range over the seeds" if len(seeds) > 1 else ""
+        if several and any(found["median"] is None for cell in data["cells"] for found in cell["spreads"]):
+            several += "; “not reached”: by one of them at least"
         for caption, body in (
             (f"**FLOPs saved** (the paper's Figure 2), measured{several}:", figure(data, "flops_measured")),
             (
@@ -171,21 +190,26 @@ def end_to_end(results: Results, pictures: Mapping[str, Sequence[str]]) -> str:
 
 
 def left_out(rounds: Sequence[Mapping[str, Any]]) -> str:
-    """What was not measured, told once per cell."""
-    cells = list(dict.fromkeys(one["cell"] for one in rounds))
-    return f"Not measured, for want of time or as the file says: {', '.join(cells)}."
+    """What was not measured, or not to its end: each cell with its seeds."""
+    seeds: dict[str, list[int]] = {}
+    for one in rounds:
+        seeds.setdefault(one["cell"], []).append(one["seed"])
+    cells = [
+        f"{cell} (seed{'s' * (len(of) > 1)} {', '.join(map(str, sorted(of)))})" for cell, of in seeds.items()
+    ]
+    return f"Not measured to the end, for want of time or as the file says: {'; '.join(cells)}."
 
 
 def end_to_end_short(results: Results) -> str:
     """For README: a line per task, the two searches' FLOPs and time saved at each learning rate."""
-    files = end_to_end_files(results)
-    if not files:
-        return "*All three tasks: not measured yet (`make bench-e2e`).*"
     parts = []
-    for data in files.values():
+    for data in end_to_end_files(results).values():
         # One table of one line per task: of LoRA at the smallest batch, which every task has.
         cells = [c for c in in_order(data) if not c["tuned"] and c["method"] == data["cells"][0]["method"]]
-        cells = [c for c in cells if c["batch_size"] == min(c["batch_size"] for c in cells)]
+        if not cells:
+            continue
+        smallest = min(c["batch_size"] for c in cells)
+        cells = [c for c in cells if c["batch_size"] == smallest]
         rates = sorted({cell["lr"] for cell in cells})
         by_place = {(cell["task"], cell["lr"]): cell for cell in cells}
         head = [named(data["config"]["model"])]
@@ -200,7 +224,7 @@ def end_to_end_short(results: Results) -> str:
                 row.append(pair(by_place.get((task, lr)), kind))
             rows.append(row)
         parts.append(table(head, rows))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or "*All three tasks: not measured yet (`make bench-e2e`).*"
 
 
 def pair(cell: Mapping[str, Any] | None, kind: str) -> str:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from end_to_end_table import rate
 from results_figures import KINDS, PAPER, cell_label, in_order, spread
-from results_tables import named, rate
+from results_tables import named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +98,8 @@ def write(path: Path, draw: Callable[[Figure], None], data: Mapping[str, Any]) -
 def of_smallest_batch(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The cells that a picture has room for; the tables have them all."""
     cells = in_order(data)
-    return [cell for cell in cells if cell["batch_size"] == min(c["batch_size"] for c in cells)]
+    smallest = min(cell["batch_size"] for cell in cells)
+    return [cell for cell in cells if cell["batch_size"] == smallest]
 
 
 def draw_saved(figure: Figure, data: Mapping[str, Any]) -> None:
@@ -123,6 +125,7 @@ def draw_saved(figure: Figure, data: Mapping[str, Any]) -> None:
         low, high = PAPER[cost]
         axes.axvspan(low, high, color="#f2ead3", zorder=0, label="the paper's range")
         for kind, offset in heights.items():
+            label: str | None = LABELS[kind]  # of the first bar that there is
             for place, cell in enumerate(cells):
                 found = spread(cell, kind)
                 if found is None or found["median"] is None:
@@ -136,9 +139,10 @@ def draw_saved(figure: Figure, data: Mapping[str, Any]) -> None:
                     color=STYLES[kind]["color"],
                     xerr=error,
                     error_kw={"elinewidth": 1, "ecolor": "#333333"},
-                    label=LABELS[kind] if place == 0 else None,
+                    label=label,
                     zorder=2,
                 )
+                label = None
                 if middle < -1:  # beyond the frame: a number instead of a scale on which nothing else is seen
                     number = f"← {100 * middle:.0f}".replace("-", "−")
                     axes.text(-0.98, place - offset, number, color="white", fontsize=7, va="center")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from end_to_end_table import rate
+
 Results = Mapping[str, Mapping[str, Any]]
 
 LABELS = {
@@ -26,11 +28,6 @@ MODELS = {"tiny": "the embedded model", "smollm2-135m": "SmolLM2-135M"}
 
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.0f} %".replace("-", "−")
-
-
-def rate(lr: float) -> str:
-    mantissa, exponent = f"{lr:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}".replace("e0", "")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
@@ -118,11 +115,12 @@ def sft(results: Results) -> str:
         label += f", batch {config['batch_size']}" if config["batch_size"] != 32 else ""
         for lr in sorted({entry["lr"] for entry in data["savings"]}):
             entries = [entry for entry in data["savings"] if entry["lr"] == lr]
-            shares = sorted(entry["flops_measured"] for entry in entries)
-            text = percent(shares[0])
-            if len(shares) > 1:
-                text += f" – {percent(shares[-1])} ({counted(len(shares), 'seed')})"
-            if not all(entry["reached"] for entry in entries):
+            if all(entry["reached"] for entry in entries):
+                shares = sorted(entry["flops_measured"] for entry in entries)
+                text = percent(shares[0])
+                if len(shares) > 1:
+                    text += f" – {percent(shares[-1])} ({counted(len(shares), 'seed')})"
+            else:
                 text = "not reached"
             rows.append((label, lr, config["steps"], [label, rate(lr), str(config["steps"]), text]))
     rows.sort(key=lambda row: (row[0] != "embedded", row[0], row[1], row[2]))
@@ -151,7 +149,8 @@ def as_list(value: Any) -> Sequence[Any]:
 
 def step(results: Results) -> str:
     """Our time for one step with checkpoint, divided by that of what else does the same."""
-    data = next(data for name, data in sorted(results.items()) if name.startswith("step_cpu"))
+    # The newest: the names end with the date.
+    data = results[max(name for name in results if name.startswith("step_cpu"))]
     head = ["adapter set", "warm: `_foreach_copy_` + `_foreach_add_`", "per-tensor loop"]
     head += ["state-dict with a thread pool", "cold: `_foreach` pair", "loop", "state-dict"]
     rows = [
