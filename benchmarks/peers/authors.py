@@ -33,7 +33,7 @@ class AuthorsLoop(Peer):
     """The authors' loop on a session.
 
     Args:
-        interval: counted optimizer steps from stage to stage; 6 as there.
+        interval: counted optimizer steps from stage to stage, of which it keeps the last two; 6 as there.
         eval_batch_size: validation examples per forward; 2 as there.
         stabilization: micro-batches before anything is counted. There 50, which at their 512 micro-batches
             per optimizer step is none; so 0 here.
@@ -56,6 +56,7 @@ class AuthorsLoop(Peer):
     ) -> None:
         super().__init__(session, interval=interval, cap=cap)
         require(
+            interval=(interval, 2),
             eval_batch_size=(eval_batch_size, 1),
             stabilization=(stabilization, 0),
             evaluate_every=(evaluate_every, 0),
@@ -88,7 +89,9 @@ class AuthorsLoop(Peer):
     def after_step(self) -> None:
         if self.evaluate_every and self.optimizer_steps % self.evaluate_every == 0:
             self.evaluate(self.test)
-        if self.optimizer_steps * self.micro_batches < self.stabilization:
+        # It looks behind the first micro-batch of the next step; where each is a step, behind its own.
+        seen = self.optimizer_steps * self.micro_batches - (self.micro_batches == 1)
+        if seen < self.stabilization:
             return
         self.counted += 1
         if self.counted >= self.next_stage - 1:
@@ -134,7 +137,7 @@ class AuthorsLoop(Peer):
                 break
             previous = losses[-1]
         self.collected.update(self.blank)
-        self.finish(losses, self.moved, stopped)
+        self.finish(losses, stopped)
 
     def _difference(self, name: str) -> tuple[str, torch.Tensor]:
         return name, self.collected[name][-1] - self.collected[name][-2]

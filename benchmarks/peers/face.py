@@ -44,6 +44,7 @@ class Peer:
         stages: one ``Stage`` per stage. Its ``losses`` begin at τ = 1: no peer measures τ = 0.
         optimizer_steps: optimizer steps seen.
         forward_flops: of one of its validation losses, measured once when it is made.
+        moved: elements that one of its weight moves touches.
     """
 
     name = "peer"
@@ -54,7 +55,7 @@ class Peer:
         self.interval, self.cap = interval, cap
         self.stages: list[Stage] = []
         self.optimizer_steps = 0
-        self.forward_flops = 0
+        self.forward_flops = self.moved = 0
         self._seconds = {"move": 0.0, "validate": 0.0}
         self._hooks: list[Any] = []
 
@@ -105,8 +106,8 @@ class Peer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def finish(self, losses: list[float], moved: int, stopped_because: str) -> None:
-        """Record a stage of ``len(losses)`` repetitions, each of ``moved`` elements; all of them stay."""
+    def finish(self, losses: list[float], stopped_because: str) -> None:
+        """Record a stage of ``len(losses)`` repetitions, each of one move; all of them stay."""
         spent, self._seconds = self._seconds, {"move": 0.0, "validate": 0.0}
         self.stages.append(
             Stage(
@@ -116,7 +117,7 @@ class Peer:
                 seconds=sum(spent.values()),
                 validate_seconds=spent["validate"],
                 move_seconds=spent["move"],
-                flops=len(losses) * (self.forward_flops + MOVE_FLOPS * moved),
+                flops=len(losses) * (self.forward_flops + MOVE_FLOPS * self.moved),
                 executor=self.name,
                 executor_reason="a peer, not ffkernels",
                 stopped_because=stopped_because,
@@ -125,7 +126,7 @@ class Peer:
 
     def announce_cap(self, message: str) -> str:
         """Say once that a stage was ended by the cap; the words for ``stopped_because``."""
-        announce_once(f"peer-cap-{self.name}", message)
+        announce_once(f"peer-cap-{self.name}-{self.cap}", message)
         return f"cap of {self.cap} repetitions"
 
 

@@ -91,7 +91,7 @@ class PeftPrototype(Peer):
                 )
             if not rose:
                 self.last_loss = loss
-        self.finish(losses, self.moved, stopped)
+        self.finish(losses, stopped)
 
     def forward(self, tokens: int) -> Any:
         """The model's outputs for the ten examples, in whatever mode it is in, recorded by autograd."""

@@ -31,7 +31,7 @@ class SalsaSearch:
     """SaLSA in place of the session's optimizer; learning rate and schedule of the session have no effect.
 
     Args:
-        interval: has no meaning here; taken because the Fast Forward loops have one.
+        interval, cap: have no meaning here; taken because the Fast Forward loops have them.
         options: of the package's ``SaLSA``, such as ``use_mv=True``.
 
     Attributes:
@@ -45,7 +45,9 @@ class SalsaSearch:
 
     name = "salsa"
 
-    def __init__(self, session: Any, *, interval: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, session: Any, *, interval: int | None = None, cap: int | None = None, **options: Any
+    ) -> None:
         if session.config.dropout:
             raise ValueError(
                 f"dropout={session.config.dropout!r}: must be 0 with the peer 'salsa', whose probes would "

@@ -96,16 +96,19 @@ class FlopMeter:
         """Add one Adam step: nothing in the paper's convention."""
         return self.add(Flops(0, ADAM_FLOPS * self.trainable_numel))
 
-    def stage(self, stage: StageCost) -> Flops:
-        """Add one Fast Forward stage: its validations, and one weight move after each of them."""
+    def stage(self, stage: StageCost, moved: int | None = None) -> Flops:
+        """Add one Fast Forward stage: its validations, and one weight move after each of them.
+
+        ``moved``: elements of one weight move, where they are not the trainable ones.
+        """
         if stage.flops == 0:  # nothing was searched, or the stage was interrupted
             return Flops(0, 0)
-        moved = stage.evaluations * self.trainable_numel
+        moved = stage.evaluations * (self.trainable_numel if moved is None else moved)
         validations = stage.flops - MEASURED_MOVE_FLOPS * moved
         if validations < 0:
             raise ValueError(
-                f"the stage has {stage.flops} FLOPs, fewer than its {stage.evaluations} moves of "
-                f"{self.trainable_numel} weights; the meter's trainable_numel must be FastForward's"
+                f"the stage has {stage.flops} FLOPs, fewer than its {stage.evaluations} moves of {moved} "
+                "weights in all; the meter's trainable_numel must be FastForward's"
             )
         return self.add(Flops(validations + PAPER_MOVE_FLOPS * moved, stage.flops))
 

@@ -5,6 +5,7 @@ Every line has ``event`` and ``time`` (seconds since the epoch):
     run     name, config, machine, versions        once; a resumed run may write it again
     step    optimizer_step, train_loss, lr, flops, seconds
     stage   what ``Stage.to_dict()`` holds, and run_flops, run_seconds
+    finding what ``Finding.to_dict()`` holds: a learning rate that was found, already in the step's counts
     test    optimizer_step, loss, flops, seconds
     end     optimizer_steps, test_loss, flops, seconds, validation_forwards, stages, stopped_because,
             reached_target
@@ -28,7 +29,9 @@ from typing import Any
 
 from ffkernels.reporting.machine import machine_info, version_info
 
-EVENTS = ("run", "step", "stage", "test", "end")
+EVENTS = ("run", "step", "stage", "finding", "test", "end")
+# Events of which a log has many, and the list in RunLog where they are.
+KEPT = {"step": "steps", "stage": "stages", "finding": "findings", "test": "tests"}
 # Fields whose strings are strings even when they read "nan".
 TEXTS = frozenset(
     {"event", "name", "config", "machine", "versions", "executor", "executor_reason", "stopped_because"}
@@ -86,7 +89,7 @@ class RunLog:
 
     Attributes:
         name, config, machine, versions: of the last ``run`` event.
-        steps, stages, tests: events; of a resumed run only those that led to its end.
+        steps, stages, findings, tests: events; of a resumed run only those that led to its end.
         end: the ``end`` event; None for a run that is still going or was killed.
         resumes: how often the run was resumed.
         truncated: whether the file ends in an incomplete line, which was left out.
@@ -99,6 +102,7 @@ class RunLog:
     steps: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     tests: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None
     resumes: int = 0
     truncated: bool = False
@@ -131,11 +135,11 @@ def read_run(path: str | os.PathLike[str]) -> RunLog:
             raise ValueError(f"{path} begins with a {event!r} event; a run log begins with 'run'")
         elif event == "end":
             log.end = record
-        elif event in ("step", "stage", "test"):
+        elif event in KEPT:
             if rewind:
                 _forget_after(log, record["optimizer_step"] - 1)
                 rewind = False
-            {"step": log.steps, "stage": log.stages, "test": log.tests}[event].append(record)
+            getattr(log, KEPT[event]).append(record)
     if log is None:
         raise ValueError(
             f"{path} holds no 'run' event; it must be a run log, as `ffkernels train` writes one"
@@ -159,7 +163,7 @@ def _begin(record: dict[str, Any], log: RunLog | None, path: Path) -> RunLog:
 
 
 def _forget_after(log: RunLog, step: int) -> None:
-    for name in ("steps", "stages", "tests"):
+    for name in KEPT.values():
         setattr(log, name, [e for e in getattr(log, name) if e["optimizer_step"] <= step])
 
 

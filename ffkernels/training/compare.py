@@ -10,9 +10,9 @@ For every seed, with the same data order, adapter initialisation and learning ra
     adam-tuned-s0   no Fast Forward but a tuned learning rate, until the same test loss: the honest row,
                     because a tuned learning rate is what a user would try first
 
-All runs share one process, after a throwaway run through every code path of ours, so that first-use costs
-fall on none of them. The tuned learning rate is an option, the outcome of a sweep, or a number measured once
-per model and task.
+All runs share one process, after throwaway runs through every code path, the peers' too, so that first-use
+costs fall on none of them. The tuned learning rate is an option, the outcome of a sweep, or a number
+measured once per model and task.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,7 @@ import torch
 
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.search import SEARCHES
+from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.peers import load_peer, peer_names
 from ffkernels.training.session import Attach
@@ -205,18 +207,28 @@ def compare(
 
 
 def warm_up(comparison: Comparison) -> None:
-    """One throwaway optimizer step with a stage and a test loss, so that first-use costs fall on no run."""
+    """Throwaway runs of a step or two with a stage and a test loss, one for each way to run it.
+
+    So first-use costs fall on no run that is measured, be it ours or a peer's.
+    """
+    first = comparison.fast_forward.interval
     ff = dataclasses.replace(comparison.fast_forward, interval=1, warmup=0, max_tau=4)
-    with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
-        config = dataclasses.replace(
-            comparison.adam(comparison.seeds[0]),
-            name="warm-up",
-            out=folder,
-            epochs=None,
-            steps=1,
-            fast_forward=ff,
+    with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder, warnings.catch_warnings():
+        # Their stages are cut short here on purpose.
+        warnings.filterwarnings("ignore", message=".* repeated an update", category=FFKernelsNotice)
+        plain = dataclasses.replace(
+            comparison.adam(comparison.seeds[0]), name="warm-up", out=folder, epochs=None, steps=1
         )
-        _uninterrupted(config, None)
+        for search in comparison.searches:
+            stages = dataclasses.replace(ff, search=search)
+            _uninterrupted(dataclasses.replace(plain, fast_forward=stages), None)
+        for name in comparison.peers:
+            if name == LORA_PLUS:
+                _uninterrupted(dataclasses.replace(plain, optimizer=LORA_PLUS), None)
+            else:
+                # A stage of theirs needs the weights of two steps.
+                attach = partial(load_peer(name), interval=min(2, first), cap=2)
+                _uninterrupted(dataclasses.replace(plain, steps=2), None, attach)
 
 
 def sweep(

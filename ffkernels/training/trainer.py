@@ -10,7 +10,7 @@ What a run is charged for: collating, forward, backward, the optimizer, and ever
 (validation losses, search, weight moves). Making the model, the validation loss's one comparison with the
 model's own (two forwards of at most four or five examples) and Fast Forward's buffers, counting FLOPs, test
 losses, logging and checkpoints are outside the clock. ``total`` is the sum of ``train``, ``validate``,
-``move`` and ``other``.
+``move`` and ``other``. Finding a learning rate counts as validating, in the step that ends the search.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from typing import Any
 
 import torch
 
+from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.stage import Stage
+from ffkernels.reporting.flops import Flops
 from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.reporting.recorder import Recorder
 from ffkernels.training import checkpoint
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import Attach, open_session
+from ffkernels.training.session import Attach, Session, open_session
 
 __all__ = ["RunResult", "TrainConfig", "train"]
 
@@ -111,16 +113,15 @@ def train(
     with ExitStack() as stack:
         session = stack.enter_context(open_session(config, attach=attach))
         device, meter, ff, steps = session.device, session.meter, session.ff, session.steps
+        peer = getattr(ff, "name", type(ff).__name__) if attach is not None and ff is not None else None
+        described = {**config.to_dict(), **({"peer": peer} if peer else {}), "steps": steps}
         if saved is not None:
+            _check_peer(peer, saved["config"].pop("peer", None), ff)
             config.check_continues(saved["config"], steps)
             checkpoint.restore(saved, session.model, session.optimizer, device)
             progress = Progress(**saved["progress"])
             meter.load_state_dict(saved["meter"])
             if ff is not None:
-                if not hasattr(ff, "load_state_dict"):
-                    raise ValueError(
-                        f"a run with {type(ff).__name__} cannot be resumed; start it without resume"
-                    )
                 ff.load_state_dict(saved["fast_forward"])
         else:
             checkpoint.discard(folder)  # only now, when model, data and settings have proved to be good
@@ -157,20 +158,17 @@ def train(
                 session.model,
                 session.optimizer,
                 device,
-                config={**config.to_dict(), "steps": steps},
+                config=described,
                 progress=vars(progress),
                 meter=meter.state_dict(),
                 fast_forward=ff.state_dict() if hasattr(ff, "state_dict") else None,
             )
 
         resumed = {"resumed_from": progress.optimizer_steps} if saved is not None else {}
-        peer = (
-            {"peer": getattr(ff, "name", type(ff).__name__)} if attach is not None and ff is not None else {}
-        )
         emit(
             "run",
             name=config.name,
-            config={**config.to_dict(), **peer, "steps": steps},
+            config=described,
             machine=machine_info(),
             versions=version_info(),
             tokens=session.task.statistics(),
@@ -180,6 +178,7 @@ def train(
             measure_test_loss()
         if reached_target():
             stopped = TARGET_REACHED
+        found_before = getattr(ff, "finding", None)
 
         while progress.optimizer_steps < steps and stopped is None:
             if interrupt.wanted:
@@ -202,7 +201,14 @@ def train(
 
             progress.optimizer_steps += 1
             stage = ff.stages[-1] if ff is not None and len(ff.stages) > stages_before else None
+            found = getattr(ff, "finding", None)
+            found, found_before = (found if found is not found_before else None), found
             staged = stage.seconds if stage is not None else 0.0
+            if found is not None:
+                staged += found.seconds
+                progress.charge(validate=found.seconds)
+                progress.validation_forwards += found.evaluations
+                meter.add(_cost_of_finding(found, session))
             progress.charge(train=end - begin - staged, other=collated - start)
             meter.optimizer_step()
             emit(
@@ -217,10 +223,12 @@ def train(
                 rest = stage.seconds - stage.validate_seconds - stage.move_seconds
                 progress.charge(validate=stage.validate_seconds, move=stage.move_seconds, other=rest)
                 progress.validation_forwards += stage.evaluations
-                meter.stage(stage)
+                meter.stage(stage, moved=getattr(ff, "moved", None))
                 emit("stage", **stage.to_dict(), run_flops=meter.totals, run_seconds=progress.clock())
+            if found is not None:
+                emit("finding", **found.to_dict())
             due = config.evaluate_every and progress.optimizer_steps % config.evaluate_every == 0
-            if stage is not None or due or progress.optimizer_steps == steps:
+            if stage is not None or found is not None or due or progress.optimizer_steps == steps:
                 measure_test_loss()
 
             if reached_target():
@@ -260,6 +268,23 @@ def train(
             reached_target=result.reached_target,
         )
     return result
+
+
+def _check_peer(peer: str | None, saved: str | None, ff: Any) -> None:
+    """Raise ValueError where a run would go on with another loop than it was saved with, or cannot."""
+    if ff is not None and not hasattr(ff, "load_state_dict"):
+        raise ValueError(f"a run with {type(ff).__name__} cannot be resumed; start it without resume")
+    if peer != saved:
+        raise ValueError(
+            f"cannot resume with attach of {peer!r}: the run was saved with {saved!r}; go on with that, or "
+            "start a run of another name"
+        )
+
+
+def _cost_of_finding(found: Finding, session: Session) -> Flops:
+    """Its validations, and its weight moves at two FLOPs per element as measured, at one in the paper."""
+    moves = found.flops - found.evaluations * session.validation.flops
+    return Flops(found.flops - moves // 2, found.flops)
 
 
 def _now(device: torch.device) -> float:

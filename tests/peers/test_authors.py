@@ -178,8 +178,8 @@ def test_fault_stabilization_counts_micro_batches(opened):
     assert [stage.optimizer_step for stage in session.ff.stages] == [8]  # counted from the third on
     session = opened(authors(stabilization=10, interval=2))
     say(session.ff, 1.0, 2.0)
-    take(session, 11)
-    assert [stage.optimizer_step for stage in session.ff.stages] == [11]
+    take(session, 12)  # where each is a step it asks after the step: the eleventh is the first to count
+    assert [stage.optimizer_step for stage in session.ff.stages] == [12]
 
 
 def test_fault_only_names_with_lora_in_them_move(opened, monkeypatch):
@@ -233,7 +233,7 @@ def test_detached_it_lets_the_optimizer_alone(opened):
     assert any(not torch.equal(a, b) for a, b in zip(moved, session.trainable, strict=True))
 
 
-@pytest.mark.parametrize("bad", [{"interval": 0}, {"cap": 1}, {"eval_batch_size": 0}, {"stabilization": -1}])
+@pytest.mark.parametrize("bad", [{"interval": 1}, {"cap": 1}, {"eval_batch_size": 0}, {"stabilization": -1}])
 def test_bad_options_are_named(opened, bad):
     ((name, value),) = bad.items()
     with pytest.raises(ValueError, match=f"{name}={value}: must be an integer of at least"):

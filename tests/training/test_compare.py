@@ -103,6 +103,27 @@ def test_peers_run_until_the_same_loss_and_are_judged(comparison, tmp_path):
     assert "; Fast Forward linear " in line and "; lora-plus " in line
 
 
+@pytest.mark.filterwarnings("error::ffkernels.ops.notices.FFKernelsNotice")
+def test_the_warm_up_goes_every_way_that_is_measured(comparison, monkeypatch):
+    monkeypatch.setattr("ffkernels.ops.notices._announced", set())
+    seen, run = [], module.train
+
+    def watched(config, **options):
+        seen.append((config, run(config, **options)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(module, "train", watched)
+    module.warm_up(replace(comparison, peers=("authors", "peft-prototype", "lora-plus")))
+    searches = [config.fast_forward and config.fast_forward.search for config, _ in seen]
+    assert searches == ["linear", "parabolic", None, None, None]
+    assert [config.optimizer for config, _ in seen] == ["adamw"] * 4 + ["lora-plus"]
+    stages = [result.stages for _, result in seen]
+    assert [len(of) for of in stages] == [1, 1, 1, 1, 0]
+    assert [of[0].executor for of in stages[2:4]] == ["authors", "peft-prototype"]
+    assert all(1 < of[0].evaluations <= 5 for of in stages[:4])
+    assert not any(result.log.exists() for _, result in seen)
+
+
 def test_a_peer_has_to_be_one(comparison, monkeypatch):
     with pytest.raises(ValueError, match=r"peers=\('golden',\): must be of 'lora-plus', 'authors'"):
         replace(comparison, peers=("golden",))

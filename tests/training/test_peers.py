@@ -35,9 +35,11 @@ def test_without_the_repository_there_are_none(monkeypatch, tmp_path):
 def test_the_trainer_drives_and_charges_a_peer(small, tmp_path, name):
     config = TrainConfig(**{**small, "steps": 7, "out": str(tmp_path), "name": name})
     plain = train(config, save=False)
-    made = []
+    made, trainable, parameters = [], [], []
 
     def attach(session):
+        trainable.append(sum(p.numel() for p in session.trainable))
+        parameters.append(sum(p.numel() for p in session.model.parameters()))
         made.append(peers.load_peer(name)(session, cap=5))
         return made[0]
 
@@ -46,6 +48,10 @@ def test_the_trainer_drives_and_charges_a_peer(small, tmp_path, name):
     assert stage is made[0].stages[0]
     assert result.validation_forwards == stage.evaluations == stage.tau >= 2
     assert result.flops["measured"] - plain.flops["measured"] == stage.flops
+    # In the paper's convention one FLOP per element moved: of the prototype every parameter, frozen or not.
+    model_moved = {"authors": trainable[0], "peft-prototype": parameters[0]}[name]
+    one = made[0].forward_flops + model_moved
+    assert result.flops["paper"] - plain.flops["paper"] == stage.evaluations * one
     assert result.seconds["validate"] == pytest.approx(stage.validate_seconds)
     assert result.seconds["move"] == pytest.approx(stage.move_seconds)
     assert result.test_loss != plain.test_loss

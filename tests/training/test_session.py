@@ -130,6 +130,24 @@ def test_a_peer_takes_the_place_of_fast_forward(config):
     assert made[-1].detached
 
 
+def test_a_run_goes_on_with_the_loop_it_was_saved_with(config):
+    class Resumable(Peer):
+        def state_dict(self):
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state):
+            self.steps = state["steps"]
+
+    train(replace(config, steps=3), attach=Resumable)
+    with pytest.raises(ValueError, match="cannot resume with attach of None: the run was saved with 'Resum"):
+        train(config, resume=True)
+    result = train(config, resume=True, attach=Resumable)
+    assert [stage.optimizer_step for stage in result.stages] == [4, 6]
+    train(replace(config, name="plain", steps=3))
+    with pytest.raises(ValueError, match="attach of 'Resumable': the run was saved with None"):
+        train(replace(config, name="plain"), resume=True, attach=Resumable)
+
+
 def test_attach_may_decline(config):
     result = train(replace(config, fast_forward=STAGES), attach=lambda session: None)
     assert result.stages == [] and result.optimizer_steps == 6
