@@ -80,7 +80,11 @@ def compare(
     patience: options.Patience = 3,
     impl: options.Impl = "auto",
     tuned_lr: Annotated[
-        float | None, typer.Option(help="Learning rate of the tuned Adam row [default: measured for tiny].")
+        float | None,
+        typer.Option(
+            help="Learning rate of the tuned Adam row [default: 1e-2 for tiny on instruction, as measured; "
+            "3e-3 for others; --sweep where whole weights train]."
+        ),
     ] = None,
     sweep: Annotated[
         bool,
@@ -113,7 +117,7 @@ def compare(
         seeds=seeds_of(seeds),
         searches=searches,
         peers=tuple(peer or ()),
-        fast_forward=options.stages(ctx),
+        fast_forward=options.stages(ctx, search=searches[0]),
         tuned_lr=tuned_lr,
         sweep=sweep,
         check_every=check_every,

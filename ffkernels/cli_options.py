@@ -130,15 +130,18 @@ def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
     return config
 
 
-def stages(ctx: typer.Context) -> FastForwardConfig:
-    """When and how to Fast Forward, from the command's options and the preset's values for the others."""
+def stages(ctx: typer.Context, **fixed: Any) -> FastForwardConfig:
+    """When and how to Fast Forward, from the command's options and the preset's values for the others.
+
+    ``fixed`` values are the command's.
+    """
     from ffkernels.engine.config import FastForwardConfig
 
     options = ctx.params
     values = {
         "interval": options["interval"],
         "warmup": options["stage_warmup"],
-        "search": options["search"] if options["search"] != BOTH else "parabolic",
+        "search": options["search"],
         "max_tau": options["max_tau"],
         "patience": options["patience"] or None,
         "impl": options["impl"],
@@ -148,7 +151,7 @@ def stages(ctx: typer.Context) -> FastForwardConfig:
         for name in values if of_preset is not None else ():
             if not _given(ctx, name):
                 values[name] = getattr(of_preset, name)
-    return FastForwardConfig(**values)
+    return FastForwardConfig(**{**values, **fixed})
 
 
 def _given(ctx: typer.Context, *fields: str) -> list[str]:

@@ -42,8 +42,14 @@ def test_the_defaults_of_the_command_line_are_those_of_the_configuration(context
     differing = {k for k, v in config.to_dict().items() if v != defaults.to_dict()[k]}
     assert differing <= {"out"}
     if command != "tokens":
-        stages = options.stages(context(command))
+        fixed = {"search": "parabolic"} if command == "compare" else {}  # there it is both
+        stages = options.stages(context(command), **fixed)
         assert stages == FastForwardConfig(max_tau=1024)
+
+
+def test_both_searches_are_no_search_of_one_run(context):
+    with pytest.raises(ValueError, match="search='both'"):
+        options.stages(context("train", "--search", "both"))
 
 
 def test_options_are_settings(context):
