@@ -121,6 +121,8 @@ class TrainConfig:
                 isinstance(getattr(self, name), str | os.PathLike) and str(getattr(self, name)),
                 "a text",
             )
+        readable = self.data is None or (isinstance(self.data, str | os.PathLike) and str(self.data))
+        self._require("data", readable, "a text or None")
         plain = (
             isinstance(self.name, str)
             and self.name
@@ -200,8 +202,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the run log and the checkpoint."""
-        values = asdict(self)
-        values["out"] = str(values["out"])
+        values = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in asdict(self).items()}
         values["targets"] = list(self.targets) if self.targets is not None else None
         return values
 

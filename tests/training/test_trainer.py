@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +208,12 @@ def test_finding_a_learning_rate_is_charged_and_tested(config):
     parts = train(replace(found_at, name="parts"), resume=True)
     assert (parts.flops, parts.validation_forwards) == (result.flops, result.validation_forwards)
     assert parts.test_loss == result.test_loss
+
+
+def test_paths_may_be_paths_and_the_run_is_resumed(config):
+    config = replace(config, **{name: Path(getattr(config, name)) for name in ("model", "data", "out")})
+    train(replace(config, steps=2))
+    assert train(config, resume=True).optimizer_steps == 10
 
 
 def test_resume_drops_what_was_logged_after_the_checkpoint(config):
