@@ -334,8 +334,13 @@ def _show_notices_as_lines() -> None:
 
 
 def _users(error: Exception) -> bool:
-    """Whether this package raised the error itself, for the user to read; others keep their traceback."""
+    """Whether this package or a peer raised the error itself, for the user to read.
+
+    Others keep their traceback.
+    """
     if isinstance(error, OSError):
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(__file__).parent)
+    package = Path(__file__).parent
+    ours = (package, package.parent / "benchmarks" / "peers")
+    return any(Path(raised_in).is_relative_to(folder) for folder in ours)

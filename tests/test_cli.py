@@ -206,6 +206,12 @@ def test_user_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, mess
     assert message in fails(capsys, *arguments)
 
 
+def test_what_a_peer_refuses_is_one_line_and_comes_before_any_run(capsys, quick, tmp_path):
+    flags = ["--steps", 4, "--search", "linear", "--interval", 1, "--peer", "authors", "--quiet"]
+    assert "interval=1: must be an integer of at least 2" in fails(capsys, "compare", *quick, *flags)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     from ffkernels import doctor
 
