@@ -112,6 +112,13 @@ def test_promises_are_judged_by_what_was_found(benchmarks):
     assert any(line.startswith("NOT KEPT: forwards") for line in table)
 
 
+def test_its_defaults_are_one_learning_rate_and_the_peers_are_warmed_up(benchmarks):
+    bench = benchmarks("bench_peers")
+    options = bench.parse([])
+    assert (options.lr, options.seeds, options.steps, options.batch_size) == ([1e-4], [0, 1], 120, 64)
+    assert bench.comparison(options, 1e-4, 0, "runs").peers == ("authors", "peft-prototype")
+
+
 @pytest.mark.slow
 def test_the_whole_benchmark_in_small(benchmarks, tmp_path):
     found = benchmarks("bench_peers").main(["--fast", "--out", str(tmp_path / "peers.json")])
