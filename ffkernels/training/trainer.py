@@ -27,14 +27,12 @@ from typing import Any
 
 import torch
 
-from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.stage import Stage
-from ffkernels.reporting.flops import Flops
 from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.reporting.recorder import Recorder
 from ffkernels.training import checkpoint
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import Attach, Session, open_session
+from ffkernels.training.session import Attach, open_session
 
 __all__ = ["RunResult", "TrainConfig", "train"]
 
@@ -208,7 +206,7 @@ def train(
                 staged += found.seconds
                 progress.charge(validate=found.seconds)
                 progress.validation_forwards += found.evaluations
-                meter.add(_cost_of_finding(found, session))
+                meter.finding(found, session.validation.flops)
             progress.charge(train=end - begin - staged, other=collated - start)
             meter.optimizer_step()
             emit(
@@ -279,12 +277,6 @@ def _check_peer(peer: str | None, saved: str | None, ff: Any) -> None:
             f"cannot resume with attach of {peer!r}: the run was saved with {saved!r}; go on with that, or "
             "start a run of another name"
         )
-
-
-def _cost_of_finding(found: Finding, session: Session) -> Flops:
-    """Its validations, and its weight moves at two FLOPs per element as measured, at one in the paper."""
-    moves = found.flops - found.evaluations * session.validation.flops
-    return Flops(found.flops - moves // 2, found.flops)
 
 
 def _now(device: torch.device) -> float:
