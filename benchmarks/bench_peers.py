@@ -1,6 +1,7 @@
 """Our Fast Forward beside the authors' loop and PEFT's prototype on the same work: forwards, time, memory.
 
-    python benchmarks/bench_peers.py             the embedded model at one learning rate, two seeds
+    python benchmarks/bench_peers.py             the embedded model at one learning rate, two seeds: about ten
+                                                 minutes on two quiet cores
     python benchmarks/bench_peers.py --fast      the same in small: about two minutes; the numbers mean little
 
 For every learning rate and seed, with the same model, data order, adapter initialisation and batch:
@@ -61,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--test-examples", type=int, default=1000)
     parser.add_argument("--tuned-lr", type=float, default=1e-2)
-    parser.add_argument("--memory-stages", type=int, default=6)
+    parser.add_argument("--memory-stages", type=int, default=4)
     parser.add_argument("--memory-rank", type=int, default=64, help="the authors' default")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
