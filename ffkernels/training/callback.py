@@ -148,6 +148,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             include=self.include,
             exclude=self.exclude,
             defer=True,
+            scheduler=kwargs.get("lr_scheduler") if self.config.learning_rate == "find" else None,
         )
         self.stages = self.ff.stages
         self._meter = FlopMeter(self.ff.trainable_numel)
@@ -164,14 +165,19 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         if self.ff.optimizer_steps > self._steps_charged:  # else loss scaling skipped it
             self._steps_charged = self.ff.optimizer_steps
             self._meter.optimizer_step()
+            found = self.ff.finding
+            if found is not None and found.optimizer_step == self.ff.optimizer_steps:
+                self._charge(self._meter.finding(found, self.ff.validation.flops))
         stage = self.ff.run_due_stage()
         if stage is None:
             return
         self._meter.trainable_numel = self.ff.trainable_numel  # another adapter may be active by now
-        cost = self._meter.stage(stage)
+        self._charge(self._meter.stage(stage))
+        trainer_access.log(self._trainer, self._stage_metrics(stage))
+
+    def _charge(self, cost: Flops) -> None:
         for convention, flops in cost._asdict().items():
             self.stage_flops[convention] += flops
-        trainer_access.log(self._trainer, self._stage_metrics(stage))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         # Of all logs only the training's last has the Trainer's total in the history; in `logs` itself a

@@ -22,6 +22,7 @@ from ffkernels.training import trainer_access
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_file
 
+FIND = FastForwardConfig(learning_rate="find", interval=100)
 EVERY_3 = FastForwardConfig(interval=3, max_tau=16)
 COLLATE = partial(collate, pad_token_id=256)
 
@@ -545,6 +546,24 @@ def test_a_training_step_that_somebody_wrapped_since_is_not_counted_twice(make):
     trainer = make(callback, Wraps())
     first, second = ((trainer.train(), callback.flops)[1] for _ in range(2))
     assert first["measured"] == second["measured"] > 0
+
+
+def test_a_learning_rate_is_found_under_the_trainers_scheduler_and_charged(make):
+    callback, rates, made = FastForwardCallback(config=FIND), [], []
+
+    class Rates(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
+            made[:] = [callback.ff.finding, callback.ff.validation.flops]
+
+    make(callback, Rates(), learning_rate=1e-4, lr_scheduler_type="linear").train()
+    found, forward = made
+    assert found.optimizer_step == 2 and found.scale > 2
+    expected = [1e-4 * (7 - step) / 7 * (found.scale if step > 1 else 1) for step in range(1, 8)]
+    assert rates == pytest.approx(expected, rel=1e-6)
+    assert callback.stages == [] and callback.stage_flops["measured"] == found.flops
+    moves = found.flops - found.evaluations * forward
+    assert callback.stage_flops["paper"] == found.flops - moves // 2 and moves > 0
 
 
 def test_patience_switches_it_off(make):
