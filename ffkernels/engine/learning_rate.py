@@ -22,7 +22,14 @@ from ffkernels.engine.distributed import several_processes
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.optimizer_probe import require_step_sizes
 from ffkernels.engine.parallelism import why_refused
-from ffkernels.engine.rate_finding import Finding, base_rates, every_scheduler, scale_learning_rates
+from ffkernels.engine.rate_finding import (
+    Finding,
+    base_rates,
+    every_scheduler,
+    rates,
+    scale_learning_rates,
+    set_rates,
+)
 from ffkernels.engine.rate_probe import MAX_RESTARTS, RateProbe
 from ffkernels.engine.run_state import RunState
 from ffkernels.engine.step_hooks import on_step
@@ -64,7 +71,8 @@ def find_learning_rate(
             mixed precision, accumulation and clipping are then as in your loop.
         validation: a ``ValidationLoss``, or what makes one: held-out batches (32 examples are enough) or a
             callable ``loss_fn(model)``. On batches of a causal language model, noise is told from signal.
-        after: optimizer steps, of which the last one's update is searched.
+        after: optimizer steps, of which the last one's update is searched. SGD with momentum needs more than
+            2: its first updates are shorter than those to come.
         keep_move: go on from here: the steps stay taken, the weights stay where the search found the lowest
             loss, and every learning rate, of ``schedulers`` too, is multiplied by ``finding.scale``.
         schedulers: the optimizer's scheduler or several, which a ``step`` function moves on or whose base
@@ -73,7 +81,8 @@ def find_learning_rate(
 
     Returns:
         A ``Finding``; ``finding.apply(optimizer, schedulers)`` sets what it found. At most 20 validation
-        losses, and s from 2⁻¹⁰ to 2¹⁶; an s at a limit shows in ``stopped_because``.
+        losses, one more for each of up to 4 restarts, and s from 2⁻¹⁰ to 2¹⁶; an s at a limit shows in
+        ``stopped_because``.
 
     Raises:
         ValueError: when the optimizer's update does not scale with its learning rate, when there are too few
@@ -89,17 +98,21 @@ def find_learning_rate(
     optimizer, schedulers = _checked(model, optimizer, schedulers)
     if not isinstance(validation, ValidationLoss):
         validation = ValidationLoss(model, validation)
+    own_step = callable(batches) and not hasattr(batches, "__iter__")
+    scheduled = rates(optimizer)
     with interrupt_later():
         state = RunState(model, optimizer, schedulers)
     kept = False
     try:
-        step = _stepping(model, optimizer, batches, after)
+        step = batches if own_step else _stepping(model, optimizer, batches, after)
         table = ops.TensorTable(local_tensors(trainable_weights(model, optimizer)), impl=impl)
         probe = RateProbe(validation, optimizer, schedulers, after)
         finding = _run(probe, table, step)
         if keep_move:
             with interrupt_later():
                 scale_learning_rates(optimizer, schedulers, finding.scale / probe.applied)
+                if not own_step:  # the schedulers stand where they stood, so must what they last set
+                    set_rates(optimizer, [lr * finding.scale for lr in scheduled])
                 kept = True
     finally:
         with interrupt_later():
@@ -134,9 +147,7 @@ def _checked(model: nn.Module, optimizer: Any, schedulers: Any) -> tuple[torch.o
 def _stepping(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any, after: int
 ) -> Callable[[], Any]:
-    """One training step as a function: the user's, or one over the batches."""
-    if callable(batches) and not hasattr(batches, "__iter__"):
-        return batches
+    """One training step over the batches as a function."""
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise TypeError(
             f"batches is a {type(batches).__name__}: an iterable of at least {after} dicts is needed, one "
@@ -146,11 +157,7 @@ def _stepping(
     if len(given) < after or not all(isinstance(batch, Mapping) for batch in given):
         kinds = ", ".join(type(batch).__name__ for batch in given) or "nothing"
         raise ValueError(f"batches must begin with a dict for each of the {after} steps, got {kinds}")
-    for group, base in zip(optimizer.param_groups, base_rates(optimizer), strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(base)
-        else:
-            group["lr"] = base  # a warm-up may hold it at 0 before the first step
+    set_rates(optimizer, base_rates(optimizer))  # a warm-up may hold them at 0 before the first step
     model.train()
     endless = cycle(given)  # it begins again where the first steps were taken back
     return lambda: _step(model, optimizer, next(endless))
@@ -174,7 +181,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Mapping[str
 def _run(probe: RateProbe, table: ops.TensorTable, step: Callable[[], Any]) -> Finding:
     """Take steps until the probe has found something, right after the step that it wanted."""
     findings: list[Finding] = []
-    steps = 0
+    steps = skipped = 0
 
     def before(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if not findings:
@@ -191,10 +198,11 @@ def _run(probe: RateProbe, table: ops.TensorTable, step: Callable[[], Any]) -> F
         while not findings:
             taken = steps
             step()
-            if steps == taken:
+            skipped += steps == taken  # as gradient scalers do until their scale fits
+            if skipped == MAX_STEPS:
                 raise ValueError(
-                    "the training step did not call step() of the optimizer that was given (gradient "
-                    "accumulation belongs inside of one training step)"
+                    f"{MAX_STEPS} training steps did not call step() of the optimizer that was given "
+                    "(gradient accumulation belongs inside of one training step)"
                 )
             if steps >= MAX_STEPS + (MAX_RESTARTS + 1) * probe.after:
                 raise ValueError(

@@ -20,7 +20,7 @@ from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.distributed import Ranks
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.optimizer_probe import require_step_sizes
-from ffkernels.engine.rate_finding import Finding, every_scheduler, scale_learning_rates
+from ffkernels.engine.rate_finding import Finding, every_scheduler, rates, scale_learning_rates
 from ffkernels.engine.rate_probe import RateProbe
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.ops.notices import announce_once
@@ -95,7 +95,7 @@ class LearningRateMode:
                 scale_learning_rates(self._optimizer, self._schedulers, finding.scale / probe.applied)
                 self._scale *= finding.scale
                 self.finding, self._probe = finding, None
-                self._expected = [float(group["lr"]) for group in self._optimizer.param_groups]
+                self._expected = rates(self._optimizer)
         except BaseException:
             if self._probe is not None:  # begin again at the next step, from what has been applied
                 self._scale = self.scale
@@ -105,13 +105,13 @@ class LearningRateMode:
     def look_whether_it_was_overwritten(self) -> None:
         """Before the first step after the finding: whether somebody has set the old learning rate again."""
         expected, self._expected = self._expected, None
-        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
-        away = _log_ratio(rates, expected)
+        now = rates(self._optimizer)
+        away = _log_ratio(now, expected)
         if abs(math.log(self._scale)) > math.log(2) and away > 0.5 * abs(math.log(self._scale)):
             announce_once(
                 "learning-rate-overwritten",
                 f"Fast Forward found the learning rate {expected[0]:g} and set it, and something has set "
-                f"{rates[0]:g} since: multiply what you set by FastForward.lr_scale ({self._scale:g}), or "
+                f"{now[0]:g} since: multiply what you set by FastForward.lr_scale ({self._scale:g}), or "
                 "pass the scheduler as FastForward(..., scheduler=scheduler)",
             )
 
@@ -146,6 +146,6 @@ class LearningRateMode:
             self._probe.load_state_dict(saved["probe"])
 
 
-def _log_ratio(rates: Sequence[float], expected: Sequence[float]) -> float:
-    pairs = [(a, b) for a, b in zip(rates, expected, strict=True) if a > 0 and b > 0]
+def _log_ratio(now: Sequence[float], expected: Sequence[float]) -> float:
+    pairs = [(a, b) for a, b in zip(now, expected, strict=True) if a > 0 and b > 0]
     return max((abs(math.log(a / b)) for a, b in pairs), default=0.0)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ffkernels.engine.evaluation_mode import keep_random_state
+from ffkernels.engine.interrupts import interrupt_later
 
 __all__ = ["OptimizerState", "require_step_sizes", "step_without_hooks", "why_rate_means_nothing"]
 
@@ -161,16 +162,14 @@ def _update(
     everything += [(p.grad, p.grad.detach().clone()) for p in parameters if p.grad is not None]
     try:
         for group in optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].mul_(factor)
-            else:
-                group["lr"] *= factor
+            group["lr"] = group["lr"] * factor  # not in place: groups may share a tensor
         step_without_hooks(optimizer)
         return [weight.detach() - old for weight, old in zip(weights, before, strict=True)]
     finally:
-        for tensor, old in everything:
-            tensor.detach().copy_(old)
-        state.restore()
+        with interrupt_later():
+            for tensor, old in everything:
+                tensor.detach().copy_(old)
+            state.restore()
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

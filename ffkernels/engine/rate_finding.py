@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Finding", "base_rates", "every_scheduler", "scale_learning_rates"]
+from ffkernels.engine.weights import unwrap_optimizer
+from ffkernels.ops.notices import announce_once
+
+__all__ = ["Finding", "base_rates", "every_scheduler", "rates", "scale_learning_rates", "set_rates"]
 
 
 @dataclass
@@ -59,7 +62,14 @@ class Finding:
         return min((loss for _, loss in self.curve), default=math.nan)
 
     def apply(self, optimizer: torch.optim.Optimizer, schedulers: Any = ()) -> None:
-        """Multiply every learning rate by ``scale``, in the optimizer and in its schedulers."""
+        """Multiply every learning rate by ``scale``, in the optimizer and in its schedulers: once."""
+        optimizer = unwrap_optimizer(optimizer)
+        if not schedulers and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+            announce_once(
+                "finding-without-scheduler",
+                "this optimizer has a learning rate scheduler, which may overwrite what was found: "
+                "finding.apply(optimizer, scheduler) sets it there, too",
+            )
         scale_learning_rates(optimizer, schedulers, self.scale)
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,6 +87,20 @@ def base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
 
 
+def rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of each group as it is now."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, values: Iterable[float]) -> None:
+    """Give each group its learning rate; those that are tensors keep their addresses."""
+    for group, value in zip(optimizer.param_groups, values, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
 def every_scheduler(schedulers: Any, optimizer: torch.optim.Optimizer) -> list[Any]:
     """One scheduler or several, out of their wrappers, and those inside SequentialLR and ChainedScheduler.
 
@@ -88,7 +112,7 @@ def every_scheduler(schedulers: Any, optimizer: torch.optim.Optimizer) -> list[A
         return []
     if not isinstance(schedulers, list | tuple):
         schedulers = [schedulers]
-    return list(_unpacked(schedulers, optimizer))
+    return list({id(s): s for s in _unpacked(schedulers, optimizer)}.values())
 
 
 def _unpacked(schedulers: Iterable[Any], optimizer: torch.optim.Optimizer) -> Iterator[Any]:
@@ -115,11 +139,14 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, schedulers: Any, fact
     Absolute limits that a user wrote into a schedule (``eta_min``, ReduceLROnPlateau's ``min_lr``) stay.
     """
     schedulers = every_scheduler(schedulers, optimizer)
+    scaled = set()  # groups share the one tensor that was given as lr to the optimizer
     for group in optimizer.param_groups:
         for key in ("lr", "initial_lr", "max_lr", "min_lr"):  # the last two are OneCycleLR's
             value = group.get(key)
             if isinstance(value, Tensor):
-                value.mul_(factor)
+                if id(value) not in scaled:
+                    value.mul_(factor)
+                scaled.add(id(value))
             elif value is not None:
                 group[key] = value * factor
     for scheduler in schedulers:

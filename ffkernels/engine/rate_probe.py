@@ -25,9 +25,9 @@ from ffkernels import ops
 from ffkernels.engine.executors import UPDATE_NOT_FINITE
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.optimizer_probe import OptimizerState, why_rate_means_nothing
-from ffkernels.engine.rate_finding import Finding, base_rates, scale_learning_rates
+from ffkernels.engine.rate_finding import Finding, base_rates, rates, scale_learning_rates, set_rates
 from ffkernels.engine.rate_search import RateSearch
-from ffkernels.engine.significance import really_higher
+from ffkernels.engine.significance import LEAST_EXAMPLES, really_higher
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_examples import ExampleLosses
 from ffkernels.ops.notices import announce_once
@@ -63,6 +63,7 @@ class RateProbe:
         self.applied = 1.0
         self.seconds = 0.0
         self._looks = 0
+        self._prepared = False
         self._losses: ExampleLosses | None = None
         self._tokens: list[float] | None = None
         self._start: tuple[float, list[float] | None] | None = None
@@ -70,16 +71,17 @@ class RateProbe:
         self._first: tuple[list[tuple[Tensor, Tensor]], OptimizerState] | None = None
         self._bases = base_rates(optimizer)
         self._counts = False
+        self._velocity = bool(optimizer.state)  # has had steps to build up
 
     def before_step(self, table: ops.TensorTable) -> None:
         """Right before a step, when its gradients are there.
 
         Raises:
-            ValueError: when the update does not scale with the learning rate.
+            ValueError: when the update does not scale with the learning rate, or the loss is not finite.
         """
         start = perf_counter()
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._counts = any(rates)
+        now = rates(self.optimizer)
+        self._counts = any(now)
         if not self._counts:
             return
         if self.steps == 0 and self.after > 1:
@@ -88,11 +90,16 @@ class RateProbe:
             if self._start is None:
                 self._start = self._measure()
                 self._looks += 1
+                if not math.isfinite(self._start[0]):
+                    raise ValueError(
+                        f"the validation loss is {self._start[0]} before the first step, so no learning rate "
+                        "can be found by it: look at the validation examples and the model's dtype"
+                    )
         if self.steps + 1 == self.after:
             refused = why_rate_means_nothing(self.optimizer, table.weights)
             if refused:
                 raise ValueError(refused)
-            self._rates = rates
+            self._rates = now
             ops.checkpoint_(table)
         self.seconds += perf_counter() - start
 
@@ -133,27 +140,42 @@ class RateProbe:
             "applied": self.applied,
             "bases": self._bases,
             "looks": self._looks,
+            "tokens": self._tokens,
             "start": self._start,
             "here": self._here,
+            "velocity": self._velocity,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.restarts, self.applied = state["steps"], state["restarts"], state["applied"]
         self._bases, self._looks = state["bases"], state["looks"]
-        self._start, self._here = state["start"], state["here"]
+        self._velocity = state["velocity"]
+        self._prepare()
+        if state["tokens"] == self._tokens:  # else they are losses of other examples
+            self._start, self._here = state["start"], state["here"]
+
+    def _prepare(self) -> None:
+        """Find out once whether there are losses by example, and enough of them."""
+        if self._prepared:
+            return
+        self._prepared = True
+        why = ExampleLosses.why_not(self.validation)
+        if why is None:
+            losses = ExampleLosses(self.validation)
+            tokens = losses.tokens.tolist()
+            examples = sum(n > 0 for n in tokens)
+            if examples >= LEAST_EXAMPLES:
+                self._losses, self._tokens = losses, tokens
+                return
+            why = f"{examples} validation examples are too few, about 32 are good"
+        announce_once(
+            "find-learning-rate-mean",
+            "the learning rate is found by the mean validation loss alone, which cannot tell a rise "
+            f"from rounding noise: {why}. Batches of a causal language model give losses by example",
+        )
 
     def _measure(self) -> tuple[float, list[float] | None]:
-        if self._losses is None and self._tokens is None:
-            why = ExampleLosses.why_not(self.validation)
-            if why is None:
-                self._losses = ExampleLosses(self.validation)
-                self._tokens = self._losses.tokens.tolist()
-            else:
-                announce_once(
-                    "find-learning-rate-mean",
-                    "the learning rate is found by the mean validation loss alone, which cannot tell a rise "
-                    f"from rounding noise: {why}. Batches of a causal language model give losses by example",
-                )
+        self._prepare()
         if self._losses is None:
             return float(self.validation()), None
         sums = self._losses().tolist()
@@ -162,9 +184,10 @@ class RateProbe:
     def _look_for_harm(self) -> None:
         self._here = self._measure()
         self._looks += 1
-        (before, old), (now, new) = self._start, self._here
+        now, new = self._here
+        before, old = self._start or (math.inf, None)
         harmed = not math.isfinite(now)
-        if new is not None and now > before:  # by the mean alone, noise would be taken for harm
+        if old is not None and now > before:  # by the mean alone, noise would be taken for harm
             harmed = really_higher(old, new, self._tokens, seen=1)
         if not harmed or self._first is None:
             self._looks -= 1  # it is the first of the search, too
@@ -178,13 +201,12 @@ class RateProbe:
             )
         with interrupt_later(), torch.no_grad():
             tensors, state = self._first
-            rates = [group["lr"] for group in self.optimizer.param_groups]
+            scheduled = rates(self.optimizer)
             for tensor, value in tensors:
                 tensor.copy_(value)
             state.restore()
             # A schedule has gone on meanwhile: its learning rate of now stays, made smaller.
-            for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = lr
+            set_rates(self.optimizer, scheduled)
             scale_learning_rates(self.optimizer, self.schedulers, RESTART_AT)
             self.applied *= RESTART_AT
             self.steps, self.restarts = 0, self.restarts + 1
@@ -197,6 +219,7 @@ class RateProbe:
                 "the learning rate was 0 when the search for one was prepared; give the optimizer its base "
                 "learning rate, or make its scheduler, before that"
             )
+        self._tell_about_momentum()
         search = self._search(table)
         kept = search.best.scale > 0
         scale = search.scale * lr / base if kept else self.applied
@@ -220,6 +243,22 @@ class RateProbe:
         moved = 2 * table.numel * (len(search.places) + 1)
         finding.flops = finding.evaluations * self.validation.flops + moved
         return finding
+
+    def _tell_about_momentum(self) -> None:
+        """SGD's updates grow to 1/(1 − μ) times the first one; a rate found early is too high by the rest."""
+        if not isinstance(self.optimizer, torch.optim.SGD) or self._velocity:
+            return
+        group = self.optimizer.param_groups[0]
+        momentum = 0.0 if group["dampening"] else float(group["momentum"])
+        reached = 1.0 - momentum**self.after
+        if reached < 0.5:
+            announce_once(
+                "find-learning-rate-momentum",
+                f"SGD with momentum={momentum:g}: after {self.after} steps an update has only {reached:.0%} "
+                "of the length that it grows to, and the learning rate found for it is too high by the "
+                f"inverse; search a later update: {math.ceil(math.log(0.1) / math.log(momentum))} steps "
+                "(find_learning_rate(after=…), FastForwardConfig(find_after=…)), or divide what was found",
+            )
 
     def _search(self, table: ops.TensorTable) -> RateSearch:
         """Search the update in ``table``, Δ there and best = W after it, and move to what was found.

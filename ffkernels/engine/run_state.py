@@ -11,14 +11,13 @@ not write; they are not copied, but a checksum tells whether that is true.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ffkernels.engine.causal_lm import model_device
 from ffkernels.engine.digests import checksum
 from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.optimizer_probe import OptimizerState
@@ -37,9 +36,9 @@ class RunState:
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any] = ()
     ) -> None:
-        self._device = model_device(model)
+        self._devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
         self._random = ExitStack()
-        self._random.enter_context(keep_random_state(self._device))
+        self._random.enter_context(_keep_random_states(self._devices))
         self._optimizer = OptimizerState(optimizer)
         self._opt_called = vars(optimizer).get("_opt_called")  # where schedulers note the first step
         self._wrapped = optimizer
@@ -81,9 +80,17 @@ class RunState:
     def keep(self) -> None:
         """Let everything stand as it is now, except for the gradients, which are what they were."""
         self._restore_gradients()
-        with keep_random_state(self._device):  # the outer of the two is what stays
+        with _keep_random_states(self._devices):  # the outer of the two is what stays
             self._random.close()
 
     def _restore_gradients(self) -> None:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
+
+
+@contextmanager
+def _keep_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(keep_random_state(device))
+        yield

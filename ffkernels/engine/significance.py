@@ -31,9 +31,10 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-__all__ = ["LEVEL", "paired_t", "really_higher", "t_quantile"]
+__all__ = ["LEAST_EXAMPLES", "LEVEL", "paired_t", "really_higher", "t_quantile"]
 
 LEVEL = 0.01
+LEAST_EXAMPLES = 4  # that fewer prove nothing, whatever their losses
 
 
 def t_quantile(probability: float, freedom: int) -> float:
@@ -42,7 +43,7 @@ def t_quantile(probability: float, freedom: int) -> float:
     Within 2 % of the true value from 15 degrees of freedom on. One or two, where the expansion fails, are
     refused a verdict: inf.
     """
-    if freedom < 3:
+    if freedom < LEAST_EXAMPLES - 1:
         return math.inf
     z = NormalDist().inv_cdf(probability)
     z2 = z * z

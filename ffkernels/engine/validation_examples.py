@@ -36,7 +36,7 @@ class ExampleLosses:
         tokens: n, (rows,) float64 on the same device.
 
     Raises:
-        ValueError: when the validation has no losses by example; ``available`` asks before.
+        ValueError: when the validation has no losses by example; ``why_not`` asks before.
     """
 
     def __init__(self, validation: ValidationLoss) -> None:
@@ -69,8 +69,9 @@ class ExampleLosses:
         if labelled is self._labelled and self.validation.rows is self._read_from:
             return
         places = [_places(batch) for batch in labelled.micro_batches]
-        tokens = [(p < b.positions.numel()).sum(1) for p, b in zip(places, labelled.micro_batches)]  # noqa: B905
-        tokens = torch.cat(tokens).to(labelled.device, torch.float64)
+        pairs = zip(places, labelled.micro_batches, strict=True)
+        tokens = torch.cat([(p < batch.positions.numel()).sum(1) for p, batch in pairs])
+        tokens = tokens.to(labelled.device, torch.float64)
         if labelled is self._labelled:
             for mine, new in zip(self._places, places, strict=True):
                 mine.copy_(new)

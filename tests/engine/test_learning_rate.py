@@ -9,6 +9,7 @@ from torch import nn
 
 import ffkernels
 from ffkernels import FastForward, Finding, ValidationLoss, find_learning_rate
+from ffkernels.ops.notices import FFKernelsNotice
 
 SCALES = torch.tensor([1.0, 0.3, 3.0, 0.1])
 TARGET = torch.tensor([2.0, -1.0, 0.5, 4.0])
@@ -205,6 +206,93 @@ def test_steps_that_change_nothing_do_not_count():
         optimizer.step()
 
     assert find_learning_rate(model, optimizer, step, bowl_loss).optimizer_step == 4
+
+
+def test_steps_that_a_gradient_scaler_leaves_out_do_not_count():
+    model, optimizer = bowl(1e-3)
+    given, calls = iter(batches(4)), []
+
+    def step():
+        calls.append(1)
+        optimizer.zero_grad()
+        model(**next(given))["loss"].backward()
+        if len(calls) not in (1, 3):  # as torch.amp.GradScaler does until its scale fits
+            optimizer.step()
+
+    assert find_learning_rate(model, optimizer, step, bowl_loss).optimizer_step == 2
+
+
+def test_keep_move_leaves_a_schedule_where_it_stands():
+    model, optimizer = bowl(0.01)
+    # It multiplies the group's own learning rate at each step: 0.1, 0.4, 0.7, 1 of the base.
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 3)
+    finding = find_learning_rate(model, optimizer, batches(), bowl_loss, keep_move=True, schedulers=scheduler)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * finding.lr)
+    for _ in range(3):
+        optimizer.step(), scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(finding.lr)
+
+
+def test_a_tensor_that_groups_share_as_their_learning_rate_is_multiplied_once():
+    model = nn.Linear(3, 2)
+    shared = torch.tensor(1e-3)
+    groups = [{"params": [model.weight]}, {"params": [model.bias]}]
+    optimizer = torch.optim.AdamW(groups, lr=shared, capturable=False, foreach=False)
+    assert all(group["lr"] is shared for group in optimizer.param_groups)
+    inputs, targets = torch.randn(8, 3), torch.randn(8, 2)
+
+    def loss(model):
+        return (model(inputs) - targets).square().mean()
+
+    def step():
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+    found = find_learning_rate(model, optimizer, step, lambda model: float(loss(model)))
+    assert shared == torch.tensor(1e-3) and optimizer.param_groups[1]["lr"] is shared
+    found.apply(optimizer)
+    assert float(shared) == pytest.approx(found.lr) and found.scale > 2
+    assert optimizer.param_groups[1]["lr"] is shared
+
+
+def test_what_is_found_goes_through_wrappers_and_to_schedulers():
+    _model, optimizer = bowl(0.1)
+
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0)
+    finding = Finding(lr=0.5, tau=4.0, scale=5.0)
+    finding.apply(Wrapper(optimizer), [scheduler, scheduler])
+    assert optimizer.param_groups[0]["lr"] == 0.5 and scheduler.base_lrs == [0.5]
+    with pytest.warns(FFKernelsNotice, match=r"finding\.apply\(optimizer, scheduler\)"):
+        finding.apply(optimizer)
+
+
+def test_a_velocity_that_has_not_built_up_is_told_of(recwarn):
+    model, optimizer = bowl(1e-3, momentum=0.9)
+    find_learning_rate(model, optimizer, batches(22), bowl_loss, after=22)
+    assert not [w for w in recwarn if "momentum" in str(w.message)]
+    with pytest.warns(FFKernelsNotice, match=r"after 2 steps an update has only 19% .* 22 steps"):
+        find_learning_rate(model, optimizer, batches(), bowl_loss)
+
+
+def test_few_examples_are_judged_by_their_mean(tiny_model, padded_batch):
+    model = tiny_model("llama", attention_dropout=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    data = [padded_batch(5, 24, seed=i) for i in range(2)]
+    for examples, judge in ((3, "mean"), (4, "examples")):
+        validation = ValidationLoss(model, [padded_batch(examples, 24, seed=9)])
+        found = find_learning_rate(model, optimizer, data, validation)
+        assert found.judged_by == judge and found.loss_after < found.loss_before
+
+
+def test_a_loss_that_is_not_finite_is_told_of():
+    model, optimizer = bowl(1e-3)
+    with pytest.raises(ValueError, match="validation loss is nan before the first step"):
+        find_learning_rate(model, optimizer, batches(), lambda model: float("nan"))
 
 
 def test_large_buffers_are_not_copied_but_watched(monkeypatch):

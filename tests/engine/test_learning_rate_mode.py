@@ -1,6 +1,7 @@
 """FastForwardConfig(learning_rate="find"): found once in a training, kept, set everywhere, and resumed."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -113,6 +114,32 @@ def test_a_resumed_run_continues_bit_for_bit(at):
     assert torch.equal(model.w, again.w)
     assert fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert other.lr_scale == ff.lr_scale and other.finding.curve == ff.finding.curve
+
+
+def test_a_search_is_resumed_with_its_losses_by_example(tiny_model, padded_batch):
+    data = [padded_batch(5, 24, seed=i) for i in range(2)]
+
+    def make():
+        model = tiny_model("llama", attention_dropout=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        return model, optimizer, FastForward(model, optimizer, [padded_batch(8, 24, seed=9)], FIND)
+
+    def step(model, optimizer, batch):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    model, optimizer, ff = make()
+    step(model, optimizer, data[0])
+    weights, state = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    saved = json.loads(json.dumps(ff.state_dict()))
+    step(model, optimizer, data[1])
+    again, fresh, other = make()
+    again.load_state_dict(weights), fresh.load_state_dict(state), other.load_state_dict(saved)
+    step(again, fresh, data[1])
+    assert other.finding.judged_by == "examples" and other.finding.curve == ff.finding.curve
+    assert other.finding.lr == ff.finding.lr and other.finding.evaluations == ff.finding.evaluations
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_a_scheduler_that_was_not_passed_is_missed():
