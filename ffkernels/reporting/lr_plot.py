@@ -52,7 +52,8 @@ def draw_finding(finding: Finding, axes: Axes) -> Axes:
         raise ValueError(
             "this finding has no curve to draw: it holds no evaluation at a learning rate above 0"
         )
-    before, lowest = finding.loss_before, min(loss for _, loss in points)
+    before = finding.loss_before
+    lowest = min(before, *(loss for _, loss in points))
     ceiling = before + HEADROOM * max(before - lowest, 1e-3 * abs(before))
     inside = [(lr, loss) for lr, loss in points if loss <= ceiling]
     style = STYLES["parabolic"]
@@ -66,7 +67,8 @@ def draw_finding(finding: Finding, axes: Axes) -> Axes:
         fontsize=9,
     )
     axes.plot(
-        *zip(*inside, strict=True),
+        [lr for lr, _ in inside],
+        [loss for _, loss in inside],
         color=style["color"],
         marker="o",
         markersize=5,
@@ -86,11 +88,15 @@ def draw_finding(finding: Finding, axes: Axes) -> Axes:
             label="off the scale",
         )
     best_lr, best = min(points, key=lambda point: point[1])
-    found = f"found: {finding.lr:.3g}"
-    if not math.isclose(finding.lr, best_lr, rel_tol=1e-6):
-        found += f" (the step's best: {best_lr:.3g})"  # a warm-up held the step below the base rate
-    axes.axvline(best_lr, color=STYLES["linear"]["color"], linewidth=1.2, zorder=1)
-    axes.plot(best_lr, best, color=STYLES["linear"]["color"], marker="D", markersize=8, label=found, zorder=3)
+    if best < before:
+        found = f"found: {finding.lr:.3g}"
+        if not math.isclose(finding.lr, best_lr, rel_tol=1e-6):
+            found += f" (the step's best: {best_lr:.3g})"  # a warm-up held the step below the base rate
+        color = STYLES["linear"]["color"]
+        axes.axvline(best_lr, color=color, linewidth=1.2, zorder=1)
+        axes.plot(best_lr, best, color=color, marker="D", markersize=8, label=found, zorder=3)
+    else:
+        axes.plot([], [], linestyle="none", label=f"none lowers the loss: left at {finding.lr:.3g}")
     axes.set_xscale("log")
     axes.set_ylim(lowest - margin, top + margin)
     axes.set_xlabel("learning rate of the searched update")

@@ -54,3 +54,11 @@ def test_a_file(tmp_path):
 def test_nothing_to_draw():
     with pytest.raises(ValueError, match="no curve"):
         draw_finding(finding(curve=[(0.0, 3.5)]), axes())
+
+
+def test_a_curve_that_never_falls_has_no_place_found():
+    drawn = draw_finding(finding(curve=[(0.0, 3.5), (1e-3, 9.0), (5e-4, 8.0), (2e-4, math.inf)]), axes())
+    labels = [line.get_label() for line in drawn.lines]
+    assert "none lowers the loss: left at 0.005" in labels and not any("found" in x for x in labels)
+    low, high = drawn.get_ylim()
+    assert low < 3.5 < high
