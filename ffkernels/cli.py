@@ -82,8 +82,8 @@ def compare(
     tuned_lr: Annotated[
         float | None,
         typer.Option(
-            help="Learning rate of the tuned Adam row [default: 1e-2 for tiny on instruction, as measured; "
-            "3e-3 for others; --sweep where whole weights train]."
+            help="Learning rate of the tuned Adam row (default: 1e-2 for tiny on instruction, as measured; "
+            "3e-3 for others; --sweep where whole weights train)."
         ),
     ] = None,
     sweep: Annotated[
@@ -166,7 +166,7 @@ def train(
     warmup_steps: options.WarmupSteps = 8,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     max_grad_norm: Annotated[
-        float | None, typer.Option(help="Clip the gradient's norm [default: no].")
+        float | None, typer.Option(help="Clip the gradient's norm (default: no).")
     ] = None,
     steps: options.Steps = 120,
     epochs: options.Epochs = None,
@@ -179,7 +179,7 @@ def train(
     evaluate_every: Annotated[
         int, typer.Option(help="Optimizer steps between test losses; 0: at both ends.")
     ] = 10,
-    target_loss: Annotated[float | None, typer.Option(help="Stop at this test loss [default: no].")] = None,
+    target_loss: Annotated[float | None, typer.Option(help="Stop at this test loss (default: no).")] = None,
     checkpoint_every: Annotated[
         int, typer.Option(help="Optimizer steps between checkpoints; 0: at the end.")
     ] = 0,

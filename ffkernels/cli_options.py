@@ -29,7 +29,7 @@ Model = Annotated[
 ]
 Attn = Annotated[
     str | None,
-    typer.Option(help="Attention: sdpa, eager or flash_attention_2 [default: transformers' choice]."),
+    typer.Option(help="Attention: sdpa, eager or flash_attention_2 (default: transformers' choice)."),
 ]
 TaskName = Annotated[str, typer.Option(help="Data set: instruction, medical or chat.")]
 Source = Annotated[
@@ -52,7 +52,7 @@ Alpha = Annotated[float, typer.Option(help="Scale of the adapter; it acts times 
 Dropout = Annotated[float, typer.Option(help="Dropout on the adapter's input.")]
 TargetModules = Annotated[
     str | None,
-    typer.Option(help="Modules that train, comma-separated [default: attention projections]."),
+    typer.Option(help="Modules that train, comma-separated (default: attention projections)."),
 ]
 Lr = Annotated[float, typer.Option(help="Learning rate after warm-up.")]
 Optimizer = Annotated[
@@ -65,7 +65,7 @@ Schedule = Annotated[
 WarmupSteps = Annotated[int, typer.Option(help="Optimizer steps over which the learning rate rises.")]
 BatchSize = Annotated[int, typer.Option(help="Examples per optimizer step.")]
 MicroBatchSize = Annotated[
-    int | None, typer.Option(help="Examples per forward and backward pass [default: the whole batch].")
+    int | None, typer.Option(help="Examples per forward and backward pass (default: the whole batch).")
 ]
 Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the training data, instead of --steps.")]
@@ -74,7 +74,7 @@ EvalTokens = Annotated[
     int | None,
     typer.Option(
         help="Padded tokens per forward of validation and test losses at most; changes memory and time, not "
-        "the losses [default: 2048 on a CPU, 16384 elsewhere]."
+        "the losses (default: 2048 on a CPU, 16384 elsewhere)."
     ),
 ]
 TestExamples = Annotated[
@@ -94,7 +94,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[
     str, typer.Option(help="Of the frozen base model: float32, bfloat16 or float16; what trains is float32.")
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads [default: torch's choice].")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: torch's choice).")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 # compare's --search: it runs each of them.

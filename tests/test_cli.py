@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 pytest.importorskip("typer")
+import typer
 from typer.testing import CliRunner
 
 from ffkernels.cli import _command, app, run
@@ -63,6 +64,23 @@ def test_every_command_has_help(invoke, command):
     result = invoke(command, "--help")
     assert result.exit_code == 0
     assert "Usage" in result.stdout
+
+
+def test_no_help_hides_words_in_brackets():
+    """Rich swallows what stands in square brackets: "[default: no]" would not be read by anybody."""
+
+    def commands(command):
+        yield command
+        for one in getattr(command, "commands", {}).values():
+            yield from commands(one)
+
+    helps = [
+        (command.name, text)
+        for command in commands(typer.main.get_command(app))
+        for text in (command.help, *(getattr(parameter, "help", None) for parameter in command.params))
+    ]
+    assert len(helps) > 200  # of train, compare, analyze loss, …
+    assert [(name, text) for name, text in helps if text and "[" in text] == []
 
 
 def test_the_command_in_a_report_names_no_folders():

@@ -49,7 +49,7 @@ def similarity(
     flags: dict[str, Any],
     window: Annotated[
         int | None,
-        typer.Option(help="Earlier steps to compare with, each kept in memory twice [default: all]."),
+        typer.Option(help="Earlier steps to compare with, each kept in memory twice (default: all)."),
     ] = None,
 ) -> None:
     """Fig. 6: how much gradients resemble those of earlier steps, with and without Fast Forward."""
