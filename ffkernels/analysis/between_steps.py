@@ -25,7 +25,6 @@ __all__ = [
     "flat_gradient",
     "gradient_of",
     "inner_products",
-    "stage_follows",
     "waiting_stages",
 ]
 
@@ -85,12 +84,3 @@ def waiting_stages(session: Session) -> Any:
     if config is None:
         return None
     return FastForward(session.model, session.optimizer, session.validation, config, defer=True)
-
-
-def stage_follows(session: Session, step: int) -> bool:
-    """Whether a stage is due after optimizer step ``step`` (counted from 0), waiting or not."""
-    config = session.config.fast_forward
-    if config is None or not session.ff.active:
-        return False
-    past = step + 1 - config.warmup
-    return past > 0 and past % config.interval == 0

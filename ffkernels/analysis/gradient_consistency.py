@@ -24,15 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ffkernels.analysis.between_steps import (
-    cosine,
-    cosines,
-    flat,
-    gradient_of,
-    stage_follows,
-    waiting_stages,
-)
-from ffkernels.analysis.rank_correlation import spearman
+from ffkernels.analysis.between_steps import cosine, cosines, flat, gradient_of, waiting_stages
+from ffkernels.analysis.rank_correlation import partial_spearman, spearman
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import STYLES, TEXT, clean_axes
 from ffkernels.training.config import TrainConfig
@@ -61,7 +54,8 @@ def gradient_consistency(config: TrainConfig, *, batches: int = BATCHES) -> dict
         ``stages``: of each ``optimizer_step``, ``tau``, ``loss_before``, ``loss_after`` (validation), and the
         points ``before`` and ``after``.
         ``tau_and_consistency``, ``tau_and_stage``: ``rho``, ``p`` and ``n`` (``rank_correlation``) of τ* with
-        the consistency before the stage, and with the stage's number, since both drift during training.
+        the consistency before the stage, and with the stage's number. Both drift during training, so the
+        former has ``partial`` too: what is left of its ρ with the stage's number held fixed.
         ``batches``, ``batch_size``, ``trainable``, ``config``.
 
     Raises:
@@ -78,7 +72,7 @@ def gradient_consistency(config: TrainConfig, *, batches: int = BATCHES) -> dict
             before = flat(session.trainable)
             session.backward(session.load(step))
             session.update(step)
-            if not stage_follows(session, step):
+            if not session.ff.stage_due:
                 continue
             update = flat(session.trainable) - before
             point_before = _point(session, compared, update)
@@ -95,11 +89,16 @@ def gradient_consistency(config: TrainConfig, *, batches: int = BATCHES) -> dict
             )
         trainable = sum(w.numel() for w in session.trainable)
     taus = [stage["tau"] for stage in stages]
+    consistencies = [stage["before"]["consistency"] for stage in stages]
+    numbers = list(range(len(stages)))
     return {
         "start": start,
         "stages": stages,
-        "tau_and_consistency": spearman([s["before"]["consistency"] for s in stages], taus),
-        "tau_and_stage": spearman(list(range(len(taus))), taus),
+        "tau_and_consistency": {
+            **spearman(consistencies, taus),
+            "partial": partial_spearman(consistencies, taus, numbers),
+        },
+        "tau_and_stage": spearman(numbers, taus),
         "batches": batches,
         "batch_size": config.batch_size,
         "trainable": trainable,
@@ -164,16 +163,17 @@ def what_was_seen(data: dict[str, Any]) -> list[str]:
         f"Gradients of different batches agree {change} {'than' if change != 'as much' else 'as'} at first: "
         f"their mean cosine is {first:.2f} before the first stage and {last:.2f} before the last."
     ]
-    found, drift = data["tau_and_consistency"], data["tau_and_stage"]
+    found = data["tau_and_consistency"]
     if found["rho"] is None:
         sentences.append(f"{found['n']} stages are too few, or too alike, to tell whether τ* follows that.")
     else:
         follows = f"τ* {'rises' if found['rho'] > 0 else 'falls'} with that consistency"
-        claim = follows if found["p"] < 0.05 else "No relation of τ* with that consistency is proven"
-        with_time = "" if drift["rho"] is None else f"; with the stage's number ρ = {drift['rho']:.2f}"
+        claim = follows if found["p"] < 0.05 else "No relation of τ* with that consistency is seen"
+        partial = found["partial"]
+        left = "nothing to tell it by" if partial is None else f"{partial:.2f}"
         sentences.append(
-            f"{claim}: Spearman's ρ = {found['rho']:.2f} over {found['n']} stages, "
-            f"p = {found['p']:.2g}{with_time}."
+            f"{claim}: Spearman's ρ = {found['rho']:.2f} over {found['n']} stages, p = {found['p']:.2g}; "
+            f"with the stage's number, which drifts too, held fixed: {left}."
         )
     pairs = [(s["before"]["descent"], s["after"]["descent"]) for s in stages]
     known = [pair for pair in pairs if None not in pair]

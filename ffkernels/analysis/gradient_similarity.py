@@ -21,13 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ffkernels.analysis.between_steps import (
-    flat,
-    flat_gradient,
-    inner_products,
-    stage_follows,
-    waiting_stages,
-)
+from ffkernels.analysis.between_steps import flat, flat_gradient, inner_products, waiting_stages
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import STYLES, TEXT, clean_axes
 from ffkernels.training.config import TrainConfig
@@ -86,8 +80,8 @@ def _one_run(config: TrainConfig, window: int | None) -> tuple[dict[str, Any], d
             before = flat(session.trainable)
             session.update(step)
             run["updates"].append(updates.add(flat(session.trainable) - before))
-            if stage_follows(session, step):
-                stage = session.ff.run_due_stage()
+            stage = session.ff.run_due_stage() if session.ff is not None else None
+            if stage is not None:
                 run["stages"].append([stage.optimizer_step, stage.tau])
     run["losses"] = [float(loss) for loss in run["losses"]]
     if not all(loss == loss for loss in run["losses"]):

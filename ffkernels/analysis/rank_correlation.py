@@ -4,15 +4,16 @@
     p = (1 + #{|ρ| of a shuffled pairing ≥ |ρ|}) / (1 + shuffles)
 
 The p-value takes the pairs for independent of each other. Those of one training run are not: what drifts
-during training correlates with everything else that does.
+during training correlates with everything else that does. ``partial_spearman`` holds time fixed.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
-__all__ = ["ranks", "spearman"]
+__all__ = ["partial_spearman", "ranks", "spearman"]
 
 SHUFFLES = 4999
 
@@ -52,6 +53,18 @@ def spearman(x: Sequence[float], y: Sequence[float], *, shuffles: int = SHUFFLES
         generator.shuffle(shuffled)
         as_large += abs(_dot(a, shuffled) / scale) >= abs(rho) - 1e-12
     return {"rho": rho, "p": (1 + as_large) / (1 + shuffles), "n": n}
+
+
+def partial_spearman(x: Sequence[float], y: Sequence[float], given: Sequence[float]) -> float | None:
+    """Spearman's ρ of x and y with the ranks of ``given`` held fixed; None where it is not defined.
+
+    (ρ_xy − ρ_xz·ρ_yz) / √((1 − ρ_xz²)(1 − ρ_yz²))
+    """
+    xy, xz, yz = (spearman(a, b, shuffles=0)["rho"] for a, b in ((x, y), (x, given), (y, given)))
+    if xy is None or xz is None or yz is None:
+        return None
+    rest = (1 - xz * xz) * (1 - yz * yz)
+    return (xy - xz * yz) / math.sqrt(rest) if rest > 1e-12 else None
 
 
 def _centred(values: Sequence[float]) -> list[float]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ffkernels.analysis.rank_correlation import spearman
+from ffkernels.analysis.rank_correlation import partial_spearman, spearman
 from ffkernels.engine.stage import Stage
 from ffkernels.reporting.plots import LEGEND, clean_axes
 from ffkernels.training.session import Session, open_session
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from ffkernels.training.config import TrainConfig
 
-__all__ = ["condition_number", "draw", "gradient_facts", "partial_spearman", "stage_taus"]
+__all__ = ["condition_number", "draw", "gradient_facts", "stage_taus"]
 
 SEED_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
 # A quantity whose largest value is more than so many times its smallest is drawn on a logarithmic axis.
@@ -119,18 +119,6 @@ def condition_number(matrix: Tensor) -> float:
         return math.nan
     kept = values[values > largest * max(matrix.shape) * torch.finfo(torch.float32).eps]
     return largest / float(kept[-1])
-
-
-def partial_spearman(x: Sequence[float], y: Sequence[float], given: Sequence[float]) -> float | None:
-    """Spearman's ρ of x and y with the ranks of ``given`` held fixed; None where it is not defined.
-
-    (ρ_xy − ρ_xz·ρ_yz) / √((1 − ρ_xz²)(1 − ρ_yz²))
-    """
-    xy, xz, yz = (spearman(a, b, shuffles=0)["rho"] for a, b in ((x, y), (x, given), (y, given)))
-    if xy is None or xz is None or yz is None:
-        return None
-    rest = (1 - xz * xz) * (1 - yz * yz)
-    return (xy - xz * yz) / math.sqrt(rest) if rest > 1e-12 else None
 
 
 def _correlations(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:

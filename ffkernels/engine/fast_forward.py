@@ -289,6 +289,11 @@ class FastForward:
         if not self.defer:
             self.run_due_stage()
 
+    @property
+    def stage_due(self) -> bool:
+        """Whether a stage waits for ``run_due_stage()``."""
+        return self._due_now
+
     def run_due_stage(self) -> Stage | None:
         """Run the stage that the last optimizer step made due and return it; None when none is due."""
         if not self._due_now:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ffkernels.analysis.gradient_consistency import agreement, draw, gradient_consistency, what_was_seen
-from ffkernels.analysis.rank_correlation import spearman
+from ffkernels.analysis.rank_correlation import partial_spearman, spearman
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import save_figure
 from ffkernels.training.config import TrainConfig
@@ -71,7 +71,8 @@ def test_every_stage_has_both_points(data):
         assert stage["tau"] == 0 or stage["after"]["descent"] < stage["before"]["descent"]
     taus = [s["tau"] for s in data["stages"]]
     before = [s["before"]["consistency"] for s in data["stages"]]
-    assert data["tau_and_consistency"] == spearman(before, taus)
+    partial = partial_spearman(before, taus, [0, 1, 2])
+    assert data["tau_and_consistency"] == {**spearman(before, taus), "partial": partial}
     assert data["tau_and_stage"] == spearman([0, 1, 2], taus)
     assert data["batches"] == 4 and data["batch_size"] == 8
     json.dumps(data, allow_nan=False)
@@ -114,9 +115,13 @@ def _invented(befores, taus):
         {"optimizer_step": 6 * i, "tau": t, "before": {**point, "consistency": b}, "after": point}
         for i, (b, t) in enumerate(zip(befores, taus, strict=True), 1)
     ]
+    numbers = range(len(taus))
     found = {
-        "tau_and_consistency": spearman(befores, taus),
-        "tau_and_stage": spearman(range(len(taus)), taus),
+        "tau_and_consistency": {
+            **spearman(befores, taus),
+            "partial": partial_spearman(befores, taus, numbers),
+        },
+        "tau_and_stage": spearman(numbers, taus),
     }
     return {"start": {**point, "descent": None}, "stages": stages, **found}
 
@@ -125,7 +130,10 @@ def test_what_was_seen_follows_the_data():
     up = what_was_seen(_invented([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [60, 50, 40, 30, 20, 10]))
     assert "agree less than at first: their mean cosine is 0.90" in up[0]
     assert up[1].startswith("τ* rises with that consistency: Spearman's ρ = 1.00 over 6 stages")
-    assert "with the stage's number ρ = −1.00" in up[1]
+    assert "held fixed: nothing to tell it by." in up[1]  # both only drift
+    apart = what_was_seen(_invented([0.9, 0.8, 0.5, 0.7, 0.6, 0.4], [60, 50, 10, 40, 30, 20]))
+    left = partial_spearman([0.9, 0.8, 0.5, 0.7, 0.6, 0.4], [60, 50, 10, 40, 30, 20], range(6))
+    assert f"held fixed: {left:.2f}." in apart[1] and 0.5 < left < 1
     down = what_was_seen(_invented([0.4, 0.5, 0.6, 0.7, 0.8, 0.9], [60, 50, 40, 30, 20, 10]))
     assert "agree more than at first" in down[0] and down[1].startswith("τ* falls with")
     few = what_was_seen(_invented([0.4, 0.41], [3, 2]))

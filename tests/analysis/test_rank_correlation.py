@@ -3,8 +3,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
-from ffkernels.analysis.rank_correlation import ranks, spearman
+from ffkernels.analysis.rank_correlation import partial_spearman, ranks, spearman
 
 
 def test_ranks_share_ties():
@@ -42,3 +43,26 @@ def test_what_cannot_be_told_is_none(x, y):
 def test_pairs_need_two():
     with pytest.raises(ValueError, match="3 values of x and 2 of y"):
         spearman([1, 2, 3], [1, 2])
+
+
+def test_what_drifts_together_is_not_related_at_equal_step():
+    steps = list(range(40))
+    noise = torch.Generator().manual_seed(2)
+    x = [s + float(torch.randn((), generator=noise)) * 4 for s in steps]
+    y = [-s + float(torch.randn((), generator=noise)) * 4 for s in steps]
+    assert abs(partial_spearman(x, y, steps)) < 0.3
+    related = [a + float(torch.randn((), generator=noise)) * 0.1 for a in x]
+    assert partial_spearman(x, related, steps) > 0.9
+    assert partial_spearman(x, [1.0] * 40, steps) is None
+    assert partial_spearman(x, y, x) is None  # nothing is left of x
+
+
+def test_the_partial_one_is_the_correlation_of_what_the_third_leaves():
+    """Of ranks, by least squares: the residuals of x and of y given z."""
+    torch.manual_seed(4)
+    x, y, z = (torch.randn(25) for _ in range(3))
+    y = y + x + 2 * z
+    a, b, c = (torch.tensor(ranks(v.tolist())).double() - 13 for v in (x, y, z))
+    a, b = (v - (v @ c) / (c @ c) * c for v in (a, b))
+    expected = float(a @ b / (a.norm() * b.norm()))
+    assert partial_spearman(x.tolist(), y.tolist(), z.tolist()) == pytest.approx(expected, abs=1e-12)

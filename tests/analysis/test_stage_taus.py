@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from ffkernels.analysis.stage_taus import condition_number, draw, gradient_facts, partial_spearman, stage_taus
+from ffkernels.analysis.stage_taus import condition_number, draw, gradient_facts, stage_taus
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
@@ -51,18 +51,6 @@ def test_vectors_count_for_the_norm_and_not_for_the_condition():
     )
     assert facts["gradient_norm"] == pytest.approx(math.sqrt(9 + 1 + 8 + 50))
     assert facts["condition_number"] == 2.0 and facts["condition_largest"] == 3.0 and facts["matrices"] == 2
-
-
-def test_what_drifts_together_is_not_related_at_equal_step():
-    steps = list(range(40))
-    noise = torch.Generator().manual_seed(2)
-    x = [s + float(torch.randn((), generator=noise)) * 4 for s in steps]
-    y = [-s + float(torch.randn((), generator=noise)) * 4 for s in steps]
-    assert abs(partial_spearman(x, y, steps)) < 0.3
-    related = [a + float(torch.randn((), generator=noise)) * 0.1 for a in x]
-    assert partial_spearman(x, related, steps) > 0.9
-    assert partial_spearman(x, [1.0] * 40, steps) is None
-    assert partial_spearman(x, y, x) is None  # nothing is left of x
 
 
 def test_every_stage_has_the_gradient_of_its_own_step(config, data):
