@@ -27,7 +27,7 @@ from ffkernels.training.trainer import RunResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SCORES", "accuracy", "answered", "draw", "mcnemar", "wilson"]
+__all__ = ["SCORES", "accuracy", "answered", "draw", "mcnemar", "what_was_seen", "wilson"]
 
 SCORES = ("sum", "mean")
 MODELS = ("before", "adam", "ff")
@@ -186,6 +186,21 @@ def mcnemar(adam: Sequence[bool], ff: Sequence[bool]) -> dict[str, float]:
         "neither": len(adam) - n - both,
         "p": min(1.0, 2 * tail / 2**n),
     }
+
+
+def what_was_seen(data: dict[str, Any]) -> list[str]:
+    """The data in sentences."""
+    paired = data["paired"]
+    seen = []
+    for score, words in (("sum", "By summed log-likelihood"), ("mean", "By the mean per token")):
+        pair = paired[score]
+        seen.append(
+            f"{words}, Adam alone is right on {pair['adam_only']} of {data['questions']} questions and Fast "
+            f"Forward alone on {pair['ff_only']} (McNemar's exact test: p = {pair['p']:.2g})."
+        )
+    if not data["ff"]["reached"]:
+        seen.append("Fast Forward did not reach Adam's test loss in Adam's number of steps.")
+    return seen
 
 
 def draw(figure: Figure, data: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from ffkernels.analysis.race import APART, Watch, outcome, run
+from ffkernels.analysis.show import than_adam
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import LEGEND, STYLES, clean_axes, flop_unit
 from ffkernels.training.config import TrainConfig
@@ -21,7 +22,7 @@ from ffkernels.training.trainer import RunResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["convergence", "draw", "has_converged", "switched_off_at"]
+__all__ = ["convergence", "draw", "has_converged", "switched_off_at", "what_was_seen"]
 
 Test = tuple[int, float, int, int]  # optimizer step, test loss, FLOPs in the paper's convention and measured
 
@@ -46,10 +47,11 @@ def convergence(
         tolerance: how far above Adam's lowest test loss counts as reached.
 
     Returns:
-        ``runs``, of "adam" and "ff": ``converged``, ``best_test_loss``, ``tests`` (each: step, loss, FLOPs in
-        the paper's convention, FLOPs measured) and what ``race.outcome`` gives; ``switched_off_at``, an
-        optimizer step or None; ``to_adams_best``, None or the ``optimizer_step`` at which Fast Forward first
-        had Adam's lowest test loss and what it had ``saved`` of the FLOPs that Adam spent until there.
+        ``runs``, of "adam" and "ff": ``converged``, ``best_test_loss`` (of every ``evaluate_every`` steps),
+        ``tests`` (each: step, loss, FLOPs in the paper's convention, FLOPs measured; of "ff" after stages,
+        too) and what ``race.outcome`` gives; ``switched_off_at``, an optimizer step or None;
+        ``to_adams_best``, None or the ``optimizer_step`` (of every ``evaluate_every``) at which Fast Forward
+        first had Adam's lowest test loss and what it had ``saved`` of the FLOPs that Adam spent until there.
 
     Raises:
         ValueError: naming the setting and what is allowed; also when Adam diverged.
@@ -70,7 +72,7 @@ def convergence(
             until = _UntilFlat(config.evaluate_every, window, min_delta)
             result = run(one, watch, stop_when=until)
             runs.append(_row(name, result, until))
-            tests_of[name] = until.tests
+            tests_of[name] = until.regular
             if not math.isfinite(result.test_loss):
                 raise ValueError(
                     f"lr={config.lr!r}: {name} diverged after {result.optimizer_steps} steps; take a smaller "
@@ -99,10 +101,14 @@ class _UntilFlat:
             return False
         step, flops = event["optimizer_step"], event["flops"]
         self.tests.append((step, event["loss"], flops["paper"], flops["measured"]))
-        # Test losses after stages in between would make Fast Forward's look denser than Adam's.
-        regular = [(s, loss) for s, loss, *_ in self.tests if s % self.every == 0]
-        self.converged = step % self.every == 0 and has_converged(regular, self.window, self.min_delta)
+        seen = [(s, loss) for s, loss, *_ in self.regular]
+        self.converged = step % self.every == 0 and has_converged(seen, self.window, self.min_delta)
         return self.converged
+
+    @property
+    def regular(self) -> list[Test]:
+        """The tests at which any run is looked at. Of more looks, after stages, the lowest would be lower."""
+        return [test for test in self.tests if test[0] % self.every == 0]
 
 
 def has_converged(tests: list[tuple[int, float]], window: int, min_delta: float) -> bool:
@@ -127,7 +133,7 @@ def _row(name: str, result: RunResult, until: _UntilFlat) -> dict[str, Any]:
     return {
         "name": name,
         "converged": until.converged,
-        "best_test_loss": min(loss for _, loss, *_ in until.tests),
+        "best_test_loss": min(loss for _, loss, *_ in until.regular),
         **outcome(result),
         "tests": [list(test) for test in until.tests],
     }
@@ -143,6 +149,33 @@ def _to_adams_best(adam: list[Test], ff: list[Test], tolerance: float) -> dict[s
         "optimizer_step": reached[0],
         "saved": {"paper": 1.0 - reached[2] / whole[2], "measured": 1.0 - reached[3] / whole[3]},
     }
+
+
+def what_was_seen(data: dict[str, Any]) -> list[str]:
+    """The data in sentences."""
+    adam, ff = data["runs"]
+    off, reached = data["switched_off_at"], data["to_adams_best"]
+    patience = data["stages"]["patience"]
+    switched = (
+        f"Fast Forward switched itself off after optimizer step {off}, having found no step {patience} times "
+        "in a row"
+        if off is not None
+        else f"Fast Forward stayed on through all {len(ff['stages'])} stages"
+    )
+    higher = ff["best_test_loss"] - adam["best_test_loss"]
+    ends = f"its lowest test loss is {abs(higher):.4f} nats {'above' if higher > 0 else 'below'} Adam's"
+    seen = [f"{switched}; {ends}."]
+    if reached is None:
+        seen.append("It did not reach Adam's lowest test loss.")
+    else:
+        cost = than_adam(reached["saved"]["measured"])
+        seen.append(
+            f"It reached Adam's lowest test loss at optimizer step {reached['optimizer_step']}, for {cost}."
+        )
+    flat = [name for name, run in (("Adam", adam), ("Fast Forward", ff)) if not run["converged"]]
+    if flat:
+        seen.append(f"{' and '.join(flat)} had not converged at the last step: raise --steps.")
+    return seen
 
 
 def draw(figure: Figure, data: dict[str, Any]) -> None:

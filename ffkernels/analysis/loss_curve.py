@@ -78,12 +78,12 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any
     with open_session(replace(config, fast_forward=None)) as session:
         plain = _run(session, evaluate_every)
     final = plain["steps"][-1]["test_loss"]
-    reached = (s["optimizer_step"] for s in forward["steps"] if (s["test_loss"] or math.inf) <= final)
+    tested = ((s["optimizer_step"], s["test_loss"]) for s in forward["steps"] if s["test_loss"] is not None)
     return {
         "config": config.to_dict(),
         "fast_forward": forward,
         "optimizer": plain,
-        "reached": next(reached, None),
+        "reached": next((step for step, loss in tested if loss <= final), None),
     }
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-__all__ = ["finish", "percent", "working"]
+if TYPE_CHECKING:
+    from ffkernels.analysis.race import Watch
+
+__all__ = ["finish", "percent", "than_adam", "watching", "working"]
+
+INTERRUPTED = 130
 
 Cell = str | int | float | None
 
@@ -28,6 +33,24 @@ def working(what: str, flags: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def watching(flags: dict[str, Any]) -> Iterator[Watch]:
+    """Progress bars on a terminal, and a clean end on Ctrl-C."""
+    from rich.console import Console
+
+    from ffkernels.analysis.race import Watch
+    from ffkernels.training.compare import Interrupted
+    from ffkernels.training.progress import ProgressBars
+
+    console = Console(stderr=True)
+    with ProgressBars(console, flags["quiet"] or not console.is_terminal) as bars:
+        try:
+            yield Watch(bars.start, bars.event)
+        except Interrupted as error:
+            typer.echo(f"interrupted in {error}; nothing was written", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
 def finish(
     name: str,
     data: dict[str, Any],
@@ -44,6 +67,7 @@ def finish(
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ffkernels.analysis.record import save
     from ffkernels.reporting.machine import command_line
@@ -55,7 +79,7 @@ def finish(
     for number, heading in enumerate(header):
         table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_text(cell) for cell in row))
+        table.add_row(*(Text(_text(cell)) for cell in row))  # a str would be read as markup
     console.print(table)
     typer.echo()
     for sentence in seen:
@@ -67,6 +91,11 @@ def finish(
 def percent(share: float) -> str:
     """0.425 as "42 %"."""
     return f"{100 * share:.0f} %".replace("-", "−")
+
+
+def than_adam(saved: float) -> str:
+    """What a run cost whose fraction ``saved`` of Adam's measured FLOPs may be negative."""
+    return f"{percent(abs(saved))} {'fewer' if saved > 0 else 'more'} FLOPs than Adam (measured)"
 
 
 def _text(cell: Cell) -> str:

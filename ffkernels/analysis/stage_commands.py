@@ -36,11 +36,12 @@ def loss(
         rows.append((stage["optimizer_step"], tau, validation[0], validation[tau], test[0], test[tau]))
     alone, forwarded = (run["steps"][-1]["test_loss"] for run in (plain, forward))
     walked = sum(stage["tau"] > 0 for stage in stages)
-    there = f"at step {data['reached']}" if data["reached"] is not None else "at no step"
+    reached = data["reached"]
+    there = "never had the former" if reached is None else f"had the former after {reached}"
     seen = [
         f"In {fell} of the {walked} stages that took steps the test loss fell too.",
-        f"Test loss after {config.steps} optimizer steps: {alone:.4f} without, {forwarded:.4f} "
-        f"with Fast Forward, which was at the former's {there}.",
+        f"Test loss after {plain['steps'][-1]['optimizer_step']} optimizer steps: {alone:.4f} without, "
+        f"{forwarded:.4f} with Fast Forward, which {there}.",
     ]
     header = ("step", "τ*", "validation τ=0", "at τ*", "test τ=0", "at τ*")
     finish("loss", data, draw, flags, header=header, rows=rows, seen=seen)

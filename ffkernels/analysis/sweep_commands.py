@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
 from ffkernels.analysis.options import integers, settings, shared_options
-
-if TYPE_CHECKING:
-    from ffkernels.analysis.race import Watch
+from ffkernels.analysis.show import finish, percent, than_adam, watching
 
 __all__ = ["COMMANDS"]
-
-INTERRUPTED = 130
 
 CheckEvery = Annotated[
     int, typer.Option(help="Fast Forward runs: optimizer steps between test losses; stages have one, too.")
@@ -32,10 +27,9 @@ def interval(
 ) -> None:
     """Fig. 14: FLOPs and optimizer steps to Adam's test loss, for intervals from 1 to 10."""
     from ffkernels.analysis import interval_sweep as analysis
-    from ffkernels.analysis.show import finish
 
     wanted, config = integers(intervals, "--intervals"), settings(**flags)
-    with _watching(flags) as watch:
+    with watching(flags) as watch:
         data = analysis.interval(config, intervals=wanted, check_every=check_every, watch=watch)
     finish(
         "interval",
@@ -55,7 +49,7 @@ def rank(
     ranks: Annotated[str, typer.Option(help="Which ranks, comma-separated.")] = "1,4,16,64",
     scaling: Annotated[
         str,
-        typer.Option(help="proportional: alpha is 2 times the rank, or --alpha at rank 8; fixed: the same."),
+        typer.Option(help="proportional: alpha / rank is the same for all ranks; fixed: alpha is."),
     ] = "proportional",
     alpha: Annotated[
         float, typer.Option(help="Scale of the adapter: at rank 8 (proportional) or at every rank (fixed).")
@@ -64,10 +58,9 @@ def rank(
 ) -> None:
     """Fig. 7: FLOPs saved against Adam of the same rank and learning rate, rank by rank."""
     from ffkernels.analysis import rank_sweep as analysis
-    from ffkernels.analysis.show import finish
 
     wanted, config = integers(ranks, "--ranks"), settings(**flags, alpha=alpha)
-    with _watching(flags) as watch:
+    with watching(flags) as watch:
         data = analysis.rank(config, ranks=wanted, scaling=scaling, check_every=check_every, watch=watch)
     runs = [{**run["ff"], **{k: run[k] for k in ("rank", "alpha", "trainable")}} for run in data["runs"]]
     finish(
@@ -95,16 +88,15 @@ def full_rank(
     flags: dict[str, Any],
     full_lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate where the model's own weights train [default: --lr]."),
+        typer.Option(help="Learning rate where the model's own weights train (default: --lr)."),
     ] = None,
     check_every: CheckEvery = 2,
 ) -> None:
     """Fig. 8: Fast Forward on LoRA of low and of full rank, attention-only and full fine-tuning."""
     from ffkernels.analysis import full_rank as analysis
-    from ffkernels.analysis.show import finish
 
     config = settings(**flags)
-    with _watching(flags) as watch:
+    with watching(flags) as watch:
         data = analysis.full_rank(config, full_lr=full_lr, check_every=check_every, watch=watch)
     runs = data["runs"]
     seen = []
@@ -114,7 +106,7 @@ def full_rank(
         none = f", {run['stages_without_a_step']} of them none" if run["stages_without_a_step"] else ""
         saved = run["ff"]["saved"]
         cost = (
-            f"Adam's test loss for {_than_adam(saved['measured'])}"
+            f"Adam's test loss for {than_adam(saved['measured'])}"
             if saved
             else f"Adam's test loss was not reached in {run['ff']['optimizer_steps']} optimizer steps"
         )
@@ -158,10 +150,9 @@ def convergence(
 ) -> None:
     """Section 5.1: Adam and Fast Forward to convergence; after 3 failures Fast Forward is off for good."""
     from ffkernels.analysis import convergence as analysis
-    from ffkernels.analysis.show import finish
 
     config = settings(**flags, patience=patience, evaluate_every=evaluate_every)
-    with _watching(flags) as watch:
+    with watching(flags) as watch:
         data = analysis.convergence(config, window=window, min_delta=min_delta, watch=watch)
     titles = {"adam": "Adam", "ff": "with Fast Forward"}
     finish(
@@ -182,7 +173,7 @@ def convergence(
             ]
             for run in data["runs"]
         ],
-        seen=_convergence_seen(data),
+        seen=analysis.what_was_seen(data),
     )
 
 
@@ -192,7 +183,7 @@ def accuracy(
     benchmark: Annotated[
         str | None,
         typer.Option(
-            help="JSONL file with question, choices, answer; or pubmedqa [default: the task's test examples]."
+            help="JSONL file with question, choices, answer; or pubmedqa (default: the task's test examples)."
         ),
     ] = None,
     questions: Annotated[int, typer.Option(help="How many questions at most.")] = 200,
@@ -203,17 +194,16 @@ def accuracy(
     max_question_length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of a benchmark's question and choice [default: the model's, at most 1024]."
+            help="Tokens of a benchmark's question and choice (default: the model's, at most 1024)."
         ),
     ] = None,
     check_every: CheckEvery = 3,
 ) -> None:
     """Section 5.2: multiple-choice accuracy before training, after Adam and after Fast Forward."""
     from ffkernels.analysis import accuracy as analysis
-    from ffkernels.analysis.show import finish
 
     config = settings(**flags)
-    with _watching(flags) as watch:
+    with watching(flags) as watch:
         data = analysis.accuracy(
             config,
             benchmark=benchmark,
@@ -240,7 +230,7 @@ def accuracy(
             ]
             for model in data["models"]
         ],
-        seen=_accuracy_seen(data),
+        seen=analysis.what_was_seen(data),
     )
 
 
@@ -255,28 +245,8 @@ COMMANDS = {
 SAVED = ("saved, paper", "saved, measured")
 
 
-@contextmanager
-def _watching(flags: dict[str, Any]) -> Iterator[Watch]:
-    """Progress bars on a terminal, and a clean end on Ctrl-C."""
-    from rich.console import Console
-
-    from ffkernels.analysis.race import Watch
-    from ffkernels.training.compare import Interrupted
-    from ffkernels.training.progress import ProgressBars
-
-    console = Console(stderr=True)
-    with ProgressBars(console, flags["quiet"] or not console.is_terminal) as bars:
-        try:
-            yield Watch(bars.start, bars.event)
-        except Interrupted as error:
-            typer.echo(f"interrupted in {error}; nothing was written", err=True)
-            raise typer.Exit(INTERRUPTED) from None
-
-
 def _cells(run: dict[str, Any]) -> list[Any]:
     """Optimizer steps, stages, their steps, and what was saved in both conventions."""
-    from ffkernels.analysis.show import percent
-
     saved = run["saved"]
     stages = run["stages"]
     shares = [percent(saved["paper"]), percent(saved["measured"])] if saved else ["not reached"] * 2
@@ -284,64 +254,16 @@ def _cells(run: dict[str, Any]) -> list[Any]:
 
 
 def _best(runs: Sequence[dict[str, Any]], key: str, at: str) -> list[str]:
-    from ffkernels.analysis.show import percent
-
     reached = [run for run in runs if run["saved"]]
     if not reached:
         return ["No run reached Adam's test loss."]
     best, worst = (choose(reached, key=lambda run: run["saved"]["measured"]) for choose in (max, min))
-    words = f"Most measured FLOPs are saved {at} {best[key]}: {percent(best['saved']['measured'])}"
+    words = f"Cheapest {at} {best[key]}: {than_adam(best['saved']['measured'])}"
     if worst is not best:
-        words += f"; fewest {at} {worst[key]}: {percent(worst['saved']['measured'])}"
+        words += f"; dearest {at} {worst[key]}: {than_adam(worst['saved']['measured'])}"
     missed = [str(run[key]) for run in runs if not run["saved"]]
     return [words + ".", *([f"Adam's test loss was not reached {at} {', '.join(missed)}."] if missed else [])]
 
 
-def _than_adam(saved: float) -> str:
-    from ffkernels.analysis.show import percent
-
-    return f"{percent(abs(saved))} {'fewer' if saved > 0 else 'more'} FLOPs than Adam (measured)"
-
-
-def _convergence_seen(data: dict[str, Any]) -> list[str]:
-    adam, ff = data["runs"]
-    off, reached = data["switched_off_at"], data["to_adams_best"]
-    patience = data["stages"]["patience"]
-    switched = (
-        f"Fast Forward switched itself off after optimizer step {off}, having found no step {patience} times "
-        "in a row"
-        if off is not None
-        else f"Fast Forward stayed on through all {len(ff['stages'])} stages"
-    )
-    higher = ff["best_test_loss"] - adam["best_test_loss"]
-    ends = f"its lowest test loss is {abs(higher):.4f} nats {'above' if higher > 0 else 'below'} Adam's"
-    seen = [f"{switched}; {ends}."]
-    if reached is None:
-        seen.append("It did not reach Adam's lowest test loss.")
-    else:
-        cost = _than_adam(reached["saved"]["measured"])
-        seen.append(
-            f"It reached Adam's lowest test loss at optimizer step {reached['optimizer_step']}, for {cost}."
-        )
-    flat = [name for name, run in (("Adam", adam), ("Fast Forward", ff)) if not run["converged"]]
-    if flat:
-        seen.append(f"{' and '.join(flat)} had not converged at the last step: raise --steps.")
-    return seen
-
-
 def _accuracy_cells(found: dict[str, float]) -> list[str]:
     return [f"{100 * found['accuracy']:.1f} %", f"{100 * found['low']:.1f} – {100 * found['high']:.1f}"]
-
-
-def _accuracy_seen(data: dict[str, Any]) -> list[str]:
-    paired = data["paired"]
-    seen = []
-    for score, words in (("sum", "By summed log-likelihood"), ("mean", "By the mean per token")):
-        pair = paired[score]
-        seen.append(
-            f"{words}, Adam alone is right on {pair['adam_only']} of {data['questions']} questions and Fast "
-            f"Forward alone on {pair['ff_only']} (McNemar's exact test: p = {pair['p']:.2g})."
-        )
-    if not data["ff"]["reached"]:
-        seen.append("Fast Forward did not reach Adam's test loss in Adam's number of steps.")
-    return seen

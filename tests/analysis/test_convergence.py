@@ -28,7 +28,7 @@ def test_both_end_when_nothing_improves(data):
         assert regular[-1][0] == run["optimizer_steps"] and regular[-1][1] == run["test_loss"]
         assert has_converged(regular, 6, 0.02)
         assert not any(has_converged(regular[:n], 6, 0.02) for n in range(1, len(regular)))
-        assert run["best_test_loss"] == min(loss for _, loss, *_ in run["tests"])
+        assert run["best_test_loss"] == min(loss for _, loss in regular)
         assert run["tests"][-1][2:] == [run["flops"]["paper"], run["flops"]["measured"]]
 
 
@@ -50,6 +50,18 @@ def test_flops_to_adams_lowest_loss(data):
         there = next(test for test in adam["tests"] if test[1] <= target)
         assert found["optimizer_step"] == reached[0][0]
         assert found["saved"]["measured"] == pytest.approx(1 - reached[0][3] / there[3])
+
+
+def test_looks_after_stages_do_not_count_for_fast_forward(config):
+    """Stages at steps 1, 2, 3, … have test losses of their own; Adam's is looked at every fourth step."""
+    ff = FastForwardConfig(interval=1, patience=None)
+    config = replace(config, steps=8, evaluate_every=4, lr=3e-4, fast_forward=ff)
+    data = convergence(config, window=8)
+    adam, forward = data["runs"]
+    assert {step for step, *_ in adam["tests"]} == {0, 4, 8}
+    assert {1, 2, 3} < {step for step, *_ in forward["tests"]}
+    early = [step for step, loss, *_ in forward["tests"] if loss <= adam["best_test_loss"]]
+    assert early[0] < 4 and data["to_adams_best"]["optimizer_step"] == 4
 
 
 def test_a_limit_of_steps_ends_a_run_that_still_improves(config):

@@ -1,56 +1,24 @@
 from __future__ import annotations
 
-import json
-
-import pytest
 from typer.testing import CliRunner
 
 from ffkernels.analysis.commands import app
+from ffkernels.analysis.show import than_adam
 from ffkernels.training.compare import Interrupted
-
-
-@pytest.fixture
-def analyze(small, tmp_path):
-    """Runs a command on the small model; its output in words, and what it wrote."""
-
-    def run(name, *options):
-        common = {
-            "model": small["model"],
-            "data": small["data"],
-            "rank": 4,
-            "steps": 8,
-            "batch-size": 8,
-            "max-length": 16,
-            "test-examples": 16,
-            "validation-examples": 8,
-            "warmup-steps": 2,
-            "lr": 1e-3,
-            "device": "cpu",
-            "out": tmp_path,
-        }
-        if name == "rank":
-            del common["rank"]
-        flags = [part for key, value in common.items() for part in (f"--{key}", str(value))]
-        result = CliRunner().invoke(app, [name, *flags, *options], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        record = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
-        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-        assert record["analysis"] == name
-        return " ".join(result.output.split()), record["data"]
-
-    return run
 
 
 def test_interval(analyze):
     words, data = analyze("interval", "--intervals", "2,4", "--check-every", "1")
     assert [run["interval"] for run in data["runs"]] == [2, 4] and data["check_every"] == 1
-    assert "Most measured FLOPs are saved at interval" in words and "Picture: " in words
+    best = max(data["runs"], key=lambda run: run["saved"]["measured"])
+    assert f"Cheapest at interval {best['interval']}: {than_adam(best['saved']['measured'])}" in words
+    assert "Picture: " in words
 
 
 def test_rank(analyze):
     words, data = analyze("rank", "--ranks", "2", "--scaling", "fixed", "--interval", "4")
     assert [(run["rank"], run["alpha"]) for run in data["runs"]] == [(2, 16)]
-    assert data["stages"]["interval"] == 4 and "saved at rank 2" in words
+    assert data["stages"]["interval"] == 4 and "Cheapest at rank 2: " in words
 
 
 def test_full_rank(analyze):
