@@ -217,9 +217,10 @@ def what_was_seen(data: dict[str, Any]) -> list[str]:
     ends = max(data["between"][0], data["between"][-1])
     rise = max(data["between"]) - ends
     sentences.append(
-        f"On the straight line from W_SGD to W_FF the loss rises {rise:.4f} nats above the higher end."
+        f"On the straight line from W_SGD to W_FF the loss rises {rise:.2g} nats above the higher end."
         if rise > 0
-        else "On the straight line from W_SGD to W_FF the loss is nowhere above its higher end: no barrier."
+        else f"At {len(data['between']) - 2} places on the straight line from W_SGD to W_FF the loss is "
+        "nowhere above the higher end's: no barrier was seen."
     )
     lowest = min(value for row in data["loss"] for value in row)
     sentences.append(

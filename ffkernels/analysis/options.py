@@ -21,7 +21,7 @@ import typer
 if TYPE_CHECKING:
     from ffkernels.training.config import TrainConfig
 
-__all__ = ["integers", "numbers", "seeds_of", "settings", "shared_options"]
+__all__ = ["integers", "seeds_of", "settings", "shared_options"]
 
 Command = Callable[..., None]
 
@@ -174,17 +174,6 @@ def integers(text: str, option: str, low: int = 1) -> tuple[int, ...]:
         values = ()
     if not values or values[0] < low:
         raise ValueError(f"{option}={text!r}: must be integers of at least {low}, such as 6,12,24")
-    return values
-
-
-def numbers(text: str, option: str) -> tuple[float, ...]:
-    """``"1e-4,3e-4"`` as rising numbers above 0; an error names the ``option``."""
-    try:
-        values = tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
-    except ValueError:
-        values = ()
-    if not values or not 0 < values[0] <= values[-1] < float("inf"):
-        raise ValueError(f"{option}={text!r}: must be numbers above 0, such as 1e-4,3e-4")
     return values
 
 

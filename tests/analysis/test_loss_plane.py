@@ -94,7 +94,8 @@ def test_a_stage_that_finds_nothing_leaves_a_line(config, tmp_path, monkeypatch)
     assert line["kind"] == "line" and line["y"] == [0.0] and len(line["loss"]) == 1
     assert line["points"]["ff"]["x"] == line["points"]["sgd"]["x"] and line["points"]["ff"]["y"] == 0.0
     assert len(told) == 1 and "a line and no plane" in told[0]
-    assert "no barrier" in what_was_seen(line)[1]
+    assert "At 9 places on the straight line" in what_was_seen(line)[1]
+    assert "no barrier was seen" in what_was_seen(line)[1]
     save_figure(lambda figure: draw(figure, line), tmp_path / "line.png")
     assert (tmp_path / "line.png").stat().st_size > 5_000
 
@@ -122,7 +123,7 @@ def test_a_run_that_diverges_is_an_error(config):
 
 def test_what_was_seen_follows_the_data(data):
     seen = what_was_seen({**data, "between": [2.0, 2.5, 2.25]})
-    assert "the loss rises 0.2500 nats above the higher end" in seen[1]
+    assert "the loss rises 0.25 nats above the higher end" in seen[1]
     assert "having reached Adam's test loss" in seen[0]
     assert "without having reached" in what_was_seen({**data, "reached": False})[0]
     points = {**data["points"]}
