@@ -48,6 +48,11 @@ def where(data: Mapping[str, Any]) -> str:
     return f"{place}; {libraries}"
 
 
+def capitalized(name: str) -> str:
+    """The first letter large, the others as they are: `SmolLM2` keeps its own."""
+    return name[:1].upper() + name[1:]
+
+
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
@@ -92,7 +97,7 @@ def comparisons(results: Results) -> str:
     for name, data in sorted(found, key=lambda item: (-item[1]["config"]["batch_size"], item[0])):
         config = data["config"]
         parts += [
-            f"{named(config['model']).removeprefix('the ').capitalize()}, {config['task']}, batch "
+            f"{capitalized(named(config['model']).removeprefix('the '))}, {config['task']}, batch "
             f"{config['batch_size']}, {counted(len(config['seeds']), 'seed')} "
             f"(`{config['command']}`; `{name}`):",
             comparison(data),
