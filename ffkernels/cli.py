@@ -154,6 +154,7 @@ def train(
     max_tau: options.MaxTau = 1024,
     patience: options.Patience = 3,
     impl: options.Impl = "auto",
+    find_lr: options.FindLr = False,
     method: options.Method = "lora",
     rank: options.Rank = 8,
     alpha: options.Alpha = 16.0,
@@ -201,6 +202,8 @@ def train(
     from ffkernels.training.progress import ProgressBars, how_it_ended
     from ffkernels.training.trainer import train as run_training
 
+    if find_lr and not fast_forward:
+        raise ValueError("--find-lr is Fast Forward's: leave out --no-fast-forward")
     config = options.training(ctx, fast_forward=options.stages(ctx) if fast_forward else None)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: give one of them")

@@ -88,6 +88,12 @@ Patience = Annotated[
     int,
     typer.Option(help="Switch Fast Forward off after so many stages in a row without a step; 0 never does."),
 ]
+FindLr = Annotated[
+    bool,
+    typer.Option(
+        "--find-lr", help="Let Fast Forward find the learning rate in the first two steps; --lr is its start."
+    ),
+]
 Impl = Annotated[str, typer.Option(help="What moves the weights: auto, torch, cpp, triton or cuda.")]
 Seed = Annotated[int, typer.Option(help="Of data split and order, adapter and dropout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
@@ -101,7 +107,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 BOTH = "both"
 
 # Fields whose options are called otherwise.
-OPTION = {"targets": "target_modules", "warmup": "stage_warmup"}
+OPTION = {"targets": "target_modules", "warmup": "stage_warmup", "learning_rate": "find_lr"}
 
 
 def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
@@ -145,6 +151,7 @@ def stages(ctx: typer.Context, **fixed: Any) -> FastForwardConfig:
         "max_tau": options["max_tau"],
         "patience": options["patience"] or None,
         "impl": options["impl"],
+        "learning_rate": "find" if options.get("find_lr") else "keep",
     }
     if options.get("preset") is not None:
         of_preset = preset_values(ctx).get("fast_forward")

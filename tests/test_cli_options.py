@@ -82,6 +82,14 @@ def test_what_is_given_wins_over_a_preset_also_where_it_is_the_default(context):
     assert (stages.interval, stages.patience, stages.search, stages.warmup) == (6, 3, "parabolic", 3)
 
 
+def test_find_lr_is_fast_forwards_also_beside_a_preset(context):
+    assert options.stages(context("train")).learning_rate == "keep"
+    assert options.stages(context("train", "--find-lr")).learning_rate == "find"
+    assert options.stages(context("compare"), search="linear").learning_rate == "keep"
+    stages = options.stages(context("train", "--preset", "paper", "--find-lr"))
+    assert (stages.learning_rate, stages.interval) == ("find", 9)
+
+
 def test_steps_that_are_given_are_not_replaced_by_the_presets_epochs(context):
     config = options.training(context("train", "--preset", "paper", "--steps", "7"))
     assert (config.steps, config.epochs) == (7, None)

@@ -24,6 +24,7 @@ import torch
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.fast_forward import FastForward, Stage
+from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.weights import NameFilter
 from ffkernels.ops.notices import announce_once
@@ -56,6 +57,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         trainer: the Trainer; found by itself when not given.
         from_checkpoint: set by the Trainer when it restores callbacks; not for users.
 
+    When a learning rate was found it logs ``ff/found_lr`` (the base one) and ``ff/found_lr_scale``.
     After each stage it logs ``ff/tau``, ``ff/val_loss_before``, ``ff/val_loss_after``, ``ff/seconds``,
     ``ff/flops_share`` (of all FLOPs so far, the stages') and ``ff/executor`` (0 eager, 1 step graph, 2 stage
     graph); at the end of training ``ff/stages``, ``ff/flops_measured`` and ``ff/flops_paper`` (all FLOPs, in
@@ -70,6 +72,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         stages: every ``Stage`` so far; stays readable after training.
         flops: ``{"paper": …, "measured": …}`` of the run so far, stages included.
         stage_flops: the stages' part of it.
+        finding: what ``learning_rate="find"`` found, else None; stays readable after training.
 
     Raises (when training begins):
         ValueError: when there is nothing to validate on.
@@ -108,6 +111,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         self.trainer = trainer
         self.ff: FastForward | None = None
         self.stages: list[Stage] = []
+        self.finding: Finding | None = None
         self.stage_flops = {"paper": 0, "measured": 0}
         self.saved: dict[str, Any] = {}
         self._trainer: Any = None
@@ -150,7 +154,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             defer=True,
             scheduler=kwargs.get("lr_scheduler") if self.config.learning_rate == "find" else None,
         )
-        self.stages = self.ff.stages
+        self.stages, self.finding = self.ff.stages, None
         self._meter = FlopMeter(self.ff.trainable_numel)
         self.stage_flops = {"paper": 0, "measured": 0}
         self._restore(state)
@@ -167,7 +171,9 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             self._meter.optimizer_step()
             found = self.ff.finding
             if found is not None and found.optimizer_step == self.ff.optimizer_steps:
+                self.finding = found
                 self._charge(self._meter.finding(found, self.ff.validation.flops))
+                trainer_access.log(self._trainer, {"ff/found_lr": found.lr, "ff/found_lr_scale": found.scale})
         stage = self.ff.run_due_stage()
         if stage is None:
             return
@@ -243,7 +249,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             )
             return
         self.ff.load_state_dict(saved["fast_forward"])
-        self.stages = self.ff.stages
+        self.stages, self.finding = self.ff.stages, self.ff.finding
         self._meter.load_state_dict(saved["flops"])
         self.stage_flops = dict(saved["stage_flops"])
 

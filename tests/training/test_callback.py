@@ -556,12 +556,15 @@ def test_a_learning_rate_is_found_under_the_trainers_scheduler_and_charged(make)
             rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
             made[:] = [callback.ff.finding, callback.ff.validation.flops]
 
-    make(callback, Rates(), learning_rate=1e-4, lr_scheduler_type="linear").train()
+    trainer = make(callback, Rates(), learning_rate=1e-4, lr_scheduler_type="linear")
+    trainer.train()
     found, forward = made
     assert found.optimizer_step == 2 and found.scale > 2
     expected = [1e-4 * (7 - step) / 7 * (found.scale if step > 1 else 1) for step in range(1, 8)]
     assert rates == pytest.approx(expected, rel=1e-6)
     assert callback.stages == [] and callback.stage_flops["measured"] == found.flops
+    assert callback.finding is found
+    assert [entry["ff/found_lr"] for entry in logged(trainer, "ff/found_lr")] == [found.lr]
     moves = found.flops - found.evaluations * forward
     assert callback.stage_flops["paper"] == found.flops - moves // 2 and moves > 0
 
