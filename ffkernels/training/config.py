@@ -214,6 +214,8 @@ class TrainConfig:
         # A setting that is younger than the saved run had its default there.
         defaults = {f.name: f.default for f in fields(self)}
         mine, before = dict(self.to_dict(), steps=steps), {**defaults, **saved}
+        if before["fast_forward"] is not None:
+            before["fast_forward"] = {**FastForwardConfig().to_dict(), **before["fast_forward"]}
         free = set(_FREE_ON_RESUME) | {"epochs"} | ({"steps"} if self.schedule == "constant" else set())
         differing = sorted(
             k for k in mine.keys() | before.keys() if k not in free and mine.get(k) != before.get(k)

@@ -210,6 +210,16 @@ def test_finding_a_learning_rate_is_charged_and_tested(config):
     assert parts.test_loss == result.test_loss
 
 
+def test_a_run_that_was_saved_before_a_setting_of_the_stages_existed_goes_on(config):
+    config = replace(config, fast_forward=STAGES)
+    saved = config.to_dict()
+    del saved["fast_forward"]["learning_rate"], saved["fast_forward"]["find_after"]
+    config.check_continues({**saved, "steps": 10}, 10)
+    with pytest.raises(ValueError, match="fast_forward="):
+        found = replace(STAGES, learning_rate="find")
+        replace(config, fast_forward=found).check_continues({**saved, "steps": 10}, 10)
+
+
 def test_paths_may_be_paths_and_the_run_is_resumed(config):
     config = replace(config, **{name: Path(getattr(config, name)) for name in ("model", "data", "out")})
     train(replace(config, steps=2))
