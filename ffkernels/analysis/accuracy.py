@@ -11,6 +11,7 @@ Fast Forward has reached Adam's test loss.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -110,7 +111,7 @@ def accuracy(
         "questions": len(asked),
         "choices": [min(counts), max(counts)],
         "chance": sum(1 / count for count in counts) / len(counts),
-        "stages": ff.to_dict(),
+        "config": dataclasses.replace(config, fast_forward=ff).to_dict(),
         "models": [
             {
                 "name": name,

@@ -8,7 +8,7 @@ An adapter is small, so a few hundred such vectors are: 98 kB each for the embed
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ __all__ = [
     "cosines",
     "flat",
     "flat_gradient",
-    "gradient_of",
+    "gradients_of",
     "inner_products",
     "waiting_stages",
 ]
@@ -41,16 +41,20 @@ def flat_gradient(weights: Iterable[nn.Parameter]) -> Tensor:
     return flat(w.grad if w.grad is not None else torch.zeros_like(w) for w in weights)
 
 
-def gradient_of(session: Session, batch: Batch) -> Tensor:
-    """The gradient of the batch's loss at the present weights, as one vector (P,).
+def gradients_of(session: Session, batches: Sequence[Batch]) -> Tensor:
+    """The gradient of each batch's loss at the present weights, (batches, P).
 
-    It leaves no trace in the run: ``.grad`` is empty before and after, and what dropout draws is put back.
+    They leave no trace in the run: ``.grad`` is empty before and after, and what dropout draws, anew for
+    each batch, is put back.
     """
+    size = sum(w.numel() for w in session.trainable)
+    gradients = torch.empty(len(batches), size, device=session.device)
     with keep_random_state(session.device):
-        session.backward(batch)
-    gradient = flat_gradient(session.trainable)
-    session.optimizer.zero_grad(set_to_none=True)
-    return gradient
+        for row, batch in zip(gradients, batches, strict=True):
+            session.backward(batch)
+            row.copy_(flat_gradient(session.trainable))
+            session.optimizer.zero_grad(set_to_none=True)
+    return gradients
 
 
 def inner_products(rows: Tensor, vectors: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def convergence(
     return {
         "window": window,
         "min_delta": min_delta,
-        "stages": ff.to_dict(),
+        "config": dataclasses.replace(config, fast_forward=ff).to_dict(),
         "runs": runs,
         "switched_off_at": switched_off_at(runs[1]["stages"], ff.patience),
         "to_adams_best": _to_adams_best(tests_of["adam"], tests_of["ff"], tolerance),
@@ -155,7 +155,7 @@ def what_was_seen(data: dict[str, Any]) -> list[str]:
     """The data in sentences."""
     adam, ff = data["runs"]
     off, reached = data["switched_off_at"], data["to_adams_best"]
-    patience = data["stages"]["patience"]
+    patience = data["config"]["fast_forward"]["patience"]
     switched = (
         f"Fast Forward switched itself off after optimizer step {off}, having found no step {patience} times "
         "in a row"

@@ -100,7 +100,11 @@ def full_rank(
                 "stages_without_a_step": sum(stage["tau"] == 0 for stage in forwarded["stages"]),
             }
         )
-    return {"check_every": check_every, "stages": ff.to_dict(), "runs": runs}
+    return {
+        "check_every": check_every,
+        "config": dataclasses.replace(config, fast_forward=ff).to_dict(),
+        "runs": runs,
+    }
 
 
 def draw(figure: Figure, data: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ffkernels.analysis.between_steps import cosine, cosines, flat, gradient_of, waiting_stages
+from ffkernels.analysis.between_steps import cosine, cosines, flat, gradients_of, waiting_stages
 from ffkernels.analysis.rank_correlation import partial_spearman, spearman
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import STYLES, TEXT, clean_axes
@@ -128,11 +128,7 @@ def agreement(gradients: Tensor, update: Tensor | None = None) -> dict[str, floa
 
 
 def _point(session: Session, batches: list[Batch], update: Tensor | None) -> dict[str, float | None]:
-    size = sum(w.numel() for w in session.trainable)
-    gradients = torch.empty(len(batches), size, device=session.device)
-    for row, batch in zip(gradients, batches, strict=True):
-        row.copy_(gradient_of(session, batch))
-    point = agreement(gradients, update)
+    point = agreement(gradients_of(session, batches), update)
     if point["norm"] != point["norm"]:
         raise ValueError(
             f"the gradient is not a number at lr={session.config.lr:g}: the run has diverged; lower the lr"

@@ -51,7 +51,7 @@ def interval(
         "adam": outcome(adam),
         "target_loss": adam.test_loss + tolerance,
         "check_every": check_every,
-        "stages": base.to_dict(),
+        "config": dataclasses.replace(config, fast_forward=base).to_dict(),
         "runs": [
             {"interval": k, **outcome(result, adam)}
             for k, result in zip(intervals, results.values(), strict=True)

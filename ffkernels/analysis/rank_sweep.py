@@ -73,7 +73,12 @@ def rank(
                 "ff": outcome(forwarded, adam),
             }
         )
-    return {"scaling": scaling, "check_every": check_every, "stages": ff.to_dict(), "runs": runs}
+    settings = {
+        "scaling": scaling,
+        "check_every": check_every,
+        "config": dataclasses.replace(config, fast_forward=ff).to_dict(),
+    }
+    return {**settings, "runs": runs}
 
 
 def rank_config(config: TrainConfig, rank: int, scaling: str) -> TrainConfig:

@@ -39,7 +39,9 @@ def loss(
     reached = data["reached"]
     there = "never had the former" if reached is None else f"had the former after {reached}"
     seen = [
-        f"In {fell} of the {walked} stages that took steps the test loss fell too.",
+        f"In {fell} of the {walked} stages that took steps the test loss fell too."
+        if walked
+        else "No stage took a step.",
         f"Test loss after {plain['steps'][-1]['optimizer_step']} optimizer steps: {alone:.4f} without, "
         f"{forwarded:.4f} with Fast Forward, which {there}.",
     ]
@@ -55,7 +57,8 @@ def tau_sweep(
     fast_forward: Annotated[
         bool,
         typer.Option(
-            "--fast-forward/--no-fast-forward", help="Run stages too, after the sweep where one is due."
+            "--fast-forward/--no-fast-forward",
+            help="Run stages too (--search, --interval, --max-tau), after the sweep where one is due.",
         ),
     ] = False,
 ) -> None:

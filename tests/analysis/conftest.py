@@ -35,7 +35,7 @@ def analyze(small, tmp_path):
         assert result.exit_code == 0, result.output
         record = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-        assert record["analysis"] == name
+        assert record["analysis"] == name and record["data"]["config"]["batch_size"] == 8
         return " ".join(result.output.split()), record["data"]
 
     return run

@@ -11,7 +11,7 @@ from ffkernels.analysis.between_steps import (
     cosines,
     flat,
     flat_gradient,
-    gradient_of,
+    gradients_of,
     inner_products,
     waiting_stages,
 )
@@ -59,7 +59,8 @@ def test_the_gradient_is_a_training_steps_and_leaves_no_trace(small):
     config = TrainConfig(**{**small, "dropout": 0.5, "micro_batch_size": 3})
     with open_session(config) as session:
         random = torch.get_rng_state()
-        gradient = gradient_of(session, session.load(0))
+        gradient, again = gradients_of(session, [session.load(0)] * 2)
+        assert not torch.equal(gradient, again)  # another draw of dropout
         assert torch.equal(torch.get_rng_state(), random)
         assert all(w.grad is None for w in session.trainable)
         session.backward(session.load(0))

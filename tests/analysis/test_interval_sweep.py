@@ -20,7 +20,7 @@ def data(config):
 
 
 def test_each_interval_has_its_stages(config, data):
-    assert data["adam"]["optimizer_steps"] == 20 and data["stages"]["search"] == "linear"
+    assert data["adam"]["optimizer_steps"] == 20 and data["config"] == config.to_dict()
     assert data["target_loss"] == data["adam"]["test_loss"] + 1e-4
     one, three, never = data["runs"]
     assert [run["interval"] for run in data["runs"]] == [1, 3, 30]

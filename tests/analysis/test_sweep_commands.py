@@ -18,7 +18,7 @@ def test_interval(analyze):
 def test_rank(analyze):
     words, data = analyze("rank", "--ranks", "2", "--scaling", "fixed", "--interval", "4")
     assert [(run["rank"], run["alpha"]) for run in data["runs"]] == [(2, 16)]
-    assert data["stages"]["interval"] == 4 and "Cheapest at rank 2: " in words
+    assert data["config"]["fast_forward"]["interval"] == 4 and "Cheapest at rank 2: " in words
 
 
 def test_full_rank(analyze):
@@ -30,7 +30,7 @@ def test_full_rank(analyze):
 
 def test_convergence(analyze):
     words, data = analyze("convergence", "--window", "4", "--evaluate-every", "2", "--patience", "1")
-    assert data["stages"]["patience"] == 1 and data["window"] == 4
+    assert data["config"]["fast_forward"]["patience"] == 1 and data["window"] == 4
     off = data["switched_off_at"]
     assert (f"switched itself off after optimizer step {off}" if off else "stayed on through all") in words
     if not all(run["converged"] for run in data["runs"]):
