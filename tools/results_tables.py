@@ -20,6 +20,7 @@ LABELS = {
     "parabolic": "Fast Forward, `parabolic`",
     "adam-tuned": "Adam, tuned lr",
     "authors": "the authors' loop",
+    "authors-32": "the same, validation in one batch",
     "peft-prototype": "PEFT's prototype",
 }
 ORDER = tuple(LABELS)
@@ -170,6 +171,43 @@ def step(results: Results) -> str:
     return table(head, rows)
 
 
+def peers(results: Results) -> str:
+    """Each way to fast-forward on the same work, and what it holds on to; the newest measurement."""
+    name = max((name for name, data in results.items() if data.get("kind") == "peers"), default=None)
+    if name is None:
+        return "*Not measured yet: `python benchmarks/bench_peers.py`.*"
+    data = results[name]
+    config, memory = data["config"], {one["name"]: one for one in data["memory"]}
+    several = len(config["lr"]) > 1
+    head = ["way", "optimizer steps", "validation losses", "in a stage", "seconds of a stage"]
+    head += ["FLOPs saved (measured)", "time saved", "memory grows per stage, in adapters"]
+    rows = []
+    for lr in config["lr"]:
+        of = {one["name"]: one for one in data["summary"] if one["lr"] == lr}
+        for kind in (kind for kind in ORDER if kind in of):
+            one, stages = of[kind], of[kind]["forwards_per_stage"] is not None
+            saved = one["saved_flops_measured"] if kind != "adam" else None
+            time = 1 - one["seconds"] / of["adam"]["seconds"] if saved is not None else None
+            row = [LABELS[kind] + (f", lr {rate(lr)}" if several else ""), f"{one['optimizer_steps']:.0f}"]
+            row += [f"{one['validation_forwards']:.0f}" if stages else ""]
+            row += [f"{one['forwards_per_stage']:.0f}" if stages else ""]
+            row += [f"{one['seconds_per_stage']:.2f}" if stages else ""]
+            row += ["" if share is None else percent(share) for share in (saved, time)]
+            rows.append([*row, _grown(memory[kind]) if stages and kind in memory else ""])
+    words = (
+        f"{capitalized(named(config['model']).removeprefix('the '))}, {config['task']}, learning rate "
+        f"{', '.join(map(rate, config['lr']))}, batch {config['batch_size']}, "
+        f"{counted(len(config['seeds']), 'seed')}; memory at rank {config['memory_rank']}. {where(data)} "
+        f"(`{data['command']}`; `{name}`):"
+    )
+    return f"{words}\n\n{table(head, rows)}"
+
+
+def _grown(one: Mapping[str, Any]) -> str:
+    """What a stage leaves behind after the second one, in adapters: the first two may set things up."""
+    return f"{one['growth'] / one['adapter_bytes'] / (len(one['live']) - 2):.0f}"
+
+
 # What the files of a kind are, by how their names begin, and how one is made where it does not say itself.
 FAMILIES: dict[str, tuple[str, str]] = {
     "end_to_end": ("the paper's protocol on every task: what is saved on the way to Adam's test loss", ""),
@@ -208,6 +246,7 @@ def files(results: Results) -> str:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "files": files,
     "comparisons": comparisons,
+    "peers": peers,
     "sft": sft,
     "step": step,
 }
