@@ -170,7 +170,7 @@ def _rows(task: str, source: HubSource, split: str) -> Any:
             f"task {task!r} from the hub is the data set {source.repository}, and neither the hub nor the "
             f"local cache of `datasets` gave its split {split!r} ({first}). With a network: unset "
             "HF_HUB_OFFLINE, and `hf auth login` where the hub asks for it. Without one: copy the cache "
-            "(HF_HOME) of a machine that has loaded it, or take source='offline', or give a JSONL file of "
+            "(HF_HOME) of a machine that has loaded it, or take --source offline, or give a JSONL file of "
             "your own (--data FILE.jsonl)."
         ) from error
     missing = [column for column in source.columns if column not in rows.column_names]

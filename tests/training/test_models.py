@@ -241,6 +241,28 @@ def _without_network(package):
     return SimpleNamespace(**names)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "nonesuch"}, "is there, but transformers .*`nonesuch`"),
+        ({}, "is there, but transformers .*`model_type`"),
+        ({"model_type": "t5"}, "is there, but transformers .*T5Config"),
+        ({"model_type": "llama", **LLAMA}, "this directory cannot be loaded .*model.safetensors"),
+    ],
+)
+def test_a_directory_that_is_no_causal_language_model_is_named(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(RuntimeError, match=message):
+        load_model(str(tmp_path))
+
+
+def test_a_damaged_file_of_weights_is_named(tmp_path):
+    load_model("tiny")[0].save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(RuntimeError, match=r"is there, but transformers .*header"):
+        load_model(str(tmp_path))
+
+
 def test_a_tokenizer_without_its_model():
     assert load_tokenizer("tiny").encode("ab") == [97, 98]
     with pytest.raises(ValueError, match=r"holds no config\.json"):
