@@ -118,8 +118,8 @@ class Job:
         own = getattr(self.validation._loss, "local", self.validation._loss)
         calls = {
             "validation": self.validation,
-            "local": lambda: self.validation._run(own),
-            "whole": lambda: self.validation._run(self.whole),
+            "local": lambda: self.validation.run(own),
+            "whole": lambda: self.validation.run(self.whole),
         }
         for name, call in calls.items():
             self.ranks.exchange(LOSS)  # together

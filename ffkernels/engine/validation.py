@@ -207,20 +207,21 @@ class ValidationLoss:
         """
         if self._flops is None:
             own = self._loss.local if isinstance(self._loss, SharedLoss) else self._loss
-            self._flops = count_flops(lambda: self._run(own))
+            self._flops = count_flops(lambda: self.run(own))
         return self._flops
 
     def __call__(self) -> torch.Tensor:
         self.follow()
-        return self._run(self._loss)
+        return self.run(self._loss)
 
     def evaluate(self) -> torch.Tensor:
         """The forward alone, for callers that hold the model in `evaluation_mode` themselves."""
         return self._resharded(self._loss)
 
-    def _run(self, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def run(self, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Call ``measure`` as the loss itself is: in evaluation mode, and leaving no trace."""
         with evaluation_mode(self.model, self._device):
-            return self._resharded(loss)
+            return self._resharded(measure)
 
     def _resharded(self, measure: Callable[[], Any]) -> Any:
         """Under FSDP2: with parameters gathered anew, and given back. Under DDP: without its broadcasts."""

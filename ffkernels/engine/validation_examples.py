@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 
-from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_fast import LabelledLoss, MicroBatch
 
@@ -83,8 +82,7 @@ class ExampleLosses:
 
     def __call__(self) -> torch.Tensor:
         self.follow()
-        with evaluation_mode(self.validation.model, self.validation.device):
-            return self.sums()
+        return self.validation.run(self.sums)
 
     def sums(self) -> torch.Tensor:
         """The forward alone, for callers that hold the model in ``evaluation_mode`` themselves."""
