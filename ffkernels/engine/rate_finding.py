@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import CyclicLR
 
 from ffkernels.engine.weights import unwrap_optimizer
 from ffkernels.ops.notices import announce_once
@@ -25,7 +26,7 @@ class Finding:
         tau: how much further than its own step the update was best taken: s* − 1, above −1.
         scale: what every base learning rate is to be multiplied by, ``lr / lr_before``. It is 1 + τ, except
             where the step's own lr was not the base: in a warm-up, or after a restart.
-        lr_before: the base learning rate before: of a scheduler its ``initial_lr``, else the group's ``lr``.
+        lr_before: the base learning rate before, see ``base_rates``.
         curve: every validation ``(lr, loss)`` along the update, in the order of the search; lr = 0 is before
             it.
         evaluations: validation losses in all: those of the curve, and those that looked whether the steps
@@ -82,9 +83,19 @@ class Finding:
         return cls(**{**values, "curve": [(float(lr), float(loss)) for lr, loss in values["curve"]]})
 
 
-def base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The learning rate of each group that its schedule multiplies: ``initial_lr``, or ``lr`` without one."""
-    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+def base_rates(optimizer: torch.optim.Optimizer, schedulers: Iterable[Any] = ()) -> list[float]:
+    """The learning rate of each group that its schedule is built around: the highest that it comes to.
+
+    Of most schedulers that is the group's ``initial_lr``; OneCycleLR and CyclicLR begin low and rise to a
+    ``max_lr``. Without one it is ``lr``.
+    """
+    base = [
+        float(group.get("max_lr") or group.get("initial_lr", group["lr"])) for group in optimizer.param_groups
+    ]
+    for scheduler in schedulers:
+        if isinstance(scheduler, CyclicLR):
+            base = [max(rate, float(top)) for rate, top in zip(base, scheduler.max_lrs, strict=True)]
+    return base
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -136,7 +147,8 @@ def _unpacked(schedulers: Iterable[Any], optimizer: torch.optim.Optimizer) -> It
 def scale_learning_rates(optimizer: torch.optim.Optimizer, schedulers: Any, factor: float) -> None:
     """Multiply all that says how large a step is; groups keep their ratios and schedules their shape.
 
-    Absolute limits that a user wrote into a schedule (``eta_min``, ReduceLROnPlateau's ``min_lr``) stay.
+    Absolute limits that a user wrote into a schedule stay: ``eta_min``, and ``min_lr`` and ``max_lr`` of
+    those that react to losses.
     """
     schedulers = every_scheduler(schedulers, optimizer)
     scaled = set()  # groups share the one tensor that was given as lr to the optimizer
@@ -150,7 +162,9 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, schedulers: Any, fact
             elif value is not None:
                 group[key] = value * factor
     for scheduler in schedulers:
-        for name in ("base_lrs", "max_lrs", "_last_lr"):
+        # Of others, such as transformers' GreedyLR, ``max_lrs`` are limits.
+        shape = ("max_lrs",) if isinstance(scheduler, CyclicLR) else ()
+        for name in ("base_lrs", "_last_lr", *shape):
             values = vars(scheduler).get(name)
             if isinstance(values, list):
                 setattr(scheduler, name, [value * factor for value in values])
