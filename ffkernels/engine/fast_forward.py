@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -54,6 +54,20 @@ _attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref] = weakr
 def attached(optimizer: torch.optim.Optimizer) -> FastForward | None:
     """The FastForward that sits on this optimizer."""
     return _attached.get(optimizer, lambda: None)()
+
+
+def require_same_model(validation: ValidationLoss, weights: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a loss that moving these weights cannot change.
+
+    Raises:
+        ValueError: when the validation's model has none of them.
+    """
+    validated = {id(p) for p in validation.model.parameters()}
+    if not any(id(weight) in validated for weight in weights.values()):
+        raise ValueError(
+            "validation belongs to a model that has none of the weights Fast Forward moves; make the "
+            "ValidationLoss from the model that trains"
+        )
 
 
 class FastForward:
@@ -151,12 +165,7 @@ class FastForward:
         self.validation = validation
         self._refuse_late_ranks()
         weights = self._refresh_table()
-        validated = {id(p) for p in self.validation.model.parameters()}
-        if not any(id(weight) in validated for weight in weights.values()):
-            raise ValueError(
-                "validation belongs to a model that has none of the weights Fast Forward moves; make the "
-                "ValidationLoss from the model that trains"
-            )
+        require_same_model(validation, weights)
         wanted, device = self.config.executor, self._table.device
         if self.ranks is None:
             self._executor = Ladder(wanted, self.validation, device)
@@ -264,8 +273,7 @@ class FastForward:
         if self.ranks is not None and self._unconfirmed:
             self.ranks.in_step(self.optimizer_steps, self._failures)
             self._unconfirmed = False
-        if self._rate.just_found:
-            self._rate.look_whether_it_was_overwritten()
+        self._rate.look_whether_it_was_overwritten()
         if self._rate.seeking:
             self._refresh_table()
             self._rate.before_step(self._table)

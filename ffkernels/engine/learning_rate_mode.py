@@ -53,7 +53,7 @@ class LearningRateMode:
         self.finding: Finding | None = None
         self._scale = 1.0
         self._probe: RateProbe | None = None
-        self._expected: list[float] | None = None
+        self._expected: list[float] | None = None  # the rates that were set, until the next step
         if config.learning_rate == "keep":
             return
         if ranks is not None:
@@ -103,8 +103,10 @@ class LearningRateMode:
             raise
 
     def look_whether_it_was_overwritten(self) -> None:
-        """Before the first step after the finding: whether somebody has set the old learning rate again."""
+        """At the first step after the finding: whether somebody has set the old learning rate again."""
         expected, self._expected = self._expected, None
+        if expected is None:
+            return
         now = rates(self._optimizer)
         away = _log_ratio(now, expected)
         if abs(math.log(self._scale)) > math.log(2) and away > 0.5 * abs(math.log(self._scale)):
@@ -114,10 +116,6 @@ class LearningRateMode:
                 f"{now[0]:g} since: multiply what you set by FastForward.lr_scale ({self._scale:g}), or "
                 "pass the scheduler as FastForward(..., scheduler=scheduler)",
             )
-
-    @property
-    def just_found(self) -> bool:
-        return self._expected is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Empty for "keep", so that nothing about it is in anybody's checkpoint."""
@@ -139,11 +137,11 @@ class LearningRateMode:
         self._expected = None
         self._scale = float(saved["scale"])
         self.finding = Finding.from_dict(saved["finding"]) if saved["finding"] is not None else None
-        if self.finding is not None:
-            self._probe = None
-        elif self._probe is not None and saved["probe"] is not None:
+        self._probe = None
+        if self.finding is None and self._config.learning_rate == "find":
             self._begin()
-            self._probe.load_state_dict(saved["probe"])
+            if saved["probe"] is not None:
+                self._probe.load_state_dict(saved["probe"])
 
 
 def _log_ratio(now: Sequence[float], expected: Sequence[float]) -> float:

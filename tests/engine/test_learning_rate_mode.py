@@ -1,6 +1,7 @@
 """FastForwardConfig(learning_rate="find"): found once in a training, kept, set everywhere, and resumed."""
 
 import copy
+import io
 import json
 
 import pytest
@@ -110,10 +111,26 @@ def test_a_resumed_run_continues_bit_for_bit(at):
     for part, state in zip((again, fresh, schedule, other), saved, strict=True):
         part.load_state_dict(state)
     assert (other.finding is None) == (at == 1)
+    file = io.BytesIO()
+    torch.save(saved[-1], file)  # plain values
+    assert torch.load(io.BytesIO(file.getvalue()), weights_only=True) == saved[-1]
     train(again, fresh, 9 - at, schedule, first=at)
     assert torch.equal(model.w, again.w)
     assert fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert other.lr_scale == ff.lr_scale and other.finding.curve == ff.finding.curve
+
+
+def test_a_run_that_is_set_back_finds_again():
+    model, optimizer, _, ff = make()
+    train(model, optimizer, 1)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), ff.state_dict()])
+    train(model, optimizer, 3, first=1)
+    found = ff.finding
+    for part, state in zip((model, optimizer, ff), saved, strict=True):
+        part.load_state_dict(state)
+    assert ff.finding is None and ff.lr_scale == 1.0
+    train(model, optimizer, 3, first=1)
+    assert ff.finding.curve == found.curve and ff.finding.lr == found.lr
 
 
 def test_a_search_is_resumed_with_its_losses_by_example(tiny_model, padded_batch):
