@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ffkernels import ops
 from ffkernels.engine.causal_lm import model_device
 from ffkernels.engine.distributed import several_processes
+from ffkernels.engine.fast_forward import attached, require_same_model
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.optimizer_probe import require_step_sizes
 from ffkernels.engine.parallelism import why_refused
@@ -81,8 +82,8 @@ def find_learning_rate(
 
     Returns:
         A ``Finding``; ``finding.apply(optimizer, schedulers)`` sets what it found. At most 20 validation
-        losses, one more for each of up to 4 restarts, and s from 2⁻¹⁰ to 2¹⁶; an s at a limit shows in
-        ``stopped_because``.
+        losses, one more for each of up to 4 restarts and where training writes buffers (batch statistics);
+        s from 2⁻¹⁰ to 2¹⁶, where an s at a limit shows in ``stopped_because``.
 
     Raises:
         ValueError: when the optimizer's update does not scale with its learning rate, when there are too few
@@ -98,14 +99,16 @@ def find_learning_rate(
     optimizer, schedulers = _checked(model, optimizer, schedulers)
     if not isinstance(validation, ValidationLoss):
         validation = ValidationLoss(model, validation)
+    weights = trainable_weights(model, optimizer)
+    require_same_model(validation, weights)
     own_step = callable(batches) and not hasattr(batches, "__iter__")
     scheduled = rates(optimizer)
-    with interrupt_later():
-        state = RunState(model, optimizer, schedulers)
+    state = RunState(model, optimizer, schedulers)
     kept = False
     try:
-        step = batches if own_step else _stepping(model, optimizer, batches, after)
-        table = ops.TensorTable(local_tensors(trainable_weights(model, optimizer)), impl=impl)
+        state.take_gradients()
+        step = batches if own_step else _stepping(model, optimizer, schedulers, batches, after)
+        table = ops.TensorTable(local_tensors(weights), impl=impl)
         probe = RateProbe(validation, optimizer, schedulers, after)
         finding = _run(probe, table, step)
         if keep_move:
@@ -124,8 +127,6 @@ def find_learning_rate(
 
 
 def _checked(model: nn.Module, optimizer: Any, schedulers: Any) -> tuple[torch.optim.Optimizer, list[Any]]:
-    from ffkernels.engine.fast_forward import attached
-
     if several_processes():
         raise RuntimeError(
             "find_learning_rate works in one process: several would each search on their own batches. Find "
@@ -145,7 +146,7 @@ def _checked(model: nn.Module, optimizer: Any, schedulers: Any) -> tuple[torch.o
 
 
 def _stepping(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any, after: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedulers: list[Any], batches: Any, after: int
 ) -> Callable[[], Any]:
     """One training step over the batches as a function."""
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
@@ -157,8 +158,10 @@ def _stepping(
     if len(given) < after or not all(isinstance(batch, Mapping) for batch in given):
         kinds = ", ".join(type(batch).__name__ for batch in given) or "nothing"
         raise ValueError(f"batches must begin with a dict for each of the {after} steps, got {kinds}")
-    set_rates(optimizer, base_rates(optimizer))  # a warm-up may hold them at 0 before the first step
-    model.train()
+    # A warm-up may hold them at 0 before the first step.
+    set_rates(optimizer, base_rates(optimizer, schedulers))
+    if not model.training:  # else some of its modules may be in eval mode on purpose
+        model.train()
     endless = cycle(given)  # it begins again where the first steps were taken back
     return lambda: _step(model, optimizer, next(endless))
 
@@ -172,7 +175,6 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Mapping[str
             f"{type(model).__name__}(**batch) returned no loss for a batch with {sorted(batch)}; give the "
             "batches labels, or pass a function that takes one training step instead"
         )
-    optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -10,21 +10,20 @@ refused by it.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.interrupts import interrupt_later
+from ffkernels.engine.run_state import OptimizerSnapshot
 
-__all__ = ["OptimizerState", "require_step_sizes", "step_without_hooks", "why_rate_means_nothing"]
+__all__ = ["require_step_sizes", "why_rate_means_nothing"]
 
 _TOLERANCE = 0.02
 
@@ -55,59 +54,47 @@ def require_step_sizes(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
-class OptimizerState:
-    """A copy of an optimizer's state and of its groups' settings; ``restore`` puts them back where they were.
+@torch.no_grad()
+def why_rate_means_nothing(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> str | None:
+    """Try the coming step with lr and with 2·lr; why its update does not double, or None where it does.
 
-    Tensors that existed are written in place, so that who holds them (captured graphs, fused kernels) still
-    does; what did not exist is removed.
+    Gradients must be there. Weights, state, gradients and random generators are as before when it returns,
+    and no hook of this optimizer hears of the steps. Where the weights' own rounding hides the update, it is
+    believed.
+
+    Memory: three copies of the weights, one of the gradients and one of the optimizer's state.
     """
+    snapshot = OptimizerSnapshot(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # Fused optimizers write unscaled gradients back.
+    gradients = [(p.grad, p.grad.detach().clone()) for p in parameters if p.grad is not None]
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._state = {
-            key: {name: (value, _copy(value)) for name, value in entry.items()}
-            if isinstance(entry, dict)
-            else (entry, _copy(entry))
-            for key, entry in optimizer.state.items()
-        }
-        self._groups = [
-            {name: (value, _copy(value)) for name, value in group.items() if name != "params"}
-            for group in optimizer.param_groups
-        ]
+    def update(factor: float) -> list[Tensor]:
+        try:
+            with keep_random_state(weights[0].device), _no_hooks(optimizer):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * factor  # not in place: groups may share a tensor
+                type(optimizer).step(optimizer)
+            after = [weight.detach().clone() for weight in weights]
+        finally:
+            with interrupt_later():
+                snapshot.restore()
+                for gradient, old in gradients:
+                    gradient.copy_(old)
+        return [new.sub_(weight) for new, weight in zip(after, weights, strict=True)]
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        state = self._optimizer.state
-        for key in list(state):
-            saved = self._state.get(key)
-            if saved is None:
-                del state[key]
-            elif isinstance(saved, dict):
-                _put_back(state[key], saved)
-            else:
-                state[key] = _restored(*saved)
-        for group, saved in zip(self._optimizer.param_groups, self._groups, strict=True):
-            _put_back(group, saved, keep=("params",))
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-
-
-def _restored(original: Any, saved: Any) -> Any:
-    return original.detach().copy_(saved) if isinstance(original, Tensor) else copy.deepcopy(saved)
-
-
-def _put_back(values: dict, saved: dict, keep: tuple[str, ...] = ()) -> None:
-    for name in list(values):
-        if name not in saved and name not in keep:
-            del values[name]
-    for name, (original, value) in saved.items():
-        if isinstance(original, Tensor):
-            original.detach().copy_(value)
-            values[name] = original
-        else:
-            values[name] = copy.deepcopy(value)
+    single, double = update(1.0), update(2.0)
+    wrong = _norm(two.float() - 2 * one.float() for one, two in zip(single, double, strict=True))
+    twice = 2 * _norm(single)
+    rounding = _norm(torch.finfo(weight.dtype).eps * weight.float() for weight in weights)
+    if not math.isfinite(wrong) or wrong <= _TOLERANCE * twice + 2 * rounding:
+        return None
+    ratio = 2 * _norm(double) / twice if twice else math.inf
+    return (
+        f"{type(optimizer).__name__}'s update does not scale with its learning rate: with twice the lr the "
+        f"same step is {ratio:.3g} times as long, off twice the update by {wrong / (twice or wrong):.0%}: "
+        "a line search along it says nothing about lr. Adam, AdamW, SGD and Lion scale"
+    )
 
 
 @contextmanager
@@ -121,56 +108,5 @@ def _no_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         vars(optimizer).update(kept)
 
 
-def step_without_hooks(optimizer: torch.optim.Optimizer) -> None:
-    """One step that nobody who listens to this optimizer hears of."""
-    with _no_hooks(optimizer):
-        type(optimizer).step(optimizer)
-
-
-@torch.no_grad()
-def why_rate_means_nothing(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> str | None:
-    """Try the coming step with lr and with 2·lr; why its update does not double, or None where it does.
-
-    Gradients must be there. Weights, state and random generators are as before when it returns. Where the
-    weights' own rounding hides the update, it is believed.
-    """
-    before = [weight.detach().clone() for weight in weights]
-    with keep_random_state(weights[0].device):
-        single = _update(optimizer, weights, before, 1.0)
-    with keep_random_state(weights[0].device):
-        double = _update(optimizer, weights, before, 2.0)
-    wrong = _norm([two.float() - 2 * one.float() for one, two in zip(single, double, strict=True)])
-    twice = 2 * _norm([one.float() for one in single])
-    rounding = _norm([torch.finfo(w.dtype).eps * w.float() for w in before])
-    if not math.isfinite(wrong) or wrong <= _TOLERANCE * twice + 2 * rounding:
-        return None
-    ratio = 2 * _norm([two.float() for two in double]) / twice if twice else math.inf
-    return (
-        f"{type(optimizer).__name__}'s update does not scale with its learning rate: with twice the lr the "
-        f"same step is {ratio:.3g} times as long, off twice the update by {wrong / (twice or wrong):.0%}: "
-        "a line search along it says nothing about lr. Adam, AdamW, SGD and Lion scale"
-    )
-
-
-def _update(
-    optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], before: Sequence[Tensor], factor: float
-) -> list[Tensor]:
-    state = OptimizerState(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    everything = [(p, p.detach().clone()) for p in parameters]
-    # Fused optimizers write unscaled gradients back.
-    everything += [(p.grad, p.grad.detach().clone()) for p in parameters if p.grad is not None]
-    try:
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * factor  # not in place: groups may share a tensor
-        step_without_hooks(optimizer)
-        return [weight.detach() - old for weight, old in zip(weights, before, strict=True)]
-    finally:
-        with interrupt_later():
-            for tensor, old in everything:
-                tensor.detach().copy_(old)
-            state.restore()
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
+def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))

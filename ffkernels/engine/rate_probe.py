@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import math
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ffkernels import ops
 from ffkernels.engine.executors import UPDATE_NOT_FINITE
 from ffkernels.engine.interrupts import interrupt_later
-from ffkernels.engine.optimizer_probe import OptimizerState, why_rate_means_nothing
+from ffkernels.engine.optimizer_probe import why_rate_means_nothing
 from ffkernels.engine.rate_finding import Finding, base_rates, rates, scale_learning_rates, set_rates
 from ffkernels.engine.rate_search import RateSearch
+from ffkernels.engine.run_state import OptimizerSnapshot
 from ffkernels.engine.significance import LEAST_EXAMPLES, really_higher
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_examples import ExampleLosses
@@ -38,11 +38,18 @@ RESTART_AT = 1 / 32
 MAX_RESTARTS = 4
 
 
+class Measured(NamedTuple):
+    """A validation loss, and the sums by example that it is the mean of, where there are some."""
+
+    loss: float
+    sums: list[float] | None
+
+
 class RateProbe:
     """Told of every step of an optimizer, before and after it; the finding comes after the step ``after``.
 
-    Steps at a learning rate of 0, as warm-ups begin with, do not count, nor does a last one that changed
-    nothing, as when loss scaling skipped it.
+    Steps at a learning rate of 0, as warm-ups begin with, do not count, nor do those that change nothing, as
+    when loss scaling skips them.
 
     Args:
         validation: the loss; with losses by example noise is told from signal.
@@ -61,17 +68,19 @@ class RateProbe:
         self.after = after
         self.steps = self.restarts = 0
         self.applied = 1.0
-        self.seconds = 0.0
-        self._looks = 0
-        self._prepared = False
-        self._losses: ExampleLosses | None = None
-        self._tokens: list[float] | None = None
-        self._start: tuple[float, list[float] | None] | None = None
-        self._here: tuple[float, list[float] | None] | None = None
-        self._first: tuple[list[tuple[Tensor, Tensor]], OptimizerState] | None = None
-        self._bases = base_rates(optimizer)
-        self._counts = False
+        self._bases = base_rates(optimizer, schedulers)
         self._velocity = bool(optimizer.state)  # has had steps to build up
+        self._rates: list[float] = []  # of the step under way; empty where it does not count
+        self._first: OptimizerSnapshot | None = None  # before the first step
+        self._start: Measured | None = None  # before the first step
+        self._here: Measured | None = None  # before the last step, while the buffers were these:
+        self._buffers: list[tuple[int, int]] = []
+        self._looks = 0  # validations that are not part of the search
+        self._moves = 0
+        self._prepared = False
+        self._examples: ExampleLosses | None = None
+        self._tokens: list[float] | None = None
+        self._seconds = 0.0
 
     def before_step(self, table: ops.TensorTable) -> None:
         """Right before a step, when its gradients are there.
@@ -79,29 +88,27 @@ class RateProbe:
         Raises:
             ValueError: when the update does not scale with the learning rate, or the loss is not finite.
         """
-        start = perf_counter()
+        begin = perf_counter()
         now = rates(self.optimizer)
-        self._counts = any(now)
-        if not self._counts:
+        self._rates = now if any(now) else []
+        if not self._rates:
             return
         if self.steps == 0 and self.after > 1:
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self._first = [(p, p.detach().clone()) for p in trained], OptimizerState(self.optimizer)
+            self._first = OptimizerSnapshot(self.optimizer)
             if self._start is None:
                 self._start = self._measure()
                 self._looks += 1
-                if not math.isfinite(self._start[0]):
+                if not math.isfinite(self._start.loss):
                     raise ValueError(
-                        f"the validation loss is {self._start[0]} before the first step, so no learning rate "
-                        "can be found by it: look at the validation examples and the model's dtype"
+                        f"the validation loss is {self._start.loss} before the first step, so no learning "
+                        "rate can be found by it: look at the validation examples and the model's dtype"
                     )
         if self.steps + 1 == self.after:
             refused = why_rate_means_nothing(self.optimizer, table.weights)
             if refused:
                 raise ValueError(refused)
-            self._rates = now
-            ops.checkpoint_(table)
-        self.seconds += perf_counter() - start
+        ops.checkpoint_(table)
+        self._seconds += perf_counter() - begin
 
     def after_step(self, table: ops.TensorTable, step: int) -> Finding | None:
         """Right after a step; the finding, when it was the one to be searched, else None.
@@ -111,25 +118,24 @@ class RateProbe:
         Raises:
             ValueError: when the update is not finite, or when the steps do harm at any rate.
         """
-        if not self._counts:
+        if not self._rates:
             return None
-        start = perf_counter()
+        begin = perf_counter()
+        ops.delta_(table)
+        largest = ops.delta_absmax(table)
+        if largest == 0.0:
+            return None
         self.steps += 1
         finding = None
         if self.steps == self.after:
-            ops.delta_(table)
-            largest = ops.delta_absmax(table)
             if not math.isfinite(largest):
                 raise ValueError(f"{UPDATE_NOT_FINITE}, so there is nothing to search along")
-            if largest == 0.0:
-                self.steps -= 1
-            else:
-                finding = self._find(table, step)
+            finding = self._find(table, step)
         elif self.steps == self.after - 1:
             self._look_for_harm()
-        self.seconds += perf_counter() - start
+        self._seconds += perf_counter() - begin
         if finding is not None:
-            finding.seconds = self.seconds
+            finding.seconds = self._seconds
         return finding
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,8 +147,8 @@ class RateProbe:
             "bases": self._bases,
             "looks": self._looks,
             "tokens": self._tokens,
-            "start": self._start,
-            "here": self._here,
+            "start": self._start and list(self._start),
+            "here": self._here and list(self._here),
             "velocity": self._velocity,
         }
 
@@ -152,10 +158,13 @@ class RateProbe:
         self._velocity = state["velocity"]
         self._prepare()
         if state["tokens"] == self._tokens:  # else they are losses of other examples
-            self._start, self._here = state["start"], state["here"]
+            self._start, self._here = (
+                Measured(*state[name]) if state[name] is not None else None for name in ("start", "here")
+            )
+            self._buffers = self._versions()
 
     def _prepare(self) -> None:
-        """Find out once whether there are losses by example, and enough of them."""
+        """Find out once whether there are losses by example, and enough of them; say so where not."""
         if self._prepared:
             return
         self._prepared = True
@@ -163,35 +172,47 @@ class RateProbe:
         if why is None:
             losses = ExampleLosses(self.validation)
             tokens = losses.tokens.tolist()
-            examples = sum(n > 0 for n in tokens)
-            if examples >= LEAST_EXAMPLES:
-                self._losses, self._tokens = losses, tokens
+            count = sum(n > 0 for n in tokens)
+            if count >= LEAST_EXAMPLES:
+                self._examples, self._tokens = losses, tokens
                 return
-            why = f"{examples} validation examples are too few, about 32 are good"
+            why = f"{count} validation examples are too few, about 32 are good"
         announce_once(
             "find-learning-rate-mean",
             "the learning rate is found by the mean validation loss alone, which cannot tell a rise "
             f"from rounding noise: {why}. Batches of a causal language model give losses by example",
         )
 
-    def _measure(self) -> tuple[float, list[float] | None]:
+    def _measure(self) -> Measured:
         self._prepare()
-        if self._losses is None:
-            return float(self.validation()), None
-        sums = self._losses().tolist()
-        return sum(sums) / sum(self._tokens), sums
+        if self._examples is None:
+            return Measured(float(self.validation()), None)
+        sums = self._examples().tolist()
+        return Measured(sum(sums) / sum(self._tokens), sums)
+
+    def _move(self, table: ops.TensorTable, scale: float) -> None:
+        with interrupt_later():
+            ops.step_(table, False, scale - 1.0)
+        self._moves += 1
+
+    def _measure_at(self, table: ops.TensorTable, scale: float) -> Measured:
+        self._move(table, scale)
+        return self._measure()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Changes when a buffer of the model is written or replaced."""
+        buffers = self.validation.model.buffers()
+        return [(id(b), 0 if b.is_inference() else b._version) for b in buffers]
 
     def _look_for_harm(self) -> None:
         self._here = self._measure()
-        self._looks += 1
-        now, new = self._here
-        before, old = self._start or (math.inf, None)
-        harmed = not math.isfinite(now)
-        if old is not None and now > before:  # by the mean alone, noise would be taken for harm
-            harmed = really_higher(old, new, self._tokens, seen=1)
-        if not harmed or self._first is None:
-            self._looks -= 1  # it is the first of the search, too
-            self._first = None
+        self._buffers = self._versions()
+        harmed = not math.isfinite(self._here.loss)
+        # By the mean alone, noise would be taken for harm.
+        if self._start is not None and self._start.sums is not None and self._here.loss > self._start.loss:
+            harmed = really_higher(self._start.sums, self._here.sums, self._tokens, seen=1)
+        first, self._first = self._first, None
+        if not harmed or first is None:
             return
         if self.restarts == MAX_RESTARTS:
             raise ValueError(
@@ -199,17 +220,15 @@ class RateProbe:
                 f"after {MAX_RESTARTS} restarts from lr={self._bases[0]:g} down: are training and validation "
                 "batches of one kind?"
             )
-        with interrupt_later(), torch.no_grad():
-            tensors, state = self._first
+        with interrupt_later():
             scheduled = rates(self.optimizer)
-            for tensor, value in tensors:
-                tensor.copy_(value)
-            state.restore()
+            first.restore()
             # A schedule has gone on meanwhile: its learning rate of now stays, made smaller.
             set_rates(self.optimizer, scheduled)
             scale_learning_rates(self.optimizer, self.schedulers, RESTART_AT)
             self.applied *= RESTART_AT
-            self.steps, self.restarts = 0, self.restarts + 1
+            self.steps, self.restarts, self._here = 0, self.restarts + 1, None
+            self._looks += 1
 
     def _find(self, table: ops.TensorTable, step: int) -> Finding:
         # A group that its schedule holds at 0 says nothing.
@@ -220,29 +239,52 @@ class RateProbe:
                 "learning rate, or make its scheduler, before that"
             )
         self._tell_about_momentum()
+        forward = self.validation.flops  # before the search: it may run a forward, which may be interrupted
         search = self._search(table)
-        kept = search.best.scale > 0
-        scale = search.scale * lr / base if kept else self.applied
-        finding = Finding(
+        places, reason = search.places, search.stopped_because or ""
+        scale = search.scale * lr / base
+        if search.best.scale == 0:
+            scale = self.applied
+            announce_once(
+                "no-learning-rate-found",
+                f"no learning rate was found: {reason} (of lr={lr:g}), and it is left there",
+            )
+        evaluations = len(places) + self._looks
+        return Finding(
             lr=scale * base,
             tau=search.scale - 1.0,
             scale=scale,
             lr_before=base,
-            curve=[(place.scale * lr, place.loss) for place in search.places],
-            evaluations=len(search.places) + self._looks,
+            curve=[(place.scale * lr, place.loss) for place in places],
+            evaluations=evaluations,
             restarts=self.restarts,
             optimizer_step=step,
             judged_by="mean" if self._tokens is None else "examples",
-            stopped_because=search.stopped_because or "",
+            stopped_because=reason,
+            flops=evaluations * forward + 2 * table.numel * self._moves,
         )
-        if not kept:
-            announce_once(
-                "no-learning-rate-found",
-                f"no learning rate was found: {finding.stopped_because} (of lr={lr:g}), and it is left there",
-            )
-        moved = 2 * table.numel * (len(search.places) + 1)
-        finding.flops = finding.evaluations * self.validation.flops + moved
-        return finding
+
+    def _search(self, table: ops.TensorTable) -> RateSearch:
+        """Search the update in ``table``, Δ there and best = W after it, and move to what was found.
+
+        The weights are bit-equal to those that were validated as the best; as the optimizer left them where
+        no multiple is better than none, or when something raises.
+        """
+        here = self._here
+        try:
+            # The last step's forward may have written buffers, such as batch statistics, since.
+            if here is None or self._buffers != self._versions():
+                self._looks += here is not None
+                here = self._measure_at(table, 0.0)
+            search = RateSearch(self._tokens)
+            search.observe(0.0, *here)
+            while (scale := search.propose()) is not None:
+                search.observe(scale, *self._measure_at(table, scale))
+            self._move(table, search.scale)
+        except BaseException:
+            self._move(table, 1.0)
+            raise
+        return search
 
     def _tell_about_momentum(self) -> None:
         """SGD's updates grow to 1/(1 − μ) times the first one; a rate found early is too high by the rest."""
@@ -259,28 +301,3 @@ class RateProbe:
                 f"inverse; search a later update: {math.ceil(math.log(0.1) / math.log(momentum))} steps "
                 "(find_learning_rate(after=…), FastForwardConfig(find_after=…)), or divide what was found",
             )
-
-    def _search(self, table: ops.TensorTable) -> RateSearch:
-        """Search the update in ``table``, Δ there and best = W after it, and move to what was found.
-
-        The weights are bit-equal to those that were validated as the best; as the optimizer left them where
-        no multiple is better than none, or when something raises.
-        """
-        first = self._here or self._measured_at(table, 0.0)
-        search = RateSearch(self._tokens)
-        search.observe(0.0, *first)
-        try:
-            while (scale := search.propose()) is not None:
-                search.observe(scale, *self._measured_at(table, scale))
-            with interrupt_later():
-                ops.step_(table, False, search.scale - 1.0)
-        except BaseException:
-            with interrupt_later():
-                ops.step_(table, False, 0.0)
-            raise
-        return search
-
-    def _measured_at(self, table: ops.TensorTable, scale: float) -> tuple[float, list[float] | None]:
-        with interrupt_later():
-            ops.step_(table, False, scale - 1.0)
-        return self._measure()

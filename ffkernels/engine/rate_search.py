@@ -23,6 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ffkernels.engine.search import BUDGET_SPENT, CONVERGED
 from ffkernels.engine.significance import really_higher
 
 __all__ = ["LARGEST", "MAX_EVALUATIONS", "SMALLEST", "Place", "RateSearch"]
@@ -34,11 +35,9 @@ VERTICES = 2
 # A vertex this close to a place that is known, relative to s, is not worth a validation.
 CLOSE = 0.01
 
-CONVERGED = "converged"
 REACHED_LARGEST = "still falling at the largest multiple"
 NO_FALL = "no multiple of the update lowers the loss"
 BASELINE_NOT_FINITE = "the loss before the update is not finite"
-BUDGET_SPENT = "evaluation budget spent"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Everything that a few training steps change, kept aside and put back bit for bit.
 
-Weights and buffers, gradients, the optimizer's state and settings, schedulers, train/eval flags, and the
-random generators of CPU, device, Python and NumPy. Tensors are written in place, so that whoever holds them
-still does.
+OptimizerSnapshot    what one optimizer changes: the weights it trains, its state, its groups' settings
+RunState             that, and buffers, gradients, schedulers, train/eval flags, the random generators of CPU,
+                     device, Python and NumPy
+
+Tensors are written in place, so that whoever holds them (captured graphs, fused kernels) still does.
 
 Buffers that training writes are small: statistics, counters. Large ones are quantised weights, which it does
 not write; they are not copied, but a checksum tells whether that is true.
@@ -16,21 +18,69 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ffkernels.engine.digests import checksum
 from ffkernels.engine.evaluation_mode import keep_random_state
-from ffkernels.engine.optimizer_probe import OptimizerState
 
-__all__ = ["RunState"]
+__all__ = ["OptimizerSnapshot", "RunState"]
 
 LARGE = 1 << 20  # elements
 
 
-class RunState:
-    """A copy of a run. Making it takes the gradients away, so that steps to come start without any.
+class OptimizerSnapshot:
+    """A copy of what an optimizer trains and of all it knows; ``restore``, as often as needed, puts it back.
 
-    Memory: a copy of what the optimizer trains, of its state, and of the model's buffers.
+    What did not exist is removed. Memory: a copy of the weights and of the state.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+        self._state = _copied(optimizer.state)
+        self._groups = [
+            _copied({name: value for name, value in group.items() if name != "params"})
+            for group in optimizer.param_groups
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for weight, value in self._weights:
+            weight.copy_(value)
+        _put_back(self._optimizer.state, self._state)
+        for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
+            _put_back(group, settings, keep=("params",))
+
+
+def _copied(values: dict) -> dict:
+    """For each entry itself and its copy, or the same of its own entries where it is a dict."""
+    return {
+        name: _copied(value)
+        if isinstance(value, dict)
+        else (value, value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value))
+        for name, value in values.items()
+    }
+
+
+def _put_back(values: dict, copied: dict, keep: Sequence[str] = ()) -> None:
+    for name in [name for name in values if name not in copied and name not in keep]:
+        del values[name]
+    for name, kept in copied.items():
+        if isinstance(kept, dict):
+            _put_back(values.setdefault(name, {}), kept)
+            continue
+        original, value = kept
+        if isinstance(original, Tensor):
+            original.detach().copy_(value)
+            values[name] = original
+        else:
+            values[name] = copy.deepcopy(value)
+
+
+class RunState:
+    """A copy of a run: of what trains, the optimizer's state, and the model's small buffers.
+
+    Either ``restore`` or ``keep`` is called, once.
     """
 
     def __init__(
@@ -39,43 +89,55 @@ class RunState:
         self._devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
         self._random = ExitStack()
         self._random.enter_context(_keep_random_states(self._devices))
-        self._optimizer = OptimizerState(optimizer)
-        self._opt_called = vars(optimizer).get("_opt_called")  # where schedulers note the first step
         self._wrapped = optimizer
+        self._optimizer = OptimizerSnapshot(optimizer)
+        self._opt_called = vars(optimizer).get("_opt_called")  # where schedulers note the first step
         self._schedulers = [(s, copy.deepcopy(s.state_dict())) for s in schedulers]
-        trained = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        trained |= {id(p): p for p in model.parameters() if p.requires_grad}
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        # An optimizer that is not known here may train them.
+        others = [p for p in model.parameters() if p.requires_grad and p not in trained]
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.device.type != "meta"}
         small = [buffer for buffer in buffers.values() if buffer.numel() <= LARGE]
-        self._tensors = [(t, t.detach().clone()) for t in [*trained.values(), *small]]
+        self._tensors = [(t, t.detach().clone()) for t in [*others, *small]]
         self._untouched = [(n, b, checksum([b])) for n, b in buffers.items() if b.numel() > LARGE]
-        self._gradients = [(p, p.grad) for p in [*trained.values(), *model.parameters()]]
+        self._registered = [(module._buffers, dict(module._buffers.items())) for module in model.modules()]
+        self._gradients = [(p, p.grad) for p in {*trained, *model.parameters()}]
         self._flags = [(module, module.training) for module in model.modules()]
+
+    def take_gradients(self) -> None:
+        """Take the gradients away, so that steps to come start without any and do not write these."""
         for parameter, _ in self._gradients:
             parameter.grad = None
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put all of it back. Once.
+        """Put all of it back.
 
         Raises:
             RuntimeError: when a buffer was written that is too large to have been copied; all else is put
                 back.
         """
-        for tensor, value in self._tensors:
-            tensor.detach().copy_(value)
         self._optimizer.restore()
         if self._opt_called is None:
             vars(self._wrapped).pop("_opt_called", None)
         for scheduler, state in self._schedulers:
             scheduler.load_state_dict(state)
+        for tensor, value in self._tensors:
+            tensor.copy_(value)
+        for registered, before in self._registered:  # training may put another tensor in a buffer's place
+            for name, buffer in before.items():
+                if name not in registered or registered[name] is not buffer:
+                    registered[name] = buffer
         self._restore_gradients()
         for module, training in self._flags:
             module.training = training
         self._random.close()
         written = [name for name, buffer, before in self._untouched if checksum([buffer]) != before]
         if written:
-            raise RuntimeError(f"training wrote {written[0]!r}, which is too large a buffer to be put back")
+            raise RuntimeError(
+                f"training wrote {written[0]!r}, a buffer of more than {LARGE:,} elements, which was not "
+                "copied and cannot be put back; with keep_move=True nothing has to be"
+            )
 
     def keep(self) -> None:
         """Let everything stand as it is now, except for the gradients, which are what they were."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ffkernels.engine.optimizer_probe import OptimizerState, require_step_sizes, why_rate_means_nothing
+from ffkernels.engine.optimizer_probe import require_step_sizes, why_rate_means_nothing
+from ffkernels.engine.run_state import OptimizerSnapshot
 
 
 class Heavy(torch.optim.Optimizer):
@@ -129,7 +130,7 @@ def test_state_is_put_back_whatever_happened_to_it():
     parameter = next(model.parameters())
     old = optimizer.state[parameter]["exp_avg"]
     value = old.clone()
-    saved = OptimizerState(optimizer)
+    saved = OptimizerSnapshot(optimizer)
     optimizer.state[parameter]["exp_avg"] = torch.ones_like(old)  # replaced, not written
     optimizer.state[parameter]["more"] = 3
     old.mul_(5)
