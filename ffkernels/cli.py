@@ -7,8 +7,6 @@ options that commands share are in ``cli_options.py``, where their values become
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import sys
 import traceback
 import warnings
@@ -57,8 +55,9 @@ def compare(
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Beside them: authors or peft-prototype (other Fast Forward loops), salsa (a line search); "
-            "all three need the repository; or lora-plus (an optimizer). Repeatable."
+            help="Beside them: authors or peft-prototype (other Fast Forward loops, which take --interval "
+            "and no other option of stages), salsa (a line search); all three need the repository; or "
+            "lora-plus (an optimizer). Repeatable."
         ),
     ] = None,
     method: options.Method = "lora",
@@ -106,6 +105,7 @@ def compare(
     paper's linear search and with the parabolic one; then Adam with a tuned learning rate, which is what you
     would try first.
     """
+    from ffkernels.reporting.machine import command_line
     from ffkernels.training.compare import Comparison, Interrupted
     from ffkernels.training.compare import compare as run_comparison
     from ffkernels.training.progress import ProgressBars
@@ -129,7 +129,7 @@ def compare(
         except Interrupted as error:
             typer.echo(f"interrupted in {error}; finished runs are in {out}: ffkernels report {out}/*.jsonl")
             raise typer.Exit(INTERRUPTED) from None
-    provenance = {"command": _command(sys.argv[1:]), "date": date.today().isoformat()}
+    provenance = {"command": command_line(sys.argv[1:]), "date": date.today().isoformat()}
     _write_report([result.log for result in results], out, {**provenance, **base.to_dict(), **protocol})
 
 
@@ -144,7 +144,11 @@ def train(
     chat_loss: options.ChatLoss = "all",
     data: options.Data = None,
     fast_forward: Annotated[
-        bool, typer.Option("--fast-forward/--no-fast-forward", help="Fast Forward, or the plain optimizer.")
+        bool,
+        typer.Option(
+            "--fast-forward/--no-fast-forward",
+            help="Fast Forward, or the plain optimizer, which has no stages to set anything of.",
+        ),
     ] = True,
     search: Annotated[
         str, typer.Option(help="Fast Forward's search: parabolic or linear (the paper's).")
@@ -304,11 +308,6 @@ def _console() -> Any:
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a file or a pipe has no width; the table needs this much
     return console
-
-
-def _command(arguments: list[str]) -> str:
-    """The command as a report tells it: of absolute paths the last part, not somebody's folders."""
-    return shlex.join(["ffkernels", *(re.sub(r"(^|=)[/~].*/", r"\1", part) for part in arguments)])
 
 
 def run(arguments: list[str] | None = None) -> None:

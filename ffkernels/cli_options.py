@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 Preset = Annotated[
     str | None,
-    typer.Option(help="Named settings, such as the paper's; options that are given as well win over them."),
+    typer.Option(
+        help="Settings of the paper's authors: authors-MODEL-TASK, of pythia-1.4b, -2.8b, -6.9b or llama3-8b "
+        "and medical, instruction or chat. Options that are given as well win over them."
+    ),
 ]
 Model = Annotated[
     str, typer.Option(help="'tiny' (embedded), 'smollm2-135m', a folder, or a Hugging Face hub id.")
@@ -45,7 +48,10 @@ Data = Annotated[
 ]
 Method = Annotated[
     str,
-    typer.Option(help="What trains: a lora or dora adapter; full: every weight; full-attention: its own."),
+    typer.Option(
+        help="What trains: a lora or dora adapter; full: every weight; full-attention: the weights of the "
+        "attention projections."
+    ),
 ]
 Rank = Annotated[int, typer.Option(help="Rank of the adapter.")]
 Alpha = Annotated[float, typer.Option(help="Scale of the adapter; it acts times alpha/rank.")]
@@ -58,7 +64,7 @@ Lr = Annotated[float, typer.Option(help="Learning rate after warm-up.")]
 Optimizer = Annotated[
     str, typer.Option(help="adamw, or lora-plus: a higher learning rate for the adapters' B matrices.")
 ]
-LoraPlusRatio = Annotated[float, typer.Option(help="How many times as high LoRA+ sets it.")]
+LoraPlusRatio = Annotated[float, typer.Option(help="LoRA+: how many times as high that one is.")]
 Schedule = Annotated[
     str, typer.Option(help="Learning rate over the steps: constant, linear or cosine (to 0).")
 ]
@@ -132,7 +138,7 @@ def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
     if ctx.params.get("preset") is not None:
         values |= {n: value for n, value in preset_values(ctx).items() if n in names}
     config = TrainConfig(**{**values, **fixed})
-    _refuse_meaningless(ctx, config.method)
+    _refuse_meaningless(ctx, config)
     return config
 
 
@@ -179,9 +185,18 @@ def preset_values(ctx: typer.Context) -> dict[str, Any]:
     return values
 
 
-def _refuse_meaningless(ctx: typer.Context, method: str) -> None:
-    """Raise ValueError for options of an adapter where none trains."""
-    unread = {"full": ("rank", "alpha", "dropout", "targets"), "full-attention": ("rank", "alpha", "dropout")}
-    if wrong := _given(ctx, *unread.get(method, ())):
-        option = f"--{wrong[0].replace('_', '-')}"
-        raise ValueError(f"{option}: method={method!r} has no adapter that it could be for; leave it out")
+def _refuse_meaningless(ctx: typer.Context, config: TrainConfig) -> None:
+    """Raise ValueError for options that stand on the command line and that nothing would read."""
+    lora_plus = "lora-plus" in (config.optimizer, *(ctx.params.get("peer") or ()))
+    adapter, no_adapter = ("rank", "alpha", "dropout"), f"method={config.method!r} has no adapter"
+    of_tasks = ("task", "source", "chat_loss")
+    for unread, fields, because in (
+        (config.method == "full", (*adapter, "targets"), f"{no_adapter} that it could be for"),
+        (config.method == "full-attention", adapter, f"{no_adapter} that it could be for"),
+        (config.data is not None, of_tasks, "--data is trained on instead of a task"),
+        (config.task != "chat", ("chat_loss",), f"task={config.task!r} is no chat"),
+        (not lora_plus, ("lora_plus_ratio",), "there is no optimizer lora-plus that it could be for"),
+        (bool(_given(ctx, "epochs")), ("steps",), "--epochs says how long to train"),
+    ):
+        if unread and (wrong := _given(ctx, *fields)):
+            raise ValueError(f"--{wrong[0].replace('_', '-')}: {because}; leave it out")

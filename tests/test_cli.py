@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 import typer
 from typer.testing import CliRunner
 
-from ffkernels.cli import _command, app, run
+from ffkernels.cli import app, run
 
 
 @pytest.fixture
@@ -81,11 +81,6 @@ def test_no_help_hides_words_in_brackets():
     ]
     assert len(helps) > 200  # of train, compare, analyze loss, …
     assert [(name, text) for name, text in helps if text and "[" in text] == []
-
-
-def test_the_command_in_a_report_names_no_folders():
-    given = ["compare", "--data", "/home/me/chat.jsonl", "--out=~/a b/x", "--model", "EleutherAI/pythia"]
-    assert _command(given) == "ffkernels compare --data chat.jsonl --out=x --model EleutherAI/pythia"
 
 
 def test_doctor(invoke):
@@ -196,6 +191,11 @@ def test_tokens(invoke, quick):
         (["train", "--method", "full", "--rank", "4"], "--rank: method='full' has no adapter"),
         (["train", "--method", "full", "--target-modules", "x"], "--target-modules: method='full'"),
         (["train", "--method", "full-attention", "--dropout", "0.1"], "--dropout: method='full-attention'"),
+        (["train", "--data", "x.jsonl", "--task", "chat"], "--task: --data is trained on instead of a task"),
+        (["tokens", "--data", "x.jsonl", "--source", "hub"], "--source: --data is trained on"),
+        (["train", "--chat-loss", "assistant"], "--chat-loss: task='instruction' is no chat"),
+        (["train", "--lora-plus-ratio", "4"], "--lora-plus-ratio: there is no optimizer lora-plus"),
+        (["compare", "--steps", "4", "--epochs", "1"], "--steps: --epochs says how long to train"),
         (["train", "--method", "full", "--dtype", "bfloat16"], "dtype='bfloat16': must be 'float32'"),
         (["train", "--optimizer", "sgd"], "optimizer='sgd': must be one of 'adamw', 'lora-plus'"),
         (["train", "--attn", "fast"], "attn='fast': must be one of"),

@@ -53,12 +53,18 @@ def test_both_searches_are_no_search_of_one_run(context):
 
 
 def test_options_are_settings(context):
-    given = ["--target-modules", "a, b", "--out", "x/y", "--data", "f.jsonl", "--chat-loss", "assistant"]
+    given = ["--target-modules", "a, b", "--out", "x/y", "--task", "chat", "--chat-loss", "assistant"]
     given += ["--source", "hub", "--lora-plus-ratio", "4", "--optimizer", "lora-plus", "--method", "dora"]
     config = options.training(context("train", *given))
-    assert (config.targets, config.out, config.data) == (("a", "b"), "x/y", "f.jsonl")
+    assert (config.targets, config.out, config.task) == (("a", "b"), "x/y", "chat")
     assert (config.source, config.chat_loss, config.method) == ("hub", "assistant", "dora")
     assert (config.optimizer, config.lora_plus_ratio) == ("lora-plus", 4.0)
+    assert options.training(context("tokens", "--data", "f.jsonl")).data == "f.jsonl"
+
+
+def test_a_ratio_for_the_peer_lora_plus_is_no_mistake(context):
+    config = options.training(context("compare", "--peer", "lora-plus", "--lora-plus-ratio", "4"))
+    assert (config.optimizer, config.lora_plus_ratio) == ("adamw", 4.0)
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])

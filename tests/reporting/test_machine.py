@@ -65,3 +65,9 @@ def test_only_the_own_checkout_has_a_commit(tmp_path, monkeypatch):
     assert re.fullmatch("[0-9a-f]{12}", commit)
     file.write_text("2\n")
     assert machine.git_commit() == f"{commit}+changes"
+
+
+def test_the_command_in_a_report_names_no_folders():
+    given = ["compare", "--data", "/home/me/chat.jsonl", "--out=~/a b/x", "--model", "EleutherAI/pythia"]
+    told = machine.command_line(given)
+    assert told == "ffkernels compare --data chat.jsonl --out=x --model EleutherAI/pythia"
