@@ -182,6 +182,8 @@ def _split(
 ) -> Task:
     """The splits of different examples: none is in two of them."""
     held_out = test_examples + validation_examples
+    if not examples:
+        raise ValueError(f"task {name!r} has no example: its data are empty.")
     if len(examples) <= held_out:
         raise ValueError(
             f"task {name!r} has {len(examples)} different examples of at most {max_length} tokens; "

@@ -102,9 +102,15 @@ def train(
     (see ``session.open_session``).
 
     Raises:
-        ValueError: when there is nothing to resume, or the checkpoint was made under other settings.
+        ValueError: when there is nothing to resume, the checkpoint was made under other settings, or the run
+            would write into the folder of the model that it trains.
     """
     log, folder = Path(config.out) / f"{config.name}.jsonl", Path(config.out) / config.name
+    if Path(config.model).is_dir() and folder.resolve() == Path(config.model).resolve():
+        raise ValueError(
+            f"name={config.name!r}: the run's files would replace the model {str(config.model)!r} that it "
+            "starts from; take another name"
+        )
     saved = checkpoint.load_state(folder) if resume else None
     progress, stopped = Progress(), None
 

@@ -311,6 +311,8 @@ def test_bad_requests_are_named(tmp_path):
         load_task("poetry", TOKENIZER)
     with pytest.raises(ValueError, match="is not a file"):
         load_file(tmp_path / "none.jsonl", TOKENIZER)
+    with pytest.raises(ValueError, match="task 'own' has no example"):
+        load_file(lines(tmp_path), TOKENIZER)
     path = lines(tmp_path, {"text": "a"}, {"text": "b"})
     with pytest.raises(
         ValueError, match=r"'own' has 2 different examples of at most 64 tokens; 1000 test and 32 validation"

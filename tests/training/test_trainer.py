@@ -316,6 +316,16 @@ def test_a_start_that_fails_leaves_the_earlier_run_alone(config):
     assert (open(f"{config.out}/run/adapter_model.safetensors", "rb")).read()
 
 
+def test_a_run_does_not_replace_the_model_that_it_starts_from(config):
+    whole = replace(config, steps=1, method="full")
+    model = train(whole).folder
+    before = (model / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"name='run': .* would replace the model"):
+        train(replace(config, steps=1, model=str(model)))
+    assert (model / "model.safetensors").read_bytes() == before
+    assert train(replace(config, steps=1, model=str(model), name="next")).optimizer_steps == 1
+
+
 def test_seeds_change_the_run_and_repeat_it(config):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(replace(config, name=name, seed=seed, steps=3))
