@@ -22,8 +22,9 @@ from torch import Tensor
 from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.run_state import OptimizerSnapshot
+from ffkernels.ops.notices import announce_once
 
-__all__ = ["require_step_sizes", "why_rate_means_nothing"]
+__all__ = ["require_step_sizes", "tell_about_momentum", "why_rate_means_nothing"]
 
 _TOLERANCE = 0.02
 
@@ -95,6 +96,26 @@ def why_rate_means_nothing(optimizer: torch.optim.Optimizer, weights: Sequence[T
         f"same step is {ratio:.3g} times as long, off twice the update by {wrong / (twice or wrong):.0%}: "
         "a line search along it says nothing about lr. Adam, AdamW, SGD and Lion scale"
     )
+
+
+def tell_about_momentum(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Say that a rate found after so many steps without a velocity before them is too high, where it is.
+
+    SGD's updates grow to 1/(1 − μ) times the first one.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    group = optimizer.param_groups[0]
+    momentum = 0.0 if group["dampening"] else float(group["momentum"])
+    reached = 1.0 - momentum**steps
+    if reached < 0.5 and momentum < 1:
+        announce_once(
+            "find-learning-rate-momentum",
+            f"SGD with momentum={momentum:g}: after {steps} steps an update has only {reached:.0%} "
+            "of the length that it grows to, and the learning rate found for it is too high by the "
+            f"inverse; search a later update: {math.ceil(math.log(0.1) / math.log(momentum))} steps "
+            "(find_learning_rate(after=…), FastForwardConfig(find_after=…)), or divide what was found",
+        )
 
 
 @contextmanager

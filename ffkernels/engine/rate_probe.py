@@ -23,7 +23,7 @@ import torch
 from ffkernels import ops
 from ffkernels.engine.executors import UPDATE_NOT_FINITE
 from ffkernels.engine.interrupts import interrupt_later
-from ffkernels.engine.optimizer_probe import why_rate_means_nothing
+from ffkernels.engine.optimizer_probe import tell_about_momentum, why_rate_means_nothing
 from ffkernels.engine.rate_finding import Finding, base_rates, rates, scale_learning_rates, set_rates
 from ffkernels.engine.rate_search import RateSearch
 from ffkernels.engine.run_state import OptimizerSnapshot
@@ -238,7 +238,8 @@ class RateProbe:
                 "the learning rate was 0 when the search for one was prepared; give the optimizer its base "
                 "learning rate, or make its scheduler, before that"
             )
-        self._tell_about_momentum()
+        if not self._velocity:
+            tell_about_momentum(self.optimizer, self.after)
         forward = self.validation.flops  # before the search: it may run a forward, which may be interrupted
         search = self._search(table)
         places, reason = search.places, search.stopped_because or ""
@@ -285,19 +286,3 @@ class RateProbe:
             self._move(table, 1.0)
             raise
         return search
-
-    def _tell_about_momentum(self) -> None:
-        """SGD's updates grow to 1/(1 − μ) times the first one; a rate found early is too high by the rest."""
-        if not isinstance(self.optimizer, torch.optim.SGD) or self._velocity:
-            return
-        group = self.optimizer.param_groups[0]
-        momentum = 0.0 if group["dampening"] else float(group["momentum"])
-        reached = 1.0 - momentum**self.after
-        if reached < 0.5:
-            announce_once(
-                "find-learning-rate-momentum",
-                f"SGD with momentum={momentum:g}: after {self.after} steps an update has only {reached:.0%} "
-                "of the length that it grows to, and the learning rate found for it is too high by the "
-                f"inverse; search a later update: {math.ceil(math.log(0.1) / math.log(momentum))} steps "
-                "(find_learning_rate(after=…), FastForwardConfig(find_after=…)), or divide what was found",
-            )
