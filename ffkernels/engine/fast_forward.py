@@ -86,7 +86,7 @@ class FastForward:
         config: when and how; see ``FastForwardConfig``.
         include, exclude: narrow the moved tensors by name (predicate, regular expression or several).
         defer: do not run a stage inside ``optimizer.step()``; it waits for ``run_due_stage()``. For loops
-            that call back later, when the gradients are freed.
+            that call back later, when the gradients are freed. A learning rate is found inside in any case.
         scheduler: the optimizer's scheduler or several, for ``learning_rate="find"``: what is found becomes
             their base learning rate, around which they keep their shape.
 
@@ -94,7 +94,7 @@ class FastForward:
         stages: list of ``Stage``, one per stage.
         finding: what ``learning_rate="find"`` found; None before.
         lr_scale: what found learning rates have been multiplied by. For loops that write ``group["lr"]`` at
-            each step: they have to write their own times this.
+            each step: they have to write their own times this, and to make the optimizer with the base rate.
         optimizer_steps: optimizer steps seen.
         ranks: the processes that run each stage together; None in a job of one.
         active: False after ``patience`` stages in a row without a step, or after ``detach()``.

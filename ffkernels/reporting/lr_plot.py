@@ -46,11 +46,18 @@ def _fill(figure: Figure, finding: Finding) -> None:
 
 
 def draw_finding(finding: Finding, axes: Axes) -> Axes:
-    """Draw onto ``axes``: the curve by rising learning rate, the loss before the update, what was found."""
+    """Draw onto ``axes``: the curve by rising learning rate, the loss before the update, what was found.
+
+    Returns the axes.
+
+    Raises:
+        ValueError: when the finding has no curve.
+    """
     points = sorted((lr, loss) for lr, loss in finding.curve if lr > 0)
     if not points:
         raise ValueError(
-            "this finding has no curve to draw: it holds no evaluation at a learning rate above 0"
+            "this finding has no curve to draw: it holds no evaluation at a learning rate above 0; draw one "
+            "that find_learning_rate returned, or FastForward.finding"
         )
     before = finding.loss_before
     lowest = min(before, *(loss for _, loss in points))
