@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ffkernels.training.config import ADAPTERS, TrainConfig
+from ffkernels.training.models import no_progress_bars
 from ffkernels.training.trainer import NOT_FINITE
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ __all__ = ["ProgressBars", "how_it_ended", "token_line", "token_table"]
 class ProgressBars:
     """A context manager with one bar per run, fed by the trainer's events.
 
-    ``start(config)`` begins a run; ``event(event)`` is an ``on_event``. With ``quiet`` both do nothing.
+    ``start(config)`` begins a run; ``event(event)`` is an ``on_event``. With ``quiet`` both do nothing. Where
+    no bar of ours is drawn, transformers draws none either.
     With ``tokens`` a run's data are told in a line at its start.
     """
 
@@ -36,15 +38,18 @@ class ProgressBars:
             console=console,
             disable=not self._live,
         )
+        self._transformers = no_progress_bars(not self._live)
         self._task: Any = None
         self._name, self._steps, self._test = "", 0, ""
 
     def __enter__(self) -> ProgressBars:
+        self._transformers.__enter__()
         self._progress.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._progress.stop()
+        self._transformers.__exit__(None, None, None)
 
     def start(self, config: TrainConfig) -> None:
         self._name, self._steps, self._test = config.name, config.steps, ""
