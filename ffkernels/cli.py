@@ -1,7 +1,7 @@
 """The command line: ``ffkernels compare | train | tokens | report | analyze | doctor``.
 
 Only typer is imported here; a command imports what it needs when it runs, so that ``--help`` is quick. The
-options that commands share are in ``cli_options.py``, where their values become settings.
+options that commands share are in ``training/options.py``, where their values become settings.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ffkernels import cli_options as options
 from ffkernels.analysis.commands import app as analyze
 from ffkernels.analysis.options import seeds_of
+from ffkernels.training import options
 
 __all__ = ["app", "run"]
 
@@ -81,8 +81,8 @@ def compare(
     tuned_lr: Annotated[
         float | None,
         typer.Option(
-            help="Learning rate of the tuned Adam row (default: 1e-2 for tiny on instruction, as measured; "
-            "3e-3 for others; --sweep where whole weights train)."
+            help="Learning rate of the tuned Adam row (default: for tiny as measured, 1e-2 on instruction, "
+            "2e-2 on the others; 3e-3 for other models; --sweep where whole weights train)."
         ),
     ] = None,
     sweep: Annotated[

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ffkernels"
 # From the ground up: a room may import from itself and from the rooms before it.
 ROOMS = ["ops", "engine", "reporting", "training", "analysis"]
 # Modules directly in the package: doctor looks into every room, the command line stands on top of all.
-TOP = {"__init__", "__main__", "cli", "cli_options", "doctor"}
+TOP = {"__init__", "__main__", "cli", "doctor"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("typer")
 from typer.main import get_command
 
-from ffkernels import cli_options as options
 from ffkernels.cli import app
+from ffkernels.training import options
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.presets import PRESETS, preset
 

@@ -62,8 +62,10 @@ def full_rank(
         )
     if config.method not in ("lora", "dora"):
         raise ValueError(f"method={config.method!r}: the low-rank run needs 'lora' or 'dora'")
-    if full_lr is not None:
-        dataclasses.replace(config, lr=full_lr)  # refuses a bad one before anything runs
+    own = [variant for variant in variants if variant in ("full-attention", "full")]
+    lr = config.lr if full_lr is None else full_lr
+    # Made now, so that what cannot be is refused before anything runs.
+    of_own = {variant: dataclasses.replace(config, method=variant, lr=lr) for variant in own}
     ff = config.fast_forward or FastForwardConfig()
     seen: dict[str, int] = {}  # of the model, from the latest run
 
@@ -73,12 +75,10 @@ def full_rank(
 
     runs = []
     for variant in variants:
-        one = config
+        one = of_own.get(variant, config)
         if variant == "full-rank":
             hidden = seen["hidden"] if seen else load_model(config.model)[0].config.hidden_size
             one = rank_config(config, hidden, "proportional")
-        elif variant != "low-rank":
-            one = dataclasses.replace(config, method=variant, lr=full_lr or config.lr)
         adam, results = race(
             one,
             {variant: ff},

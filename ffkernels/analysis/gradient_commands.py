@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ __all__ = ["COMMANDS"]
 
 @shared_options(steps=60)
 def gradients(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     batches: Annotated[
         int, typer.Option(help="Disjoint training batches whose gradients are compared, at every point.")
     ] = 8,
@@ -23,8 +23,8 @@ def gradients(
     """Fig. 13: do the gradients of different batches agree, and does τ* follow how much they do?"""
     from ffkernels.analysis.gradient_consistency import draw, gradient_consistency, what_was_seen
 
-    config = settings(**flags)
-    with working(f"{config.steps} steps, {batches} gradients around each stage", flags):
+    config = settings(ctx)
+    with working(f"{config.steps} steps, {batches} gradients around each stage", ctx.params):
         data = gradient_consistency(config, batches=batches)
     header = [
         "after step",
@@ -41,12 +41,12 @@ def gradients(
         rows.append(
             [stage["optimizer_step"], stage["tau"], *consistency, before["descent"], after["descent"]]
         )
-    finish("gradients", data, draw, flags, header=header, rows=rows, seen=what_was_seen(data))
+    finish("gradients", data, draw, ctx.params, header=header, rows=rows, seen=what_was_seen(data))
 
 
 @shared_options(steps=60)
 def similarity(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     window: Annotated[
         int | None,
         typer.Option(help="Earlier steps to compare with, each kept in memory twice (default: all)."),
@@ -55,20 +55,20 @@ def similarity(
     """Fig. 6: how much gradients resemble those of earlier steps, with and without Fast Forward."""
     from ffkernels.analysis.gradient_similarity import LABELS, RUNS, draw, gradient_similarity, what_was_seen
 
-    config = settings(**flags)
-    with working(f"Adam and Fast Forward, {config.steps} steps each", flags):
+    config = settings(ctx)
+    with working(f"Adam and Fast Forward, {config.steps} steps each", ctx.params):
         data = gradient_similarity(config, window=window)
     header = ["cosine with gradients of", "the step before", "across a stage", "within", "all earlier steps"]
     rows = []
     for name in RUNS:
         run = data[name]
         rows.append([LABELS[name], run["previous"], run["across"], run["within"], run["earlier"]])
-    finish("similarity", data, draw, flags, header=header, rows=rows, seen=what_was_seen(data))
+    finish("similarity", data, draw, ctx.params, header=header, rows=rows, seen=what_was_seen(data))
 
 
 @shared_options(steps=120)
 def plane(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     until: Annotated[
         str,
         typer.Option(help="Fast Forward runs to Adam's test loss ('loss'), or for as many steps ('steps')."),
@@ -82,8 +82,8 @@ def plane(
     """Fig. 5: the loss on the plane through the start and the ends of Adam and of Fast Forward."""
     from ffkernels.analysis.loss_plane import NAMES, draw, loss_plane, what_was_seen
 
-    config = settings(**flags)
-    with working(f"Adam, Fast Forward, and {grid} × {grid} losses", flags):
+    config = settings(ctx)
+    with working(f"Adam, Fast Forward, and {grid} × {grid} losses", ctx.params):
         data = loss_plane(config, until=until, grid=grid, margin=margin, examples=examples)
     header = ["weights", "optimizer steps", "x", "y", "distance from W₀", "test loss", "loss in the picture"]
     rows = []
@@ -91,7 +91,7 @@ def plane(
         at = data["points"][name]
         place = [round(at["x"], 6) + 0.0, round(at["y"], 6) + 0.0]  # 1e-17 is a zero that was rounded
         rows.append([label, at["optimizer_steps"], *place, at["distance"], at["test_loss"], at["loss"]])
-    finish("plane", data, draw, flags, header=header, rows=rows, seen=what_was_seen(data))
+    finish("plane", data, draw, ctx.params, header=header, rows=rows, seen=what_was_seen(data))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

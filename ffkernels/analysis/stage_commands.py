@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,14 +17,14 @@ __all__ = ["COMMANDS"]
 
 @shared_options(lr=3e-4, steps=60, test_examples=128)
 def loss(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     evaluate_every: Annotated[int, typer.Option(help="Optimizer steps between test losses.")] = 3,
 ) -> None:
     """Figs. 4 and 9: the loss during training, optimizer steps and Fast Forward steps told apart."""
     from ffkernels.analysis.loss_curve import draw, loss_curve
 
-    config = settings(**flags)
-    with working("training with and without Fast Forward", flags):
+    config = settings(ctx)
+    with working("training with and without Fast Forward", ctx.params):
         data = loss_curve(config, evaluate_every=evaluate_every)
     forward, plain = data["fast_forward"], data["optimizer"]
     stages = [stage for stage in forward["stages"] if stage["losses"]]
@@ -46,12 +46,12 @@ def loss(
         f"{forwarded:.4f} with Fast Forward, which {there}.",
     ]
     header = ("step", "τ*", "validation τ=0", "at τ*", "test τ=0", "at τ*")
-    finish("loss", data, draw, flags, header=header, rows=rows, seen=seen)
+    finish("loss", data, draw, ctx.params, header=header, rows=rows, seen=seen)
 
 
 @shared_options(omit=("steps",), lr=3e-4, test_examples=96)
 def tau_sweep(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     at: Annotated[str, typer.Option(help="Optimizer steps after which τ is swept.")] = "6,12,24",
     taus: Annotated[int, typer.Option(help="The largest τ.")] = 100,
     fast_forward: Annotated[
@@ -66,10 +66,10 @@ def tau_sweep(
     from ffkernels.analysis.tau_sweep import draw
     from ffkernels.analysis.tau_sweep import tau_sweep as sweep
 
-    config = settings(**flags)
+    config = settings(ctx)
     if not fast_forward:
         config = replace(config, fast_forward=None)
-    with working("sweeping τ", flags):
+    with working("sweeping τ", ctx.params):
         data = sweep(config, at=integers(at, "--at"), taus=taus)
     rows, shapes = [], []
     for swept in data["sweeps"]:
@@ -105,19 +105,19 @@ def tau_sweep(
             f"{100 * least['parabolic']:.1f} % in up to {most['parabolic']}."
         )
     header = ("step and loss", "argmin", "decrease", "convex", "turns", "unimodal", "linear τ", "parabolic τ")
-    finish("tau-sweep", data, draw, flags, header=header, rows=rows, seen=seen)
+    finish("tau-sweep", data, draw, ctx.params, header=header, rows=rows, seen=seen)
 
 
 @shared_options(omit=("seed",), lr=3e-4, interval=3, steps=60, test_examples=8)
 def stages(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     seeds: Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which (0,7 or 7,).")] = "3",
 ) -> None:
     """Figs. 11 and 12: τ* over the stages, and against gradient norm and condition number."""
     from ffkernels.analysis.stage_taus import draw, stage_taus
 
-    config = settings(**flags)
-    with working("training and counting steps", flags):
+    config = settings(ctx)
+    with working("training and counting steps", ctx.params):
         data = stage_taus(config, seeds=seeds_of(seeds))
     found = data["correlations"]
     names = {"gradient_norm": "gradient norm", "condition_number": "condition number"}
@@ -146,7 +146,7 @@ def stages(
                 f"(n = {found[key]['n']}).".replace("-", "−")
             )
     header = ("τ* with", "n", "Spearman ρ", "p (shuffled)", "ρ at equal step")
-    finish("stages", data, draw, flags, header=header, rows=rows, seen=seen)
+    finish("stages", data, draw, ctx.params, header=header, rows=rows, seen=seen)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"loss": loss, "tau-sweep": tau_sweep, "stages": stages}

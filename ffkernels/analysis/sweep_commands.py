@@ -19,7 +19,7 @@ CheckEvery = Annotated[
 
 @shared_options(omit=("interval",), lr=3e-4, batch_size=32, steps=60, test_examples=128)
 def interval(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     intervals: Annotated[
         str, typer.Option(help="Which intervals, comma-separated.")
     ] = "1,2,3,4,5,6,7,8,9,10",
@@ -28,14 +28,14 @@ def interval(
     """Fig. 14: FLOPs and optimizer steps to Adam's test loss, for intervals from 1 to 10."""
     from ffkernels.analysis import interval_sweep as analysis
 
-    wanted, config = integers(intervals, "--intervals"), settings(**flags)
-    with watching(flags) as watch:
+    wanted, config = integers(intervals, "--intervals"), settings(ctx)
+    with watching(ctx.params) as watch:
         data = analysis.interval(config, intervals=wanted, check_every=check_every, watch=watch)
     finish(
         "interval",
         data,
         analysis.draw,
-        flags,
+        ctx.params,
         header=["interval", "optimizer steps", "stages", "Σ τ*", *SAVED],
         rows=[["Adam", data["adam"]["optimizer_steps"], None, None, None, None]]
         + [[str(run["interval"]), *_cells(run)] for run in data["runs"]],
@@ -45,7 +45,7 @@ def interval(
 
 @shared_options(omit=("rank", "alpha"), lr=3e-4, batch_size=32, steps=60, test_examples=128)
 def rank(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     ranks: Annotated[str, typer.Option(help="Which ranks, comma-separated.")] = "1,4,16,64",
     scaling: Annotated[
         str,
@@ -59,15 +59,15 @@ def rank(
     """Fig. 7: FLOPs saved against Adam of the same rank and learning rate, rank by rank."""
     from ffkernels.analysis import rank_sweep as analysis
 
-    wanted, config = integers(ranks, "--ranks"), settings(**flags, alpha=alpha)
-    with watching(flags) as watch:
+    wanted, config = integers(ranks, "--ranks"), settings(ctx)
+    with watching(ctx.params) as watch:
         data = analysis.rank(config, ranks=wanted, scaling=scaling, check_every=check_every, watch=watch)
     runs = [{**run["ff"], **{k: run[k] for k in ("rank", "alpha", "trainable")}} for run in data["runs"]]
     finish(
         "rank",
         data,
         analysis.draw,
-        flags,
+        ctx.params,
         header=["rank", "alpha", "weights", "Adam's test loss", "optimizer steps", "stages", "Σ τ*", *SAVED],
         rows=[
             [
@@ -85,7 +85,7 @@ def rank(
 
 @shared_options(lr=3e-4, batch_size=32, steps=48, test_examples=128)
 def full_rank(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     full_lr: Annotated[
         float | None,
         typer.Option(help="Learning rate where the model's own weights train (default: --lr)."),
@@ -95,8 +95,8 @@ def full_rank(
     """Fig. 8: Fast Forward on LoRA of low and of full rank, attention-only and full fine-tuning."""
     from ffkernels.analysis import full_rank as analysis
 
-    config = settings(**flags)
-    with watching(flags) as watch:
+    config = settings(ctx)
+    with watching(ctx.params) as watch:
         data = analysis.full_rank(config, full_lr=full_lr, check_every=check_every, watch=watch)
     runs = data["runs"]
     seen = []
@@ -115,7 +115,7 @@ def full_rank(
         "full-rank",
         data,
         analysis.draw,
-        flags,
+        ctx.params,
         header=[
             "what trains",
             "weights",
@@ -136,7 +136,7 @@ def full_rank(
 
 @shared_options(lr=3e-3, batch_size=16, steps=400, test_examples=128)
 def convergence(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     window: Annotated[
         int, typer.Option(help="Converged after so many optimizer steps without an improvement.")
     ] = 40,
@@ -151,15 +151,15 @@ def convergence(
     """Section 5.1: Adam and Fast Forward to convergence; after 3 failures Fast Forward is off for good."""
     from ffkernels.analysis import convergence as analysis
 
-    config = settings(**flags, patience=patience, evaluate_every=evaluate_every)
-    with watching(flags) as watch:
+    config = settings(ctx)
+    with watching(ctx.params) as watch:
         data = analysis.convergence(config, window=window, min_delta=min_delta, watch=watch)
     titles = {"adam": "Adam", "ff": "with Fast Forward"}
     finish(
         "convergence",
         data,
         analysis.draw,
-        flags,
+        ctx.params,
         header=["run", "converged", "optimizer steps", "test loss", "lowest", "FLOPs (paper)", "(measured)"],
         rows=[
             [
@@ -179,7 +179,7 @@ def convergence(
 
 @shared_options(lr=3e-4, steps=60, batch_size=32, test_examples=256)
 def accuracy(
-    flags: dict[str, Any],
+    ctx: typer.Context,
     benchmark: Annotated[
         str | None,
         typer.Option(
@@ -202,8 +202,8 @@ def accuracy(
     """Section 5.2: multiple-choice accuracy before training, after Adam and after Fast Forward."""
     from ffkernels.analysis import accuracy as analysis
 
-    config = settings(**flags)
-    with watching(flags) as watch:
+    config = settings(ctx)
+    with watching(ctx.params) as watch:
         data = analysis.accuracy(
             config,
             benchmark=benchmark,
@@ -219,7 +219,7 @@ def accuracy(
         "accuracy",
         data,
         analysis.draw,
-        flags,
+        ctx.params,
         header=["model", "optimizer steps", "test loss", "accuracy, sum", "95 %", "accuracy, mean", "95 %"],
         rows=[
             [

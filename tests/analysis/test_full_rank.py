@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ffkernels.analysis.full_rank import VARIANTS, draw, full_rank
+from ffkernels.analysis.race import Watch
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.config import TrainConfig
 
@@ -70,3 +71,12 @@ def test_what_is_refused(config):
         full_rank(replace(config, method="full"))
     with pytest.raises(ValueError, match=r"lr=-1\.0"):
         full_rank(config, full_lr=-1.0)
+
+
+def test_what_cannot_be_is_refused_before_anything_runs(config):
+    seen = []
+    with pytest.raises(ValueError, match="bfloat16"):
+        full_rank(replace(config, dtype="bfloat16"), watch=Watch(run=seen.append))
+    with pytest.raises(ValueError, match="lr=0"):
+        full_rank(config, full_lr=0.0, watch=Watch(run=seen.append))
+    assert not seen

@@ -150,7 +150,8 @@ def test_a_peer_has_to_be_one(comparison, monkeypatch):
 def test_where_the_tuned_rate_comes_from(comparison):
     base = replace(comparison.base, model="tiny", data=None)
     table = replace(comparison, tuned_lr=None, base=base)
-    assert module._tuned_lr(table) == (module.TUNED_LR["tiny", "instruction"], "table")
+    assert module._tuned_lr(table) == (1e-2, "table")
+    assert module._tuned_lr(replace(table, base=replace(base, task="chat"))) == (2e-2, "table")
     lr, source = module._tuned_lr(replace(comparison, tuned_lr=None))
     assert lr > 0 and "not measured" in source
     hub = replace(table, base=replace(base, source="hub"))

@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("typer")
 from typer.main import get_command
 
-from ffkernels import cli_options as options
 from ffkernels.cli import app
 from ffkernels.engine.config import FastForwardConfig
+from ffkernels.training import options
 from ffkernels.training.config import TrainConfig
 
 PRESET = {

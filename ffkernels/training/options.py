@@ -1,4 +1,4 @@
-"""The options of ``train``, ``compare`` and ``tokens``, and the settings that a command line comes to.
+"""The options that commands share, and the settings that a command line comes to.
 
     @app.command()
     def tokens(ctx: typer.Context, model: Model = "tiny", preset: Preset = None) -> None:
@@ -122,7 +122,7 @@ def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
     A preset's values replace those of the options that were not given. ``fixed`` fields are the command's.
 
     Raises:
-        ValueError: naming the field, the value and what is allowed; or an option that cannot be meant.
+        ValueError: naming the field, the value and what is allowed; or an option that nothing would read.
     """
     from dataclasses import fields
 
@@ -147,23 +147,19 @@ def stages(ctx: typer.Context, **fixed: Any) -> FastForwardConfig:
 
     ``fixed`` values are the command's.
     """
+    from dataclasses import fields
+
     from ffkernels.engine.config import FastForwardConfig
 
-    options = ctx.params
-    values = {
-        "interval": options["interval"],
-        "warmup": options["stage_warmup"],
-        "search": options["search"],
-        "max_tau": options["max_tau"],
-        "patience": options["patience"] or None,
-        "impl": options["impl"],
-        "learning_rate": "find" if options.get("find_lr") else "keep",
-    }
-    if options.get("preset") is not None:
-        of_preset = preset_values(ctx).get("fast_forward")
-        for name in values if of_preset is not None else ():
-            if not _given(ctx, name):
-                values[name] = getattr(of_preset, name)
+    names = [field.name for field in fields(FastForwardConfig)]
+    values = {n: ctx.params[OPTION.get(n, n)] for n in names if OPTION.get(n, n) in ctx.params}
+    if "patience" in values:
+        values["patience"] = values["patience"] or None
+    if "learning_rate" in values:
+        values["learning_rate"] = "find" if values["learning_rate"] else "keep"
+    of_preset = preset_values(ctx).get("fast_forward") if ctx.params.get("preset") is not None else None
+    if of_preset is not None:
+        values |= {n: getattr(of_preset, n) for n in names if not _given(ctx, n)}
     return FastForwardConfig(**{**values, **fixed})
 
 
