@@ -24,7 +24,7 @@ def gradients(
     from ffkernels.analysis.gradient_consistency import draw, gradient_consistency, what_was_seen
 
     config = settings(ctx)
-    with working(f"{config.steps} steps, {batches} gradients around each stage", ctx.params):
+    with working(f"training, {batches} gradients around each stage", ctx.params):
         data = gradient_consistency(config, batches=batches)
     header = [
         "after step",
@@ -56,7 +56,7 @@ def similarity(
     from ffkernels.analysis.gradient_similarity import LABELS, RUNS, draw, gradient_similarity, what_was_seen
 
     config = settings(ctx)
-    with working(f"Adam and Fast Forward, {config.steps} steps each", ctx.params):
+    with working("Adam, then Fast Forward", ctx.params):
         data = gradient_similarity(config, window=window)
     header = ["cosine with gradients of", "the step before", "across a stage", "within", "all earlier steps"]
     rows = []
