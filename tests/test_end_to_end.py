@@ -176,6 +176,7 @@ def test_a_round_that_cannot_be_leaves_the_others_alone(benchmarks, tmp_path, mo
 SMALL = ["--fast", "--steps", "7", "--batch-size", "8", "--test-examples", "16", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_one_cell_measured_kept_and_not_measured_again(benchmarks, tmp_path, capsys):
     main, out = benchmarks("end_to_end").main, tmp_path / "e2e.json"
     assert main([*SMALL, "--out", str(out)]) == 0

@@ -27,6 +27,7 @@ def benchmarks(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_ours_holds_the_same_after_every_stage_and_the_authors_loop_more_and_more(benchmarks, short):
     memory = benchmarks("peers_memory")
     plain = TrainConfig(**{**short, "steps": 24, "lr": 3e-2})
