@@ -73,7 +73,7 @@ def run(name, *stages, seed=0, lr=1e-4, steps=12, flops=50):
         "flops": {"measured": flops, "paper": flops},
         "seconds": {"total": 3.0},
         "validation_forwards": sum(forwards for forwards, _ in stages),
-        "stages": [{"losses": [[t, 1.0] for t in range(n)], "seconds": s} for n, s in stages],
+        "stages": [{"forwards": n, "seconds": s} for n, s in stages],
     }
 
 
