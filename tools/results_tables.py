@@ -22,6 +22,8 @@ LABELS = {
     "authors": "the authors' loop",
     "authors-32": "the same, validation in one batch",
     "peft-prototype": "PEFT's prototype",
+    "salsa": "SaLSa, a line search on the training batch",
+    "lora-plus": "LoRA+ at Adam's lr",
 }
 ORDER = tuple(LABELS)
 MODELS = {"tiny": "the embedded model", "smollm2-135m": "SmolLM2-135M"}
