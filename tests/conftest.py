@@ -5,8 +5,43 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def scripts_in(monkeypatch: pytest.MonkeyPatch, *folders: str) -> Iterator[Callable[[str], Any]]:
+    """The modules in these folders of the checkout by name; they import each other as scripts do."""
+    paths = tuple(str(ROOT / folder) for folder in folders)
+    before = set(sys.modules)
+    for path in paths:
+        monkeypatch.syspath_prepend(path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # they put themselves there as well
+    yield __import__
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(paths):
+            del sys.modules[name]
+
+
+@pytest.fixture()
+def benchmarks(monkeypatch):
+    """The modules in benchmarks/ by name."""
+    with scripts_in(monkeypatch, "benchmarks") as load:
+        yield load
+
+
+@pytest.fixture()
+def tool(monkeypatch):
+    """The modules in tools/ by name, and those in benchmarks/, which they import."""
+    with scripts_in(monkeypatch, "benchmarks", "tools") as load:
+        yield load
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-
-ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = str(ROOT / "benchmarks")
-
-
-@pytest.fixture()
-def benchmarks(monkeypatch):
-    """The modules in benchmarks/ by name; they import each other as scripts do."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # they put themselves there as well
-    yield __import__
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(BENCHMARKS):
-            del sys.modules[name]
 
 
 @pytest.fixture()

@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
-
-BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
-
-
-@pytest.fixture()
-def benchmarks(monkeypatch):
-    """The modules in benchmarks/ by name; they import each other as scripts do."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # they put themselves there as well
-    yield __import__
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(BENCHMARKS):
-            del sys.modules[name]
 
 
 def provider(ms, *, step=None, gap=0.0, gap_of_step=0.0, peak=0):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,21 +14,6 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[1]
 DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-@pytest.fixture()
-def tool(monkeypatch):
-    """The modules in tools/ by name; they import each other as scripts do."""
-    before = set(sys.modules)
-    for folder in ("benchmarks", "tools"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-    monkeypatch.setattr(sys, "path", list(sys.path))  # they put themselves there as well
-    yield __import__
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(
-            (str(ROOT / "tools"), str(ROOT / "benchmarks"))
-        ):
-            del sys.modules[name]
 
 
 def run(kind, lr, steps, validations, taus, share):

@@ -33,6 +33,21 @@ def bowl_loss(model):
     return float((SCALES * (model.w - TARGET) ** 2).sum())
 
 
+def regression(model, optimizer):
+    """A training step of a (3 → 2) model on eight random rows, and its loss."""
+    inputs, targets = torch.randn(8, 3), torch.randn(8, 2)
+
+    def loss(model):
+        return (model(inputs) - targets).square().mean()
+
+    def step():
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+    return step, lambda model: float(loss(model))
+
+
 def batches(count=4):
     return [{"noise": torch.randn(3, 4, generator=torch.Generator().manual_seed(i))} for i in range(count)]
 
@@ -249,17 +264,8 @@ def test_a_tensor_that_groups_share_as_their_learning_rate_is_multiplied_once():
     groups = [{"params": [model.weight]}, {"params": [model.bias]}]
     optimizer = torch.optim.AdamW(groups, lr=shared, capturable=False, foreach=False)
     assert all(group["lr"] is shared for group in optimizer.param_groups)
-    inputs, targets = torch.randn(8, 3), torch.randn(8, 2)
-
-    def loss(model):
-        return (model(inputs) - targets).square().mean()
-
-    def step():
-        optimizer.zero_grad()
-        loss(model).backward()
-        optimizer.step()
-
-    found = find_learning_rate(model, optimizer, step, lambda model: float(loss(model)))
+    step, loss = regression(model, optimizer)
+    found = find_learning_rate(model, optimizer, step, loss)
     assert shared == torch.tensor(1e-3) and optimizer.param_groups[1]["lr"] is shared
     found.apply(optimizer)
     assert float(shared) == pytest.approx(found.lr) and found.scale > 2
@@ -362,17 +368,8 @@ def test_groups_keep_their_ratio():
     optimizer = torch.optim.SGD(
         [{"params": [model.weight], "lr": 1e-3}, {"params": [model.bias], "lr": 16e-3}], lr=1.0
     )
-    inputs, targets = torch.randn(8, 3), torch.randn(8, 2)
-
-    def loss(model):
-        return (model(inputs) - targets).square().mean()
-
-    def step():
-        optimizer.zero_grad()
-        loss(model).backward()
-        optimizer.step()
-
-    finding = find_learning_rate(model, optimizer, step, lambda model: float(loss(model)), keep_move=True)
+    step, loss = regression(model, optimizer)
+    finding = find_learning_rate(model, optimizer, step, loss, keep_move=True)
     first, second = (group["lr"] for group in optimizer.param_groups)
     assert second / first == pytest.approx(16)
     assert first == pytest.approx(finding.lr) and finding.scale > 5

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 
 from ffkernels import FastForwardConfig
 from ffkernels.training.config import TrainConfig
-
-BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
-
-
-@pytest.fixture()
-def benchmarks(monkeypatch):
-    """The modules in benchmarks/ by name; they import each other as scripts do."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # they put themselves there as well
-    yield __import__
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(BENCHMARKS):
-            del sys.modules[name]
 
 
 @pytest.mark.slow
