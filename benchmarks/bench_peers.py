@@ -292,9 +292,8 @@ def table(document: dict[str, Any]) -> list[str]:
     for row in document["memory"]:
         adapter = row["adapter_bytes"]
         held = ", ".join(f"{bytes_ / adapter:.2f}" for bytes_ in row["beyond_adam"])
-        grows = row["growth"] / adapter / (len(row["live"]) - 2)
         resident = ", ".join("–" if r is None else f"{r / 2**20:.0f}" for r in row["resident"])
-        lines.append(f"| {row['name']} | {held} | {grows:.2f} | {resident} |")
+        lines.append(f"| {row['name']} | {held} | {row['adapters_per_stage']:.2f} | {resident} |")
     lines += [
         "",
         *(

@@ -23,13 +23,12 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from end_to_end_plan import Cell
 
 from ffkernels.reporting.recorder import RunLog, read_run
-from ffkernels.reporting.savings import COSTS, Run, compare_runs
+from ffkernels.reporting.savings import Run, compare_runs, median_and_range
 from ffkernels.training.trainer import INTERRUPTED
 
 KIND = "end-to-end"
@@ -88,8 +87,8 @@ def spreads_of(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for kind, entries in kinds.items():
         spread: dict[str, Any] = {"kind": kind, "count": len(entries)}
         reasons = [f"{entry['name']} {entry['reason']}" for entry in entries if "reason" in entry]
-        for end, of in (("median", median), ("low", min), ("high", max)):
-            spread[end] = None if reasons else {cost: of(e[cost] for e in entries) for cost in COSTS}
+        ends = [None] * 3 if reasons else median_and_range(entries)
+        spread |= zip(("median", "low", "high"), ends, strict=True)
         found.append({**spread, "reason": "; ".join(reasons)} if reasons else spread)
     return found
 

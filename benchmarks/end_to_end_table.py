@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # The lowest saving that the paper reports, in its own count; and how far time may fall behind FLOPs.
 LEAST_SAVED, MOST_BEHIND = 0.41, 0.02
 
@@ -34,17 +37,20 @@ def render_end_to_end(result: dict) -> list[str]:
 
 
 def _saved(cell: dict, kind: str) -> str:
-    spread = _spread(cell, kind)
-    if spread is None:
+    found = spread(cell, kind)
+    if found is None:
         return "–"
-    if (found := spread["median"]) is None:
+    if found["median"] is None:
         return "not reached"
-    return " / ".join(f"{found[cost]:.0%}" for cost in ("flops_measured", "flops_paper", "seconds"))
+    return " / ".join(f"{found['median'][cost]:.0%}" for cost in ("flops_measured", "flops_paper", "seconds"))
 
 
-def _spread(cell: dict, kind: str) -> dict | None:
-    """None where it was not measured; its ``median`` is None where a seed did not reach the target."""
-    return next((spread for spread in cell["spreads"] if spread["kind"] == kind), None)
+def spread(cell: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
+    """The savings of a kind of run in a cell over its seeds.
+
+    None where it was not measured; its ``median`` is None where a seed did not reach the target.
+    """
+    return next((found for found in cell["spreads"] if found["kind"] == kind), None)
 
 
 def end_to_end_targets(result: dict) -> list[dict]:
@@ -53,11 +59,11 @@ def end_to_end_targets(result: dict) -> list[dict]:
         return []
     found = []
     for cell in result["cells"]:
-        spread = _spread(cell, "parabolic")
-        if cell["tuned"] or spread is None:
+        ours = spread(cell, "parabolic")
+        if cell["tuned"] or ours is None:
             continue
         label = f"{cell['task']}, {cell['method']}, lr {rate(cell['lr'])}, batch {cell['batch_size']}"
-        if (saved := spread["median"]) is None:
+        if (saved := ours["median"]) is None:
             found.append(
                 {"what": f"{label}: reaches Adam's test loss", "met": False, "measured": "not reached"}
             )

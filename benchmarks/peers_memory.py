@@ -104,12 +104,14 @@ def measure(methods: dict[str, tuple[Any, str | None, dict[str, Any]]]) -> list[
 def compare_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds what each holds beyond Adam, and by how much that grows from the second stage to the last.
 
-    From the second: the first makes buffers that may stay, and the authors' leak begins with the second.
+    ``growth`` is in bytes, ``adapters_per_stage`` says the same of one stage in adapters. From the second:
+    the first makes buffers that may stay, and the authors' leak begins with the second.
     """
     plain = next(row for row in rows if row["name"] == PLAIN)
     for row in rows:
         row["beyond_adam"] = [a - b for a, b in zip(row["live"], plain["live"], strict=True)]
         row["growth"] = row["beyond_adam"][-1] - row["beyond_adam"][1]
+        row["adapters_per_stage"] = row["growth"] / row["adapter_bytes"] / (len(row["live"]) - 2)
     return rows
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from end_to_end_table import rate
+from end_to_end_table import rate, spread
 from results_tables import Results, counted, named, percent, table, where
 
 # What the paper (arXiv 2409.04206) reports: its lowest and its highest saving, FLOPs in its own count.
@@ -20,10 +20,6 @@ def end_to_end_files(results: Results) -> dict[str, Mapping[str, Any]]:
     """Those that mean something: a --fast one does not."""
     found = {name: data for name, data in results.items() if data.get("kind") == "end-to-end"}
     return {name: data for name, data in found.items() if data["cells"] and not data["fast"]}
-
-
-def spread(cell: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
-    return next((found for found in cell["spreads"] if found["kind"] == kind), None)
 
 
 def seeds_of(data: Mapping[str, Any]) -> set[int]:
@@ -73,6 +69,12 @@ def in_order(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
             c["lr"],
         ),
     )
+
+
+def of_smallest_batch(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The cells for which there is room in a picture or a short table; the long tables have them all."""
+    smallest = min(cell["batch_size"] for cell in cells)
+    return [cell for cell in cells if cell["batch_size"] == smallest]
 
 
 def figure(data: Mapping[str, Any], cost: str) -> str:
@@ -208,8 +210,7 @@ def end_to_end_short(results: Results) -> str:
         cells = [c for c in in_order(data) if not c["tuned"] and c["method"] == data["cells"][0]["method"]]
         if not cells:
             continue
-        smallest = min(c["batch_size"] for c in cells)
-        cells = [c for c in cells if c["batch_size"] == smallest]
+        cells = of_smallest_batch(cells)
         rates = sorted({cell["lr"] for cell in cells})
         by_place = {(cell["task"], cell["lr"]): cell for cell in cells}
         head = [named(data["config"]["model"])]

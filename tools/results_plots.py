@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from end_to_end_table import rate
-from results_figures import KINDS, PAPER, cell_label, in_order, spread
+from end_to_end_table import rate, spread
+from results_figures import KINDS, PAPER, cell_label, in_order, of_smallest_batch
 from results_tables import named
 
 if TYPE_CHECKING:
@@ -95,20 +95,13 @@ def write(path: Path, draw: Callable[[Figure], None], data: Mapping[str, Any]) -
     raise ValueError(f"{path} has {size} bytes; a committed picture has at most {MOST_BYTES}")
 
 
-def of_smallest_batch(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The cells that a picture has room for; the tables have them all."""
-    cells = in_order(data)
-    smallest = min(cell["batch_size"] for cell in cells)
-    return [cell for cell in cells if cell["batch_size"] == smallest]
-
-
 def draw_saved(figure: Figure, data: Mapping[str, Any]) -> None:
     """Two panels of bars with the range over the seeds; the paper's range as a band."""
     from matplotlib.ticker import MultipleLocator
 
     from ffkernels.reporting.plots import STYLES, clean_axes
 
-    cells = of_smallest_batch(data)
+    cells = of_smallest_batch(in_order(data))
     figure.set_size_inches(7.6, 1.5 + 0.52 * len(cells))
     panels = figure.subplots(1, 2, sharey=True)
     figure.get_layout_engine().set(wspace=0.08)
@@ -162,7 +155,7 @@ def draw_curves(figure: Figure, data: Mapping[str, Any]) -> None:
     """A row per learning rate (of the first method), a column per task; the first seed of each."""
     from ffkernels.reporting.plots import clean_axes, flop_unit
 
-    cells = of_smallest_batch(data)
+    cells = of_smallest_batch(in_order(data))
     cells = [cell for cell in cells if cell["method"] == cells[0]["method"] and not cell["tuned"]]
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     rows = sorted({cell["lr"] for cell in cells})

@@ -51,8 +51,9 @@ def where(data: Mapping[str, Any]) -> str:
     return f"{place}; {libraries}"
 
 
-def capitalized(name: str) -> str:
-    """The first letter large, the others as they are: `SmolLM2` keeps its own."""
+def heading(model: str) -> str:
+    """The model as a line begins with it; behind the first letter `SmolLM2` keeps its own."""
+    name = named(model).removeprefix("the ")
     return name[:1].upper() + name[1:]
 
 
@@ -100,7 +101,7 @@ def comparisons(results: Results) -> str:
     for name, data in sorted(found, key=lambda item: (-item[1]["config"]["batch_size"], item[0])):
         config = data["config"]
         parts += [
-            f"{capitalized(named(config['model']).removeprefix('the '))}, {config['task']}, batch "
+            f"{heading(config['model'])}, {config['task']}, batch "
             f"{config['batch_size']}, {counted(len(config['seeds']), 'seed')} "
             f"(`{config['command']}`; `{name}`):",
             comparison(data),
@@ -195,19 +196,15 @@ def peers(results: Results) -> str:
             row += [f"{one['forwards_per_stage']:.0f}" if stages else ""]
             row += [f"{one['seconds_per_stage']:.2f}" if stages else ""]
             row += ["" if share is None else percent(share) for share in (saved, time)]
-            rows.append([*row, _grown(memory[kind]) if stages and kind in memory else ""])
+            row += [f"{memory[kind]['adapters_per_stage']:.0f}" if stages and kind in memory else ""]
+            rows.append(row)
     words = (
-        f"{capitalized(named(config['model']).removeprefix('the '))}, {config['task']}, learning rate "
+        f"{heading(config['model'])}, {config['task']}, learning rate "
         f"{', '.join(map(rate, config['lr']))}, batch {config['batch_size']}, "
         f"{counted(len(config['seeds']), 'seed')}; memory at rank {config['memory_rank']}. {where(data)} "
         f"(`{data['command']}`; `{name}`):"
     )
     return f"{words}\n\n{table(head, rows)}"
-
-
-def _grown(one: Mapping[str, Any]) -> str:
-    """What a stage leaves behind after the second one, in adapters: the first two may set things up."""
-    return f"{one['growth'] / one['adapter_bytes'] / (len(one['live']) - 2):.0f}"
 
 
 # What the files of a kind are, by how their names begin, and how one is made where it does not say itself.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -159,15 +159,13 @@ def spreads(runs: Sequence[Run]) -> list[Spread]:
             reason = f"no number for {', '.join(run.name for run in missing)}"
             found.append(Spread(kind, len(same), None, reason=reason))
             continue
-        values = {cost: [run.saved[cost] for run in same] for cost in COSTS}
-        found.append(
-            Spread(
-                kind,
-                len(same),
-                *({cost: f(numbers) for cost, numbers in values.items()} for f in (median, min, max)),
-            )
-        )
+        found.append(Spread(kind, len(same), *median_and_range([run.saved for run in same])))
     return found
+
+
+def median_and_range(saved: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Of savings their median, lowest and highest, each cost on its own."""
+    return [{cost: f(one[cost] for one in saved) for cost in COSTS} for f in (median, min, max)]
 
 
 def last_state(log: RunLog) -> dict[str, Any]:

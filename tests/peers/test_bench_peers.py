@@ -75,7 +75,10 @@ def document(*, authors=(20, 4.0), growth=0):
             run("parabolic", (10, 1.0), (10, 1.5)),
             run("authors", authors, authors),
         ],
-        "memory": [{**memory, "name": name, "growth": growth} for name in ("adam", "parabolic")],
+        "memory": [
+            {**memory, "name": name, "growth": growth, "adapters_per_stage": growth / 400}
+            for name in ("adam", "parabolic")
+        ],
     }
 
 
