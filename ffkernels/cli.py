@@ -17,13 +17,12 @@ from typing import Annotated, Any
 import typer
 
 from ffkernels.analysis.commands import app as analyze
-from ffkernels.analysis.options import seeds_of
+from ffkernels.analysis.show import INTERRUPTED
 from ffkernels.training import options
 
 __all__ = ["app", "run"]
 
 USER_ERROR = 2
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="ffkernels",
@@ -50,7 +49,7 @@ def compare(
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = 64,
     micro_batch_size: options.MicroBatchSize = None,
-    seeds: Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which (0,7 or 7,).")] = "1",
+    seeds: options.Seeds = "1",
     search: Annotated[str, typer.Option(help="Fast Forward's searches: both, linear or parabolic.")] = "both",
     peer: Annotated[
         list[str] | None,
@@ -114,7 +113,7 @@ def compare(
     searches = ("linear", "parabolic") if search == options.BOTH else (search,)
     comparison = Comparison(
         base,
-        seeds=seeds_of(seeds),
+        seeds=options.seeds_of(seeds),
         searches=searches,
         peers=tuple(peer or ()),
         fast_forward=options.stages(ctx, search=searches[0]),
@@ -150,9 +149,7 @@ def train(
             help="Fast Forward, or the plain optimizer, which has no stages to set anything of.",
         ),
     ] = True,
-    search: Annotated[
-        str, typer.Option(help="Fast Forward's search: parabolic or linear (the paper's).")
-    ] = "parabolic",
+    search: options.Search = "parabolic",
     interval: options.Interval = 6,
     stage_warmup: options.StageWarmup = 0,
     max_tau: options.MaxTau = 1024,

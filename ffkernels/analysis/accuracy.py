@@ -11,7 +11,6 @@ Fast Forward has reached Adam's test loss.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from ffkernels.analysis.likelihood import choice_scores
 from ffkernels.analysis.multiple_choice import Question, from_examples, load_benchmark
 from ffkernels.analysis.race import Watch, outcome, race
-from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import LEGEND, STYLES, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session
@@ -94,10 +92,10 @@ def accuracy(
         ask(name)
         current.clear()  # the next model may need its memory
 
-    ff = config.fast_forward or FastForwardConfig()
+    config = config.with_fast_forward()
     adam, results = race(
         config,
-        {"ff": ff},
+        {"ff": config.fast_forward},
         check_every=check_every,
         tolerance=tolerance,
         watch=watch,
@@ -111,7 +109,7 @@ def accuracy(
         "questions": len(asked),
         "choices": [min(counts), max(counts)],
         "chance": sum(1 / count for count in counts) / len(counts),
-        "config": dataclasses.replace(config, fast_forward=ff).to_dict(),
+        "config": config.to_dict(),
         "models": [
             {
                 "name": name,

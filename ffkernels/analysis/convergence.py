@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from ffkernels.analysis.race import APART, Watch, outcome, run
 from ffkernels.analysis.show import than_adam
-from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import LEGEND, STYLES, clean_axes, flop_unit
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.trainer import RunResult
@@ -64,10 +63,10 @@ def convergence(
         )
     if not min_delta >= 0:
         raise ValueError(f"min_delta={min_delta!r}: must be a number of at least 0")
-    ff = config.fast_forward or FastForwardConfig()
+    config = config.with_fast_forward()
     runs, tests_of = [], {}
     with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
-        for name, stages in (("adam", None), ("ff", ff)):
+        for name, stages in (("adam", None), ("ff", config.fast_forward)):
             one = dataclasses.replace(config, name=name, out=folder, fast_forward=stages, target_loss=None)
             until = _UntilFlat(config.evaluate_every, window, min_delta)
             result = run(one, watch, stop_when=until)
@@ -81,9 +80,9 @@ def convergence(
     return {
         "window": window,
         "min_delta": min_delta,
-        "config": dataclasses.replace(config, fast_forward=ff).to_dict(),
+        "config": config.to_dict(),
         "runs": runs,
-        "switched_off_at": switched_off_at(runs[1]["stages"], ff.patience),
+        "switched_off_at": switched_off_at(runs[1]["stages"], config.fast_forward.patience),
         "to_adams_best": _to_adams_best(tests_of["adam"], tests_of["ff"], tolerance),
     }
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from ffkernels.analysis.race import ABOVE, APART, CONVENTIONS, Watch, outcome, race
 from ffkernels.analysis.rank_sweep import rank_config
-from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import STYLES, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.models import load_model
@@ -62,11 +61,11 @@ def full_rank(
         )
     if config.method not in ("lora", "dora"):
         raise ValueError(f"method={config.method!r}: the low-rank run needs 'lora' or 'dora'")
+    config = config.with_fast_forward()
     own = [variant for variant in variants if variant in ("full-attention", "full")]
     lr = config.lr if full_lr is None else full_lr
     # Made now, so that what cannot be is refused before anything runs.
     of_own = {variant: dataclasses.replace(config, method=variant, lr=lr) for variant in own}
-    ff = config.fast_forward or FastForwardConfig()
     seen: dict[str, int] = {}  # of the model, from the latest run
 
     def look(session: Session) -> None:
@@ -81,7 +80,7 @@ def full_rank(
             one = rank_config(config, hidden, "proportional")
         adam, results = race(
             one,
-            {variant: ff},
+            {variant: config.fast_forward},
             check_every=check_every,
             tolerance=tolerance,
             watch=watch,
@@ -100,11 +99,7 @@ def full_rank(
                 "stages_without_a_step": sum(stage["tau"] == 0 for stage in forwarded["stages"]),
             }
         )
-    return {
-        "check_every": check_every,
-        "config": dataclasses.replace(config, fast_forward=ff).to_dict(),
-        "runs": runs,
-    }
+    return {"check_every": check_every, "config": config.to_dict(), "runs": runs}
 
 
 def draw(figure: Figure, data: dict[str, Any]) -> None:

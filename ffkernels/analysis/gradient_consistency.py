@@ -16,7 +16,6 @@ Source: Rahamim et al., arXiv 2409.04206, Figure 13. Costs B gradients per point
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from ffkernels.analysis.between_steps import cosine, cosines, flat, gradients_of, waiting_stages
 from ffkernels.analysis.rank_correlation import partial_spearman, spearman
-from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import STYLES, TEXT, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Batch, Session, open_session
@@ -63,7 +61,7 @@ def gradient_consistency(config: TrainConfig, *, batches: int = BATCHES) -> dict
     """
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 2:
         raise ValueError(f"batches={batches!r}: must be an integer of at least 2, since pairs are compared")
-    config = dataclasses.replace(config, fast_forward=config.fast_forward or FastForwardConfig())
+    config = config.with_fast_forward()
     with open_session(config, attach=waiting_stages) as session:
         compared = _disjoint_batches(session, batches)
         start = _point(session, compared, None)

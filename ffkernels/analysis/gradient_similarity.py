@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ffkernels.analysis.between_steps import flat, flat_gradient, inner_products, waiting_stages
-from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.plots import STYLES, TEXT, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
@@ -59,12 +58,12 @@ def gradient_similarity(config: TrainConfig, *, window: int | None = None) -> di
     """
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window={window!r}: must be an integer of at least 1, or None for all steps")
-    stages = config.fast_forward or FastForwardConfig()
+    config = config.with_fast_forward()
     kept = {}
     data: dict[str, Any] = {}
-    for name, fast_forward in (("adam", None), ("fast_forward", stages)):
+    for name, fast_forward in (("adam", None), ("fast_forward", config.fast_forward)):
         data[name], kept = _one_run(dataclasses.replace(config, fast_forward=fast_forward), window)
-    return {**data, **kept, "config": dataclasses.replace(config, fast_forward=stages).to_dict()}
+    return {**data, **kept, "config": config.to_dict()}
 
 
 def _one_run(config: TrainConfig, window: int | None) -> tuple[dict[str, Any], dict[str, int]]:

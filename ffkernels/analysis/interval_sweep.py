@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ffkernels.analysis.race import APART, Watch, draw_saved, draw_steps, outcome, race
-from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -44,14 +43,15 @@ def interval(
     """
     if not intervals or len(set(intervals)) != len(intervals):
         raise ValueError(f"intervals={tuple(intervals)!r}: must be one or more integers, each once")
-    base = config.fast_forward or FastForwardConfig()
-    contenders = {f"interval-{k}": dataclasses.replace(base, interval=k) for k in intervals}
+    config = config.with_fast_forward()
+    stages = config.fast_forward
+    contenders = {f"interval-{k}": dataclasses.replace(stages, interval=k) for k in intervals}
     adam, results = race(config, contenders, check_every=check_every, tolerance=tolerance, watch=watch)
     return {
         "adam": outcome(adam),
         "target_loss": adam.test_loss + tolerance,
         "check_every": check_every,
-        "config": dataclasses.replace(config, fast_forward=base).to_dict(),
+        "config": config.to_dict(),
         "runs": [
             {"interval": k, **outcome(result, adam)}
             for k, result in zip(intervals, results.values(), strict=True)

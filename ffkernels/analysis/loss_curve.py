@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.engine.validation import ValidationLoss
-from ffkernels.reporting.plots import LEGEND, PATH, SGD, STYLES, accepted, clean_axes, draw_walk
+from ffkernels.reporting.plots import LEGEND, PATH, SGD, STYLES, TEXT, accepted, clean_axes, draw_walk
 from ffkernels.training.session import Session, open_session
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def draw(figure: Figure, data: dict[str, Any]) -> None:
         tested = [(0, run["start"]), *tested]
         axes.plot(*zip(*tested, strict=True), **_line(look), markersize=3, linewidth=1.4, label=label)
     final = plain["steps"][-1]["test_loss"]
-    axes.axhline(final, color="#333333", linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
+    axes.axhline(final, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("optimizer steps")
     axes.set_title("test loss, the same learning rate", loc="left")

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ffkernels.analysis.between_steps import flat
 from ffkernels.analysis.weight_plane import losses_on, plane_through, spans, weights_put_back
-from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.reporting.plots import STYLES, TEXT, clean_axes
 from ffkernels.training.config import TrainConfig
@@ -81,7 +80,7 @@ def loss_plane(
         ValueError: naming an argument out of range; when a run diverged; when nothing moved.
     """
     _check(until=until, grid=grid, margin=margin, examples=examples, way=way, check_every=check_every)
-    config = dataclasses.replace(config, fast_forward=config.fast_forward or FastForwardConfig())
+    config = config.with_fast_forward()
     with open_session(dataclasses.replace(config, fast_forward=None)) as session:
         start_loss = session.test_loss()
         sgd = _run(session, way)

@@ -23,13 +23,12 @@ from ffkernels.training import options
 if TYPE_CHECKING:
     from ffkernels.training.config import TrainConfig
 
-__all__ = ["integers", "seeds_of", "settings", "shared_options"]
+__all__ = ["integers", "settings", "shared_options"]
 
 Command = Callable[..., None]
 
 Out = Annotated[Path, typer.Option(help="Folder of the JSON file and the picture.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress line.")]
-Search = Annotated[str, typer.Option(help="Fast Forward's search: parabolic or linear (the paper's).")]
 
 # Name: (type with its help, default).
 SHARED: dict[str, tuple[Any, Any]] = {
@@ -53,7 +52,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "test_examples": (options.TestExamples, 1000),
     "validation_examples": (options.ValidationExamples, 32),
     "eval_tokens": (options.EvalTokens, None),
-    "search": (Search, "parabolic"),
+    "search": (options.Search, "parabolic"),
     "interval": (options.Interval, 6),
     "max_tau": (options.MaxTau, 1024),
     "seed": (options.Seed, 0),
@@ -121,17 +120,3 @@ def integers(text: str, option: str, low: int = 1) -> tuple[int, ...]:
     if not values or values[0] < low:
         raise ValueError(f"{option}={text!r}: must be integers of at least {low}, such as 6,12,24")
     return values
-
-
-def seeds_of(text: str) -> tuple[int, ...]:
-    """``"3"`` is three seeds 0, 1, 2; ``"0,7"`` and ``"7,"`` name them."""
-    try:
-        if "," in text:
-            seeds = tuple(int(part) for part in text.split(",") if part.strip())
-        else:
-            seeds = tuple(range(int(text)))
-    except ValueError:
-        seeds = ()
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={text!r}: must be a count such as 3, or a list such as 0,7 or 0,")
-    return seeds

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ffkernels.analysis.race import APART, Watch, draw_saved, draw_steps, outcome, race
-from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -50,14 +49,14 @@ def rank(
         raise ValueError(f"method={config.method!r} has no rank; allowed here are 'lora' and 'dora'")
     if not ranks or len(set(ranks)) != len(ranks):
         raise ValueError(f"ranks={tuple(ranks)!r}: must be one or more integers, each once")
+    config = config.with_fast_forward()
     configs = [rank_config(config, r, scaling) for r in ranks]  # all are checked before the first one runs
-    ff = config.fast_forward or FastForwardConfig()
     runs = []
     for one in configs:
         trainable: list[int] = []
         adam, results = race(
             one,
-            {f"rank-{one.rank}": ff},
+            {f"rank-{one.rank}": config.fast_forward},
             check_every=check_every,
             tolerance=tolerance,
             watch=watch,
@@ -73,12 +72,7 @@ def rank(
                 "ff": outcome(forwarded, adam),
             }
         )
-    settings = {
-        "scaling": scaling,
-        "check_every": check_every,
-        "config": dataclasses.replace(config, fast_forward=ff).to_dict(),
-    }
-    return {**settings, "runs": runs}
+    return {"scaling": scaling, "check_every": check_every, "config": config.to_dict(), "runs": runs}
 
 
 def rank_config(config: TrainConfig, rank: int, scaling: str) -> TrainConfig:

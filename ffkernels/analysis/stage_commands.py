@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ffkernels.analysis.options import integers, seeds_of, settings, shared_options
+from ffkernels.analysis.options import integers, settings, shared_options
 from ffkernels.analysis.show import finish, percent, working
+from ffkernels.training import options
 
 __all__ = ["COMMANDS"]
 
@@ -111,14 +112,14 @@ def tau_sweep(
 @shared_options(omit=("seed",), lr=3e-4, interval=3, steps=60, test_examples=8)
 def stages(
     ctx: typer.Context,
-    seeds: Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which (0,7 or 7,).")] = "3",
+    seeds: options.Seeds = "3",
 ) -> None:
     """Figs. 11 and 12: τ* over the stages, and against gradient norm and condition number."""
     from ffkernels.analysis.stage_taus import draw, stage_taus
 
     config = settings(ctx)
     with working("training and counting steps", ctx.params):
-        data = stage_taus(config, seeds=seeds_of(seeds))
+        data = stage_taus(config, seeds=options.seeds_of(seeds))
     found = data["correlations"]
     names = {"gradient_norm": "gradient norm", "condition_number": "condition number"}
     rows = [

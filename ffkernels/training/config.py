@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ffkernels.engine.config import FastForwardConfig
@@ -199,6 +199,10 @@ class TrainConfig:
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1.0 + math.cos(math.pi * done))
         return self.lr
+
+    def with_fast_forward(self) -> TrainConfig:
+        """The same run with Fast Forward: as it is set, or else with its default settings."""
+        return self if self.fast_forward is not None else replace(self, fast_forward=FastForwardConfig())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the run log and the checkpoint."""

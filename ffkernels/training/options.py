@@ -101,6 +101,8 @@ FindLr = Annotated[
     ),
 ]
 Impl = Annotated[str, typer.Option(help="What moves the weights: auto, torch, cpp, triton or cuda.")]
+Search = Annotated[str, typer.Option(help="Fast Forward's search: parabolic or linear (the paper's).")]
+Seeds = Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which (0,7 or 7,).")]
 Seed = Annotated[int, typer.Option(help="Of data split and order, adapter and dropout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[
@@ -161,6 +163,20 @@ def stages(ctx: typer.Context, **fixed: Any) -> FastForwardConfig:
     if of_preset is not None:
         values |= {n: getattr(of_preset, n) for n in names if not _given(ctx, n)}
     return FastForwardConfig(**{**values, **fixed})
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """``"3"`` is three seeds 0, 1, 2; ``"0,7"`` and ``"7,"`` name them."""
+    try:
+        if "," in text:
+            seeds = tuple(int(part) for part in text.split(",") if part.strip())
+        else:
+            seeds = tuple(range(int(text)))
+    except ValueError:
+        seeds = ()
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={text!r}: must be a count such as 3, or a list such as 0,7 or 0,")
+    return seeds
 
 
 def _given(ctx: typer.Context, *fields: str) -> list[str]:

@@ -182,7 +182,6 @@ def train(
             measure_test_loss()
         if reached_target():
             stopped = TARGET_REACHED
-        found_before = getattr(ff, "finding", None)
 
         while progress.optimizer_steps < steps and stopped is None:
             if interrupt.wanted:
@@ -206,7 +205,8 @@ def train(
             progress.optimizer_steps += 1
             stage = ff.stages[-1] if ff is not None and len(ff.stages) > stages_before else None
             found = getattr(ff, "finding", None)
-            found, found_before = (found if found is not found_before else None), found
+            if found is not None and found.optimizer_step != progress.optimizer_steps:
+                found = None  # of an earlier step
             staged = stage.seconds if stage is not None else 0.0
             if found is not None:
                 staged += found.seconds

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from ffkernels.analysis.commands import app as analyze
-from ffkernels.analysis.options import integers, seeds_of, settings, shared_options
+from ffkernels.analysis.options import integers, settings, shared_options
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.presets import preset
@@ -106,13 +106,9 @@ def test_settings_name_what_is_wrong():
 def test_lists():
     assert integers("24, 6,12,6", "--at") == (6, 12, 24)
     assert integers("0,3", "--at", low=0) == (0, 3)
-    assert seeds_of("3") == (0, 1, 2) and seeds_of("7,") == (7,) and seeds_of("5,1") == (5, 1)
     for text in ("0,3", "a", ""):
         with pytest.raises(ValueError, match="--it"):
             integers(text, "--it")
-    for text in ("0", "-1", "1,1", "x", ",", "-1,2"):
-        with pytest.raises(ValueError, match="seeds="):
-            seeds_of(text)
 
 
 def test_every_command_has_help_and_the_defaults_of_the_contract():

@@ -103,6 +103,14 @@ def test_steps_that_are_given_are_not_replaced_by_the_presets_epochs(context):
     assert config.epochs == 2
 
 
+def test_seeds_are_a_count_or_a_list():
+    seeds_of = options.seeds_of
+    assert seeds_of("3") == (0, 1, 2) and seeds_of("7,") == (7,) and seeds_of("5,1") == (5, 1)
+    for text in ("0", "-1", "1,1", "x", ",", "-1,2"):
+        with pytest.raises(ValueError, match="seeds="):
+            seeds_of(text)
+
+
 def test_every_preset_is_a_training_run(monkeypatch):
     from ffkernels.training.presets import PRESETS, preset
 
