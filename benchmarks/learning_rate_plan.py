@@ -1,0 +1,89 @@
+"""What `learning_rate.py` runs, in the order of what is most needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from ffkernels.training.config import TrainConfig
+
+TASKS = ("instruction", "medical", "chat")
+STARTS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the learning rates that one may begin with
+SWEEP = (3e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 2e-2, 3e-2)  # what tuned Adam is the best of
+STEPS, WARMUP, BATCH, LENGTH, TESTS = 60, 6, 32, 64, 400
+ALL_LINEAR = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+# Changes to the settings of the standard run.
+VARIANTS: dict[str, dict[str, object]] = {
+    "standard": {},
+    "rank 64": {"rank": 64, "alpha": 128},
+    "DoRA": {"method": "dora"},
+    "all-linear": {"targets": ALL_LINEAR},
+    "bf16 base": {"dtype": "bfloat16"},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; its fields are in its result."""
+
+    task: str
+    seed: int
+    contender: str
+    lr: float
+    schedule: str = "constant"
+    variant: str = "standard"
+    steps: int = STEPS
+
+    @property
+    def key(self) -> str:
+        return " ".join(map(str, asdict(self).values()))
+
+    def config(self, model: str = "tiny") -> TrainConfig:
+        settings: dict[str, object] = {
+            "model": model,
+            "task": self.task,
+            "seed": self.seed,
+            "batch_size": BATCH,
+            "max_length": LENGTH,
+            "test_examples": TESTS,
+            "device": "cpu",
+            "threads": 1,
+            **VARIANTS[self.variant],
+        }
+        return TrainConfig(**settings)  # type: ignore[arg-type]
+
+
+def sweep(
+    tasks: Sequence[str], seeds: Sequence[int], rates: Sequence[float], **fields: object
+) -> Iterator[Run]:
+    for seed in seeds:
+        for task in tasks:
+            for lr in rates:
+                yield Run(task, seed, "adam", lr, **fields)  # type: ignore[arg-type]
+
+
+def of(contender: str, seeds: Sequence[int], rates: Sequence[float], **fields: object) -> Iterator[Run]:
+    for seed in seeds:
+        for task in TASKS:
+            for lr in rates:
+                yield Run(task, seed, contender, lr, **fields)  # type: ignore[arg-type]
+
+
+def calibrate() -> Iterator[Run]:
+    """Seeds that the evaluation does not use: what part of the found rate is best, under both schedules."""
+    for seed in (10, 11):
+        for schedule in ("linear", "constant"):
+            yield from sweep(TASKS, (seed,), (1e-2, 2e-2, 3e-2, 5e-3, 1.4e-2), schedule=schedule)
+            for contender in ("find", "find*0.7", "find*0.5", "find-twice"):
+                yield from of(contender, (seed,), (1e-4,), schedule=schedule)
+
+
+def fast() -> Iterator[Run]:
+    """A dry run; its numbers mean nothing."""
+    for contender, lr in (("adam", 1e-2), ("find", 1e-4), ("find+stages", 1e-3), ("keep", 1e-3)):
+        yield Run("instruction", 0, contender, lr, steps=12)
+    yield Run("instruction", 0, "find-twice", 1e-4, "linear", "bf16 base", 16)
+
+
+PLANS = {"calibrate": calibrate, "fast": fast}
