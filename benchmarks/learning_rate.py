@@ -1,11 +1,11 @@
-"""From any learning rate: what finding one costs and brings, beside a sweep, rules of thumb and other finders.
+"""From any learning rate: what finding one costs and brings, beside sweeps, rules of thumb, other finders.
 
     python benchmarks/learning_rate.py --plan fast             a dry run
     python benchmarks/learning_rate.py --plan grid             hours on one core; goes on where it was stopped
     python benchmarks/learning_rate.py --plan grid --list      what is left to run
 
-Each run has the FLOPs of so many Adam steps and spends them on whatever it does: steps, validations, searches.
-One line of JSON is written per finished run; what is there is not run again.
+Each run has the FLOPs of so many Adam steps and spends them on whatever it does: steps, validations,
+searches. One line of JSON is written per finished run; what is there is not run again.
 """
 
 from __future__ import annotations

@@ -54,18 +54,15 @@ class Run:
         return TrainConfig(**settings)  # type: ignore[arg-type]
 
 
-def sweep(
-    tasks: Sequence[str], seeds: Sequence[int], rates: Sequence[float], **fields: object
+def of(
+    contender: str,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    tasks: Sequence[str] = TASKS,
+    **fields: object,
 ) -> Iterator[Run]:
     for seed in seeds:
         for task in tasks:
-            for lr in rates:
-                yield Run(task, seed, "adam", lr, **fields)  # type: ignore[arg-type]
-
-
-def of(contender: str, seeds: Sequence[int], rates: Sequence[float], **fields: object) -> Iterator[Run]:
-    for seed in seeds:
-        for task in TASKS:
             for lr in rates:
                 yield Run(task, seed, contender, lr, **fields)  # type: ignore[arg-type]
 
@@ -74,9 +71,9 @@ def calibrate() -> Iterator[Run]:
     """Seeds that the evaluation does not use: what part of the found rate is best, under both schedules."""
     for seed in (10, 11):
         for schedule in ("linear", "constant"):
-            yield from sweep(TASKS, (seed,), (1e-2, 2e-2, 3e-2, 5e-3, 1.4e-2), schedule=schedule)
+            yield from of("adam", (1e-2, 2e-2, 3e-2, 5e-3, 1.4e-2), (seed,), schedule=schedule)
             for contender in ("find", "find*0.7", "find*0.5", "find-twice"):
-                yield from of(contender, (seed,), (1e-4,), schedule=schedule)
+                yield from of(contender, (1e-4,), (seed,), schedule=schedule)
 
 
 def fast() -> Iterator[Run]:

@@ -273,9 +273,9 @@ def train(
         tests: where to measure the test loss besides the end, as shares of ``steps``; charged to nobody.
 
     Returns:
-        Plain values: ``loss`` at the end (None where it is not finite), ``curve`` of ``[optimizer steps, FLOPs,
-        test loss]``, ``found``, ``forwards``, ``batches``, ``own_flops``, ``flops``, ``worst`` of the training
-        losses, and why it ended where it did not end well.
+        Plain values: ``loss`` at the end (None where it is not finite), ``curve`` of ``[optimizer steps,
+        FLOPs, test loss]``, ``found``, ``forwards``, ``batches``, ``own_flops``, ``flops``, ``worst`` of the
+        training losses, and why it ended where it did not end well.
     """
     begin = perf_counter()
     bench.reset()
