@@ -20,6 +20,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "DoRA": {"method": "dora"},
     "all-linear": {"targets": ALL_LINEAR},
     "bf16 base": {"dtype": "bfloat16"},
+    "SmolLM2-135M": {"model": "smollm2-135m", "dtype": "bfloat16", "batch_size": 8, "test_examples": 96},
 }
 
 
@@ -83,4 +84,14 @@ def fast() -> Iterator[Run]:
     yield Run("instruction", 0, "find-twice", 1e-4, "linear", "bf16 base", 16)
 
 
-PLANS = {"calibrate": calibrate, "fast": fast}
+def smollm2() -> Iterator[Run]:
+    """A real model at a size that one CPU core can train."""
+    where = {"tasks": TASKS[:2], "variant": "SmolLM2-135M"}
+    for rates in ((3e-3, 1e-2), (1e-3,)):
+        yield from of("adam", rates, (0,), **where)
+    for lr in (1e-5, 1e-3, 1e-4):
+        yield from of("find", (lr,), (0,), **where)
+    yield from of("adam", (3e-2,), (0,), **where)
+
+
+PLANS = {"calibrate": calibrate, "fast": fast, "smollm2": smollm2}
