@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ffkernels.engine.learning_rate import Finding, find_learning_rate
     from ffkernels.engine.search import LinearSearch, ParabolicSearch
     from ffkernels.engine.validation import ValidationLoss
+    from ffkernels.engine.validation_pool import ValidationPool
     from ffkernels.training.callback import FastForwardCallback
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ _HOMES = {
     "ParabolicSearch": "ffkernels.engine.search",
     "Stage": "ffkernels.engine.fast_forward",
     "ValidationLoss": "ffkernels.engine.validation",
+    "ValidationPool": "ffkernels.engine.validation_pool",
     "find_learning_rate": "ffkernels.engine.learning_rate",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "ParabolicSearch",
     "Stage",
     "ValidationLoss",
+    "ValidationPool",
     "__version__",
     "find_learning_rate",
     "ops",

@@ -33,6 +33,7 @@ from ffkernels.engine.search import BASELINE_NOT_FINITE, make_search
 from ffkernels.engine.stage import Stage
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.validation_pool import draw_for_stage
 from ffkernels.engine.weights import (
     NameFilter,
     local_tensors,
@@ -82,7 +83,8 @@ class FastForward:
         model: the module that trains.
         optimizer: its optimizer, or a wrapper that keeps it as ``.optimizer``; the hooks sit on the inner
             one.
-        validation: a ``ValidationLoss``, or what makes one: batches or a callable ``loss_fn(model)``.
+        validation: a ``ValidationLoss``, or what makes one: batches or a callable ``loss_fn(model)``. Of a
+            ``ValidationPool``, other examples are drawn before each stage.
         config: when and how; see ``FastForwardConfig``.
         include, exclude: narrow the moved tensors by name (predicate, regular expression or several).
         defer: do not run a stage inside ``optimizer.step()``; it waits for ``run_due_stage()``. For loops
@@ -261,6 +263,8 @@ class FastForward:
         self._switched_off = bool(state["switched_off"])
         self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
         self._rate.load_state_dict(state)
+        if self.ranks is None:  # there each draws together with the others, at its next stage
+            draw_for_stage(self.validation, max(0, len(self.stages) - 1))
         self._armed = self._due_now = False
         self._unconfirmed = True
 
@@ -342,6 +346,7 @@ class FastForward:
         stage = Stage(self.optimizer_steps, executor=executor.name)
         search = make_search(self.config.search, self.config.max_tau)
         program = StageProgram(table, self.validation, search)
+        stage.draw = draw_for_stage(self.validation, len(self.stages))
         stale = table.is_stale()
         if self.ranks is not None:
             stale = self.ranks.in_step(self.optimizer_steps, self._failures, stale)

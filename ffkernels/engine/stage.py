@@ -27,6 +27,8 @@ class Stage:
         executor: which executor ran it: "eager", "step_graph" or "stage_graph".
         executor_reason: why that one; empty in records from before there was a choice.
         stopped_because: why the search ended.
+        draw: which examples of a ``ValidationPool`` its losses are of; None where they are always the same.
+            Losses of stages with different draws do not compare.
     """
 
     optimizer_step: int
@@ -39,6 +41,7 @@ class Stage:
     executor: str = "eager"
     executor_reason: str = ""
     stopped_because: str = ""
+    draw: int | None = None
 
     @property
     def evaluations(self) -> int:

@@ -153,22 +153,27 @@ def assign(examples: Sequence[Example], rooms: Sequence[tuple[int, int, int]]) -
     """Examples for micro-batches of (rows, length, labels), or None where they were not found to fit.
 
     From long to short: a room that is long enough for an example is so for all later ones, so any free row
-    will do, and the one with most labels to spare is taken.
+    will do. The one with most labels to spare is taken or, where that leads nowhere, the longest: examples,
+    in this order each no larger than one of those that the rooms were made for, then fit for certain.
     """
-    placed: list[list[Example]] = [[] for _ in rooms]
-    spare = [labels for _, _, labels in rooms]
-    for example in sorted(examples, key=lambda example: (-example.computed, -example.scored)):
-        fitting = [
-            i
-            for i, (rows, length, _) in enumerate(rooms)
-            if length >= example.computed and rows > len(placed[i]) and spare[i] >= example.scored
-        ]
-        if not fitting:
-            return None
-        chosen = max(fitting, key=spare.__getitem__)
-        placed[chosen].append(example)
-        spare[chosen] -= example.scored
-    return placed
+    ordered = sorted(examples, key=lambda example: (-example.computed, -example.scored))
+    for longest in (False, True):
+        placed: list[list[Example]] = [[] for _ in rooms]
+        spare = [labels for _, _, labels in rooms]
+        for example in ordered:
+            fitting = [
+                i
+                for i, (rows, length, _) in enumerate(rooms)
+                if length >= example.computed and rows > len(placed[i]) and spare[i] >= example.scored
+            ]
+            if not fitting:
+                break
+            chosen = max(fitting, key=lambda i: (rooms[i][1], i) if longest else (spare[i], -i))
+            placed[chosen].append(example)
+            spare[chosen] -= example.scored
+        else:
+            return placed
+    return None
 
 
 class LabelledLoss:

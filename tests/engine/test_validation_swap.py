@@ -192,6 +192,9 @@ def test_examples_find_their_places():
         for group, (rows, length, labels) in zip(placed, rooms, strict=True):
             assert len(group) <= rows and sum(one.scored for one in group) <= labels
             assert all(one.computed <= length for one in group)
+    # The first in the room with most labels would leave none that has enough for the second.
+    placed = assign([example(3, 1), example(2, 2)], [(1, 3, 3), (1, 4, 1)])
+    assert [[one.scored for one in group] for group in placed] == [[2], [1]]
     assert assign([example(3, 1)] * 2, [(1, 3, 9)]) is None
     assert assign([example(4, 1)], [(1, 3, 9)]) is None
     assert assign([example(3, 3)], [(1, 3, 2)]) is None
