@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import time
@@ -29,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--plan", choices=PLANS, default="grid" if "grid" in PLANS else "fast")
+    parser.add_argument("--plan", choices=PLANS, default="grid")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="runs with all these words")
     parser.add_argument("--until", help="HH:MM of this machine's clock: begin no run after that")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning_rate.jsonl"), help="a line per run")
@@ -82,9 +83,11 @@ def measure(run: Run, benches: dict[str, Any]) -> dict[str, Any]:
     if name not in benches:
         benches[name] = Bench(config)
     make = {**CONTENDERS, **peers()}[run.contender]
-    tests = [i / 10 for i in range(1, 10)] if run.steps > STEPS else (0.5, 0.75)
-    if run.schedule != "constant":
-        tests = tests[1::4] if run.steps > STEPS else ()
+    tests: Sequence[float] = ()  # under a decay they say little before its end
+    if run.steps > STEPS:
+        tests = [i / 10 for i in range(1, 10)]
+    elif run.schedule == "constant" and run.seed == 0:
+        tests = (0.5, 0.75)
     try:
         return train(
             benches[name],

@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from ffkernels.training.config import TrainConfig
 
 TASKS = ("instruction", "medical", "chat")
-STARTS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the learning rates that one may begin with
+CLAIMED = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # learning rates that one may begin with
+BEYOND = (3e-2,)
 SWEEP = (3e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 2e-2, 3e-2)  # what tuned Adam is the best of
+RULES = (2e-4, 1e-3)  # of thumb; 1e-2 is one of the sweep
+SEEDS = (0, 1, 2)
 STEPS, WARMUP, BATCH, LENGTH, TESTS = 60, 6, 32, 64, 400
 ALL_LINEAR = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
@@ -77,6 +80,56 @@ def calibrate() -> Iterator[Run]:
                 yield from of(contender, (1e-4,), (seed,), schedule=schedule)
 
 
+def grid() -> Iterator[Run]:
+    """The evaluation. Every second start first, so that what is cut is a start and not a condition."""
+    sweeps = {"constant": (1e-2, 7e-3, 1.4e-2, 2e-2, 5e-3), "linear": (2e-2, 1.4e-2, 1e-2, 3e-2)}
+    first, others = CLAIMED[::2], CLAIMED[1::2]
+    for seed in SEEDS:
+        for schedule, rates in sweeps.items():
+            yield from of("adam", rates, (seed,), schedule=schedule)
+            yield from of("find", first if seed == 0 else (1e-5, 1e-2), (seed,), schedule=schedule)
+    for seed in SEEDS[1:]:
+        for schedule in sweeps:
+            yield from of("find", first[1:-1], (seed,), schedule=schedule)
+    yield from long()
+    yield from of("adam", RULES, (0,))
+    yield from rivals((0,))
+    for seed in SEEDS:
+        for schedule in sweeps:
+            yield from of("find", others, (seed,), schedule=schedule)
+    for variant in ("rank 64", "bf16 base", "all-linear", "DoRA"):
+        yield from of("adam", (1e-2, 5e-3, 2e-2), (0,), variant=variant)
+        yield from of("find", (1e-5, 1e-3), (0,), variant=variant)
+    yield from of("adam", (1e-5, 3e-5, 1e-4, 3e-4, 3e-3, 3e-2), (0,))
+    yield from of("find", BEYOND, SEEDS)
+    yield from of("adam", RULES, SEEDS[1:])
+    yield from rivals(SEEDS[1:])
+
+
+def long() -> Iterator[Run]:
+    """Ten times the steps: does it diverge?"""
+    for lr in (1e-2, 1e-5, 1e-3):
+        for task in TASKS:
+            yield Run(task, 0, "find", lr, steps=10 * STEPS)
+
+
+def rivals(seeds: Sequence[int]) -> Iterator[Run]:
+    """Other finders and optimizers without a learning rate, as far as they are installed."""
+    from learning_rate_runs import peers
+
+    for name in peers():
+        yield from of(name, (1e-4,), seeds)
+
+
+def fast_forward() -> Iterator[Run]:
+    """With stages: their search is what changes most often, so they are measured by themselves."""
+    for contender in ("find+stages", "keep"):
+        for lr in (1e-4, 1e-3, 1e-2):
+            yield from of(contender, (lr,), (0,))
+    for contender in ("find+stages", "keep"):
+        yield from of(contender, (1e-4, 1e-2), SEEDS[1:])
+
+
 def fast() -> Iterator[Run]:
     """A dry run; its numbers mean nothing."""
     for contender, lr in (("adam", 1e-2), ("find", 1e-4), ("find+stages", 1e-3), ("keep", 1e-3)):
@@ -94,4 +147,10 @@ def smollm2() -> Iterator[Run]:
     yield from of("adam", (3e-2,), (0,), **where)
 
 
-PLANS = {"calibrate": calibrate, "fast": fast, "smollm2": smollm2}
+PLANS = {
+    "grid": grid,
+    "fast-forward": fast_forward,
+    "smollm2": smollm2,
+    "calibrate": calibrate,
+    "fast": fast,
+}
