@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ffkernels.engine.search import BUDGET_SPENT, CONVERGED
-from ffkernels.engine.significance import really_higher
+from ffkernels.engine.significance import Rises
 
 __all__ = ["LARGEST", "MAX_EVALUATIONS", "SMALLEST", "Place", "RateSearch"]
 
@@ -64,6 +64,7 @@ class RateSearch:
 
     def __init__(self, tokens: Sequence[float] | None = None) -> None:
         self.tokens = tokens
+        self._rises = Rises(tokens)
         self.places: list[Place] = []
         self.stopped_because: str | None = None
         self._next, self._phase, self._vertices = 0.0, "ends", 0
@@ -96,25 +97,18 @@ class RateSearch:
         if (sums is None) != (self.tokens is None):
             raise ValueError("sums by example go with a search that was given tokens, and only with one")
         place = Place(scale, loss if math.isfinite(loss) else math.inf, sums)
+        sure = self._rises.sure(place.loss, sums)
         if not self.places:
             self.places.append(place)
             if place.loss == math.inf:
                 self.stopped_because = BASELINE_NOT_FINITE
             self._next = 1.0
             return
-        rose = self._rose(place)
+        rose = sure and place.loss > self.best.loss
         self.places.append(place)
         getattr(self, f"_after_{self._phase}")(place, rose)
         if len(self.places) == MAX_EVALUATIONS and not self.stopped_because:
             self._stop(BUDGET_SPENT)
-
-    def _rose(self, place: Place) -> bool:
-        best = self.best
-        if place.loss <= best.loss:
-            return False
-        if self.tokens is None or place.loss == math.inf:
-            return True
-        return really_higher(best.sums, place.sums, self.tokens, seen=len(self.places))
 
     def _after_ends(self, place: Place, rose: bool) -> None:
         self._phase, self._next = ("down", 0.5) if rose else ("up", 2.0)

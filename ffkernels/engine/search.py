@@ -6,10 +6,14 @@ weights) always comes first and is the baseline, and ``best_tau`` is the first �
 loss: never one that is worse than τ = 0.
 
 - ``LinearSearch`` is the paper's: τ = 0, 1, 2, … until the loss does not fall.
-- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …), then refines inside the bracket: parabola vertices
-  while the parabola keeps its promises, golden sections where it does not. It ends when what the parabola
-  still promises, plus the larger of its last two errors, is at most 0.05 % of the loss decrease found so
-  far, or when no integer is left.
+- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …) until a rise is sure, then refines inside the bracket:
+  parabola vertices while the parabola keeps its promises, golden sections where it does not. It ends when
+  what the parabola still promises, plus the larger of its last two errors, is at most 0.05 % of the loss
+  decrease found so far, when no integer is left, or when it meets a loss that is not lower and not surely
+  higher: what is left to be gained there cannot be told from noise.
+
+Whether a rise is sure is for the caller to say (``significance``). Where every rise is, noise or not, the
+parabolic search is the plain one for a unimodal loss.
 
 A non-finite loss counts as +inf. All decisions are taken in float64 in a fixed order of operations, so
 that the device twin of these machines can make identical choices.
@@ -67,8 +71,12 @@ class Search:
         """The τ to measure next, or None when the search has ended. Asking twice changes nothing."""
         return None if self.stopped_because else self._next
 
-    def observe(self, tau: int, loss: float) -> None:
+    def observe(self, tau: int, loss: float, sure: bool = True) -> None:
         """Report the validation loss at the proposed τ.
+
+        Args:
+            sure: where ``loss`` is not below ``best_loss``, whether that is a real rise, not noise. A loss
+                that is not finite is one always. Not looked at otherwise, nor by ``LinearSearch``.
 
         Raises:
             RuntimeError: when the search has ended.
@@ -83,7 +91,7 @@ class Search:
         loss = float(loss)
         self.losses.append((tau, loss))
         if not math.isfinite(loss):
-            loss = math.inf
+            loss, sure = math.inf, True
         if len(self.losses) == 1:
             self.best_loss = loss
             if loss == math.inf:
@@ -94,9 +102,9 @@ class Search:
         self.accepted = loss < self.best_loss
         if self.accepted:
             self.best_tau, self.best_loss = tau, loss
-        self._advance(tau, loss)
+        self._advance(tau, loss, sure)
 
-    def _advance(self, tau: int, loss: float) -> None:
+    def _advance(self, tau: int, loss: float, sure: bool) -> None:
         raise NotImplementedError
 
     def _stop(self, reason: str) -> None:
@@ -108,7 +116,7 @@ class LinearSearch(Search):
 
     name = "linear"
 
-    def _advance(self, tau: int, loss: float) -> None:
+    def _advance(self, tau: int, loss: float, sure: bool) -> None:
         if not self.accepted:
             self._stop(IMPROVEMENT_ENDED if tau > 1 else NO_IMPROVEMENT)
         elif tau == self.max_tau:
@@ -129,30 +137,37 @@ class ParabolicSearch(Search):
     def __init__(self, max_tau: int = 1024) -> None:
         super().__init__(max_tau)
         self.max_evaluations = int(2 * math.log2(max_tau)) + 6
-        # The bracket a < b < c: f(b) < f(a), f(b) <= f(c), b is the best τ; c is None while doubling.
+        # The bracket a < b < c: b is the best τ, a and c are the measured ones next to it.
         self._a, self._fa = 0, math.inf
-        self._c: int | None = None
-        self._fc = math.inf
+        self._c, self._fc = 0, math.inf  # 0: nothing above b was measured
+        self._before, self._before_loss = 0, math.inf  # while doubling: what was measured last
+        self._doubling = True
         self._vertices = 0
         self._predicted = math.inf  # what the parabola promised for the τ that is being measured
         self._last_miss = math.inf
 
-    def _advance(self, tau: int, loss: float) -> None:
-        if self._c is None:
-            self._double(tau, loss)
+    def _advance(self, tau: int, loss: float, sure: bool) -> None:
+        if self._doubling:
+            self._double(tau, loss, sure)
         else:
-            self._narrow(tau, loss)
+            self._narrow(tau, loss, sure)
 
-    def _double(self, tau: int, loss: float) -> None:
-        if not self.accepted:
-            if tau == 1:
-                return self._stop(NO_IMPROVEMENT)
+    def _double(self, tau: int, loss: float, sure: bool) -> None:
+        if tau == 1:
+            self._before_loss = self.losses[0][1]
+        if self.accepted:
+            self._a, self._fa, self._c, self._fc = self._before, self._before_loss, 0, math.inf
+        elif self._c == 0:
             self._c, self._fc = tau, loss
-            return self._refine()
-        self._a, self._fa = self.losses[-2]  # while doubling, the former best is the point before
-        if tau < self.max_tau:
+        self._before, self._before_loss = tau, loss
+        if tau < self.max_tau and (self.accepted or not sure):
             self._next = min(2 * tau, self.max_tau)
             return None
+        self._doubling = False
+        if self.best_tau == 0:
+            return self._stop(NO_IMPROVEMENT)
+        if not self.accepted:
+            return self._refine()
         # Still falling at the limit: the loss beyond counts as inf, and one point before the limit tells
         # whether the minimum has been passed.
         self._c = tau + 1
@@ -162,7 +177,7 @@ class ParabolicSearch(Search):
         self._next = tau - 1
         return None
 
-    def _narrow(self, tau: int, loss: float) -> None:
+    def _narrow(self, tau: int, loss: float, sure: bool) -> None:
         miss = abs(loss - self._predicted)  # loss may be inf too: a miss is then nan, which counts as inf
         if self.accepted:  # the former best becomes the end on its side
             if tau > self._b:
@@ -173,7 +188,9 @@ class ParabolicSearch(Search):
             self._c, self._fc = tau, loss
         else:
             self._a, self._fa = tau, loss
-        self._refine(miss if math.isfinite(miss) else math.inf)
+        if not self.accepted and not sure:
+            return self._stop(REACHED_MAX_TAU if self._b == self.max_tau else CONVERGED)
+        return self._refine(miss if math.isfinite(miss) else math.inf)
 
     def _refine(self, miss: float = math.inf) -> None:
         """Choose the next τ inside the bracket, or end. ``miss``: the error of the last prediction."""

@@ -15,7 +15,7 @@ step, so both make a rise unproven.
 A search compares each new loss with the lowest of k earlier ones. Of k losses that differ by noise alone, the
 lowest is low by luck. To be higher than the lowest is to be higher than some one of k, so by the union bound
 
-    a rise is real   where   t > t_{m−1}(1 − LEVEL / k)
+    a rise is real   where   D > 0 and t² > q_k²,   q_k = t_{m−1}(1 − LEVEL / k),
 
 calls noise a rise with a probability of about LEVEL per comparison. LEVEL is small since the two errors do
 not cost the same: a rise that was missed costs one more validation (the next place is twice as far and its
@@ -31,7 +31,16 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-__all__ = ["LEAST_EXAMPLES", "LEVEL", "paired_t", "really_higher", "t_quantile"]
+__all__ = [
+    "LEAST_EXAMPLES",
+    "LEVEL",
+    "Rises",
+    "critical_values",
+    "higher",
+    "jackknife_weights",
+    "really_higher",
+    "t_quantile",
+]
 
 LEVEL = 0.01
 LEAST_EXAMPLES = 4  # that fewer prove nothing, whatever their losses
@@ -57,23 +66,57 @@ def t_quantile(probability: float, freedom: int) -> float:
     return z * sum(term / freedom**power for power, term in enumerate(terms))
 
 
-def paired_t(low: Sequence[float], high: Sequence[float], tokens: Sequence[float]) -> float:
-    """t of the difference of two losses, above 0 where ``high`` is the higher; 0 where they are equal.
+def critical_values(examples: int, count: int) -> list[float]:
+    """[k]: q² (m−1)/m, what t² of a rise over the lowest of k losses must exceed, k = 0 … ``count`` − 1.
+
+    For ``examples`` = m, those with labelled tokens. The factor is that of the jackknife, so that ``higher``
+    needs none. Entry 0, where nothing was seen, is inf.
+    """
+    factor = 1 - 1 / examples if examples else 1.0
+    quantiles = (t_quantile(1 - LEVEL / seen, examples - 1) for seen in range(1, count))
+    return [math.inf, *(quantile * quantile * factor for quantile in quantiles)][:count]
+
+
+def jackknife_weights(tokens: Sequence[float]) -> list[float]:
+    """1 / (1 − w_i) of each example; 0 for one that has all the tokens."""
+    size = _sum(tokens)
+    return [1 / (1 - n / size) if n < size else 0.0 for n in tokens]
+
+
+def higher(
+    low: Sequence[float],
+    high: Sequence[float],
+    tokens: Sequence[float],
+    weights: Sequence[float],
+    critical: float,
+) -> bool:
+    """The rule, for sums that are finite. One order of additions and no root, so that a device can follow.
 
     Args:
         low, high: summed NLL of each example at the two places.
-        tokens: labelled tokens of each; examples of none are left out.
+        tokens, weights: labelled tokens of each, and its ``jackknife_weights``; one of no tokens counts for
+            nothing.
+        critical: of ``critical_values``.
     """
-    rows = [(b - a, n) for a, b, n in zip(low, high, tokens, strict=True) if n > 0]
-    total = sum(d for d, _ in rows)
-    if not math.isfinite(total) or len(rows) < 2:
-        return math.inf if math.isnan(total) else total * math.inf if total else 0.0
-    size = sum(n for _, n in rows)
-    mean = total / size
-    spread = (1 - 1 / len(rows)) * sum(((d - n * mean) / (1 - n / size)) ** 2 for d, n in rows)
-    if spread == 0.0:
-        return math.copysign(math.inf, total) if total else 0.0
-    return total / math.sqrt(spread)
+    total = 0.0
+    for a, b in zip(low, high, strict=True):
+        total += b - a
+    if not total > 0.0:
+        return False
+    mean = total / _sum(tokens)
+    spread = 0.0
+    for a, b, n, weight in zip(low, high, tokens, weights, strict=True):
+        rest = ((b - a) - n * mean) * weight
+        spread += rest * rest
+    return total * total > critical * spread
+
+
+def _sum(values: Sequence[float]) -> float:
+    """One after the other; the built-in ``sum`` compensates since Python 3.12."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 def really_higher(low: Sequence[float], high: Sequence[float], tokens: Sequence[float], *, seen: int) -> bool:
@@ -81,4 +124,50 @@ def really_higher(low: Sequence[float], high: Sequence[float], tokens: Sequence[
     if not all(map(math.isfinite, high)):
         return True
     examples = sum(n > 0 for n in tokens)
-    return paired_t(low, high, tokens) > t_quantile(1 - LEVEL / max(1, seen), examples - 1)
+    critical = critical_values(examples, max(1, seen) + 1)[-1]
+    return higher(low, high, tokens, jackknife_weights(tokens), critical)
+
+
+class Rises:
+    """The rule along one search: each loss against the lowest before it.
+
+    Args:
+        tokens: labelled tokens of each example; None where there are no losses by example. So few that they
+            prove nothing, below ``LEAST_EXAMPLES``, are as none.
+
+    Attributes:
+        tokens: as given, None where every rise counts.
+        seen: how many losses so far.
+    """
+
+    def __init__(self, tokens: Sequence[float] | None = None) -> None:
+        self.examples = 0 if tokens is None else sum(n > 0 for n in tokens)
+        self.tokens = tokens if self.examples >= LEAST_EXAMPLES else None
+        self.seen = 0
+        self._weights = [] if self.tokens is None else jackknife_weights(self.tokens)
+        self._loss = math.inf
+        self._sums: Sequence[float] | None = None
+
+    def sure(self, loss: float, sums: Sequence[float] | None = None) -> bool:
+        """Whether this loss, the next of the search, is a real rise over the lowest one before it.
+
+        False for the first, for a new lowest one, and for equal ones where there are losses by example.
+
+        Args:
+            loss: the mean loss, Σ S_i / Σ n_i.
+            sums: S_i, as many as ``tokens``; not looked at where those are None.
+
+        Raises:
+            ValueError: when there are ``tokens`` and no sums.
+        """
+        if self.tokens is not None and sums is None:
+            raise ValueError("a loss without its sums by example, in a search that was given their tokens")
+        self.seen += 1
+        loss = loss if math.isfinite(loss) else math.inf
+        if self.seen == 1 or loss < self._loss:
+            self._loss, self._sums = loss, sums
+            return False
+        if self.tokens is None or loss == math.inf:
+            return True
+        critical = critical_values(self.examples, self.seen)[-1]
+        return higher(self._sums, sums, self.tokens, self._weights, critical)
