@@ -1,12 +1,14 @@
 """Several processes, one search: what the ranks of a job tell each other so that all take the same τ.
 
-Every rank holds the whole validation set, runs its own shard of it, and sends 32 bytes:
+Every rank holds the whole validation set, runs its own shard of it, and sends 288 bytes:
 
     (what is being exchanged, whether this rank failed, Σ NLL in float64, labelled tokens, a checksum)
+    Σ NLL of each of its examples, where there are such sums: room for 32
 
 The rows of all ranks come back in rank order and every rank adds them up itself, correctly rounded
 (`math.fsum`): the loss is the same on every rank bit for bit, whatever algorithm the backend uses to move
-bytes, and so is every decision of the search. An all-reduce would carry as much and promise neither.
+bytes, and so is every decision of the search. An all-reduce would carry as much and promise neither. Rows are
+as long whatever they are about, since a rank that failed may be sending its row where others send sums.
 
 Because each row says where its rank is and whether it failed, an exception on one rank becomes an
 exception on all of them at their next exchange, and ranks that are at different places say so instead of
@@ -20,7 +22,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +30,10 @@ import torch
 import torch.distributed as dist
 
 from ffkernels.engine.interrupts import interrupt_later
+from ffkernels.engine.validation_examples import read_together
 
 __all__ = [
+    "ROOM",
     "ROW_BYTES",
     "RankFailed",
     "Ranks",
@@ -53,7 +57,9 @@ _WHAT = {
 }
 _ROW = struct.Struct("<iiddq")
 _WORDS = struct.Struct("<4q")  # the same 32 bytes as the integers in which they travel
-ROW_BYTES = _ROW.size
+_HEAD = 4
+ROOM = 32  # a shard with more examples sends the rest in a second message
+ROW_BYTES = _ROW.size + 8 * ROOM
 
 
 class RankFailed(RuntimeError):
@@ -109,7 +115,12 @@ class Ranks:
             RankFailed: when another rank reports a failure, on every rank that does not.
             RanksDisagree: when the ranks are not all exchanging the same kind of thing.
         """
-        rows = self._gather(Row(kind, False, a, b, c))
+        return self._exchange(Row(kind, False, a, b, c))[0]
+
+    def _exchange(self, mine: Row, numbers: Sequence[float] = ()) -> tuple[list[Row], torch.Tensor]:
+        """The rows, and the numbers beside them, (ranks, ROOM) float64."""
+        kind = mine.kind
+        rows, beside = self._gather(mine, numbers)
         if any(row.failed for row in rows):
             raise RankFailed(self._failures(rows, ""))
         if any(row.kind != kind for row in rows):
@@ -118,21 +129,47 @@ class Ranks:
                 f"the ranks are not at the same place: {_by_value(places)}; every rank must make the same "
                 "calls in the same order"
             )
-        return rows
+        return rows, beside
 
     def mean(self, measure: Callable[[], tuple[Any, float]]) -> float:
         """Σ totals / Σ weights over the ranks, of what ``measure()`` returns on each: (total, weight).
 
         The same float on every rank. What ``measure`` raises is raised here, and as ``RankFailed`` elsewhere.
         """
+        return self.mean_with_sums(lambda: (*measure(), None), ())[0]
+
+    def mean_with_sums(
+        self, measure: Callable[[], tuple[Any, float, torch.Tensor | None]], shares: Sequence[int]
+    ) -> tuple[float, list[float] | None]:
+        """As ``mean``, and the sums by example of all ranks, in rank order.
+
+        Args:
+            measure: returns (total, weight, sums), of which the sums are float64, as many as this rank's
+                share, or None.
+            shares: how many sums each rank has.
+
+        Returns:
+            the mean and the sums; None in their place where a rank sends none.
+        """
         try:
-            total, weight = measure()
-            total = float(total)
+            total, weight, sums = measure()
+            if sums is None:
+                total, numbers = float(total), []
+            else:
+                total, *numbers = read_together(total, sums)
         except BaseException as error:
             self.fail(error, forwards=True)
             raise
-        rows = self.exchange(LOSS, total, weight)
-        return _sum(row.a for row in rows) / _sum(row.b for row in rows)
+        more = max(shares, default=0) - ROOM
+        # Between two messages that belong together nobody may leave.
+        with interrupt_later() if more > 0 else nullcontext():
+            rows, beside = self._exchange(Row(LOSS, False, total, weight, int(sums is not None)), numbers)
+            mean = _sum(row.a for row in rows) / _sum(row.b for row in rows)
+            if not all(row.c for row in rows):
+                return mean, None
+            if more > 0:
+                beside = torch.cat([beside, self._gather_numbers(numbers[ROOM:], more)], 1)
+        return mean, torch.cat([theirs[:n] for theirs, n in zip(beside, shares, strict=True)]).tolist()
 
     def fail(self, error: BaseException, *, forwards: bool = False) -> None:
         """Tell the others at their next exchange that this rank ends with ``error``. Once per error.
@@ -147,7 +184,7 @@ class Ranks:
         if forwards and self.forward_is_collective:
             return
         with suppress(RankFailed):  # the others are gone: this rank's own error is what counts
-            rows = self._gather(Row(0, True, 0.0, 0.0, 0))
+            rows, _ = self._gather(Row(0, True, 0.0, 0.0, 0))
             self._failures(rows, f"{type(error).__name__}: {error}")
 
     def agree(self, facts: Mapping[str, Any], advice: str) -> None:
@@ -183,7 +220,7 @@ class Ranks:
 
     def gather_bytes(self, mine: bytes) -> list[bytes]:
         """The bytes of every rank, in rank order."""
-        lengths = [row.c for row in self._gather(Row(BYTES, False, 0.0, 0.0, len(mine)))]
+        lengths = [row.c for row in self._gather(Row(BYTES, False, 0.0, 0.0, len(mine)))[0]]
         width = max(lengths)
         sent = torch.tensor(list(mine.ljust(width, b"\0")), dtype=torch.uint8).to(self.device)
         received = torch.empty(self.size * width, dtype=torch.uint8, device=self.device)
@@ -191,16 +228,27 @@ class Ranks:
         data = bytes(received.tolist())
         return [data[i * width : i * width + length] for i, length in enumerate(lengths)]
 
-    def _gather(self, row: Row) -> list[Row]:
-        mine = _WORDS.unpack(_ROW.pack(row.kind, row.failed, row.a, row.b, row.c))
+    def _gather(self, row: Row, numbers: Sequence[float] = ()) -> tuple[list[Row], torch.Tensor]:
+        mine = torch.zeros(_HEAD + ROOM, dtype=torch.int64)
+        mine[:_HEAD] = torch.tensor(_WORDS.unpack(_ROW.pack(row.kind, row.failed, row.a, row.b, row.c)))
+        sent = torch.tensor(numbers[:ROOM], dtype=torch.float64)
+        mine.view(torch.float64)[_HEAD : _HEAD + len(sent)] = sent
         received = torch.empty(self.size * len(mine), dtype=torch.int64, device=self.device)
-        self._all_gather(received, torch.tensor(mine, dtype=torch.int64).to(self.device))
-        words = received.tolist()
+        self._all_gather(received, mine.to(self.device))
+        table = received.cpu().view(self.size, len(mine))
         rows = []
-        for start in range(0, len(words), len(mine)):
-            kind, failed, a, b, c = _ROW.unpack(_WORDS.pack(*words[start : start + len(mine)]))
+        for words in table[:, :_HEAD].tolist():
+            kind, failed, a, b, c = _ROW.unpack(_WORDS.pack(*words))
             rows.append(Row(kind, bool(failed), a, b, c))
-        return rows
+        return rows, table.view(torch.float64)[:, _HEAD:]
+
+    def _gather_numbers(self, numbers: Sequence[float], width: int) -> torch.Tensor:
+        """(ranks, width) float64, each rank's numbers and then zeros."""
+        mine = torch.zeros(width, dtype=torch.float64)
+        mine[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+        received = torch.empty(self.size * width, dtype=torch.float64, device=self.device)
+        self._all_gather(received, mine.to(self.device))
+        return received.cpu().view(self.size, width)
 
     def _all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         try:

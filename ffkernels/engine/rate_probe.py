@@ -29,7 +29,7 @@ from ffkernels.engine.rate_search import RateSearch
 from ffkernels.engine.run_state import OptimizerSnapshot
 from ffkernels.engine.significance import LEAST_EXAMPLES, really_higher
 from ffkernels.engine.validation import ValidationLoss
-from ffkernels.engine.validation_examples import ExampleLosses
+from ffkernels.engine.validation_examples import read_together
 from ffkernels.ops.notices import announce_once
 
 __all__ = ["RateProbe"]
@@ -78,7 +78,6 @@ class RateProbe:
         self._looks = 0  # validations that are not part of the search
         self._moves = 0
         self._prepared = False
-        self._examples: ExampleLosses | None = None
         self._tokens: list[float] | None = None
         self._seconds = 0.0
 
@@ -168,13 +167,13 @@ class RateProbe:
         if self._prepared:
             return
         self._prepared = True
-        why = ExampleLosses.why_not(self.validation)
-        if why is None:
-            losses = ExampleLosses(self.validation)
-            tokens = losses.tokens.tolist()
+        tokens = self.validation.example_counts
+        if tokens is None:
+            why = f"it runs on its {self.validation.path} path ({self.validation.reason})"
+        else:
             count = sum(n > 0 for n in tokens)
             if count >= LEAST_EXAMPLES:
-                self._examples, self._tokens = losses, tokens
+                self._tokens = list(map(float, tokens))
                 return
             why = f"{count} validation examples are too few, about 32 are good"
         announce_once(
@@ -185,10 +184,11 @@ class RateProbe:
 
     def _measure(self) -> Measured:
         self._prepare()
-        if self._examples is None:
-            return Measured(float(self.validation()), None)
-        sums = self._examples().tolist()
-        return Measured(sum(sums) / sum(self._tokens), sums)
+        loss, sums = self.validation.measure()
+        if sums is None or self._tokens is None:
+            return Measured(float(loss), None)
+        loss, *sums = read_together(loss, sums)
+        return Measured(loss, sums)
 
     def _move(self, table: ops.TensorTable, scale: float) -> None:
         with interrupt_later():

@@ -10,8 +10,8 @@ Three ways to that number, chosen at construction and kept in `path` with the `r
             (`validation_generic`);
 - callable  `loss_fn(model)`, whatever it computes.
 
-In a job of several processes each runs its share of the examples and all get the same number
-(`validation_shared`).
+The fast path has the loss of each example too (`validation_examples`). In a job of several processes each
+runs its share of the examples and all get the same numbers (`validation_shared`).
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ from ffkernels.engine.validation_batches import (
 )
 from ffkernels.engine.validation_check import disagreement
 from ffkernels.engine.validation_fast import LabelledLoss, could_be_given_a_mask
-from ffkernels.engine.validation_generic import ModelLoss
+from ffkernels.engine.validation_generic import FunctionLoss, ModelLoss
 from ffkernels.engine.validation_shared import (
     SharedLoss,
     shared_function,
     shared_labelled_loss,
     shared_model_loss,
 )
+from ffkernels.ops.notices import announce_once
 
 __all__ = ["ValidationLoss"]
 
@@ -176,7 +177,8 @@ class ValidationLoss:
             )
         if self.path == "generic":
             name = type(unwrap(self.model)[0]).__name__
-            _announce(f"ValidationLoss runs {name} as it is, with full logits: {self.reason}")
+            said = f"ValidationLoss runs {name} as it is, with full logits: {self.reason}"
+            announce_once(f"validation: {said}", said, stacklevel=3)
 
     @property
     def device(self) -> torch.device:
@@ -196,6 +198,19 @@ class ValidationLoss:
     def rows(self) -> list[Example]:
         """The examples of the fast path; another list after each exchange."""
         return self._rows
+
+    @property
+    def example_tokens(self) -> torch.Tensor | None:
+        """n, labelled tokens by example, (rows,) float64 on the device; None where `measure` gives no S.
+
+        In the order of S. After a `swap_batch` in place it is the same tensor, and 0 where a row holds none.
+        """
+        return getattr(self._loss, "example_tokens", None)
+
+    @property
+    def example_counts(self) -> list[int] | None:
+        """The same numbers on the host."""
+        return getattr(self._loss, "example_counts", None)
 
     @property
     def flops(self) -> int:
@@ -218,7 +233,25 @@ class ValidationLoss:
         """The forward alone, for callers that hold the model in `evaluation_mode` themselves."""
         return self._resharded(self._loss)
 
-    def run(self, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def measure(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss, the number that calling this gives, and what it is the mean of, from one forward.
+
+        Returns:
+            the loss, and S, the sums of NLL by example, (rows,) float64 on the device; None in its place on
+            the generic path and for a callable. Of several processes each gets the sums of all, in one order.
+        """
+        self.follow()
+        if self.example_tokens is None:
+            return self(), None
+        return self.run(self._loss.measure)
+
+    def evaluate_with_sums(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `measure`, and the forward alone, as `evaluate`."""
+        if self.example_tokens is None:
+            return self.evaluate(), None
+        return self._resharded(self._loss.measure)
+
+    def run(self, measure: Callable[[], Any]) -> Any:
         """Call ``measure`` as the loss itself is: in evaluation mode, and leaving no trace."""
         with evaluation_mode(self.model, self._device):
             return self._resharded(measure)
@@ -326,9 +359,8 @@ class ValidationLoss:
     def _build(self) -> Callable[[], torch.Tensor]:
         ranks, device = self.ranks, self._device
         if self.path == "callable":
-            return (
-                self._call_function if ranks is None else shared_function(ranks, self._call_function, device)
-            )
+            function = FunctionLoss(self._function, self.model, device)
+            return function if ranks is None else shared_function(ranks, function, device)
         if self._lm is None:
             if ranks is not None:
                 return shared_model_loss(ranks, self.model, self._batches, device)
@@ -348,6 +380,7 @@ class ValidationLoss:
             return
         self._device = device
         if self.path == "callable":
+            self._loss = self._build()
             return
         if self._lm is not None:
             try:
@@ -360,26 +393,6 @@ class ValidationLoss:
         self._flops = None
         self.version += 1
 
-    def _call_function(self) -> torch.Tensor:
-        loss = self._function(self.model)
-        if isinstance(loss, torch.Tensor):
-            loss = loss.detach()
-        try:
-            value = torch.as_tensor(loss, dtype=torch.float64, device=self._device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"loss_fn(model) returned {type(loss).__name__}: one number is needed") from error
-        if value.numel() != 1:
-            raise ValueError(
-                f"loss_fn(model) returned a tensor of shape {tuple(value.shape)}: one number is needed"
-            )
-        return value.reshape(())
-
 
 def _is_loss_function(batches: Any) -> bool:
     return callable(batches) and not any(hasattr(batches, name) for name in ("__iter__", "__getitem__"))
-
-
-def _announce(message: str) -> None:
-    from ffkernels.ops.notices import announce_once
-
-    announce_once(f"validation: {message}", message, stacklevel=4)

@@ -8,87 +8,48 @@ sure the difference of the means is (``significance``).
 The sums are taken by gathering: token losses of a micro-batch, one zero appended, are gathered into a matrix
 of (rows, length) whose free places point at the zero, and the matrix is summed along its rows in float64.
 Unlike adding into rows by index, that is the same order of additions each time. Shapes are fixed, so are the
-addresses of what is read, and a call of ``sums`` reads nothing back to the host: it is written so that it can
-be captured as the loss itself is.
+addresses of what is read, and nothing is read back to the host: it can be captured as the loss itself is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 
-from ffkernels.engine.validation import ValidationLoss
-from ffkernels.engine.validation_fast import LabelledLoss, MicroBatch
+if TYPE_CHECKING:
+    from ffkernels.engine.validation_fast import MicroBatch
 
-__all__ = ["ExampleLosses"]
+__all__ = ["ExampleSums", "read_together"]
 
 
-class ExampleLosses:
-    """Calling it returns S, the sum of NLL per example: (rows,) float64 on the validation's device.
+class ExampleSums:
+    """Where in the token losses of some micro-batches those of each example are.
 
-    Rows are in the order in which the fast path lays them out. A row that holds no example (after
-    ``swap_batch`` with fewer) has S = 0 and n = 0. A call leaves no trace, as one of the validation itself.
-
-    Args:
-        validation: on its fast path and in one process; others have no losses by example.
+    Examples are in the order of the micro-batches' rows. A row that holds no example (after ``swap_batch``
+    with fewer) has S = 0 and n = 0.
 
     Attributes:
-        tokens: n, (rows,) float64 on the same device.
-
-    Raises:
-        ValueError: when the validation has no losses by example; ``why_not`` asks before.
+        tokens: n, (rows,) float64 on ``device``.
+        counts: the same numbers on the host.
     """
 
-    def __init__(self, validation: ValidationLoss) -> None:
-        why = self.why_not(validation)
-        if why:
-            raise ValueError(f"this validation has no losses by example: {why}")
-        self.validation = validation
-        self._labelled: LabelledLoss | None = None
-        self._read_from: object = None
-        self._places: list[torch.Tensor] = []
-        self.follow()
+    def __init__(self, micro_batches: Sequence[MicroBatch], device: torch.device) -> None:
+        self._places = [_places(batch).to(device) for batch in micro_batches]
+        self.counts = _counts(micro_batches)
+        self.tokens = torch.tensor(self.counts, dtype=torch.float64, device=device)
 
-    @staticmethod
-    def why_not(validation: object) -> str | None:
-        """Why there are no losses by example; None where there are."""
-        if not isinstance(validation, ValidationLoss):
-            return f"a {type(validation).__name__} gives one number"
-        if validation.ranks is not None:
-            return "its examples are shared among several processes"
-        if validation.labelled is None:
-            return f"it runs on its {validation.path} path ({validation.reason})"
-        return None
+    def copy_(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Other examples, in micro-batches of the same shapes: nothing changes its address."""
+        for mine, batch in zip(self._places, micro_batches, strict=True):
+            mine.copy_(_places(batch))
+        self.counts = _counts(micro_batches)
+        self.tokens.copy_(torch.tensor(self.counts, dtype=torch.float64))
 
-    def follow(self) -> None:
-        """Read the layout anew where the validation has other examples; in place where they fit."""
-        self.validation.follow()
-        labelled = self.validation.labelled
-        if labelled is None:
-            raise RuntimeError(f"the validation left its fast path: {self.validation.reason}")
-        if labelled is self._labelled and self.validation.rows is self._read_from:
-            return
-        places = [_places(batch) for batch in labelled.micro_batches]
-        pairs = zip(places, labelled.micro_batches, strict=True)
-        tokens = torch.cat([(p < batch.positions.numel()).sum(1) for p, batch in pairs])
-        tokens = tokens.to(labelled.device, torch.float64)
-        if labelled is self._labelled:
-            for mine, new in zip(self._places, places, strict=True):
-                mine.copy_(new)
-            self.tokens.copy_(tokens)
-        else:
-            self._places = [place.to(labelled.device) for place in places]
-            self.tokens = tokens
-        self._labelled, self._read_from = labelled, self.validation.rows
-
-    def __call__(self) -> torch.Tensor:
-        self.follow()
-        return self.validation.run(self.sums)
-
-    def sums(self) -> torch.Tensor:
-        """The forward alone, for callers that hold the model in ``evaluation_mode`` themselves."""
-        parts: list[list[torch.Tensor]] = [[] for _ in self._places]
-        self._labelled.run(lambda index, losses: parts[index].append(losses))
-        rows = []
+    def __call__(self, parts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """S, (rows,) float64, of the token losses of each micro-batch, in order and in any parts."""
+        rows = [self.tokens.new_zeros(0)]
         for losses, places in zip(parts, self._places, strict=True):
             device = places.device
             padded = torch.cat([*(part.to(device) for part in losses), losses[0].new_zeros(1).to(device)])
@@ -96,11 +57,29 @@ class ExampleLosses:
         return torch.cat(rows)
 
 
+def read_together(loss: torch.Tensor, sums: torch.Tensor) -> list[float]:
+    """The loss and then the sums, in one read from the device."""
+    return torch.cat([loss.reshape(1), sums]).tolist()
+
+
+def _real(batch: MicroBatch) -> torch.Tensor:
+    """Which of a micro-batch's positions hold something to score."""
+    return batch.targets.cpu().ge(0).nonzero().flatten()
+
+
 def _places(batch: MicroBatch) -> torch.Tensor:
     """(rows, length): where in the micro-batch's token losses each position's is; their number where none."""
     rows, length = batch.input_ids.shape
-    scored = batch.positions.numel()
-    places = torch.full((rows * length,), scored)
-    real = batch.targets.cpu().ge(0).nonzero().flatten()
+    places = torch.full((rows * length,), batch.positions.numel())
+    real = _real(batch)
     places[batch.positions.cpu()[real]] = real
     return places.view(rows, length)
+
+
+def _counts(micro_batches: Sequence[MicroBatch]) -> list[int]:
+    counts: list[int] = []
+    for batch in micro_batches:
+        rows, length = batch.input_ids.shape
+        row = batch.positions.cpu()[_real(batch)] // length
+        counts += torch.bincount(row, minlength=rows).tolist()
+    return counts

@@ -38,6 +38,7 @@ from ffkernels.engine.maskless_attention import (
     maskless_attention,
 )
 from ffkernels.engine.validation_batches import IGNORE, Example
+from ffkernels.engine.validation_examples import ExampleSums
 
 __all__ = [
     "LabelledLoss",
@@ -209,13 +210,23 @@ class LabelledLoss:
         groups = [list(range(len(examples)))]
         if not one_batch:
             groups = plan(lm, [example.computed for example in examples], max_tokens, device)
-        self.micro_batches = [lay_out([examples[i] for i in group], self._pad).to(device) for group in groups]
+        laid_out = [lay_out([examples[i] for i in group], self._pad) for group in groups]
+        self.examples = ExampleSums(laid_out, device)
+        self.micro_batches = [batch.to(device) for batch in laid_out]
         self._divisor = torch.tensor(self.scored, dtype=torch.float64, device=device)
         self._masks: dict[int, torch.Tensor] = {}
         if lm.given_mask:
             dtype = lm.embedding_dtype
             for length in {batch.input_ids.shape[1] for batch in self.micro_batches}:
                 self._masks[length] = causal_mask(length, dtype, device)
+
+    @property
+    def example_tokens(self) -> torch.Tensor:
+        return self.examples.tokens
+
+    @property
+    def example_counts(self) -> list[int]:
+        return self.examples.counts
 
     def swap(self, examples: Sequence[Example]) -> bool:
         """Put `examples` in place of the present ones, at the same addresses; False where they do not fit."""
@@ -230,15 +241,25 @@ class LabelledLoss:
         with interrupt_later():
             for mine, other in zip(self.micro_batches, new, strict=True):
                 mine.copy_(other)
+            self.examples.copy_(new)
             self.scored = sum(example.scored for example in examples)
             self._divisor.fill_(self.scored)
         return True
 
     def __call__(self) -> torch.Tensor:
+        return self._mean(lambda index, losses: None)
+
+    def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the sums by example of the same token losses."""
+        parts: list[list[torch.Tensor]] = [[] for _ in self.micro_batches]
+        return self._mean(lambda index, losses: parts[index].append(losses)), self.examples(parts)
+
+    def _mean(self, take: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
 
         def add(index: int, losses: torch.Tensor) -> None:
             total.add_(losses.sum(dtype=torch.float64).to(total.device))
+            take(index, losses)
 
         self.run(add)
         return total / self._divisor

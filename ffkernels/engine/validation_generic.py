@@ -1,4 +1,4 @@
-"""The validation loss through `model(**batch)`: any model that returns a loss, batches as they were given.
+"""The validation loss of any model: through `model(**batch)`, batches as given, or a function of the user's.
 
     L = Σ_batches loss(batch) · weight(batch) / Σ weight
 
@@ -12,7 +12,7 @@ count rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from ffkernels.engine.causal_lm import accepts_argument, unwrap
 from ffkernels.engine.validation_batches import IGNORE
 
-__all__ = ["ModelLoss", "count_targets", "size_of"]
+__all__ = ["FunctionLoss", "ModelLoss", "count_targets", "size_of"]
 
 _SHIFTING_LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")
 
@@ -132,3 +132,24 @@ class ModelLoss:
                 "loss_fn(model) instead of batches"
             )
         return loss
+
+
+class FunctionLoss:
+    """What `function(model)` returns, as a 0-dim float64 tensor on `device`."""
+
+    def __init__(self, function: Callable[[nn.Module], Any], model: nn.Module, device: torch.device) -> None:
+        self.function, self.model, self.device = function, model, device
+
+    def __call__(self) -> torch.Tensor:
+        loss = self.function(self.model)
+        if isinstance(loss, torch.Tensor):
+            loss = loss.detach()
+        try:
+            value = torch.as_tensor(loss, dtype=torch.float64, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"loss_fn(model) returned {type(loss).__name__}: one number is needed") from error
+        if value.numel() != 1:
+            raise ValueError(
+                f"loss_fn(model) returned a tensor of shape {tuple(value.shape)}: one number is needed"
+            )
+        return value.reshape(())

@@ -1,6 +1,7 @@
 """The validation loss of several processes: each runs its shard, all get the whole set's loss.
 
     L = Σ over ranks (Σ NLL of its shard) / Σ over ranks (its labelled tokens)
+    S = the sums by example of rank 0's shard, then of rank 1's, …, each in the order of its micro-batches
 
 Under DDP a rank without examples has nothing to run. Under FSDP2 every forward gathers parameters from all
 ranks, so all run equally many, the idle ones a short one for company.
@@ -36,6 +37,8 @@ class SharedLoss:
         local: what this rank runs; returns the sum over its shard, 0-dim.
         weight: how many targets that sum is over.
         scored, rows: targets and rows of all ranks together.
+        measured: as ``local``, and the sums by example of this rank's shard.
+        counts: of each rank in turn, the tokens of each of its examples, in the order of those sums.
     """
 
     def __init__(
@@ -46,13 +49,31 @@ class SharedLoss:
         device: torch.device,
         scored: int = 0,
         rows: int = 0,
+        measured: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        counts: Sequence[Sequence[int]] = (),
     ) -> None:
         self.ranks, self.local, self.weight, self.device = ranks, local, weight, device
         self.scored, self.rows = scored, rows
+        self._measured, self._shares = measured, [len(shard) for shard in counts]
+        self.example_counts = self.example_tokens = None
+        if measured is not None:
+            self.example_counts = [n for shard in counts for n in shard]
+            self.example_tokens = torch.tensor(self.example_counts, dtype=torch.float64, device=device)
 
     def __call__(self) -> torch.Tensor:
         mean = self.ranks.mean(lambda: (self.local(), self.weight))
         return torch.tensor(mean, dtype=torch.float64, device=self.device)
+
+    def measure(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss, and S of all ranks, the same on each."""
+
+        def mine() -> tuple[torch.Tensor, int, torch.Tensor]:
+            total, sums = self._measured()
+            return total, self.weight, sums
+
+        mean, sums = self.ranks.mean_with_sums(mine, self._shares)
+        both = torch.tensor([mean, *(sums or ())], dtype=torch.float64, device=self.device)
+        return both[0], None if sums is None else both[1:]
 
 
 def shared_labelled_loss(
@@ -61,24 +82,39 @@ def shared_labelled_loss(
     """The fast path over the ranks."""
     lengths = [example.computed for example in examples]
     shards = shard_examples(lengths, ranks.size, token_limit(lm, max_tokens, device), forward_cost(device))
+    plans = [plan(lm, [lengths[i] for i in shard], max_tokens, device) for shard in shards]
     mine = [examples[i] for i in shards[ranks.rank]]
     local = LabelledLoss(lm, mine, max_tokens=max_tokens, device=device) if mine else None
     idle, company = 0, None
     if ranks.forward_is_collective:
-        forwards = [len(plan(lm, [lengths[i] for i in shard], max_tokens, device)) for shard in shards]
-        idle = max(forwards) - forwards[ranks.rank]
+        idle = max(map(len, plans)) - len(plans[ranks.rank])
         company = LabelledLoss(lm, [_SHORTEST], max_tokens=max_tokens, device=device)
 
     def total() -> torch.Tensor:
         own = torch.zeros((), dtype=torch.float64, device=device)
         if local is not None:
             own = local() * local.scored
-        for _ in range(idle):
-            company()
+        keep_company()
         return own
 
-    scored = sum(example.scored for example in examples)
-    return SharedLoss(ranks, total, local.scored if local else 0, device, scored, len(examples))
+    def measured() -> tuple[torch.Tensor, torch.Tensor]:
+        own, sums = torch.zeros((), dtype=torch.float64, device=device), None
+        if local is not None:
+            loss, sums = local.measure()
+            own = loss * local.scored
+        keep_company()
+        return own, own.new_zeros(0) if sums is None else sums
+
+    def keep_company() -> None:
+        for _ in range(idle):
+            company()
+
+    counts = [
+        [examples[shard[i]].scored for group in groups for i in group]
+        for shard, groups in zip(shards, plans, strict=True)
+    ]
+    weight = local.scored if local else 0
+    return SharedLoss(ranks, total, weight, device, sum(map(sum, counts)), len(examples), measured, counts)
 
 
 def shared_model_loss(

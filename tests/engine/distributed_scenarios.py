@@ -30,6 +30,21 @@ def mean_loss(rank, size):
     return [mean.hex(), repr(nothing)]
 
 
+def sums_by_example(rank, size):
+    """Of shards that fit into a row and of one that does not; then without those of the last rank."""
+    ranks, shares = Ranks(CPU), [2, 40, 0]
+
+    def measure(with_sums=True):
+        sums = torch.arange(shares[rank], dtype=torch.float64) / 3 + rank
+        return sums.sum(), 10, sums if with_sums else None
+
+    mean, sums = ranks.mean_with_sums(measure, shares)
+    one = torch.tensor([rank / 7], dtype=torch.float64)
+    few, some = ranks.mean_with_sums(lambda: (7 * one, 1, one), [1, 1, 1])
+    without = ranks.mean_with_sums(lambda: measure(with_sums=rank < 2), shares)
+    return [mean.hex(), [x.hex() for x in sums], few, some, list(without), ranks.mean(lambda: (rank, 1))]
+
+
 def one_raises(rank, size, who, kind):
     """Rank `who` raises in its measurement, then all go on together."""
     ranks = Ranks(CPU)
@@ -177,6 +192,10 @@ def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation
         optimizer.step()
         optimizer.zero_grad()
     measured = float(loss())
+    mean, sums = loss.measure()
+    assert float(mean) == measured
+    if sums is not None:
+        sums = sorted(zip(loss.example_tokens.tolist(), sums.tolist(), strict=True))
     weights = [whole(p) for p in model.parameters() if p.requires_grad]
     return {
         "taus": [stage.tau for stage in ff.stages],
@@ -188,6 +207,7 @@ def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation
         "reason": loss.reason,
         "examples": [loss.examples, loss.tokens],
         "measured": measured,
+        "by_example": sums,
         "kinds": sorted({type(p).__name__ for p in trained}),
         "weights": torch.cat([w.flatten() for w in weights]).tolist(),
         "training": model.training,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffkernels.engine.digests import checksum, digest
-from ffkernels.engine.distributed import ROW_BYTES, Ranks
+from ffkernels.engine.distributed import ROOM, ROW_BYTES, Ranks
 
 
 def values(answers):
@@ -21,12 +21,22 @@ def test_without_a_process_group_there_are_no_ranks():
 def test_every_rank_gets_the_rows_of_all_in_rank_order(in_ranks):
     expected = [[4, False, 0.1 * rank, "nan", -(2**62) - rank] for rank in range(3)]
     assert values(in_ranks(3, "exchange_rows")) == [expected] * 3
-    assert ROW_BYTES == 32
+    assert ROW_BYTES == 32 + 8 * ROOM == 288
 
 
 def test_the_mean_is_correctly_rounded_and_the_same_bits_on_every_rank(in_ranks):
     # 1e16 + 1 − 1e16 + 1 is 2 exactly; float64 in rank order gives 1.
     assert values(in_ranks(4, "mean_loss")) == [[(2.0 / 10).hex(), "nan"]] * 4
+
+
+def test_sums_by_example_come_to_every_rank_in_one_order(in_ranks):
+    all_of_them = [i / 3 + rank for rank, share in enumerate([2, 40, 0]) for i in range(share)]
+    for mean, sums, few, some, without, after in values(in_ranks(3, "sums_by_example")):
+        assert sums == [x.hex() for x in all_of_them]
+        assert float.fromhex(mean) == pytest.approx(math.fsum(all_of_them) / 30, rel=1e-15)
+        assert (few, some) == (1.0, [0.0, 1 / 7, 2 / 7])
+        assert without == [float.fromhex(mean), None], "all go without what one of them lacks"
+        assert after == 1.0, "still in step afterwards"
 
 
 @pytest.mark.parametrize("kind", ["RuntimeError", "KeyboardInterrupt"])

@@ -53,6 +53,12 @@ def test_several_ranks_do_what_one_process_does(in_ranks, size, way, search):
     for ours, theirs in zip(first["losses"], alone["losses"], strict=True):
         assert [float.fromhex(x) for x in ours] == pytest.approx([float.fromhex(x) for x in theirs], rel=1e-6)
     assert first["measured"] == pytest.approx(alone["measured"], rel=1e-6)
+    if "validation" in settings:
+        assert first["by_example"] is alone["by_example"] is None
+    else:
+        assert all(rank["by_example"] == first["by_example"] for rank in ranks), "the same bits on every rank"
+        for ours, theirs in zip(first["by_example"], alone["by_example"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
     if way == "ddp":  # the work is divided, not repeated
         assert max(rank["flops"] for rank in ranks) < 0.62 * alone["flops"]
     if way == "fsdp2":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ffkernels import ValidationLoss
-from ffkernels.engine.validation_examples import ExampleLosses
+from ffkernels.engine.validation_examples import read_together
 
 
 def one_by_one(model, batch):
@@ -21,8 +21,14 @@ def one_by_one(model, batch):
     return sorted(rows)
 
 
-def pairs(losses):
-    return sorted(zip(losses().tolist(), losses.tokens.tolist(), strict=True))
+def pairs(validation):
+    loss, sums = validation.measure()
+    assert torch.equal(loss, validation()), "the same number, whether or not the sums are taken"
+    tokens = validation.example_tokens
+    assert tokens.tolist() == validation.example_counts
+    assert sums.dtype == tokens.dtype == torch.float64 and sums.shape == tokens.shape
+    assert float(sums.sum() / tokens.sum()) == pytest.approx(float(loss), rel=1e-14)
+    return sorted(zip(sums.tolist(), tokens.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
@@ -30,36 +36,39 @@ def pairs(losses):
 def test_each_example_has_its_own_loss(family, left, tiny_model, padded_batch):
     model, batch = tiny_model(family), padded_batch(7, 24, left=left)
     validation = ValidationLoss(model, [batch], micro_batch_tokens=60)
-    losses = ExampleLosses(validation)
     assert len(validation.labelled.micro_batches) > 1
     expected = one_by_one(model, batch)
-    found = pairs(losses)
+    found = pairs(validation)
     assert [n for _, n in found] == [n for _, n in expected]
     assert [s for s, _ in found] == pytest.approx([s for s, _ in expected], rel=3e-6)
     assert model.training
-    mean = float(losses().sum() / losses.tokens.sum())
-    assert mean == pytest.approx(float(validation()), rel=1e-14)
-    assert losses().dtype == torch.float64
-    assert torch.equal(losses(), losses())
+    loss, sums = validation.measure()
+    assert read_together(loss, sums) == [float(loss), *sums.tolist()]
+    with torch.no_grad():
+        model.eval()
+        assert all(map(torch.equal, validation.evaluate_with_sums(), (loss, sums)))
 
 
 def test_parts_of_logits_do_not_show(tiny_model, padded_batch):
     validation = ValidationLoss(tiny_model("llama"), [padded_batch(5, 24)])
-    losses = ExampleLosses(validation)
-    whole = losses()
+    whole = pairs(validation)
     validation.labelled.chunk_rows, validation.labelled.part_rows = 11, 3
-    assert torch.allclose(losses(), whole, rtol=1e-6, atol=0)
+    assert [s for s, _ in pairs(validation)] == pytest.approx([s for s, _ in whole], rel=1e-6)
 
 
 def test_examples_that_are_exchanged_in_place_keep_every_address(tiny_model, padded_batch):
     model, new = tiny_model("llama"), padded_batch(4, 20, seed=3)
     validation = ValidationLoss(model, [padded_batch(5, 24)])
-    losses = ExampleLosses(validation)
-    losses()
-    addresses = [tensor.data_ptr() for tensor in (*losses._places, losses.tokens)]
+
+    def addresses():
+        return [
+            tensor.data_ptr() for tensor in (*validation.labelled.examples._places, validation.example_tokens)
+        ]
+
+    before = addresses()
     assert validation.swap_batch([new])
-    found = pairs(losses)
-    assert addresses == [tensor.data_ptr() for tensor in (*losses._places, losses.tokens)]
+    found = pairs(validation)
+    assert addresses() == before
     assert found[0] == (0.0, 0.0)  # the fifth row holds no example now
     assert [n for _, n in found[1:]] == [n for _, n in one_by_one(model, new)]
     assert [s for s, _ in found[1:]] == pytest.approx([s for s, _ in one_by_one(model, new)], rel=3e-6)
@@ -68,16 +77,13 @@ def test_examples_that_are_exchanged_in_place_keep_every_address(tiny_model, pad
 def test_examples_that_do_not_fit_are_laid_out_anew(tiny_model, padded_batch):
     model, new = tiny_model("llama"), padded_batch(9, 40, seed=4)
     validation = ValidationLoss(model, [padded_batch(3, 12)])
-    losses = ExampleLosses(validation)
     assert not validation.swap_batch([new])
-    assert [n for _, n in pairs(losses)] == [n for _, n in one_by_one(model, new)]
+    assert [n for _, n in pairs(validation)] == [n for _, n in one_by_one(model, new)]
 
 
-def test_others_have_no_losses_by_example(tiny_model, padded_batch):
+def test_others_have_one_number(tiny_model, padded_batch):
     model, batch = tiny_model("llama"), padded_batch(3, 12)
-    with pytest.raises(ValueError, match="callable path"):
-        ExampleLosses(ValidationLoss(model, lambda model: 1.0))
     generic = ValidationLoss(model, [{**batch, "position_ids": torch.arange(12).expand(3, 12)}])
-    with pytest.raises(ValueError, match="generic path"):
-        ExampleLosses(generic)
-    assert "function" in ExampleLosses.why_not(lambda: 1.0)
+    for validation in (ValidationLoss(model, lambda model: 1.0), generic):
+        assert validation.example_tokens is validation.example_counts is None
+        assert validation.measure() == (validation(), None)
