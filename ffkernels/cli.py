@@ -177,6 +177,7 @@ def train(
     max_length: options.MaxLength = 64,
     test_examples: options.TestExamples = 1000,
     validation_examples: options.ValidationExamples = 32,
+    resample_validation: options.ResampleValidation = None,
     eval_tokens: options.EvalTokens = None,
     evaluate_every: Annotated[
         int, typer.Option(help="Optimizer steps between test losses; 0: at both ends.")
@@ -203,8 +204,9 @@ def train(
     from ffkernels.training.progress import ProgressBars, how_it_ended
     from ffkernels.training.trainer import train as run_training
 
-    if find_lr and not fast_forward:
-        raise ValueError("--find-lr is Fast Forward's: leave out --no-fast-forward")
+    if not fast_forward and (find_lr or resample_validation is not None):
+        name = "--find-lr" if find_lr else "--resample-validation"
+        raise ValueError(f"{name} is Fast Forward's: leave out --no-fast-forward")
     config = options.training(ctx, fast_forward=options.stages(ctx) if fast_forward else None)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: give one of them")

@@ -113,6 +113,8 @@ def test_train_then_resume_then_report(invoke, quick, tmp_path, capsys):
     assert "a.jsonl exists: --resume" in fails(capsys, "train", *quick, "--steps", 2, "--name", "a")
     other = fails(capsys, "train", *quick, "--steps", 4, "--name", "a", "--resume", "--no-fast-forward")
     assert "cannot resume run 'a'" in other and "fast_forward" in other
+    plain = fails(capsys, "train", *quick, "--no-fast-forward", "--resample-validation", 64)
+    assert "--resample-validation is Fast Forward's" in plain
 
     result = invoke("train", *quick, "--steps", 4, "--interval", 2, "--name", "a", "--resume")
     assert result.exit_code == 0, result.output

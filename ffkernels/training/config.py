@@ -61,6 +61,8 @@ class TrainConfig:
             memory and changes no loss but for rounding; None takes ValidationLoss's own numbers.
         test_examples, validation_examples: sizes of the held-out sets. The test loss is only measured; the
             validation loss is what Fast Forward sees.
+        resample_validation: draw the validation examples anew before each Fast Forward stage, from so many
+            that are held out instead of them; None searches on the same in every stage.
         evaluate_every: optimizer steps between test losses; 0 measures before the first step and after the
             last only. A test loss is measured right after every Fast Forward stage as well.
         target_loss: stop as soon as a measured test loss is at most this.
@@ -105,6 +107,7 @@ class TrainConfig:
     eval_tokens: int | None = None
     test_examples: int = 1000
     validation_examples: int = 32
+    resample_validation: int | None = None
     evaluate_every: int = 10
     target_loss: float | None = None
     checkpoint_every: int = 0
@@ -134,6 +137,10 @@ class TrainConfig:
             self._integer(name, 1)
         for name in ("micro_batch_size", "eval_tokens", "threads"):
             self._integer(name, 1, optional=True)
+        pool, least = self.resample_validation, self.validation_examples
+        counted = isinstance(pool, int) and not isinstance(pool, bool) and pool >= least
+        allowed = f"an integer of at least validation_examples={least}, or None"
+        self._require("resample_validation", pool is None or counted, allowed)
         self._integer("max_length", 4)
         for name in ("warmup_steps", "evaluate_every", "checkpoint_every", "seed"):
             self._integer(name, 0)
@@ -199,6 +206,11 @@ class TrainConfig:
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1.0 + math.cos(math.pi * done))
         return self.lr
+
+    @property
+    def held_out_examples(self) -> int:
+        """How many examples Fast Forward's validation is made of."""
+        return self.resample_validation or self.validation_examples
 
     def with_fast_forward(self) -> TrainConfig:
         """The same run with Fast Forward: as it is set, or else with its default settings."""

@@ -87,6 +87,13 @@ TestExamples = Annotated[
     int, typer.Option(help="Held-out examples for the test loss, which is charged to nobody.")
 ]
 ValidationExamples = Annotated[int, typer.Option(help="Held-out examples Fast Forward searches with.")]
+ResampleValidation = Annotated[
+    int | None,
+    typer.Option(
+        help="Draw the --validation-examples anew before each Fast Forward stage, from so many held out "
+        "instead (default: the same in every stage)."
+    ),
+]
 Interval = Annotated[int, typer.Option(help="Optimizer steps from one Fast Forward stage to the next.")]
 StageWarmup = Annotated[int, typer.Option(help="Optimizer steps before the first interval begins.")]
 MaxTau = Annotated[int, typer.Option(help="Fast Forward steps per stage at most.")]

@@ -23,6 +23,7 @@ from torch import nn
 
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.validation_pool import ValidationPool
 from ffkernels.reporting.flops import FlopMeter
 from ffkernels.reporting.machine import choose_device
 from ffkernels.training.config import ADAPTERS, TrainConfig
@@ -82,7 +83,7 @@ class Session:
         order: ``order(step)`` are the indices into ``task.train`` of that step's batch.
         meter: counts FLOPs where its caller tells it to; a session itself counts nothing.
         test: loss on the test examples, charged to nobody.
-        validation: loss on the validation examples, made when first asked for.
+        validation: loss on the validation examples, or on a draw of them; made when first asked for.
         ff: the FastForward (or a peer of the same face) that runs stages inside ``update``; None without.
     """
 
@@ -121,7 +122,16 @@ class Session:
 
     @cached_property
     def validation(self) -> ValidationLoss:
-        return self._loss(self.task.validation)
+        if self.config.resample_validation is None:
+            return self._loss(self.task.validation)
+        return ValidationPool(
+            self.model,
+            self.task.validation,
+            size=self.config.validation_examples,
+            seed=self.config.seed,
+            collator=self.collator,
+            micro_batch_tokens=self.config.eval_tokens,
+        )
 
     def _loss(self, examples: list[Example]) -> ValidationLoss:
         tokens = self.config.eval_tokens
@@ -208,7 +218,7 @@ def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:
         "max_length": config.max_length,
         "seed": config.seed,
         "test_examples": config.test_examples,
-        "validation_examples": config.validation_examples,
+        "validation_examples": config.held_out_examples,
     }
     if config.data is not None:
         return load_file(config.data, tokenizer, **sizes)

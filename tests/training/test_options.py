@@ -96,6 +96,18 @@ def test_find_lr_is_fast_forwards_also_beside_a_preset(context):
     assert (stages.learning_rate, stages.interval) == ("find", 9)
 
 
+def test_a_pool_of_validation_examples_is_no_smaller_than_a_draw(context):
+    config = options.training(context("train", "--resample-validation", "256"))
+    assert (config.resample_validation, config.validation_examples, config.held_out_examples) == (
+        256,
+        32,
+        256,
+    )
+    assert options.training(context("train")).held_out_examples == 32
+    with pytest.raises(ValueError, match=r"=31: must be .* at least validation_examples=32"):
+        options.training(context("train", "--resample-validation", "31"))
+
+
 def test_steps_that_are_given_are_not_replaced_by_the_presets_epochs(context):
     config = options.training(context("train", "--preset", "paper", "--steps", "7"))
     assert (config.steps, config.epochs) == (7, None)

@@ -56,6 +56,23 @@ def test_a_session_driven_by_hand_is_the_run_of_train_to_the_bit(config, fast_fo
         assert not session.ff.active, "leaving the session detaches"
 
 
+def test_stages_draw_their_examples_from_a_pool_that_nothing_else_uses(config):
+    stages = FastForwardConfig(interval=2, max_tau=4, patience=None)
+    config = replace(config, fast_forward=stages, resample_validation=24, seed=3)
+    log = read_run(str(train(config, save=False).log))
+    assert [stage["draw"] for stage in log.stages] == [0, 1, 2]
+    with open_session(config) as session:
+        task, pool = session.task, session.validation
+        assert (len(task.test), len(task.validation), len(task.train)) == (16, 24, 80)
+        assert (pool.examples, pool.pool_size, pool.drawn) == (8, 24, 0)
+        for step, stage in zip((1, 3, 5), log.stages, strict=True):
+            session.step(step - 1)
+            session.step(step)
+            assert [list(pair) for pair in session.ff.stages[-1].losses] == stage["losses"]
+    fixed = read_run(str(train(replace(config, resample_validation=None), save=False).log))
+    assert [stage["draw"] for stage in fixed.stages] == [None] * 3
+
+
 def test_a_learning_rate_that_fast_forward_found_multiplies_the_schedule(config):
     class Finder(Peer):
         lr_scale = 1.0
