@@ -1,0 +1,239 @@
+"""Other people's ways out of an untuned learning rate, as contenders of ``learning_rate.py``. Optional.
+
+    range tests     torch-lr-finder, Lightning's lr_find: a training run whose learning rate grows from step
+                    to step; the rate where the loss fell most steeply is taken, weights are put back
+    no rate at all  Prodigy estimates it while it trains
+    adjusting       transformers' GreedyLR; AdamW schedule-free, which has no schedule but keeps a rate
+
+The packages do their own work here, unchanged, with their own defaults, and what they suggest is what they
+say themselves; only "…, minimum / 10" reads their curve as people do. A range test is charged the training
+steps that it takes, and the run has as many fewer. Named "…, free" it is charged nothing: what its
+suggestion is worth, whatever it costs.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from importlib import import_module, metadata
+from io import StringIO
+from typing import Any
+
+import torch
+from learning_rate_runs import Contender, Work
+from torch import nn
+
+__all__ = ["PACKAGES", "PEERS", "versions"]
+
+# What is imported, and the name under which it is installed.
+PACKAGES = {
+    "torch_lr_finder": "torch-lr-finder",
+    "lightning": "lightning",
+    "prodigyopt": "prodigyopt",
+    "schedulefree": "schedulefree",
+}
+
+
+def package(module: str) -> Any:
+    """The module; ImportError with the command that installs it where it is missing."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        name = PACKAGES[module.partition(".")[0]]
+        raise ImportError(f"this contender needs the package {name} ({error}): pip install {name}") from error
+
+
+def versions() -> dict[str, str]:
+    """Of those packages that are installed, by the name under which they are installed."""
+    found = {}
+    for name in PACKAGES.values():
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Lossy(nn.Module):
+    """The session's model as a function from the number of a step to the loss of that step's batch."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self.model, self._batch = work.session.model, work.bench.batch
+
+    def forward(self, step: torch.Tensor) -> torch.Tensor:
+        batch, _ = self._batch(int(step))
+        parts = zip(batch.micro_batches, batch.labelled, strict=True)
+        total = sum(batch.labelled)
+        return sum(self.model(**inputs).loss * (tokens / total) for inputs, tokens in parts if tokens)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without progress bars, hints and notes."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(StringIO()))
+        stack.enter_context(redirect_stderr(StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def with_torch_lr_finder(work: Work, steps: int = 100, *, minimum: bool = False) -> tuple[float, int]:
+    """The rate that torch-lr-finder suggests, and the training steps it took.
+
+    From 1e-7, as in its examples, to 10, its default, in ``steps`` steps at most; its default is 100.
+    ``minimum``: not its suggestion, but a tenth of the rate at which its smoothed loss is lowest.
+    """
+    finder_of = package("torch_lr_finder")
+    from matplotlib.figure import Figure
+
+    class Steps(finder_of.TrainDataLoaderIter):
+        def inputs_labels_from_batch(self, step: torch.Tensor) -> tuple[torch.Tensor, int]:
+            return step, 0
+
+    loader = torch.utils.data.DataLoader(range(steps), batch_size=1)
+    with silent():
+        finder = finder_of.LRFinder(Lossy(work), work.adamw(1e-7), lambda loss, label: loss)
+        finder.range_test(Steps(loader), end_lr=10, num_iter=steps)
+        _, lr = finder.plot(ax=Figure().subplots())
+    rates, losses = finder.history["lr"], finder.history["loss"]
+    if minimum:
+        lr = 0.1 * rates[losses.index(min(losses))]
+    return float(lr), len(rates)
+
+
+def with_lightning(work: Work, steps: int = 100) -> tuple[float, int]:
+    """The rate that Lightning's ``Tuner.lr_find`` suggests, and the training steps it took.
+
+    From 1e-8 to 1 in ``steps`` steps at most: its defaults.
+    """
+    pl = package("lightning.pytorch")
+    tuner = package("lightning.pytorch.tuner")
+
+    class Tuned(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lossy, self.lr = Lossy(work), 1e-8
+
+        def training_step(self, step: torch.Tensor, index: int) -> torch.Tensor:
+            return self.lossy(step)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return work.adamw(self.lr)
+
+    session, tuned = work.session, Tuned()
+    with silent(), tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="gpu" if session.device.type == "cuda" else "cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        loader = torch.utils.data.DataLoader(range(steps), batch_size=1)
+        finder = tuner.Tuner(trainer).lr_find(tuned, loader, num_training=steps)
+        lr = finder.suggestion()
+    session.model.to(session.device)  # Lightning leaves it on the CPU
+    if lr is None:
+        raise ValueError("Lightning's lr_find had too few steps for a suggestion")
+    return float(lr), len(finder.results["lr"])
+
+
+def range_test(
+    work: Work, suggest: Callable[..., tuple[float, int]], *, free: bool = False, **options: Any
+) -> Contender:
+    """AdamW, with the run's schedule, at what a range test suggests."""
+    work.reset()
+    lr, steps = suggest(work, **options)
+    work.charge(batches=steps, flops=0 if free else sum(work.bench.batch(step)[1] for step in range(steps)))
+    work.reset()
+    optimizer = work.adamw(lr)
+    return Contender(optimizer, work.scheduler(optimizer), found=lambda: lr)
+
+
+def prodigy(work: Work) -> Contender:
+    """Prodigy at its learning rate of 1, whatever the run's is; the run's schedule multiplies it.
+
+    ``safeguard_warmup`` as its authors advise for schedules that begin with a warm-up.
+    """
+    settings = {"lr": 1.0, "safeguard_warmup": work.warmup > 0}
+    optimizer = package("prodigyopt").Prodigy(work.session.trainable, **settings)
+
+    def found() -> float:
+        return float(optimizer.param_groups[0]["d"])
+
+    return Contender(optimizer, work.scheduler(optimizer), found=found)
+
+
+def schedule_free(work: Work) -> Contender:
+    """AdamWScheduleFree with its own warm-up and no schedule; tested at its averaged weights."""
+    optimizer = package("schedulefree").AdamWScheduleFree(
+        work.session.trainable, lr=work.lr, warmup_steps=work.warmup
+    )
+    optimizer.train()
+
+    @contextmanager
+    def averaged() -> Iterator[None]:
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+
+    return Contender(optimizer, evaluating=averaged)
+
+
+def greedy(work: Work, *, validating: bool = False) -> Contender:
+    """AdamW under transformers' GreedyLR with its defaults, which is told a loss after every step.
+
+    ``validating``: the loss on the validation examples, as ``Trainer`` does when it evaluates, and charged;
+    else the training loss, which is there for nothing.
+    """
+    try:
+        from transformers.optimization import GreedyLR
+    except ImportError as error:
+        raise ImportError(
+            "this contender needs a transformers that has GreedyLR: pip install -U transformers"
+        ) from error
+    optimizer = work.adamw(work.lr)
+    scheduler = GreedyLR(optimizer)
+
+    def after_step(step: int, loss: float) -> None:
+        if validating:
+            loss = float(work.session.validation())
+            work.charge(forwards=1)
+        scheduler.step(loss)
+
+    def found() -> float:
+        return float(optimizer.param_groups[0]["lr"])
+
+    return Contender(optimizer, after_step=after_step, found=found)
+
+
+PEERS: dict[str, Callable[[Work], Contender]] = {
+    "torch-lr-finder": lambda work: range_test(work, with_torch_lr_finder),
+    "torch-lr-finder, free": lambda work: range_test(work, with_torch_lr_finder, free=True),
+    "torch-lr-finder, minimum / 10, free": lambda work: range_test(
+        work, with_torch_lr_finder, free=True, minimum=True
+    ),
+    "lightning": lambda work: range_test(work, with_lightning),
+    "lightning, free": lambda work: range_test(work, with_lightning, free=True),
+    "prodigy": prodigy,
+    "schedule-free": schedule_free,
+    "greedy": greedy,
+    "greedy, validating": lambda work: greedy(work, validating=True),
+}
