@@ -5,10 +5,13 @@
 A pure state machine, as those in ``search``, except that s is any number above 0 and that it knows noise:
 
     ends      s = 0, 1
-    upward    2, 4, 8, … until a loss is really higher than the lowest one (``significance``)
-    downward  1/2, 1/4, … while the loss falls: where s = 1 is already really higher than s = 0, or where the
-              lowest loss is at s = 1
+    upward    4, 16, 64, … until a loss is really higher than the lowest one (``significance``)
+    closer    twice and half the lowest place, where its neighbours are further away: 1/2, 1/4, … where s = 1
+              was too far
     vertices  two parabolas through the lowest place and its neighbours
+
+Quadrupling and then closing in measures the same three places as doubling does, which are twice as many on
+the way: 4 to 6 evaluations fewer from a learning rate that is a thousand times too small.
 
 The parabola is one in s, not in log s: close to the minimum the loss is quadratic in s, and on real curves
 two such vertices came closer to the minimum than two in log s.
@@ -30,6 +33,7 @@ __all__ = ["LARGEST", "MAX_EVALUATIONS", "SMALLEST", "Place", "RateSearch"]
 
 LARGEST = 2.0**16
 SMALLEST = 2.0**-10
+GROWTH = 4.0
 MAX_EVALUATIONS = 19
 VERTICES = 2
 # A vertex this close to a place that is known, relative to s, is not worth a validation.
@@ -67,7 +71,7 @@ class RateSearch:
         self._rises = Rises(tokens)
         self.places: list[Place] = []
         self.stopped_because: str | None = None
-        self._next, self._phase, self._vertices = 0.0, "ends", 0
+        self._next, self._upward, self._vertices = 0.0, True, 0
 
     @property
     def best(self) -> Place:
@@ -106,40 +110,38 @@ class RateSearch:
             return
         rose = sure and place.loss > self.best.loss
         self.places.append(place)
-        getattr(self, f"_after_{self._phase}")(place, rose)
+        self._upward = self._upward and not rose
+        if self._upward and place.scale < LARGEST:
+            self._next = GROWTH * place.scale
+        elif self._upward and self.best is place:
+            self._stop(REACHED_LARGEST)
+        else:
+            self._upward = False
+            self._close_in()
         if len(self.places) == MAX_EVALUATIONS and not self.stopped_because:
             self._stop(BUDGET_SPENT)
 
-    def _after_ends(self, place: Place, rose: bool) -> None:
-        self._phase, self._next = ("down", 0.5) if rose else ("up", 2.0)
-
-    def _after_up(self, place: Place, rose: bool) -> None:
-        if not rose and place.scale < LARGEST:
-            self._next = 2 * place.scale
-        elif not rose and self.best is place:
-            self._stop(REACHED_LARGEST)
-        elif self.best.scale <= 1:
-            self._phase, self._next = "down", 0.5
+    def _close_in(self) -> None:
+        """Neighbours of the lowest place that are no further than a factor of two, then vertices."""
+        lowest = self.best.scale
+        below = max((place.scale for place in self.places if place.scale < lowest), default=0.0)
+        above = min((place.scale for place in self.places if place.scale > lowest), default=lowest)
+        if lowest == 0 and above > SMALLEST:
+            self._next = above / 2
+        elif above > 2 * lowest > 0:
+            self._next = 2 * lowest
+        elif below < lowest / 2 and lowest > SMALLEST:
+            self._next = lowest / 2
         else:
             self._refine()
-
-    def _after_down(self, place: Place, rose: bool) -> None:
-        falling = self.best is place or self.best.scale == 0
-        if falling and place.scale > SMALLEST:
-            self._next = place.scale / 2
-        else:
-            self._refine()
-
-    def _after_refine(self, place: Place, rose: bool) -> None:
-        self._refine()
 
     def _refine(self) -> None:
         vertex = self._vertex() if self._vertices < VERTICES else None
         if vertex is None:
-            return self._stop(CONVERGED)
-        self._phase, self._next = "refine", vertex
-        self._vertices += 1
-        return None
+            self._stop(CONVERGED)
+        else:
+            self._next = vertex
+            self._vertices += 1
 
     def _vertex(self) -> float | None:
         """The lowest point of the parabola through the best place and its neighbours; None where known."""
