@@ -14,11 +14,13 @@ suggestion is worth, whatever it costs.
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 
@@ -224,7 +226,7 @@ def greedy(work: Work, *, validating: bool = False) -> Contender:
     return Contender(optimizer, after_step=after_step, found=found)
 
 
-PEERS: dict[str, Callable[[Work], Contender]] = {
+EVERY: dict[str, Callable[[Work], Contender]] = {
     "torch-lr-finder": lambda work: range_test(work, with_torch_lr_finder),
     "torch-lr-finder, free": lambda work: range_test(work, with_torch_lr_finder, free=True),
     "torch-lr-finder, minimum / 10, free": lambda work: range_test(
@@ -237,3 +239,16 @@ PEERS: dict[str, Callable[[Work], Contender]] = {
     "greedy": greedy,
     "greedy, validating": lambda work: greedy(work, validating=True),
 }
+
+# By the beginning of a contender's name; the others need nothing that is not here anyway.
+NEEDED = {
+    "torch-lr-finder": "torch_lr_finder",
+    "lightning": "lightning",
+    "prodigy": "prodigyopt",
+    "schedule-free": "schedulefree",
+}
+MISSING = {name: PACKAGES[module] for name, module in NEEDED.items() if find_spec(module) is None}
+# Those that can run here.
+PEERS = {name: make for name, make in EVERY.items() if name.partition(",")[0] not in MISSING}
+if MISSING:
+    print(f"left out: {', '.join(MISSING)}; pip install {' '.join(MISSING.values())}", file=sys.stderr)

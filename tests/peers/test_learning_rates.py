@@ -99,7 +99,9 @@ def test_a_package_suggests_a_rate_between_its_ends(work, peers, module, suggest
     assert 17 <= steps <= 30 and 1e-8 < lr < 10
 
 
-def test_a_missing_package_is_named(work, peers, monkeypatch):
+def test_a_missing_package_is_named_and_its_contenders_left_out(work, peers, monkeypatch):
+    left_out = {name for name in peers.EVERY if name.startswith(tuple(peers.MISSING) or "none")}
+    assert peers.EVERY.keys() - peers.PEERS.keys() == left_out
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(ImportError, match=r"needs the package prodigyopt .*pip install prodigyopt"):
-        peers.PEERS["prodigy"](work)
+        peers.prodigy(work)
