@@ -383,6 +383,24 @@ def swapped_examples(rank, size):
         return [kept, float(loss()) == float(fresh()), loss.examples, str(error)]
 
 
+def pooled_examples(rank, size):
+    """Draws from a pool; then draws with another seed on each rank."""
+    from ffkernels import ValidationPool
+
+    model, rows = tiny_lm(), [rows_of(12, seed=1)]
+    pool = ValidationPool(model, rows, size=4)
+    losses = [float(pool())]
+    for number in (1, 2):
+        pool.draw(number)
+        losses.append(float(pool()))
+    if size > 1:
+        try:
+            ValidationPool(model, rows, size=4, seed=rank)
+        except RuntimeError as error:
+            return [losses, pool.examples, str(error)]
+    return [losses, pool.examples, ""]
+
+
 def late_process_group(rank, size):
     """A FastForward that was made before the job had ranks must not search alone in it."""
     run = Run(wrapped=False)

@@ -214,6 +214,14 @@ def test_other_examples_are_shared_anew(in_ranks):
         assert "the ranks differ in" in error and "give every rank the same, whole validation set" in error
 
 
+def test_a_pool_draws_the_same_examples_on_every_rank(in_ranks):
+    alone = values(in_ranks(1, "pooled_examples"))[0][0]
+    zero, one = values(in_ranks(2, "pooled_examples"))
+    assert zero == one and zero[1] == 4 and len(set(alone)) == 3
+    assert zero[0] == pytest.approx(alone, rel=1e-6)
+    assert "the ranks differ in the validation examples" in zero[2]
+
+
 @pytest.mark.slow
 def test_the_trainer_of_transformers_in_two_processes(in_ranks):
     zero, one = values(in_ranks(2, "hugging_face_trainer", seconds=120))
