@@ -75,7 +75,7 @@ def compare(
     interval: options.Interval = 6,
     stage_warmup: options.StageWarmup = 0,
     max_tau: options.MaxTau = 1024,
-    patience: options.Patience = 3,
+    patience: options.Patience = "auto",
     impl: options.Impl = "auto",
     tuned_lr: Annotated[
         float | None,
@@ -153,7 +153,7 @@ def train(
     interval: options.Interval = 6,
     stage_warmup: options.StageWarmup = 0,
     max_tau: options.MaxTau = 1024,
-    patience: options.Patience = 3,
+    patience: options.Patience = "auto",
     impl: options.Impl = "auto",
     find_lr: options.FindLr = False,
     method: options.Method = "lora",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffkernels.analysis.race import APART, Watch, outcome, run
 from ffkernels.analysis.show import than_adam
+from ffkernels.engine.config import PAPERS_PATIENCE
 from ffkernels.reporting.plots import LEGEND, STYLES, clean_axes, flop_unit
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.trainer import RunResult
@@ -38,8 +39,8 @@ def convergence(
 
     Args:
         config: both runs; ``steps`` is where they end at the latest, ``evaluate_every`` how often the test
-            loss is looked at. The ``patience`` of its ``fast_forward`` (3 in a FastForwardConfig of its own)
-            switches Fast Forward off.
+            loss is looked at. The ``patience`` of its ``fast_forward`` switches Fast Forward off; where it
+            is "auto", the paper's 3 does.
         window: optimizer steps without an improvement after which a run has converged; at least
             ``evaluate_every``.
         min_delta: what counts as an improvement of the test loss, in nats.
@@ -64,6 +65,9 @@ def convergence(
     if not min_delta >= 0:
         raise ValueError(f"min_delta={min_delta!r}: must be a number of at least 0")
     config = config.with_fast_forward()
+    if config.fast_forward.patience == "auto":
+        stages = dataclasses.replace(config.fast_forward, patience=PAPERS_PATIENCE)
+        config = dataclasses.replace(config, fast_forward=stages)
     runs, tests_of = [], {}
     with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
         for name, stages in (("adam", None), ("ff", config.fast_forward)):

@@ -9,6 +9,7 @@ from ffkernels.engine.search import MAX_TAU_LIMIT, SEARCHES
 
 EXECUTORS = ("auto", "eager", "step_graph", "stage_graph")
 LEARNING_RATES = ("keep", "find")
+PAPERS_PATIENCE = 3  # section 5.1
 IMPLS = ("auto", "torch", "cpp", "triton", "cuda")
 
 
@@ -23,8 +24,10 @@ class FastForwardConfig:
         search: ``"parabolic"`` (doubling bracket and parabola vertices, about 10 validations a stage) or
             ``"linear"`` (the paper's: one step after the other until the loss does not fall).
         max_tau: the most steps one stage may take.
-        patience: after so many stages in a row that found no step, Fast Forward is switched off for good
-            (the paper's section 5.1); None never switches off.
+        patience: ``"auto"`` runs a stage at the end of an interval as long as stages pay, and makes longer
+            and longer pauses where they do not (``stage_schedule``). A number switches Fast Forward off for
+            good after so many stages in a row that found no step (the paper's section 5.1), and None runs a
+            stage at every interval. With the paper's search "auto" is 3.
         executor: how a stage runs: ``"eager"``; ``"step_graph"``, one CUDA graph replay per Fast Forward
             step; ``"stage_graph"``, the whole stage as one launch; ``"auto"`` takes the fastest that works
             here and pays.
@@ -42,7 +45,7 @@ class FastForwardConfig:
     warmup: int = 0
     search: str = "parabolic"
     max_tau: int = 1024
-    patience: int | None = 3
+    patience: int | str | None = "auto"
     executor: str = "auto"
     impl: str = "auto"
     learning_rate: str = "keep"
@@ -52,19 +55,19 @@ class FastForwardConfig:
         self._integer("interval", 1)
         self._integer("warmup", 0)
         self._integer("max_tau", 1, MAX_TAU_LIMIT)
-        if self.patience is not None:
-            self._integer("patience", 1, or_none=True)
+        if self.patience not in ("auto", None):
+            self._integer("patience", 1, others=" or None or 'auto'")
         self._choice("search", tuple(SEARCHES))
         self._choice("executor", EXECUTORS)
         self._choice("impl", IMPLS)
         self._choice("learning_rate", LEARNING_RATES)
         self._integer("find_after", 1)
 
-    def _integer(self, field: str, low: int, high: int | None = None, or_none: bool = False) -> None:
+    def _integer(self, field: str, low: int, high: int | None = None, others: str = "") -> None:
         value = getattr(self, field)
         if isinstance(value, bool) or not isinstance(value, int) or value < low or (high and value > high):
             allowed = f"an integer from {low} to {high}" if high else f"an integer of at least {low}"
-            raise ValueError(f"{field}={value!r}: must be {allowed}{' or None' if or_none else ''}")
+            raise ValueError(f"{field}={value!r}: must be {allowed}{others}")
 
     def _choice(self, field: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, field)

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 # What an exchange is about; the number travels.
-CONSTRUCTION, FACTS, START, UPDATE, LOSS, DECISION, BYTES = range(1, 8)
+CONSTRUCTION, FACTS, START, UPDATE, LOSS, DECISION, BYTES, PRICE = range(1, 9)
 _WHAT = {
     CONSTRUCTION: "making a ValidationLoss or a FastForward",
     FACTS: "comparing their settings",
@@ -54,6 +54,7 @@ _WHAT = {
     LOSS: "a validation loss",
     DECISION: "the end of a Fast Forward stage",
     BYTES: "sending a message",
+    PRICE: "what a Fast Forward stage costs",
 }
 _ROW = struct.Struct("<iiddq")
 _WORDS = struct.Struct("<4q")  # the same 32 bytes as the integers in which they travel

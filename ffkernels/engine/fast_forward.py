@@ -29,8 +29,10 @@ from ffkernels.engine.learning_rate_mode import LearningRateMode
 from ffkernels.engine.parallelism import training_group, why_refused
 from ffkernels.engine.rank_executor import RankExecutor
 from ffkernels.engine.rate_finding import Finding
-from ffkernels.engine.search import BASELINE_NOT_FINITE, make_search
+from ffkernels.engine.search import BASELINE_NOT_FINITE, Search, make_search
 from ffkernels.engine.stage import Stage
+from ffkernels.engine.stage_price import StagePrice
+from ffkernels.engine.stage_schedule import StageSchedule
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_pool import draw_for_stage
@@ -46,6 +48,8 @@ from ffkernels.ops.notices import announce_once
 __all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
 
 STATE_VERSION = 1
+# What states of earlier releases lack.
+NEWER = ("learning_rate", "balance", "before", "tokens", "steps")
 INTERRUPTED = "interrupted"
 WEIGHTS_CHANGED = "the weights were replaced during the optimizer's step"
 
@@ -99,7 +103,8 @@ class FastForward:
             each step: they have to write their own times this, and to make the optimizer with the base rate.
         optimizer_steps: optimizer steps seen.
         ranks: the processes that run each stage together; None in a job of one.
-        active: False after ``patience`` stages in a row without a step, or after ``detach()``.
+        active: False after as many stages in a row without a step as ``patience`` says, or after
+            ``detach()``.
         on_stage: optional callable, called with each finished ``Stage``.
 
     Raises:
@@ -133,8 +138,7 @@ class FastForward:
         self.stages: list[Stage] = []
         self.optimizer_steps = 0
         self.on_stage: Callable[[Stage], None] | None = None
-        self._failures = 0
-        self._switched_off = False
+        self._schedule = StageSchedule(self.config)
         self._executor: Ladder | RankExecutor | None = None
         self._table: ops.TensorTable | None = None
         self._signature: tuple = ()
@@ -149,7 +153,8 @@ class FastForward:
         if self.ranks is not None:
             self.ranks.agree(facts, "make the same FastForward on every rank")
         self._rate = LearningRateMode(self.config, self.ranks, self.validation, self.optimizer, scheduler)
-        self._hooks = on_step(self.optimizer, self._before_step, self._after_step)
+        self._price = StagePrice(model, self.validation)
+        self._hooks = on_step(self.optimizer, self._before_step, self._after_step) + self._price.hooks
         _attached[self.optimizer] = weakref.ref(self)
 
     def _prepare(self, optimizer: Any, validation: ValidationLoss | Any) -> dict[str, Any]:
@@ -193,7 +198,7 @@ class FastForward:
 
     @property
     def active(self) -> bool:
-        return bool(self._hooks) and not self._switched_off
+        return bool(self._hooks) and not self._schedule.ended
 
     @property
     def finding(self) -> Finding | None:
@@ -236,9 +241,9 @@ class FastForward:
             "version": STATE_VERSION,
             "config": self.config.to_dict(),
             "optimizer_steps": self.optimizer_steps,
-            "failures": self._failures,
-            "switched_off": self._switched_off,
             "stages": [stage.to_dict() for stage in self.stages],
+            **self._schedule.state_dict(),
+            **self._price.state_dict(),
             **self._rate.state_dict(),
         }
 
@@ -247,7 +252,7 @@ class FastForward:
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             version = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"not a FastForward state of version {STATE_VERSION}: got {version!r}")
-        missing = sorted(self.state_dict().keys() - state.keys() - {"learning_rate"})
+        missing = sorted(self.state_dict().keys() - state.keys() - set(NEWER))
         if missing:
             raise ValueError(f"the FastForward state is incomplete: {', '.join(missing)} missing")
         mine = self.config.to_dict()
@@ -259,8 +264,8 @@ class FastForward:
                 stacklevel=2,
             )
         self.optimizer_steps = int(state["optimizer_steps"])
-        self._failures = int(state["failures"])
-        self._switched_off = bool(state["switched_off"])
+        self._schedule.load_state_dict(state)
+        self._price.load_state_dict(state)
         self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
         self._rate.load_state_dict(state)
         if self.ranks is None:  # there each draws together with the others, at its next stage
@@ -268,21 +273,17 @@ class FastForward:
         self._armed = self._due_now = False
         self._unconfirmed = True
 
-    def _due(self, step: int) -> bool:
-        past = step - self.config.warmup
-        return past > 0 and past % self.config.interval == 0
-
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._armed = self._due_now = False
         if self.ranks is not None and self._unconfirmed:
-            self.ranks.in_step(self.optimizer_steps, self._failures)
+            self.ranks.in_step(self.optimizer_steps, self._schedule.failures)
             self._unconfirmed = False
         self._rate.look_whether_it_was_overwritten()
         if self._rate.seeking:
             self._refresh_table()
             self._rate.before_step(self._table)
             return
-        if self._switched_off or not self._due(self.optimizer_steps + 1):
+        if not self._schedule.due(self.optimizer_steps + 1):
             return
         start = perf_counter()
         with telling(self.ranks):
@@ -294,6 +295,8 @@ class FastForward:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.optimizer_steps += 1
+        self._price.steps += 1
+        self._schedule.after_step()
         if self._rate.seeking:
             self._rate.after_step(self._table, self.optimizer_steps)
             return
@@ -349,7 +352,7 @@ class FastForward:
         stage.draw = draw_for_stage(self.validation, len(self.stages))
         stale = table.is_stale()
         if self.ranks is not None:
-            stale = self.ranks.in_step(self.optimizer_steps, self._failures, stale)
+            stale = self.ranks.in_step(self.optimizer_steps, self._schedule.failures, stale)
         if stale:
             program.stopped_because = WEIGHTS_CHANGED
             return self._finish(stage, program)
@@ -360,15 +363,18 @@ class FastForward:
             raise
         else:
             if program.search.losses and program.reason != BASELINE_NOT_FINITE:
-                self._count_failure(program.search.best_tau)
+                self._account(stage, program.search)
         finally:
             stage.executor, stage.executor_reason = executor.name, executor.reason
             self._finish(stage, program)
 
-    def _count_failure(self, tau: int) -> None:
-        self._failures = 0 if tau else self._failures + 1
-        if self.config.patience is not None and self._failures >= self.config.patience:
-            self._switched_off = True
+    def _account(self, stage: Stage, search: Search) -> None:
+        if self._schedule.keeps_account:
+            stage.price = self._price.read(self.ranks)
+        self._price.settle()
+        same_examples = stage.draw is None
+        self._schedule.after_stage(self.optimizer_steps, search, stage.price or 0.0, same_examples)
+        if self._schedule.ended:
             self._executor.close()
 
     def _finish(self, stage: Stage, program: StageProgram) -> None:

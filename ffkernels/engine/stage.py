@@ -26,6 +26,7 @@ class Stage:
             per element and weight move; 0 for an interrupted stage. Of several processes, this one's.
         executor: which executor ran it: "eager", "step_graph" or "stage_graph".
         executor_reason: why that one; empty in records from before there was a choice.
+        price: of one validation, in optimizer steps (``stage_price``); None where no account is kept.
         stopped_because: why the search ended.
         draw: which examples of a ``ValidationPool`` its losses are of; None where they are always the same.
             Losses of stages with different draws do not compare.
@@ -42,6 +43,7 @@ class Stage:
     executor_reason: str = ""
     stopped_because: str = ""
     draw: int | None = None
+    price: float | None = None
 
     @property
     def evaluations(self) -> int:

@@ -213,6 +213,14 @@ class ValidationLoss:
         return getattr(self._loss, "example_counts", None)
 
     @property
+    def computed_tokens(self) -> int:
+        """Tokens in one evaluation, of all processes, without padding; 0 where there are none to count."""
+        if self.path == "fast":
+            return sum(row.computed for row in self._rows)
+        sizes = [batch["input_ids"].numel() for batch in self._batches if "input_ids" in batch]
+        return sum(sizes) if len(sizes) == len(self._batches) else 0
+
+    @property
     def flops(self) -> int:
         """Forward FLOPs of one evaluation, measured with `FlopCounterMode` by one more at first access.
 

@@ -98,8 +98,11 @@ Interval = Annotated[int, typer.Option(help="Optimizer steps from one Fast Forwa
 StageWarmup = Annotated[int, typer.Option(help="Optimizer steps before the first interval begins.")]
 MaxTau = Annotated[int, typer.Option(help="Fast Forward steps per stage at most.")]
 Patience = Annotated[
-    int,
-    typer.Option(help="Switch Fast Forward off after so many stages in a row without a step; 0 never does."),
+    str,
+    typer.Option(
+        help="auto: a stage at each interval as long as stages pay, and pauses where they do not. A number: "
+        "switch Fast Forward off after so many stages in a row without a step; 0 never does."
+    ),
 ]
 FindLr = Annotated[
     bool,
@@ -163,13 +166,20 @@ def stages(ctx: typer.Context, **fixed: Any) -> FastForwardConfig:
     names = [field.name for field in fields(FastForwardConfig)]
     values = {n: ctx.params[OPTION.get(n, n)] for n in names if OPTION.get(n, n) in ctx.params}
     if "patience" in values:
-        values["patience"] = values["patience"] or None
+        values["patience"] = _patience(values["patience"])
     if "learning_rate" in values:
         values["learning_rate"] = "find" if values["learning_rate"] else "keep"
     of_preset = preset_values(ctx).get("fast_forward") if ctx.params.get("preset") is not None else None
     if of_preset is not None:
         values |= {n: getattr(of_preset, n) for n in names if not _given(ctx, n)}
     return FastForwardConfig(**{**values, **fixed})
+
+
+def _patience(given: str | int) -> str | int | None:
+    try:
+        return int(given) or None
+    except ValueError:
+        return given  # FastForwardConfig says what is allowed
 
 
 def seeds_of(text: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from ffkernels.engine.config import FastForwardConfig
 
 def test_defaults_are_the_papers_interval_and_the_bracketing_search():
     config = FastForwardConfig()
-    assert (config.interval, config.warmup, config.search, config.patience) == (6, 0, "parabolic", 3)
+    assert (config.interval, config.warmup, config.search, config.patience) == (6, 0, "parabolic", "auto")
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,8 @@ def test_defaults_are_the_papers_interval_and_the_bracketing_search():
         ("warmup", -1, "at least 0"),
         ("max_tau", 0, "from 1 to 65536"),
         ("max_tau", 65537, "from 1 to 65536"),
-        ("patience", 0, "at least 1 or None"),
+        ("patience", 0, "at least 1 or None or 'auto'"),
+        ("patience", "never", "at least 1 or None or 'auto'"),
         ("search", "golden", "'parabolic', 'linear'"),
         ("executor", "warp", "'auto', 'eager', 'step_graph', 'stage_graph'"),
         ("impl", "fortran", "'auto', 'torch', 'cpp'"),
