@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ffkernels import FastForward, FastForwardConfig
+from ffkernels import FastForward, FastForwardConfig, find_learning_rate
 from ffkernels.engine.rate_finding import scale_learning_rates
 from ffkernels.reporting.flops import ADAM_FLOPS
 from ffkernels.training.config import TrainConfig
@@ -217,6 +217,17 @@ def find_twice(work: Work, at: int = 8) -> Contender:
     return Contender(optimizer, scheduler, after_step, found=found, close=lambda: [c.close() for c in second])
 
 
+def find_first(work: Work, factor: float = 1.0) -> Contender:
+    """The learning rate found before the training, which then begins anew."""
+    optimizer = work.adamw(work.lr)
+    batches = [work.bench.batch(step)[0].micro_batches[0] for step in range(2)]
+    finding = find_learning_rate(work.session.model, optimizer, batches, work.session.validation)
+    work.charge(forwards=finding.evaluations, flops=finding.flops)
+    work.charge(batches=len(batches) * (1 + finding.restarts))
+    optimizer = work.adamw(factor * finding.lr)
+    return Contender(optimizer, work.scheduler(optimizer), found=lambda: factor * finding.lr)
+
+
 def _again(work: Work, optimizer: torch.optim.Optimizer, scheduler: Any) -> Contender:
     session = work.session
     settings = FastForwardConfig(learning_rate="find", find_after=1, interval=NEVER)
@@ -240,9 +251,12 @@ CONTENDERS: dict[str, Callable[[Work], Contender]] = {
     "find": find,
     "find+stages": find_and_stages,
     "keep": keep,
+    "find*1.4": lambda work: find_scaled(work, 1.4),
     "find*0.7": lambda work: find_scaled(work, 0.7),
     "find*0.5": lambda work: find_scaled(work, 0.5),
     "find-twice": find_twice,
+    "find-first": find_first,
+    "find-first*1.4": lambda work: find_first(work, 1.4),
 }
 
 

@@ -11,7 +11,8 @@ from statistics import median
 from typing import Any
 
 from end_to_end_table import rate
-from learning_rate_plan import CLAIMED, STEPS, SWEEP
+from learning_rate_plan import CLAIMED, SWEEP
+from learning_rate_plan import STEPS as STANDARD
 
 Line = Mapping[str, Any]
 NEAR, FAR, SHARE, FORWARDS = 0.02, 0.05, 0.9, 20  # what the finder is held to
@@ -97,7 +98,7 @@ def failures(lines: Sequence[Line], contender: str = "find") -> list[str]:
     best, found = tuned(lines), []
     for line in lines:
         name = f"{line['task']}, seed {line['seed']}, {line['schedule']}, {line['variant']}"
-        name += f", {line['steps']} steps" if line["steps"] != STEPS else ""
+        name += f", {line['steps']} steps" if line["steps"] != STANDARD else ""
         name += f": {line['contender']} from {rate(line['lr'])}"
         if line["contender"] != contender:
             if line["contender"] != "adam" and line.get("failed"):
