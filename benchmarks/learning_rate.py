@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from learning_rate_plan import PLANS, STEPS, WARMUP, Run  # noqa: E402
+from learning_rate_record import document, write  # noqa: E402
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--until", help="HH:MM of this machine's clock: begin no run after that")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning_rate.jsonl"), help="a line per run")
     parser.add_argument("--list", action="store_true", help="say what is left to run, and end")
+    parser.add_argument("--result", type=Path, help="make one result file of the runs, and end")
     return parser.parse_args(argv)
 
 
@@ -49,6 +51,10 @@ def finished(path: Path) -> dict[str, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     done = finished(options.runs)
+    if options.result is not None:
+        command = "python benchmarks/learning_rate.py"
+        write(document(list(done.values()), command, options.plan == "fast"), options.result)
+        return 0
     planned = {run.key: run for run in PLANS[options.plan]()}
     todo = [
         run

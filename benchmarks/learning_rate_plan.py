@@ -73,11 +73,14 @@ def of(
 
 def calibrate() -> Iterator[Run]:
     """Seeds that the evaluation does not use: what part of the found rate is best, under both schedules."""
+    ours = ("find", "find*1.4", "find*0.7", "find-first", "find-first*1.4", "find-twice")
     for seed in (10, 11):
-        for schedule in ("linear", "constant"):
-            yield from of("adam", (1e-2, 2e-2, 1.4e-2, 3e-2, 7e-3), (seed,), schedule=schedule)
-            for contender in ("find", "find*1.4", "find*0.7", "find-first", "find-first*1.4", "find-twice"):
-                yield from of(contender, (1e-4,), (seed,), schedule=schedule)
+        for steps in (STEPS, 2 * STEPS):
+            for schedule in ("linear", "constant"):
+                some = {"schedule": schedule, "steps": steps}
+                yield from of("adam", (1e-2, 2e-2, 1.4e-2, 3e-2, 7e-3), (seed,), **some)
+                for contender in ours:
+                    yield from of(contender, (1e-4,), (seed,), **some)
 
 
 def grid() -> Iterator[Run]:

@@ -284,7 +284,7 @@ def train(
     """Train until the budget of ``steps`` Adam steps is spent.
 
     Args:
-        tests: where to measure the test loss besides the end, as shares of ``steps``; charged to nobody.
+        tests: where to measure the test loss besides the end, as shares of the budget; charged to nobody.
 
     Returns:
         Plain values: ``loss`` at the end (None where it is not finite), ``curve`` of ``[optimizer steps,
@@ -295,7 +295,7 @@ def train(
     bench.reset()
     session, work = bench.session, Work(bench, lr, schedule, steps, warmup)
     contender = make(work)
-    marks = {round(share * steps) for share in tests}
+    marks = [share * work.budget for share in sorted(tests)]
     curve: list[list[Any]] = [[0, 0, bench.start]]
     spent, worst, failed, step = 0, -math.inf, None, 0
 
@@ -319,8 +319,9 @@ def train(
             spent, step = spent + flops, step + 1
             if contender.after_step is not None:
                 contender.after_step(step - 1, loss)
-            if step in marks and step < work.total:
+            if marks and spent + work.flops >= marks[0] and step < work.total:
                 test()
+            marks = [mark for mark in marks if mark > spent + work.flops]
         test()
         found = contender.found()
     finally:

@@ -1,0 +1,72 @@
+"""The runs of `learning_rate.py` as one committed result: rounded, without what no table or picture shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from learning_rate_plan import SEEDS, STEPS, TASKS, WARMUP, Run
+
+KIND = "learning_rate"
+FIELDS = ("task", "seed", "contender", "lr", "schedule", "variant", "steps", "loss", "found", "failed")
+COUNTS = ("optimizer_steps", "forwards", "batches", "own_flops", "flops", "budget")
+
+
+def document(
+    done: Iterable[Mapping[str, Any]], command: str, fast: bool, model: str = "tiny"
+) -> dict[str, Any]:
+    """A result of these runs; those on other seeds than the evaluation's are what the rule was chosen by."""
+    from ffkernels.reporting.machine import machine_info, version_info
+
+    lines = [reduced(line) for line in done]
+    config = Run(TASKS[0], 0, "find", 1e-4).config(model)
+    return {
+        "kind": KIND,
+        "fast": fast,
+        "command": command,
+        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(sum(line.get("seconds") or 0.0 for line in done)),
+        "machine": machine_info(),
+        "versions": version_info(),
+        "config": {
+            **{"model": model, "tasks": list(TASKS), "steps": STEPS, "warmup_steps": WARMUP},
+            **{
+                name: getattr(config, name) for name in ("rank", "alpha", "dtype", "batch_size", "max_length")
+            },
+            **{name: getattr(config, name) for name in ("test_examples", "validation_examples")},
+        },
+        "runs": [line for line in lines if line["seed"] in SEEDS],
+        "calibration": [line for line in lines if line["seed"] not in SEEDS],
+    }
+
+
+def reduced(line: Mapping[str, Any]) -> dict[str, Any]:
+    """One run: losses to 1e-5, the found rate to four digits."""
+    kept: dict[str, Any] = {name: line.get(name) for name in FIELDS}
+    kept |= {name: line.get(name, 0) for name in COUNTS}
+    for name in ("loss", "found"):
+        if kept[name] is not None:
+            kept[name] = round(kept[name], 5) if name == "loss" else float(f"{kept[name]:.4g}")
+    kept["curve"] = [
+        [steps, flops, None if loss is None else round(loss, 5)]
+        for steps, flops, loss in line.get("curve", [])
+    ]
+    return kept
+
+
+def write(result: Mapping[str, Any], path: Path) -> None:
+    """A line per run: a diff shows which have changed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(
+        {**result, "runs": [], "calibration": []}, indent=1, ensure_ascii=False, allow_nan=False
+    )
+    for name in ("runs", "calibration"):
+        lines = ",\n  ".join(json.dumps(line, ensure_ascii=False, allow_nan=False) for line in result[name])
+        text = re.sub(
+            rf'"{name}": \[\]', lambda found, name=name, lines=lines: f'"{name}": [\n  {lines}\n ]', text
+        )
+    path.write_text(text + "\n", encoding="utf-8")
