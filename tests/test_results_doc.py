@@ -94,7 +94,7 @@ def checkout(tmp_path):
     shutil.copytree(RESULTS, tmp_path / "benchmarks" / "results")
     (tmp_path / "docs").mkdir()
     shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
-    for name in ("README.md", "docs/results.md"):
+    for name in ("README.md", "docs/results.md", "docs/learning-rate.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     for path in (tmp_path / "benchmarks" / "results").glob("end_to_end_*.json"):
         path.unlink()

@@ -1,6 +1,6 @@
 """Writes the numbers of the documentation: every table and plot from the JSON files in benchmarks/results/.
 
-    python tools/results_doc.py            rewrite docs/results.md, README.md and docs/images/end_to_end_*.png
+    python tools/results_doc.py            rewrite the documents, and the pictures of results in docs/images
     python tools/results_doc.py --check    write nothing; exit status 1 and a list where they are out of date
 
 In a document, what stands between two comments belongs to this script, and all else to people:
@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 
 import results_plots  # noqa: E402
+import results_rates  # noqa: E402
 from results_figures import end_to_end, end_to_end_files, end_to_end_short  # noqa: E402
 from results_tables import BLOCKS, Results, comparison  # noqa: E402
 
-DOCUMENTS = ("docs/results.md", "README.md")
+DOCUMENTS = ("docs/results.md", "docs/learning-rate.md", "README.md")
 IMAGES = "docs/images"
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 
@@ -57,6 +58,7 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
     }
     found["end-to-end"] = lambda: end_to_end(results, shown)
     found["end-to-end-short"] = lambda: end_to_end_short(results)
+    found["learning-rates"] = lambda: results_rates.learning_rates(results)
     for name, data in results.items():
         if name.startswith("compare_"):
             found[name] = lambda data=data: comparison(data)
@@ -92,15 +94,18 @@ def outdated(root: Path, write: bool) -> list[str]:
             found.append(name)
             if write:
                 path.write_text(after, encoding="utf-8")
-    wanted = set()
+    wanted = {}
     for name, data in end_to_end_files(results).items():
-        for file, (_, draw) in results_plots.pictures(name, data).items():
-            path = root / IMAGES / file
-            wanted.add(file)
-            if results_plots.shown_digest(path) != results_plots.digest(data):
-                found.append(f"{IMAGES}/{file}")
-                if write:
-                    results_plots.write(path, draw, data)
+        wanted |= {file: (draw, data) for file, (_, draw) in results_plots.pictures(name, data).items()}
+    if (newest := results_rates.result_of(results)) is not None:
+        data = newest[1]
+        wanted[results_rates.PICTURE] = (lambda figure, data=data: results_rates.draw(figure, data)), data
+    for file, (draw, data) in wanted.items():
+        path = root / IMAGES / file
+        if results_plots.shown_digest(path) != results_plots.digest(data):
+            found.append(f"{IMAGES}/{file}")
+            if write:
+                results_plots.write(path, draw, data)
     for path in sorted((root / IMAGES).glob("end_to_end_*.png")):
         if path.name not in wanted:
             found.append(f"{IMAGES}/{path.name}")

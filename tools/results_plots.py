@@ -57,7 +57,7 @@ def pictures(name: str, data: Mapping[str, Any]) -> dict[str, tuple[str, Callabl
 
 
 def digest(data: Mapping[str, Any]) -> str:
-    shown = {key: data[key] for key in ("cells", "config", "tuned")}
+    shown = {key: data[key] for key in ("cells", "config", "tuned", "runs") if key in data}
     return hashlib.sha256((DRAWING + json.dumps(shown, sort_keys=True)).encode()).hexdigest()
 
 

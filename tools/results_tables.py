@@ -219,6 +219,10 @@ FAMILIES: dict[str, tuple[str, str]] = {
         "",
     ),
     "peers": ("our Fast Forward beside the authors' loop and PEFT's prototype, on the same work", ""),
+    "learning_rate": (
+        "from any learning rate: the finder beside sweeps, rules of thumb and other finders",
+        "",
+    ),
     "gpu_check": ("tests and benchmarks on a GPU", "make gpu-check"),
 }
 

@@ -1,0 +1,210 @@
+"""What `benchmarks/learning_rate.py` has measured, for the documentation: failures first, then the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any
+
+from end_to_end_table import rate
+from learning_rate_table import (
+    FORWARDS,
+    NAMES,
+    NEAR,
+    STANDARD,
+    Line,
+    compared,
+    conditions,
+    failures,
+    flops_to,
+    gap,
+    tuned,
+    verdicts,
+)
+from results_tables import Results, counted, heading, percent, table, where
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KIND = "learning_rate"
+PICTURE = "learning_rate.png"
+NOTHING = "*Not measured yet: `python benchmarks/learning_rate.py`.*"
+
+
+def result_of(results: Results) -> tuple[str, Mapping[str, Any]] | None:
+    """The newest result on the embedded model."""
+    names = [
+        name
+        for name, data in results.items()
+        if data.get("kind") == KIND and data["config"]["model"] == "tiny" and not data["fast"]
+    ]
+    return (max(names), results[max(names)]) if names else None
+
+
+def learning_rates(results: Results) -> str:
+    """All of it."""
+    found = result_of(results)
+    if found is None:
+        return NOTHING
+    name, data = found
+    lines = data["runs"]
+    broken = failures(lines)
+    parts = [
+        said(name, data),
+        f"What failed ({counted(len(broken), 'line')}):",
+        "\n".join(f"- {line}" for line in broken) or "*nothing.*",
+        'What was to be shown of `learning_rate="find"`, from 1e-5 to 1e-2:',
+        held(lines),
+        "Every way beside it, constant rate, standard settings, medians over tasks and seeds:",
+        ways(lines),
+    ]
+    return "\n\n".join(parts)
+
+
+def said(name: str, data: Mapping[str, Any]) -> str:
+    """The conditions of the measurement."""
+    config = data["config"]
+    seeds = sorted({line["seed"] for line in data["runs"]})
+    tasks, which = ", ".join(config["tasks"]), ", ".join(map(str, seeds))
+    return (
+        f"{heading(config['model'])}; {tasks}; LoRA r = {config['rank']} on attention, {config['dtype']} "
+        f"base, AdamW, batch {config['batch_size']} × {config['max_length']} tokens, the FLOPs of "
+        f"{config['steps']} Adam steps, {config['warmup_steps']} of them warm-up; "
+        f"{config['test_examples']} test and "
+        f"{config['validation_examples']} validation examples; seeds {which}. {where(data)} "
+        f"(`{data['command']}`; `{name}`)."
+    )
+
+
+def held(lines: Sequence[Line]) -> str:
+    """The finder beside what was asked of it."""
+    rows = []
+    for one in verdicts(lines):
+        label = one["schedule"] + ("" if one["variant"] == "standard" else f", {one['variant']}")
+        label += "" if one["steps"] == STANDARD else f", {one['steps']} steps"
+        middle, most = one["forwards"]
+        rows.append(
+            [
+                label,
+                str(one["runs"]),
+                percent(one["near"]),
+                signed(one["median"]),
+                signed(one["worst"]),
+                str(one["diverged"]),
+                f"{middle:.0f} ({most})",
+            ]
+        )
+    head = ["schedule", "runs", f"within {percent(NEAR)} of tuned Adam", "median", "worst"]
+    return table([*head, "diverged", f"validation losses, median (most; {FORWARDS} allowed)"], rows)
+
+
+def ways(lines: Sequence[Line]) -> str:
+    """A row per contender and first learning rate."""
+    some = compared(lines, schedule="constant", variant="standard", steps=STANDARD)
+    best = tuned(some)
+    sweep = median(
+        len({r["lr"] for r in some if r["contender"] == "adam" and conditions(r) == key}) for key in best
+    )
+    rows = []
+    for contender in dict.fromkeys(line["contender"] for line in some):
+        mine = [line for line in compared(some, contender=contender) if conditions(line) in best]
+        for lr in sorted({line["lr"] for line in mine}):
+            of = compared(mine, lr=lr)
+            gaps = sorted(one for line in of if (one := gap(line, best)) is not None)
+            row = [NAMES.get(contender, contender), rate(lr), str(len(of))]
+            if not gaps:
+                rows.append([*row, "failed", "", "", ""])
+                continue
+            worst = signed(gaps[-1]) if len(gaps) == len(of) else "failed"
+            own = median(line["own_flops"] / line["budget"] for line in of if line["loss"] is not None)
+            rows.append([*row, signed(median(gaps)), worst, percent(own), reached(of, best)])
+    rows.append(
+        [
+            "Adam, tuned by a sweep",
+            "–",
+            str(len(best)),
+            "0 %",
+            "0 %",
+            percent(sweep - 1),
+            f"{sweep:.1f}",
+        ]
+    )
+    head = [
+        "way",
+        "begins at",
+        "runs",
+        "above tuned Adam",
+        "worst",
+        "own cost",
+        f"FLOPs to within {percent(NEAR)}",
+    ]
+    return table(head, rows, text_columns=2)
+
+
+def reached(of: Sequence[Line], best: Mapping[tuple[Any, ...], Line]) -> str:
+    """FLOPs until within 2 % of what tuned Adam ends at, in those of a run; of runs that were looked at."""
+    found = []
+    for line in of:
+        if line["seed"] != 0 or line["loss"] is None:
+            continue
+        flops = flops_to(line, (1 + NEAR) * best[conditions(line)]["loss"])
+        found.append(None if flops is None else flops / line["budget"])
+    if not found:
+        return ""
+    return "not reached" if None in found else f"{median(found):.2f}"
+
+
+def signed(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:+.1f} %".replace("-", "−")
+
+
+def draw(figure: Figure, data: Mapping[str, Any]) -> None:
+    """Final test loss over the first learning rate: a row per schedule, a panel per task."""
+    from ffkernels.reporting.plots import STYLES, TEXT, clean_axes
+
+    lines = compared(data["runs"], variant="standard", steps=STANDARD)
+    tasks = data["config"]["tasks"]
+    schedules = [s for s in ("constant", "linear") if compared(lines, schedule=s, contender="find")]
+    figure.set_size_inches(2.7 * len(tasks) + 0.4, 0.7 + 2.4 * len(schedules))
+    panels = figure.subplots(len(schedules), len(tasks), squeeze=False, sharex=True)
+    ways = (("adam", "Adam", STYLES["adam"]), ("find", 'learning_rate="find"', STYLES["parabolic"]))
+    legend: dict[str, Any] = {}
+    for row, schedule in enumerate(schedules):
+        for column, task in enumerate(tasks):
+            axes, some = panels[row, column], compared(lines, schedule=schedule, task=task)
+            clean_axes(axes)
+            level = mean(line["loss"] for line in tuned(some).values())
+            style = STYLES["adam-tuned"]
+            legend["Adam at the best rate of a sweep"] = axes.axhline(
+                level, color=style["color"], linestyle=style["linestyle"], linewidth=1.2
+            )
+            for contender, label, style in ways:
+                points = means(compared(some, contender=contender))
+                rates_, losses, low, high = zip(*points, strict=True)
+                (legend[label],) = axes.plot(
+                    rates_, losses, color=style["color"], marker=style["marker"], markersize=4, linewidth=1.4
+                )
+                axes.fill_between(rates_, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.set_xscale("log")
+            top = max(line["loss"] for line in compared(some, contender="find") if line["loss"] is not None)
+            axes.set_ylim(top=max(1.25 * level, 1.02 * top), bottom=0.97 * level)
+            axes.set_title(
+                f"{task}, {schedule} rate" if schedule == "constant" else f"{task}, {schedule} decay",
+                loc="left",
+                fontsize=9,
+            )
+            axes.tick_params(labelsize=8, colors=TEXT)
+    figure.supxlabel("learning rate that the run begins with", fontsize=9)
+    figure.supylabel("test loss at equal FLOPs (nats per token)", fontsize=9)
+    figure.legend(
+        legend.values(), legend.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=9
+    )
+
+
+def means(lines: Sequence[Line]) -> list[tuple[float, float, float, float]]:
+    """By learning rate: mean, lowest and highest final loss over the seeds."""
+    by_rate: dict[float, list[float]] = {}
+    for line in lines:
+        if line["loss"] is not None:
+            by_rate.setdefault(line["lr"], []).append(line["loss"])
+    return [(lr, mean(losses), min(losses), max(losses)) for lr, losses in sorted(by_rate.items())]
