@@ -8,7 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 NAME = "ranks_cpu_2026-11-21.json"
-REPORT = json.loads((ROOT / "benchmarks" / "results" / NAME).read_text(encoding="utf-8"))
+RESULTS = ROOT / "benchmarks" / "results"
+SEARCHES = json.loads((RESULTS / "search_on_ranks_cpu_2026-11-21.json").read_text(encoding="utf-8"))
+REPORT = json.loads((RESULTS / NAME).read_text(encoding="utf-8"))
 
 
 def measured_rows() -> list[str]:
@@ -49,6 +51,27 @@ def test_the_constants_are_those_of_the_result_file():
     model = REPORT["model"]
     assert f"c = {model['microseconds_per_token']:.0f} µs per token" in TEXT
     assert f"f = {model['microseconds_per_forward'] / 1e3:.1f} ms per forward" in TEXT
+
+
+def several_taus_rows() -> list[str]:
+    rows = []
+    for size in (2, 8, 32):
+        of = {row["times_as_long"]: row for row in SEARCHES["arithmetic"] if row["ranks"] == size}
+        costs = [of[longer][f"shared_{device}"] for longer in (1, 4, 16) for device in ("cpu", "gpu")]
+        rows.append(f"| {size} | {' | '.join(f'{cost:.1f}' for cost in (of[1]['apart'], *costs))} |")
+    return rows
+
+
+def test_what_is_said_about_several_taus_at_once_is_what_was_measured():
+    shared, apart = ([stage[way] for stage in SEARCHES["stages"]] for way in ("shared", "apart"))
+    seconds = [sum(stage["seconds"] for stage in way) for way in (apart, shared)]
+    assert f"six stages took {seconds[0]:.1f} s so and {seconds[1]:.1f} s with shared examples" in TEXT
+    rounds, evaluations = [s["rounds"] for s in apart], [s["evaluations"] for s in shared]
+    assert f"in {min(rounds)} to {max(rounds)} rounds of whole forwards" in TEXT
+    assert f"in place of {min(evaluations)} to {max(evaluations)}\nof halves" in TEXT
+    assert sorted(abs(a["tau"] - s["tau"]) for a, s in zip(apart, shared, strict=True)) == [0] * 5 + [1]
+    for row in several_taus_rows():
+        assert row in TEXT, row
 
 
 def test_all_ranks_took_the_same_steps():

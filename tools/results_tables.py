@@ -214,6 +214,10 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "sft": ("TRL's `SFTTrainer` with and without the callback", ""),
     "step_cpu": ("one `step_` with checkpoint, against foreach, a loop and the state-dict way", ""),
     "ranks": ("validation and stages on 1, 2 and 4 processes, for [distributed.md](distributed.md)", ""),
+    "search_on_ranks": (
+        "a stage on two processes: examples shared, or several τ at once, for [distributed.md](distributed.md)",
+        "",
+    ),
     "machine_code": (
         "what the Triton kernels compile to for sm_80, sm_90 and sm_100, and rejected variants",
         "",
