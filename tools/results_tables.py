@@ -215,7 +215,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "step_cpu": ("one `step_` with checkpoint, against foreach, a loop and the state-dict way", ""),
     "ranks": ("validation and stages on 1, 2 and 4 processes, for [distributed.md](distributed.md)", ""),
     "search_on_ranks": (
-        "a stage on two processes: shared examples or several τ at once, for [distributed.md](distributed.md)",
+        "a stage on two processes: shared examples or several τ at once ([distributed.md](distributed.md))",
         "",
     ),
     "machine_code": (
