@@ -1,10 +1,12 @@
 """How a stage runs: what it is made of, and the plain way to run it.
 
     prologue    Δ ← W − best ; best ← W          nothing to search when max |Δ| is 0 or not finite
-    loop        loss ← L(W) ; decide ; base = accept ? W : best ; best ← base ; W ← base + k·Δ
+    loop        loss, S ← L(W) ; sure ← a real rise, by S and best's S ; decide ;
+                base = accept ? W : best ; best ← base ; W ← base + k·Δ
 
-``StageProgram`` says what a stage is made of; an executor runs it, from the prologue on. ``EagerExecutor`` is
-the plain loop on the host, correct on every device and the truth for every faster one.
+S are the losses by example, where the validation has them; without them every rise counts
+(``significance``). ``StageProgram`` says what a stage is made of; an executor runs it, from the prologue on.
+``EagerExecutor`` is the plain loop on the host, correct on every device and the truth for every faster one.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from ffkernels import ops
 from ffkernels.engine.interrupts import interrupt_later
-from ffkernels.engine.search import Search, make_search
+from ffkernels.engine.search import LinearSearch, Search, make_search
+from ffkernels.engine.significance import Rises
 from ffkernels.engine.stage_clock import StageClock
+from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.validation_examples import read_together
 
 NO_UPDATE = "the optimizer did not change the weights"
 UPDATE_NOT_FINITE = "the optimizer's update is not finite"
@@ -32,8 +38,8 @@ class StageProgram:
 
     Args:
         table: the weights, with best as the checkpoint before the optimizer's step.
-        validation: the loss of the weights as they are, a 0-dim tensor or a float. Graphs need a
-            ``ValidationLoss``.
+        validation: the loss of the weights as they are, a 0-dim tensor or a float. Graphs and losses by
+            example need a ``ValidationLoss``.
         search: which τ to try, in what order.
 
     Attributes:
@@ -69,6 +75,13 @@ class StageProgram:
         """Why the stage ended, in words; empty while it runs."""
         return self.stopped_because or self.search.stopped_because or ""
 
+    @property
+    def example_counts(self) -> list[int] | None:
+        """Tokens by example, where losses by example can change what the search does; else None."""
+        if isinstance(self.search, LinearSearch) or not isinstance(self.validation, ValidationLoss):
+            return None
+        return self.validation.example_counts
+
     def restart(self) -> None:
         """Forget what was found, for another executor to run the same stage; the clock goes on."""
         self.extra_validations += len(self.search.losses)
@@ -89,6 +102,15 @@ def step_pace(program: StageProgram) -> tuple[float, float] | None:
     return median(host for host, _ in steps), median(total for _, total in steps)
 
 
+def _read(measured: Any) -> tuple[float, list[float] | None]:
+    """A loss, alone or with its sums by example, in one read from the device."""
+    loss, sums = measured if isinstance(measured, tuple) else (measured, None)
+    if sums is None:
+        return float(loss), None
+    loss, *sums = read_together(loss, sums)
+    return loss, sums
+
+
 class EagerExecutor:
     """The host decides after every validation: one device-to-host read of the loss per Fast Forward step."""
 
@@ -106,16 +128,18 @@ class EagerExecutor:
             program.stopped_because = UPDATE_NOT_FINITE if largest else NO_UPDATE
             return
         base = 0  # the τ that best holds
+        counts = program.example_counts
+        rises = Rises(counts)
         try:
             while (tau := search.propose()) is not None:
                 start = perf_counter()
-                measured = program.validation()
+                measured = program.validation() if counts is None else program.validation.measure()
                 prepared = perf_counter()
-                loss = float(measured)
+                loss, sums = _read(measured)
                 validated = perf_counter()
                 # Nothing may interrupt from the decision to the end of the move: half a move has no undo.
                 with interrupt_later():
-                    search.observe(tau, loss)
+                    search.observe(tau, loss, rises.sure(loss, sums))
                     if search.accepted:
                         base = tau
                     following = search.propose()

@@ -1,9 +1,10 @@
 """Whether a captured stage did what the eager one would have done.
 
-Two checks. After every captured stage the host's own search takes the losses that the device recorded and
-must ask for the same τ, in the same order, and end for the same reason. And after a stage that ran on a fresh
-capture, the validation loss is measured eagerly where the graph measured it: before the stage, at the weights
-it kept, and at the last ones it tried. A graph that replays stale addresses or moves nothing shows there.
+Two checks. After every captured stage the host's own search takes the losses that the device recorded, with
+its verdicts on them, and must ask for the same τ, in the same order, and end for the same reason. And after a
+stage that ran on a fresh capture, the validation loss is measured eagerly where the graph measured it: before
+the stage, at the weights it kept, and at the last ones it tried. A graph that replays stale addresses, or
+moves nothing, shows there.
 """
 
 from __future__ import annotations
@@ -78,12 +79,14 @@ def follow(program: StageProgram, decided: Any) -> str | None:
 
 def _part(program: StageProgram, decided: Any) -> str | None:
     search = program.search
-    for count, (tau, loss) in enumerate(decided.losses):
+    if len(decided.sure) != len(decided.losses):
+        return f"the device recorded {len(decided.losses)} losses and {len(decided.sure)} verdicts on them"
+    for count, ((tau, loss), sure) in enumerate(zip(decided.losses, decided.sure, strict=True)):
         wanted = search.propose()
         if wanted != tau:
             asked = "ended" if wanted is None else f"asked for τ = {wanted}"
             return f"after {count} losses the device measured τ = {tau} where the host's search {asked}"
-        search.observe(tau, loss)
+        search.observe(tau, loss, sure)
     if not decided.losses:
         program.stopped_because = decided.stopped_because
         return None if decided.stopped_because else "the device recorded no loss and no reason for that"

@@ -28,6 +28,7 @@ from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.executors import StageProgram
 from ffkernels.engine.graph_check import Snapshot, difference, follow
 from ffkernels.engine.interrupts import interrupt_later
+from ffkernels.engine.significance import LEAST_EXAMPLES, critical_values, jackknife_weights
 from ffkernels.engine.stage_clock import StageClock
 from ffkernels.ops.notices import announce_once
 
@@ -66,6 +67,7 @@ class GraphExecutor:
         self._search: tuple = ()
         self._token: Any = None
         self._proved = False
+        self._counts: list[int] | None = None
 
     def run(self, program: StageProgram) -> None:
         """Run the stage; records first where nothing is recorded, or what was recorded is out of date.
@@ -78,6 +80,7 @@ class GraphExecutor:
         device = program.table.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self._record_if_needed(program)
+            self._tell_of_examples(program.example_counts)
             if self._proved:
                 self.fault = self._run(program)
             else:
@@ -139,7 +142,9 @@ class GraphExecutor:
 
         table, validation, search = program.table, program.validation, program.search
         checkpoint = [flat.clone() for flat in table.best_flats]
-        state = self._state = decide.DecideState(search.name, search.max_tau, table.device)
+        rows = len(program.example_counts or ())
+        state = self._state = decide.DecideState(search.name, search.max_tau, table.device, rows)
+        self._counts = None
         # Held, so that what it validates keeps its addresses as long as the graph has them.
         self._table, self._validation = table, validation
         decide.prepare(state, with_condition=self.loops)
@@ -149,7 +154,8 @@ class GraphExecutor:
             decide.begin(state, ops.delta_absmax_on_device(table), handle)
 
         def body(handle: int | None = None) -> None:
-            decide.decide(state, validation.evaluate(), handle)
+            loss, sums = validation.evaluate_with_sums() if rows else (validation.evaluate(), None)
+            decide.decide(state, loss, sums, handle)
             ops.step_(table, state.accept, state.k)
 
         try:
@@ -162,6 +168,15 @@ class GraphExecutor:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(table.best_flats, checkpoint)
+
+    def _tell_of_examples(self, counts: list[int] | None) -> None:
+        """Let the device know how long the examples are, where they are others than in the last stage."""
+        if counts is None or counts == self._counts:
+            return
+        examples = sum(n > 0 for n in counts)
+        told = (counts, jackknife_weights(counts)) if examples >= LEAST_EXAMPLES else ()
+        self._state.know(critical_values(examples, self._state.capacity), *told)
+        self._counts = list(counts)
 
     def _build(self, device: torch.device, prologue: Callable[..., None], body: Callable[..., None]) -> None:
         raise NotImplementedError

@@ -47,7 +47,8 @@ WAYS = (condition.INSIDE, condition.BESIDE)
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = (
     *("engine/capture.py", "engine/graph_driver.py", "engine/graph_probe.py", "engine/graph_support.py"),
-    *("engine/while_graph.py", "ops/condition.ll", "ops/condition.py", "ops/decide.py"),
+    *("engine/while_graph.py", "ops/condition.ll", "ops/condition.py"),
+    *("ops/decide.py", "ops/decide_state.py"),
 )
 # Nothing but sys is imported before the path is that of the process that asks.
 _CHILD = (

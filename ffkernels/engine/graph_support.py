@@ -119,7 +119,7 @@ def small_loop(device: torch.device) -> str | None:
 
         def body(handle: int | None = None) -> None:
             loss = (weight.double() - 4).square().sum()
-            decide.decide(state, loss, handle)
+            decide.decide(state, loss, handle=handle)
             ops.step_(table, state.accept, state.k)
 
         decide.prepare(state, with_condition=True)

@@ -39,7 +39,7 @@ from ffkernels.engine.validation_batches import (
 )
 from ffkernels.engine.validation_check import disagreement
 from ffkernels.engine.validation_fast import LabelledLoss, could_be_given_a_mask
-from ffkernels.engine.validation_generic import FunctionLoss, ModelLoss
+from ffkernels.engine.validation_generic import FunctionLoss, ModelLoss, is_loss_function
 from ffkernels.engine.validation_shared import (
     SharedLoss,
     shared_function,
@@ -112,11 +112,8 @@ class ValidationLoss:
                 f"micro_batch_tokens = {micro_batch_tokens!r}: a positive integer or None is allowed"
             )
         self.model = model
-        self.path = "generic"
-        self.reason = ""
-        self.examples = 0
-        self.tokens = 0
-        self.version = 0
+        self.path, self.reason = "generic", ""
+        self.examples = self.tokens = self.version = 0
         self._device = model_device(model)
         self._fsdp, self._replicas = fsdp_modules(model), replicas(model)
         self._max_tokens = micro_batch_tokens or _TOKENS.get(self._device.type, _TOKENS_ELSEWHERE)
@@ -148,7 +145,7 @@ class ValidationLoss:
             self.ranks.agree({"the path of the validation loss": self.path}, f"here: {self.reason}")
 
     def _read(self, batches: Any, collator: Callable[..., Any] | None) -> None:
-        if _is_loss_function(batches):
+        if is_loss_function(batches):
             if collator is not None:
                 raise TypeError("collator goes with a dataset, not with a callable loss_fn(model)")
             self.path, self.reason = "callable", "the loss is a callable"
@@ -294,7 +291,7 @@ class ValidationLoss:
             ValueError, TypeError: as at construction, for data that cannot be used. The present examples
                 stay in force.
         """
-        if self.path == "callable" or _is_loss_function(batches):
+        if self.path == "callable" or is_loss_function(batches):
             raise TypeError(
                 "swap_batch exchanges examples and a callable has none that it could know; change what the "
                 "callable reads, or make a new ValidationLoss"
@@ -400,7 +397,3 @@ class ValidationLoss:
         self._loss = self._build()
         self._flops = None
         self.version += 1
-
-
-def _is_loss_function(batches: Any) -> bool:
-    return callable(batches) and not any(hasattr(batches, name) for name in ("__iter__", "__getitem__"))

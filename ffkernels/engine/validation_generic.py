@@ -21,7 +21,7 @@ from torch import nn
 from ffkernels.engine.causal_lm import accepts_argument, unwrap
 from ffkernels.engine.validation_batches import IGNORE
 
-__all__ = ["FunctionLoss", "ModelLoss", "count_targets", "size_of"]
+__all__ = ["FunctionLoss", "ModelLoss", "count_targets", "is_loss_function", "size_of"]
 
 _SHIFTING_LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")
 
@@ -153,3 +153,8 @@ class FunctionLoss:
                 f"loss_fn(model) returned a tensor of shape {tuple(value.shape)}: one number is needed"
             )
         return value.reshape(())
+
+
+def is_loss_function(given: Any) -> bool:
+    """Whether this is a function of the model, and nothing that holds examples."""
+    return callable(given) and not any(hasattr(given, name) for name in ("__iter__", "__getitem__"))

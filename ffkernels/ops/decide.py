@@ -1,29 +1,21 @@
 """The searches over τ as one small kernel: what to do with a loss is decided where the loss is.
 
-    begin(state, largest)   a fresh search, or none where the update, max |Δ|, is zero or not finite
-    decide(state, loss)     observe(τ, loss), then propose(), of `engine.search`
+    begin(state, largest)       a fresh search, or none where the update, max |Δ|, is zero or not finite
+    decide(state, loss, sums)   sure(loss, sums) of `engine.significance`, then observe(τ, loss, sure) and
+                                propose() of `engine.search`
 
-The kernel is the twin of `LinearSearch` and `ParabolicSearch`: float64 in the same order of operations, no
-fma, so that equal losses give equal choices. It leaves the arguments of the `step_` that follows in device
-memory: whether the weights just measured became the best (`accept`), and k = τ_next − τ_best, which is 0 when
-the search has ended, so that this step then restores the best weights. `go` says whether there is a next τ;
-for a CUDA WHILE node the kernels set the node's condition to it. After the end a call changes nothing.
-
-A state is one allocation:
-
-    flags     int32[3]             accept, go, stopped (an index into REASONS)
-    k         float32[1]
-    integers  int64[8]             next τ, evaluations, best τ, a, c (0: none yet), vertices, max τ, capacity
-    numbers   float64[6]           best loss, loss at τ = 0, f(a), f(c), predicted loss, its last error
-    taus      int64[capacity]      what was measured, in order
-    losses    float64[capacity]
+The kernel is the twin of `Rises`, `LinearSearch` and `ParabolicSearch`: float64 in the same order of
+operations, no fma, so that equal losses give equal choices. It leaves the arguments of the `step_` that
+follows in device memory: whether the weights just measured became the best (`accept`), and k = τ_next −
+τ_best, which is 0 when the search has ended, so that this step then restores the best weights. `go` says
+whether there is a next τ; for a CUDA WHILE node the kernels set the node's condition to it. After the end a
+call changes nothing. What lies where is said in `decide_state`.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,19 +25,10 @@ from torch import Tensor
 from triton.language.core import dtype, extern, extern_elementwise
 
 from ffkernels.ops import condition
+from ffkernels.ops.decide_state import MAX_TAU_LIMIT, REASONS, Decided, DecideState
 
-# Repeated from engine, which stands above this room; a test holds them together.
-REASONS = (
-    None,
-    "loss stopped falling",
-    "first step did not lower the loss",
-    "reached max_tau",
-    "converged",
-    "evaluation budget spent",
-    "loss at tau 0 is not finite",
-    "the optimizer did not change the weights",
-    "the optimizer's update is not finite",
-)
+__all__ = ["MAX_TAU_LIMIT", "REASONS", "DecideState", "Decided", "begin", "decide", "prepare"]
+
 IMPROVEMENT_ENDED = tl.constexpr(1)
 NO_IMPROVEMENT = tl.constexpr(2)
 REACHED_MAX_TAU = tl.constexpr(3)
@@ -58,7 +41,6 @@ REFINE_TOLERANCE = tl.constexpr(5e-4)
 GOLDEN = tl.constexpr(0.3819660112501051)
 INF = tl.constexpr(math.inf)
 
-MAX_TAU_LIMIT = 1 << 16
 # What `_set_condition` links: a call that the driver resolves when it loads the kernel, as it does printf's.
 # Triton itself does not offer it.
 CONDITION_LIBRARY = {"ffk_condition": str(Path(__file__).with_name("condition.ll"))}
@@ -92,7 +74,44 @@ def _linear(tau, accepted, max_tau):
 
 
 @triton.jit
-def _parabolic(tau, loss, accepted, b, fb, best_tau, best_loss, integers, numbers):
+def _higher(sums, best, examples, rows, critical):
+    """`higher` of engine.significance: one addition after the other, as on the host."""
+    tokens = examples
+    weights = examples + rows
+    total = tl.full([], 0.0, tl.float64)
+    size = tl.full([], 0.0, tl.float64)
+    for i in range(rows):
+        total += tl.load(sums + i) - tl.load(best + i)
+        size += tl.load(tokens + i)
+    mean = total / size
+    spread = tl.full([], 0.0, tl.float64)
+    for i in range(rows):
+        moved = tl.load(sums + i) - tl.load(best + i)
+        rest = (moved - tl.load(tokens + i) * mean) * tl.load(weights + i)
+        spread += rest * rest
+    return (total > 0.0) & (total * total > critical * spread)
+
+
+@triton.jit
+def _is_sure(loss, count, lowest, sums, best, examples, capacity):
+    """Whether this loss is a real rise over the lowest one before it, whose sums `best` is to hold."""
+    rows = tl.load(examples.to(tl.pointer_type(tl.int64)))
+    sure = (rows == 0) | (loss == INF)
+    if (count == 0) | (loss < lowest):
+        sure = count < 0
+        lane = tl.arange(0, 32)
+        for start in range(0, rows, 32):
+            inside = start + lane < rows
+            tl.store(best + start + lane, tl.load(sums + start + lane, inside), inside)
+    else:
+        if sure == 0:
+            critical = tl.load(examples + 1 + count)
+            sure = _higher(sums, best, examples + 1 + capacity, rows, critical)
+    return sure
+
+
+@triton.jit
+def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, numbers, taus, losses):
     """The next τ, and why there is none (0: there is). b is what was best before this loss."""
     count = tl.load(integers + 1) + 1
     a = tl.load(integers + 3)
@@ -110,23 +129,31 @@ def _parabolic(tau, loss, accepted, b, fb, best_tau, best_loss, integers, number
     stopped = tl.full([], 0, tl.int32)
     refine = tau > 0
     miss = tl.full([], INF, tl.float64)
-    if c == 0:  # doubling
+    if vertices < 0:  # doubling
         if accepted:
+            a = tl.load(taus + count - 2)
+            fa = tl.load(losses + count - 2)
+            fa = tl.where(tl.abs(fa) < INF, fa, INF)
+            c = tau - tau
+            fc = tl.full([], INF, tl.float64)
+        else:
+            if c == 0:
+                c = tau
+                fc = loss
+        if (tau < max_tau) & (accepted | (sure == 0)):
             refine = tau < 0
-            a = b
-            fa = fb
             following = tl.minimum(2 * tau, max_tau)
-            if tau == max_tau:
+        else:
+            vertices = tau - tau
+            if best_tau == 0:
+                refine = tau < 0
+                stopped = tl.full([], NO_IMPROVEMENT, tl.int32)
+            elif accepted:  # still falling at the limit
+                refine = tau < 0
                 c = tau + 1
                 following = tau - 1
                 if tau - a == 1:
                     stopped = tl.full([], REACHED_MAX_TAU, tl.int32)
-        else:
-            c = tau
-            fc = loss
-            if tau == 1:
-                refine = tau < 0
-                stopped = tl.full([], NO_IMPROVEMENT, tl.int32)
     else:  # narrowing
         miss = tl.abs(loss - predicted)
         miss = tl.where(miss < INF, miss, INF)
@@ -144,6 +171,9 @@ def _parabolic(tau, loss, accepted, b, fb, best_tau, best_loss, integers, number
             else:
                 a = tau
                 fa = loss
+            if sure == 0:
+                refine = tau < 0
+                stopped = tl.where(b == max_tau, REACHED_MAX_TAU, CONVERGED)
 
     if refine:
         wrong = tl.where(last_miss > miss, last_miss, miss)
@@ -205,14 +235,18 @@ def _begin_kernel(state, fresh, largest_ptr, handle: tl.int64, CONDITION: tl.con
         _set_condition(handle, go.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=("state", "loss_ptr", "handle"))
-def _decide_kernel(state, loss_ptr, handle: tl.int64, PARABOLIC: tl.constexpr, CONDITION: tl.constexpr):
+@triton.jit(do_not_specialize=("state", "loss_ptr", "sums", "best", "examples", "handle"))
+def _decide_kernel(
+    state, loss_ptr, sums, best, examples, handle: tl.int64, PARABOLIC: tl.constexpr, CONDITION: tl.constexpr
+):
     flags = state.to(tl.pointer_type(tl.int32))
     k = state.to(tl.pointer_type(tl.float32)) + 3
     integers = state + 2
     numbers = (state + 10).to(tl.pointer_type(tl.float64))
     taus = state + 16
-    losses = (taus + tl.load(integers + 7)).to(tl.pointer_type(tl.float64))
+    capacity = tl.load(integers + 7)
+    losses = (taus + capacity).to(tl.pointer_type(tl.float64))
+    verdicts = taus + 2 * capacity
 
     go = tl.load(flags + 1)
     if go == 0:
@@ -228,6 +262,9 @@ def _decide_kernel(state, loss_ptr, handle: tl.int64, PARABOLIC: tl.constexpr, C
         accepted = (count > 0) & (loss < fb)
         best_tau = tl.where(accepted, tau, b)
         best_loss = tl.where(accepted | (count == 0), loss, fb)
+        sure = (count > 0) & (loss >= fb)
+        if PARABOLIC:
+            sure = _is_sure(loss, count, fb, sums, best, examples, capacity)
         if count == 0:
             following = tau + 1
             stopped = tl.where(loss < INF, 0, BASELINE_NOT_FINITE)
@@ -235,13 +272,14 @@ def _decide_kernel(state, loss_ptr, handle: tl.int64, PARABOLIC: tl.constexpr, C
         else:
             if PARABOLIC:
                 following, stopped = _parabolic(
-                    tau, loss, accepted, b, fb, best_tau, best_loss, integers, numbers
+                    tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, numbers, taus, losses
                 )
             else:
                 following, stopped = _linear(tau, accepted, tl.load(integers + 6))
         go = (stopped == 0).to(tl.int32)
         tl.store(taus + count, tau)
         tl.store(losses + count, measured)
+        tl.store(verdicts + count, sure.to(tl.int64))
         tl.store(integers, following)
         tl.store(integers + 1, count + 1)
         tl.store(integers + 2, best_tau)
@@ -252,65 +290,6 @@ def _decide_kernel(state, loss_ptr, handle: tl.int64, PARABOLIC: tl.constexpr, C
         tl.store(k, tl.where(go != 0, following - best_tau, 0).to(tl.float32))
     if CONDITION:
         _set_condition(handle, go)
-
-
-@dataclass(frozen=True)
-class Decided:
-    """A state read back: what the search of `engine.search` would say."""
-
-    losses: list[tuple[int, float]]
-    best_tau: int
-    best_loss: float
-    accepted: bool
-    stopped_because: str | None
-
-
-class DecideState:
-    """One search on the device, ready for its first loss, which is that of τ = 0.
-
-    `accept` (int32[1]) and `k` (float32[1]) are the arguments of the step that follows a decision; `go`
-    (int32[1]) says whether another measurement does.
-    """
-
-    def __init__(self, search: str, max_tau: int, device: torch.device | str) -> None:
-        if search not in ("parabolic", "linear"):
-            raise ValueError(f"search must be one of 'parabolic', 'linear', got {search!r}")
-        if not isinstance(max_tau, int) or isinstance(max_tau, bool) or not 1 <= max_tau <= MAX_TAU_LIMIT:
-            raise ValueError(f"max_tau must be an integer from 1 to {MAX_TAU_LIMIT}, got {max_tau!r}")
-        self.search = search
-        self.max_tau = max_tau
-        self.capacity = int(2 * math.log2(max_tau)) + 6 if search == "parabolic" else max_tau + 1
-        # A state made under inference mode could not be reset outside of it.
-        with torch.inference_mode(False):
-            begin = torch.zeros(16, dtype=torch.int64)
-            begin.view(torch.int32)[1] = 1  # go
-            begin[8], begin[9] = max_tau, self.capacity
-            begin[10:16].view(torch.float64).fill_(math.inf)
-            self._begin = begin.to(device)
-            self._memory = torch.zeros(16 + 2 * self.capacity, dtype=torch.int64, device=device)
-        self.device = self._memory.device  # "cuda" has become the one that was current
-        self.accept = self._memory.view(torch.int32)[0:1]
-        self.go = self._memory.view(torch.int32)[1:2]
-        self.k = self._memory.view(torch.float32)[3:4]
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin again. A copy on the device: it can be part of a captured graph."""
-        self._memory[:16].copy_(self._begin)
-
-    def read(self) -> Decided:
-        """The search so far, in one read from the device, which waits for it."""
-        memory = self._memory.cpu()
-        accept, _, stopped = memory.view(torch.int32)[:3].tolist()
-        _, count, best_tau = memory[2:5].tolist()
-        taus, losses = memory[16:].view(2, self.capacity)[:, :count]
-        return Decided(
-            losses=list(zip(taus.tolist(), losses.view(torch.float64).tolist(), strict=True)),
-            best_tau=best_tau,
-            best_loss=memory[10:11].view(torch.float64).item(),
-            accepted=bool(accept),
-            stopped_because=REASONS[stopped],
-        )
 
 
 def _launch(
@@ -355,13 +334,27 @@ def begin(state: DecideState, largest: Tensor, handle: int | None = None) -> Non
     _launch(_begin_kernel, state, state._begin, largest, handle=handle)
 
 
-def decide(state: DecideState, loss: Tensor, handle: int | None = None) -> None:
+def decide(state: DecideState, loss: Tensor, sums: Tensor | None = None, handle: int | None = None) -> None:
     """Take `loss`, one float64 element on the state's device, as that of the τ that was asked for.
 
-    `handle` is the cudaGraphConditionalHandle of a WHILE node around the launch: it is set to `state.go`.
+    Args:
+        sums: the losses by example that it is the mean of, `state.rows` float64 on the same device; None
+            where there are none.
+        handle: the cudaGraphConditionalHandle of a WHILE node around the launch: it is set to `state.go`.
     """
     _check("loss", loss, torch.float64, state)
-    _launch(_decide_kernel, state, loss, handle=handle, PARABOLIC=state.search == "parabolic")
+    if (state.rows if sums is None else sums.shape) != (0 if sums is None else (state.rows,)):
+        given = "no sums" if sums is None else f"{tuple(sums.shape)} sums"
+        raise ValueError(f"{given} by example for a state of {state.rows} rows; give as many as it has")
+    if sums is None:
+        sums = state._best  # is not read
+    elif sums.dtype != torch.float64 or sums.device != state.device or not sums.is_contiguous():
+        raise ValueError(
+            f"sums are {sums.dtype} on {sums.device}, contiguous: {sums.is_contiguous()}; a decision needs "
+            f"contiguous torch.float64 on {state.device}"
+        )
+    arguments = (loss, sums, state._best, state._examples)
+    _launch(_decide_kernel, state, *arguments, handle=handle, PARABOLIC=state.search == "parabolic")
 
 
 def prepare(state: DecideState, with_condition: bool = False) -> None:
@@ -372,9 +365,10 @@ def prepare(state: DecideState, with_condition: bool = False) -> None:
     """
     largest = torch.zeros(1, dtype=torch.float32, device=state.device)
     loss = torch.zeros(1, dtype=torch.float64, device=state.device)
+    arguments = (loss, state._best, state._best, state._examples)
     parabolic = state.search == "parabolic"
     for handle in (None, 0) if with_condition else (None,):
         _launch(_begin_kernel, state, state._begin, largest, handle=handle, programs=0)
-        _launch(_decide_kernel, state, loss, handle=handle, programs=0, PARABOLIC=parabolic)
+        _launch(_decide_kernel, state, *arguments, handle=handle, programs=0, PARABOLIC=parabolic)
     if with_condition and not condition.inside(state.device):
         condition.load(state.device)

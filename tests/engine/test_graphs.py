@@ -37,7 +37,7 @@ class Toy:
 
     def body(self, handle: int | None = None) -> torch.Tensor:
         loss = (self.weight.double() - 4).square().sum()
-        self.decide.decide(self.state, loss, handle)
+        self.decide.decide(self.state, loss, handle=handle)
         ops.step_(self.table, self.state.accept, self.state.k)
         return loss
 

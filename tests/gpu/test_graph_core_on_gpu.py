@@ -110,7 +110,7 @@ class Stage:
         self.decide.begin(self.state, ops.delta_absmax_on_device(self.table), handle)
 
     def body(self, handle: int | None = None) -> None:
-        self.decide.decide(self.state, self.validate(), handle)
+        self.decide.decide(self.state, self.validate(), handle=handle)
         ops.step_(self.table, self.state.accept, self.state.k)
 
     def on_host(self):

@@ -12,6 +12,7 @@ import torch
 
 from ffkernels.engine import fast_forward
 from ffkernels.engine import search as python
+from ffkernels.engine.significance import Rises, critical_values, jackknife_weights
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -33,28 +34,44 @@ def device(interpreted):
 
 
 class Twins:
-    """Both searches, fed the same losses and compared after each."""
+    """Both searches, fed the same losses and compared after each. `tokens`: of losses by example."""
 
-    def __init__(self, device, name, max_tau):
-        self.device, self.python = device, python.make_search(name, max_tau)
-        self.state = device.DecideState(name, max_tau, "cpu")
+    def __init__(self, device, name, max_tau, tokens=None):
+        self.device, self.name, self.max_tau = device, name, max_tau
+        self.state = device.DecideState(name, max_tau, "cpu", rows=0 if tokens is None else len(tokens))
+        self.begin(tokens)
 
-    def observe(self, loss):
-        self.python.observe(self.python.propose(), loss)
-        self.device.decide(self.state, torch.tensor(loss, dtype=torch.float64))
+    def begin(self, tokens=None):
+        """A fresh search on the host; the device is told of the examples, as an executor does it."""
+        self.python, self.rises = python.make_search(self.name, self.max_tau), Rises(tokens)
+        self.sure = []
+        if tokens is not None:
+            told = (tokens, jackknife_weights(tokens)) if self.rises.tokens is not None else ()
+            self.state.know(critical_values(sum(n > 0 for n in tokens), self.state.capacity), *told)
+
+    def observe(self, loss, sums=None):
+        """`loss`, or the sums by example that it is the mean of."""
+        self.sure.append(self.rises.sure(loss, sums))
+        self.python.observe(self.python.propose(), loss, self.sure[-1])
+        if sums is not None:
+            sums = torch.tensor(sums, dtype=torch.float64)
+        self.device.decide(self.state, torch.tensor(loss, dtype=torch.float64), sums)
         following = self.python.propose()
         k = 0 if following is None else following - self.python.best_tau
         found = (self.state.accept.item(), self.state.k.item(), self.state.go.item())
         assert found == (self.python.accepted, k, following is not None), self.python.losses
 
     def run(self, loss):
+        """`loss(τ)`: a number, or a pair of it and its sums."""
         while (tau := self.python.propose()) is not None:
-            self.observe(loss(tau))
+            measured = loss(tau)
+            self.observe(*(measured if isinstance(measured, tuple) else (measured,)))
         read = self.state.read()
         assert read.best_tau == self.python.best_tau, self.python.losses
         assert read.stopped_because == self.python.stopped_because, self.python.losses
         assert read.best_loss == self.python.best_loss
         assert repr(read.losses) == repr(self.python.losses)  # repr: nan is not equal to itself
+        assert read.sure == self.sure, self.python.losses
         return read
 
 
@@ -129,18 +146,67 @@ KINDS = [
     broken,
     extreme,
 ]
-EACH = 100
+EACH = 50
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SEARCHES)
-def test_thousands_of_loss_sequences_give_the_same_choices(device, name, kind):
-    """2,200 sequences in all."""
+def test_a_thousand_loss_sequences_give_the_same_choices(device, name, kind):
+    """1,100 sequences in all."""
     draw = random.Random(f"{name} {kind.__name__}")
     for _ in range(EACH):
         # A linear search takes every step: long ones would only be slow.
         max_tau = draw.choice(MAX_TAUS if name == "parabolic" else MAX_TAUS[:6])
         Twins(device, name, max_tau).run(kind(draw, max_tau))
+
+
+def by_example(draw, curve, tokens, noise, tilt):
+    """A curve as the mean of examples that differ in how they react to a step, with noise of their own."""
+    base = [n * draw.uniform(1, 4) for n in tokens]
+    reacts = [n * (1 + tilt * draw.gauss(0, 1)) for n in tokens]
+
+    def measure(tau):
+        moved = curve(tau)
+        sums = [
+            b + r * moved + n * noise * draw.gauss(0, 1) for b, r, n in zip(base, reacts, tokens, strict=True)
+        ]
+        return sum(sums) / sum(tokens), sums
+
+    return measure
+
+
+def test_rises_are_told_from_noise_as_on_the_host(device):
+    """Losses by example, few and of very different lengths, some rows empty; verdicts of both kinds."""
+    draw, verdicts = random.Random(1), []
+    for turn in range(48):
+        kind = [bowl, constant, noise, falling, broken, extreme][turn % 6]
+        tokens = [draw.choice([0, 1, 7, 30, 200]) for _ in range(draw.choice([4, 5, 7, 9]))]
+        tokens[:3] = [3, 50, 11]  # three at least, which prove nothing
+        if turn == 0:  # more rows than are copied at once
+            tokens = [draw.randint(0, 9) for _ in range(67)]
+        twins = Twins(device, "parabolic", draw.choice([1, 3, 16, 100, 1024]), tokens)
+        level, curve = draw.choice([0, 1e-12, 1e-3, 0.1, 10]), kind(draw, twins.python.max_tau)
+        read = twins.run(by_example(draw, curve, tokens, level, draw.choice([0, 0.1, 2])))
+        if twins.rises.tokens is not None:
+            rose = [loss > min(x for _, x in read.losses[:i]) for i, (_, loss) in enumerate(read.losses) if i]
+            verdicts += [sure for sure, up in zip(read.sure[1:], rose, strict=True) if up]
+    assert verdicts.count(True) > 10 < verdicts.count(False)
+
+
+def test_other_examples_are_told_apart_in_place(device):
+    """After an exchange the same memory tells of them; too few prove nothing, and every rise counts then."""
+    draw = random.Random(5)
+    first, fewer, others = [3, 9, 40, 5, 8], [3, 9, 40, 0, 0], [30, 2, 6, 0, 21]
+    twins = Twins(device, "parabolic", 64, first)
+    address = twins.state._examples.data_ptr()
+    for tokens in (first, fewer, others, first):
+        twins.state.reset()
+        twins.begin(tokens)
+        read = twins.run(by_example(draw, lambda tau: 0.001 * (tau - 20) ** 2, tokens, 0.05, 0.5))
+        if tokens is fewer:
+            losses = [loss for _, loss in read.losses]
+            assert read.sure == [i > 0 and loss >= min(losses[:i]) for i, loss in enumerate(losses)]
+    assert twins.state._examples.data_ptr() == address
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -179,7 +245,7 @@ def test_a_reset_state_is_a_new_one(device):
     twins.state.reset()
     assert twins.state.read() == device.Decided([], 0, math.inf, False, None)
     assert (twins.state.accept.item(), twins.state.k.item(), twins.state.go.item()) == (0, 0.0, 1)
-    twins.python = python.make_search("parabolic", 16)
+    twins.begin()
     assert twins.run(lambda tau: (tau - 9.0) ** 2).best_tau == 9
     assert addresses == [t.data_ptr() for t in (twins.state.accept, twins.state.k, twins.state.go)]
 
@@ -229,6 +295,18 @@ def test_bad_arguments_are_refused(device):
         ValueError, match=r"loss is \(\) torch.float32 on cpu; a decision needs one torch.float64"
     ):
         device.decide(state, torch.tensor(1.0))
+    loss, state = torch.zeros((), dtype=torch.float64), device.DecideState("parabolic", 8, "cpu", rows=4)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for bad, message in (
+        (None, "no sums by example for a state of 4 rows"),
+        (sums[:3], r"\(3,\) sums by example for a state of 4 rows"),
+        (sums.float(), "sums are torch.float32 on cpu"),
+        (torch.zeros(8, dtype=torch.float64)[::2], "contiguous: False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            device.decide(state, loss, bad)
+    with pytest.raises(ValueError, match="12 critical values, 3 tokens and 4 weights were given; this state"):
+        state.know([0.0] * 12, [1.0] * 3, [1.0] * 4)
     with pytest.raises(ValueError, match=r"largest is \(2,\) torch.float32 on cpu; a decision needs one"):
         device.begin(state, torch.ones(2))
 
@@ -257,7 +335,7 @@ def test_a_search_begins_only_with_an_update_that_is_one(device, name, largest, 
     assert twins.state.read() == device.Decided([], 0, math.inf, False, reason)
     assert torch.equal(twins.state._memory[2:16], fresh[2:])
     if reason is None:
-        twins.python = python.make_search(name, 8)
+        twins.begin()
         assert twins.run(lambda tau: (tau - 5.0) ** 2).best_tau == 5
     else:  # a loss that comes nevertheless changes nothing
         device.decide(twins.state, torch.tensor(1.0, dtype=torch.float64))
