@@ -26,6 +26,7 @@ from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.fast_forward import FastForward, Stage
 from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.validation_pool import ValidationPool
 from ffkernels.engine.weights import NameFilter
 from ffkernels.ops.notices import announce_once
 from ffkernels.reporting.flops import FlopMeter, Flops
@@ -53,6 +54,8 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             collator), a list or DataLoader of batches, a callable ``loss_fn(model)``, a ``ValidationLoss``.
         config: when stages run and how they search.
         examples: how many examples are taken of ``eval_dataset``.
+        pool: draw the ``examples`` anew before each stage (``ValidationPool``), from the first so many of
+            ``eval_dataset`` or of the dataset that ``validation`` is; None validates on the same in each.
         include, exclude: narrow the moved tensors by name, as in ``FastForward``.
         trainer: the Trainer; found by itself when not given.
         from_checkpoint: set by the Trainer when it restores callbacks; not for users.
@@ -95,6 +98,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         config: FastForwardConfig | None = None,
         *,
         examples: int = 32,
+        pool: int | None = None,
         include: NameFilter | None = None,
         exclude: NameFilter | None = None,
         trainer: Any = None,
@@ -106,7 +110,13 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             raise TypeError(f"config must be a FastForwardConfig, got {type(config).__name__}")
         if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
             raise ValueError(f"examples={examples!r}: must be an integer of at least 1")
+        if pool is not None and (isinstance(pool, bool) or not isinstance(pool, int) or pool < examples):
+            raise ValueError(f"pool={pool!r}: must be an integer of at least examples={examples}, or None")
+        if pool is not None and (isinstance(validation, ValidationLoss) or _is_loss_function(validation)):
+            kind = type(validation).__name__
+            raise ValueError(f"pool={pool}: a {kind} has no examples to draw from; pass a dataset or batches")
         self.validation, self.config, self.examples = validation, config or FastForwardConfig(), examples
+        self.pool = pool
         self.include, self.exclude = include, exclude
         self.trainer = trainer
         self.ff: FastForward | None = None
@@ -219,15 +229,17 @@ class FastForwardCallback(TrainerCallback, ExportableState):
                     "FastForwardCallback has nothing to validate on: pass validation= (about 32 examples "
                     "that are not trained on) or give the Trainer an eval_dataset"
                 )
-            given = trainer_access.first_examples(trainer.eval_dataset, self.examples)
+            given = trainer_access.first_examples(trainer.eval_dataset, self.pool or self.examples)
         # The same examples and masks after a resume as before it, and no trace in the training's randomness.
         with keep_random_state(next(model.parameters()).device):
             set_seed(seed)
             if not _is_loss_function(given) and not isinstance(given, torch.utils.data.DataLoader):
-                given = trainer_access.first_examples(given, None)
+                given = trainer_access.first_examples(given, self.pool)
                 first = next(iter(given), None)
                 if first is not None and not trainer_access.is_batch(first):
                     given, collator = trainer_access.examples_and_collator(trainer, given)
+            if self.pool is not None:
+                return ValidationPool(model, given, size=self.examples, seed=seed, collator=collator)
             return ValidationLoss(model, given, collator=collator)
 
     def _restore(self, state: Any) -> None:

@@ -467,6 +467,18 @@ def test_a_random_collator_draws_the_same_validation_in_every_run_and_leaves_no_
     assert runs[0] == runs[1]
 
 
+def test_examples_are_drawn_anew_from_a_pool(make, parts):
+    held_out, runs = parts[1].validation, []
+    for given, eval_dataset in ((None, held_out), (held_out, None)):
+        callback = FastForwardCallback(given, config=EVERY_3, examples=2, pool=6)
+        make(callback, eval_dataset=eval_dataset).train()
+        runs.append(callback.stages)
+    for stages in runs:
+        assert [stage.draw for stage in stages] == [0, 1]
+        assert all(stage.evaluations > 1 for stage in stages)
+    assert [stage.losses for stage in runs[0]] == [stage.losses for stage in runs[1]]
+
+
 def test_nothing_to_validate_on(make):
     with pytest.raises(ValueError, match="nothing to validate on: pass validation="):
         make(FastForwardCallback(), eval_dataset=None).train()
@@ -477,6 +489,10 @@ def test_wrong_arguments():
         FastForwardCallback(config={})
     with pytest.raises(ValueError, match="examples=0"):
         FastForwardCallback(examples=0)
+    with pytest.raises(ValueError, match="pool=31: must be an integer of at least examples=32, or None"):
+        FastForwardCallback(pool=31)
+    with pytest.raises(ValueError, match="pool=64: a function has no examples"):
+        FastForwardCallback(lambda model: 0.0, pool=64)
 
 
 def test_two_on_one_trainer_are_refused(make, parts):
