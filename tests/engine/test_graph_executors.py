@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ffkernels import FastForward, FastForwardConfig, ValidationLoss, ops
+from ffkernels import FastForward, FastForwardConfig, ValidationLoss, ValidationPool, ops
 from ffkernels.engine import graph_check, graph_executors, graphs
 from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, EagerExecutor, StageProgram
 from ffkernels.engine.graph_executors import GraphUnsafe, StageGraphExecutor, StepGraphExecutor
@@ -510,6 +510,20 @@ def test_adapters_end_with_the_same_weights_and_records(dora, dtype, fake, tiny_
             assert all(s.validate_seconds + s.move_seconds <= s.seconds for s in ff.stages)
         assert fake.alive() == {}
     assert found["step_graph"] == found["stage_graph"] == found["eager"]
+
+
+@BOTH
+@pytest.mark.filterwarnings("error:.*captured again")
+def test_other_examples_in_every_stage_need_no_other_capture(name, fake, tiny_model, padded_batch):
+    found = {}
+    for executor in ("eager", name):
+        model = lora_model(tiny_model)
+        pool = ValidationPool(model, [padded_batch(12, 24, seed=seed) for seed in range(2)], size=4)
+        with train(model, padded_batch, executor, steps=6, validation=pool) as ff:
+            found[executor] = results(ff, model)
+            assert [(stage.draw, stage.executor) for stage in ff.stages] == [(i, executor) for i in range(3)]
+        assert len({repr(stage.losses) for stage in ff.stages}) == 3
+    assert found[name] == found["eager"]
 
 
 def second_adapter(model):
