@@ -6,14 +6,16 @@ weights) always comes first and is the baseline, and ``best_tau`` is the first �
 loss: never one that is worse than τ = 0.
 
 - ``LinearSearch`` is the paper's: τ = 0, 1, 2, … until the loss does not fall.
-- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …) until a rise is sure, then refines inside the bracket:
+- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …) until a rise is sure, or at ``max_tau``. The bracket is
+  the best τ and the measured ones next to it; where τ = 0 is the best there is none. It then refines inside:
   parabola vertices while the parabola keeps its promises, golden sections where it does not. It ends when
   what the parabola still promises, plus the larger of its last two errors, is at most 0.05 % of the loss
-  decrease found so far, when no integer is left, or when it meets a loss that is not lower and not surely
-  higher: what is left to be gained there cannot be told from noise.
+  decrease found so far, or when no integer is left. It also ends where noise is larger than that: at the
+  second of two rises in a row that are not sure, if the parabola's error has not halved from the one to the
+  other. On a smooth loss errors shrink with the bracket, those that noise makes do not.
 
-Whether a rise is sure is for the caller to say (``significance``). Where every rise is, noise or not, the
-parabolic search is the plain one for a unimodal loss.
+Whether a rise is sure is for the caller to say (``significance``). Where every one is, no noise is seen, and
+doubling ends at the first.
 
 A non-finite loss counts as +inf. All decisions are taken in float64 in a fixed order of operations, so
 that the device twin of these machines can make identical choices.
@@ -128,8 +130,8 @@ class LinearSearch(Search):
 class ParabolicSearch(Search):
     """Doubling bracket, then parabola vertices with golden sections as the safeguard.
 
-    At most ``2·log2(max_tau) + 6`` evaluations. On a unimodal loss the result is the argmin, or within ±2
-    of it, or within 0.1 % of the decrease.
+    At most ``2·log2(max_tau) + 6`` evaluations, whatever the losses. On a unimodal loss whose rises are all
+    sure, the result is the argmin, or within ±2 of it, or within 0.1 % of the decrease.
     """
 
     name = "parabolic"
@@ -145,6 +147,7 @@ class ParabolicSearch(Search):
         self._vertices = 0
         self._predicted = math.inf  # what the parabola promised for the τ that is being measured
         self._last_miss = math.inf
+        self._unproven = False  # whether the last loss in the bracket was a rise that is not sure
 
     def _advance(self, tau: int, loss: float, sure: bool) -> None:
         if self._doubling:
@@ -179,6 +182,8 @@ class ParabolicSearch(Search):
 
     def _narrow(self, tau: int, loss: float, sure: bool) -> None:
         miss = abs(loss - self._predicted)  # loss may be inf too: a miss is then nan, which counts as inf
+        miss = miss if math.isfinite(miss) else math.inf
+        again, self._unproven = self._unproven, not (self.accepted or sure)
         if self.accepted:  # the former best becomes the end on its side
             if tau > self._b:
                 self._a, self._fa = self._b, self._fb
@@ -188,9 +193,9 @@ class ParabolicSearch(Search):
             self._c, self._fc = tau, loss
         else:
             self._a, self._fa = tau, loss
-        if not self.accepted and not sure:
+        if again and self._unproven and self._last_miss <= 2.0 * miss < math.inf:
             return self._stop(REACHED_MAX_TAU if self._b == self.max_tau else CONVERGED)
-        return self._refine(miss if math.isfinite(miss) else math.inf)
+        return self._refine(miss)
 
     def _refine(self, miss: float = math.inf) -> None:
         """Choose the next τ inside the bracket, or end. ``miss``: the error of the last prediction."""
