@@ -6,15 +6,13 @@ A pure state machine, as those in ``search``, except that s is any number above 
 
     ends      s = 0, 1
     upward    4, 16, 64, … until a loss is really higher than the lowest one (``significance``)
-    closer    twice and half the lowest place, where its neighbours are further away: 1/2, 1/4, … where s = 1
-              was too far
-    vertices  two parabolas through the lowest place and its neighbours
+    downward  1/2, 1/4, … where s = 1 was too far, or is the lowest place
+    vertices  three parabolas through the lowest place and its neighbours
 
-Quadrupling and then closing in measures the same three places as doubling does, which are twice as many on
-the way: 4 to 6 evaluations fewer from a learning rate that is a thousand times too small.
-
-The parabola is one in s, not in log s: close to the minimum the loss is quadratic in s, and on real curves
-two such vertices came closer to the minimum than two in log s.
+On real curves three vertices between places four times apart came as close to the minimum as two between
+places twice apart, and quadrupling is there in half as many evaluations: 5 fewer from a learning rate that
+is a thousand times too small. The parabola is one in s, not in log s: close to the minimum the loss is
+quadratic in s, and vertices came closer than in log s.
 
 Bounds: s from 2⁻¹⁰ to 2¹⁶, and 19 evaluations: with the one before the first step, 20 to find a learning
 rate.
@@ -35,7 +33,7 @@ LARGEST = 2.0**16
 SMALLEST = 2.0**-10
 GROWTH = 4.0
 MAX_EVALUATIONS = 19
-VERTICES = 2
+VERTICES = 3
 # A vertex this close to a place that is known, relative to s, is not worth a validation.
 CLOSE = 0.01
 
@@ -122,16 +120,16 @@ class RateSearch:
             self._stop(BUDGET_SPENT)
 
     def _close_in(self) -> None:
-        """Neighbours of the lowest place that are no further than a factor of two, then vertices."""
+        """Neighbours of the lowest place that a parabola can go through, the lower one not at 0; vertices."""
         lowest = self.best.scale
         below = max((place.scale for place in self.places if place.scale < lowest), default=0.0)
-        above = min((place.scale for place in self.places if place.scale > lowest), default=lowest)
-        if lowest == 0 and above > SMALLEST:
-            self._next = above / 2
-        elif above > 2 * lowest > 0:
-            self._next = 2 * lowest
-        elif below < lowest / 2 and lowest > SMALLEST:
+        above = min((p for p in self.places if p.scale > lowest), key=lambda p: p.scale, default=self.best)
+        if lowest == 0 and above.scale > SMALLEST:
+            self._next = above.scale / 2
+        elif below == 0 and lowest > SMALLEST:
             self._next = lowest / 2
+        elif above.loss == math.inf and above.scale > 2 * lowest:
+            self._next = 2 * lowest
         else:
             self._refine()
 

@@ -35,28 +35,27 @@ def scales(search):
 
 
 @pytest.mark.parametrize("best", [0.003, 0.04, 0.3, 0.9, 1.0, 1.7, 13.0, 260.0, 9000.0])
-def test_a_parabola_is_found_in_two_vertices(best):
+def test_a_parabola_is_found_in_few_vertices(best):
     search = run(lambda s: 3.0 + (s / best - 1) ** 2)
     assert search.scale == pytest.approx(best, rel=0.01)
     assert search.stopped_because == CONVERGED
     way = math.log2(best) / 2 if best > 1 else -math.log2(best)
-    assert len(search.places) <= 5 + way + 3
+    assert len(search.places) <= 4 + way + 3
     assert search.best.loss == min(place.loss for place in search.places)
 
 
 @pytest.mark.parametrize("best", [0.02, 0.6, 5.0, 300.0, 12000.0])
-def test_a_lopsided_valley_is_found_within_a_tenth(best):
+def test_a_lopsided_valley_is_found_within_a_quarter(best):
     search = run(lambda s: 4 - 1.5 * math.exp(-((math.log((s + 1e-9) / best) / 1.5) ** 2)))
-    assert search.scale == pytest.approx(best, rel=0.1)
+    assert search.scale == pytest.approx(best, rel=0.25)
 
 
 def test_the_order_of_places():
-    assert scales(run(lambda s: abs(s - 7.0)))[:5] == [0, 1, 4, 16, 8]
-    assert scales(run(lambda s: abs(s - 20.0)))[:6] == [0, 1, 4, 16, 64, 32]
-    assert scales(run(lambda s: abs(s - 15.0)))[:7] == [0, 1, 4, 16, 64, 32, 8]
+    assert scales(run(lambda s: abs(s - 7.0)))[:4] == [0, 1, 4, 16]
+    assert scales(run(lambda s: abs(s - 20.0)))[:5] == [0, 1, 4, 16, 64]
     assert scales(run(lambda s: abs(s - 0.3)))[:5] == [0, 1, 0.5, 0.25, 0.125]
     # 1 is best so far, yet its lower neighbour is not known
-    assert scales(run(lambda s: (s - 1.1) ** 2))[:5] == [0, 1, 4, 2, 0.5]
+    assert scales(run(lambda s: (s - 1.1) ** 2))[:4] == [0, 1, 4, 0.5]
 
 
 def test_it_stays_within_its_bounds():
@@ -72,7 +71,7 @@ def test_it_stays_within_its_bounds():
 
 def test_losses_that_are_not_finite_are_rises():
     search = run(lambda s: (s / 3 - 1) ** 2 if s < 3.5 else math.nan)
-    assert scales(search)[:4] == [0, 1, 4, 2]
+    assert scales(search)[:5] == [0, 1, 4, 0.5, 2]
     assert search.scale == 2.0
 
 
