@@ -101,7 +101,7 @@ def measure(run: Run, benches: dict[str, Any]) -> dict[str, Any]:
             lr=run.lr,
             schedule=run.schedule,
             steps=run.steps,
-            warmup=WARMUP * run.steps // STEPS,
+            warmup=min(WARMUP, run.steps // 10),
             tests=tests,
         )
     except (ValueError, RuntimeError) as error:

@@ -11,7 +11,7 @@ import torch
 
 def line(contender, lr, loss, *, task="chat", seed=0, schedule="constant", **fields):
     return {
-        **{"task": task, "seed": seed, "schedule": schedule, "variant": "standard", "steps": 60},
+        **{"task": task, "seed": seed, "schedule": schedule, "variant": "standard", "steps": 120},
         **{"contender": contender, "lr": lr, "loss": loss, "failed": None, "found": None, "forwards": 0},
         **{"own_flops": 0, "budget": 100, "curve": [[0, 0, 3.0], [30, 50, 2.2], [60, 100, loss]]},
         **fields,
