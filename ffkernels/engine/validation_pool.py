@@ -22,7 +22,9 @@ import torch
 from torch import nn
 
 from ffkernels.engine.causal_lm import FastPathRefused, model_device
+from ffkernels.engine.distributed import Ranks, together
 from ffkernels.engine.evaluation_mode import keep_random_state
+from ffkernels.engine.parallelism import training_group
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_batches import (
     IGNORE,
@@ -87,10 +89,29 @@ class ValidationPool(ValidationLoss):
             raise ValueError(f"size={size!r}: must be an integer of at least 1")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed={seed!r}: must be an integer of at least 0")
-        with keep_random_state(model_device(model)):
-            rows, self._items = _read(pool, collator)
+        ranks = Ranks.present(model_device(model), process_group or training_group(model))
+        with together(ranks):
+            self._prepare_pool(pool, collator, size, seed, model_device(model))
+        super().__init__(
+            model,
+            self._places or [self._pool[i] for i in self._indices(0)],
+            micro_batch_tokens=micro_batch_tokens,
+            check=check,
+            process_group=process_group,
+        )
+        with together(ranks):
+            if self._lm is not None:
+                check_causal_batches(self._pool, self._lm.vocabulary, self._lm.embeddings)
+        self.draw(0)
+
+    def _prepare_pool(
+        self, pool: Any, collator: Callable[..., Any] | None, size: int, seed: int, device: torch.device
+    ) -> None:
+        """Read the pool, cut it into strata, and make what takes up as much as any draw."""
+        with keep_random_state(device):
+            self._pool, self._items = _read(pool, collator)
         self._collator = collator
-        examples = [_example(row) for row in rows]
+        examples = [_example(row) for row in self._pool]
         kept = [i for i, example in enumerate(examples) if example is not None]
         if len(kept) < size:
             raise ValueError(
@@ -99,24 +120,12 @@ class ValidationPool(ValidationLoss):
             )
         order = sorted(kept, key=lambda i: _order(examples[i]))
         cuts = [len(order) * i // size for i in range(size + 1)]
-        self._pool = rows
         self._strata = [order[cuts[i] : cuts[i + 1]] for i in range(size)]
         self._seed, self.pool_size, self.drawn = seed, len(kept), -1
-        longest: list[Batch] | None = None
-        if all(isinstance(example, Example) for example in examples if example is not None):
-            padded = any(example.left_padded for example in examples if example is not None)
-            longest = [_longest([examples[i] for i in stratum], padded) for stratum in self._strata]
-        self._places = longest
-        super().__init__(
-            model,
-            longest or [rows[i] for i in self._indices(0)],
-            micro_batch_tokens=micro_batch_tokens,
-            check=check,
-            process_group=process_group,
-        )
-        if self._lm is not None:
-            check_causal_batches(rows, self._lm.vocabulary, self._lm.embeddings)
-        self.draw(0)
+        self._places: list[Batch] | None = None
+        if all(isinstance(examples[i], Example) for i in kept):
+            padded = any(examples[i].left_padded for i in kept)
+            self._places = [_longest([examples[i] for i in stratum], padded) for stratum in self._strata]
 
     def draw(self, number: int) -> bool:
         """Validate on draw ``number`` from now on.
