@@ -6,13 +6,13 @@ weights) always comes first and is the baseline, and ``best_tau`` is the first �
 loss: never one that is worse than τ = 0.
 
 - ``LinearSearch`` is the paper's: τ = 0, 1, 2, … until the loss does not fall.
-- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …) until a rise is sure, or at ``max_tau``. The bracket is
-  the best τ and the measured ones next to it; where τ = 0 is the best there is none. It then refines inside:
-  parabola vertices while the parabola keeps its promises, golden sections where it does not. It ends when
-  what the parabola still promises, plus the larger of its last two errors, is at most 0.05 % of the loss
-  decrease found so far, or when no integer is left. It also ends where noise is larger than that: at the
-  second of two rises in a row that are not sure, if the parabola's error has not halved from the one to the
-  other. On a smooth loss errors shrink with the bracket, those that noise makes do not.
+- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …) until a rise is sure, or up to ``max_tau``. The
+  bracket is the best τ and the measured ones next to it; where τ = 0 is the best it ends without one. It
+  then refines inside: parabola vertices while the parabola keeps its promises, golden sections where it does
+  not. It ends when what the parabola still promises, plus the larger of its last two errors, is at most
+  0.05 % of the loss decrease found so far, or when no integer is left. It also ends where noise is larger
+  than that: at the second of two rises in a row that are not sure, if the parabola's error has not halved
+  from the one to the other. On a smooth loss errors shrink with the bracket, those that noise makes do not.
 
 Whether a rise is sure is for the caller to say (``significance``). Where every one is, no noise is seen, and
 doubling ends at the first.
