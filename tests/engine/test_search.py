@@ -220,7 +220,7 @@ class TestParabolic:
         assert (search.best_tau, search.stopped_because) == (0, NO_IMPROVEMENT)
 
     def test_refining_ends_where_errors_are_noise(self):
-        """Bowls with noise of 0.3 % of the decrease: as close to the bottom as it lets, in few validations."""
+        """Bowls with noise of 0.3 % of the decrease: close to the bottom, in few validations."""
         count = lost = 0
         for seed in range(200):
             draw = random.Random(seed)

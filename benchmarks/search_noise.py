@@ -1,0 +1,397 @@
+"""The loss at every τ of real stages, and what each search makes of it.
+
+    python benchmarks/search_noise.py --curves FILE.jsonl                     about a quarter of an hour
+    python benchmarks/search_noise.py --curves FILE.jsonl --out benchmarks/results   and writes the JSON
+
+Sweeps: LoRA on the embedded model, AdamW at a constant learning rate, a stage every 6 steps. In a stage the
+sums of NLL by example are measured at τ = 0, 1, 2, … to beyond the lowest loss, then more sparsely to twice
+its τ, and at the powers of two up to 1,024; training goes on from the lowest. One line of FILE per stage;
+what it has is kept.
+
+Replays: the searches on these curves, without the model. A τ that was not measured, beyond the sweep, is
+interpolated between its neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from bisect import bisect
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from itertools import accumulate, pairwise, product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ffkernels.engine.search import LinearSearch, ParabolicSearch, Search
+from ffkernels.engine.significance import LEVEL, Rises, critical_values, higher, jackknife_weights
+from ffkernels.reporting.machine import machine_info, version_info
+
+TASKS = ("instruction", "medical", "chat")
+DTYPES = ("bfloat16", "float32")
+RATES = (3e-4, 1e-4, 4e-5)
+# Two runs of each: seed and the tokens that an example is cut to.
+SEEDS = {1: 32, 0: 64}
+STAGES, INTERVAL, BATCH = 2, 6, 64
+VALIDATION = 32
+SHORTEST, LONGEST, FARTHEST = 24, 400, 1024
+DOUBLING = tuple(1 << power for power in range(11))
+# Reached is the sweep's lowest loss where τ is within 10 % of its τ, or the loss within 1 % of the decrease.
+NEAR_TAU, NEAR_LOSS = 0.1, 0.01
+TRIALS = 4000
+
+
+def sweep(task: str, dtype: str, lr: float, seed: int) -> list[dict[str, Any]]:
+    """The stages of one short run, each with its curve: {τ: sums by example}."""
+    import torch
+
+    from ffkernels import ValidationLoss
+    from ffkernels.training.models import add_adapter, load_model
+    from ffkernels.training.tasks import collate, load_task
+
+    torch.set_num_threads(1)
+    base, tokenizer = load_model("tiny", dtype=dtype)
+    model = add_adapter(base, seed=seed)
+    model.train()
+    data = load_task(task, tokenizer, max_length=SEEDS[seed], seed=seed, validation_examples=VALIDATION)
+    validation = ValidationLoss(model, [collate(data.validation, tokenizer.pad_token_id)])
+    tokens = validation.example_tokens.tolist()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.train), generator=draw).tolist()
+    stages = []
+    for stage in range(STAGES):
+        for step in range(INTERVAL):
+            first = (stage * INTERVAL + step) * BATCH
+            batch = collate([data.train[i] for i in order[first : first + BATCH]], tokenizer.pad_token_id)
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            before = [p.detach().clone() for p in weights]
+            optimizer.step()
+        after = [p.detach().clone() for p in weights]
+        update = [a - b for a, b in zip(after, before, strict=True)]
+
+        def at(tau: int, after: list = after, update: list = update) -> list[float]:
+            with torch.no_grad():
+                for p, w, d in zip(weights, after, update, strict=True):
+                    p.copy_(w + tau * d)
+            return validation.measure()[1].tolist()
+
+        curve: dict[int, list[float]] = {}
+        best, tau = 0, 0
+        while tau <= LONGEST and (tau <= SHORTEST or tau <= 1.1 * best + 10):
+            curve[tau] = at(tau)
+            if sum(curve[tau]) < sum(curve[best]):
+                best = tau
+            tau += 1
+        last = tau - 1
+        beyond = {*range(last, min(2 * best, FARTHEST), max(1, best // 16)), *DOUBLING} - {*curve}
+        curve |= {tau: at(tau) for tau in sorted(beyond) if tau > last}
+        at(best)
+        stages.append(
+            {
+                "task": task,
+                "dtype": dtype,
+                "lr": lr,
+                "seed": seed,
+                "stage": stage,
+                "swept_to": last,
+                "argmin": best,
+                "tokens": tokens,
+                "sums": sorted(curve.items()),
+            }
+        )
+    return stages
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def sweeps(path: Path) -> list[dict[str, Any]]:
+    """Every stage there is to be, from the file or measured now."""
+    kept = read(path)
+    have = {(s["task"], s["dtype"], s["lr"], s["seed"]) for s in kept if s["stage"] == STAGES - 1}
+    for dtype, seed, lr, task in product(DTYPES, SEEDS, RATES, TASKS):
+        if (task, dtype, lr, seed) in have:
+            continue
+        begin = time.perf_counter()
+        stages = sweep(task, dtype, lr, seed)
+        with path.open("a") as file:
+            file.write("".join(json.dumps(stage) + "\n" for stage in stages))
+        kept += stages
+        found = " ".join(f"{s['argmin']} of {s['swept_to']}" for s in stages)
+        seconds = time.perf_counter() - begin
+        print(f"{task} {dtype} lr {lr:g} seed {seed}: {found}, {seconds:.0f} s", flush=True)
+    return kept
+
+
+class Curve:
+    """A measured stage: its loss and sums at any τ."""
+
+    def __init__(self, stage: dict[str, Any]) -> None:
+        self.tokens, self.size = stage["tokens"], sum(stage["tokens"])
+        self.measured = {int(tau): sums for tau, sums in stage["sums"]}
+        self.taus = sorted(self.measured)
+        self.swept = [sum(self.measured[tau]) / self.size for tau in range(stage["swept_to"] + 1)]
+        self.losses = [sum(self.measured[tau]) / self.size for tau in self.taus]
+        self.lowest = min(self.losses)
+        self.argmin = self.taus[self.losses.index(self.lowest)]
+
+    def sums(self, tau: int) -> list[float]:
+        if tau in self.measured:
+            return self.measured[tau]
+        after = bisect(self.taus, tau)
+        low, high = self.taus[after - 1], self.taus[after]
+        share = (tau - low) / (high - low)
+        pairs = zip(self.measured[low], self.measured[high], strict=True)
+        return [(1 - share) * a + share * b for a, b in pairs]
+
+    def lost(self, tau: int) -> float:
+        """The share of the decrease that stopping at this τ forgoes."""
+        whole = self.swept[0] - self.lowest
+        return (sum(self.sums(tau)) / self.size - self.lowest) / whole if whole > 0 else 0.0
+
+    def reached(self, tau: int) -> bool:
+        return abs(tau - self.argmin) <= NEAR_TAU * self.argmin or self.lost(tau) <= NEAR_LOSS
+
+
+def replay(curve: Curve, search: Search, rises: Rises) -> Search:
+    while (tau := search.propose()) is not None:
+        sums = curve.sums(tau)
+        loss = sum(sums) / curve.size
+        search.observe(tau, loss, rises.sure(loss, sums))
+    return search
+
+
+class WarmSearch(ParabolicSearch):
+    """Doubling from the τ of the stage before, or halving where the loss is not lower there."""
+
+    def __init__(self, start: int, max_tau: int) -> None:
+        super().__init__(max_tau)
+        self.start = start
+
+    def _double(self, tau: int, loss: float, sure: bool) -> None:
+        if len(self.losses) == 2:
+            self._before_loss = self.losses[0][1]
+        if not self.accepted and self.best_tau == 0 and tau > 1:
+            self._c, self._fc = tau, loss
+            self._next = tau // 2
+        elif self.accepted and self._c:  # on the way down: lower than 0 and than what is above
+            self._a, self._fa = 0, self.losses[0][1]
+            self._doubling = False
+            self._refine()
+        else:
+            super()._double(tau, loss, sure)
+
+    def observe(self, tau: int, loss: float, sure: bool = True) -> None:
+        super().observe(tau, loss, sure)
+        if tau == 0 and not self.stopped_because:
+            self._next = self.start
+
+
+def judged(curve: Curve, search: Search) -> dict[str, Any]:
+    tau = search.best_tau
+    return {
+        "tau": tau,
+        "evaluations": len(search.losses),
+        "lost": curve.lost(tau),
+        "reached": curve.reached(tau),
+        "within_bound": abs(tau - curve.argmin) <= 2 or curve.lost(tau) <= 1e-3,
+    }
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "stages": len(rows),
+        "reached": sum(row["reached"] for row in rows),
+        "within_bound": sum(row["within_bound"] for row in rows),
+        "mean_evaluations": fmean(row["evaluations"] for row in rows),
+        "mean_lost": fmean(row["lost"] for row in rows),
+        "worst_lost": max(row["lost"] for row in rows),
+    }
+
+
+def verdicts(curve: Curve) -> dict[str, int]:
+    """What the rule says after 0, 1, 2, 4, … of a τ whose loss is not the lowest of them.
+
+    ``beyond``, at any measured τ: a lower one lies further on, and a sure rise would end the search before
+    it. ``passed``, at powers of two: none does, and a rise that is not sure costs one more validation.
+    """
+    counts = dict.fromkeys(("beyond", "beyond_sure", "passed", "passed_unsure"), 0)
+    weights = jackknife_weights(curve.tokens)
+    critical = critical_values(sum(n > 0 for n in curve.tokens), len(DOUBLING) + 2)
+    lowest_from = [*accumulate(reversed(curve.losses), min)][::-1]
+    best, seen = 0, 1  # an index into curve.taus
+    for at, (tau, loss) in enumerate(zip(curve.taus[:-1], curve.losses, strict=False)):
+        if tau and loss >= curve.losses[best]:
+            low, high = curve.measured[curve.taus[best]], curve.measured[tau]
+            sure = higher(low, high, curve.tokens, weights, critical[seen])
+            if lowest_from[at + 1] < curve.losses[best]:
+                counts["beyond"] += 1
+                counts["beyond_sure"] += sure
+            elif tau in DOUBLING:
+                counts["passed"] += 1
+                counts["passed_unsure"] += not sure
+        if tau in DOUBLING:
+            best, seen = min(best, at, key=curve.losses.__getitem__), seen + 1
+    return counts
+
+
+def noise_of(curve: Curve) -> list[list[float]]:
+    """Rounding alone: the sums at every fifth τ less the cubic through its four neighbours, by example."""
+    around = ((-2, 1 / 6), (-1, -2 / 3), (0, 1.0), (1, -2 / 3), (2, 1 / 6))
+    return [
+        [sum(share * curve.measured[tau + by][i] for by, share in around) for i in range(len(curve.tokens))]
+        for tau in range(2, len(curve.swept) - 2, 5)
+    ]
+
+
+def sure_of_noise(curves: Sequence[Curve], seen: int, trials: int, seed: int = 0) -> float:
+    """How often the rule proves a rise between places that differ by rounding alone."""
+    draw, sure = random.Random(seed), 0
+    places = [(curve, noise) for curve in curves if len(noise := noise_of(curve)) > seen]
+    for _ in range(trials):
+        curve, noises = draw.choice(places)
+        rises, verdict = Rises(curve.tokens), False
+        for noise in draw.sample(noises, seen + 1):
+            sums = [a + b for a, b in zip(curve.measured[0], noise, strict=True)]
+            verdict = rises.sure(sum(sums) / curve.size, sums)
+        sure += verdict
+    return sure / trials
+
+
+SEARCHES: dict[str, Callable[[Curve], Search]] = {
+    "linear": lambda curve: replay(curve, LinearSearch(len(curve.swept) - 1), Rises()),
+    "every rise counts": lambda curve: replay(curve, ParabolicSearch(FARTHEST), Rises()),
+    "parabolic": lambda curve: replay(curve, ParabolicSearch(FARTHEST), Rises(curve.tokens)),
+}
+
+
+def report(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    curves = {key(stage): Curve(stage) for stage in stages}
+    rows, warm = [], []
+    for stage in stages:
+        curve = curves[key(stage)]
+        slopes = [b - a for a, b in pairwise(curve.swept)]
+        found = {name: judged(curve, search(curve)) for name, search in SEARCHES.items()}
+        row = {name: stage[name] for name in ("task", "dtype", "lr", "seed", "stage", "swept_to")}
+        row |= {
+            "argmin": curve.argmin,
+            "turning_points": sum(a * b < 0 for a, b in pairwise(slopes)),
+            "searches": found,
+        }
+        rows.append(row)
+        before = curves.get(key(stage | {"stage": stage["stage"] - 1}))
+        if before is not None and (start := SEARCHES["parabolic"](before).best_tau):
+            search = replay(curve, WarmSearch(start, FARTHEST), Rises(curve.tokens))
+            warm.append({"dtype": stage["dtype"], "cold": found["parabolic"], "warm": judged(curve, search)})
+    groups = [
+        {
+            "dtype": dtype,
+            "lr": lr,
+            "turning_points": fmean(row["turning_points"] for row in chosen),
+            "argmin": [row["argmin"] for row in chosen],
+            "searches": {name: summary([row["searches"][name] for row in chosen]) for name in SEARCHES},
+        }
+        for dtype in DTYPES
+        for lr in (None, *sorted(RATES))
+        if (chosen := [row for row in rows if row["dtype"] == dtype and lr in (None, row["lr"])])
+    ]
+    of = {dtype: [curves[key(s)] for s in stages if s["dtype"] == dtype] for dtype in DTYPES}
+    rule = {
+        dtype: {
+            "verdicts": {
+                name: sum(each[name] for each in counted)
+                for name in ("beyond", "beyond_sure", "passed", "passed_unsure")
+            },
+            "sure_of_noise": {str(seen): sure_of_noise(of[dtype], seen, TRIALS) for seen in (1, 2, 4, 8)},
+        }
+        for dtype in DTYPES
+        if (counted := [verdicts(curve) for curve in of[dtype]])
+    }
+    return {
+        "groups": groups,
+        "rule": {"level": LEVEL, "trials": TRIALS, **rule},
+        "warm_start": {
+            dtype: {
+                side: summary([each[side] for each in warm if each["dtype"] == dtype])
+                for side in ("cold", "warm")
+            }
+            for dtype in DTYPES
+            if any(each["dtype"] == dtype for each in warm)
+        },
+        "stages": rows,
+    }
+
+
+def key(stage: Mapping[str, Any]) -> tuple:
+    return tuple(stage[name] for name in ("task", "dtype", "lr", "seed", "stage"))
+
+
+def table(found: Mapping[str, Any]) -> str:
+    lines = []
+    for group in found["groups"]:
+        lr = f"lr {group['lr']:g}" if group["lr"] else "all"
+        lines.append(
+            f"{group['dtype']} {lr}: {group['turning_points']:.0f} turning points, argmin {group['argmin']}"
+        )
+        lines += [
+            f"    {name:18} {one['reached']} of {one['stages']} reached, {one['within_bound']} in bound, "
+            f"{one['mean_evaluations']:.1f} taken, {one['mean_lost']:.2%} lost, {one['worst_lost']:.2%} worst"
+            for name, one in group["searches"].items()
+        ]
+    return "\n".join([*lines, json.dumps(found["rule"]), json.dumps(found["warm_start"], indent=1)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--curves", type=Path, required=True, help="kept between calls; not for the repository"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for search_noise_tiny_<date>.json; else only the table"
+    )
+    parser.add_argument("--replay", action="store_true", help="only what the file has")
+    arguments = parser.parse_args()
+    load = os.getloadavg()
+    stages = read(arguments.curves) if arguments.replay else sweeps(arguments.curves)
+    found = report(stages)
+    print(table(found))
+    if arguments.out is not None:
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        result = {
+            "kind": "search_noise",
+            "date": date,
+            "command": "python benchmarks/search_noise.py --curves curves.jsonl --out benchmarks/results",
+            "machine": {**machine_info(), "load_before": load, "load_after": os.getloadavg()},
+            "versions": version_info(),
+            "config": {
+                "model": "tiny",
+                "tasks": TASKS,
+                "lr": sorted(RATES),
+                "seeds": list(SEEDS),
+                "stages": STAGES,
+                "interval": INTERVAL,
+                "batch_size": BATCH,
+                "validation_examples": VALIDATION,
+                "max_length": SEEDS,
+                "max_tau": FARTHEST,
+                "near_tau": NEAR_TAU,
+                "near_loss": NEAR_LOSS,
+            },
+            **found,
+        }
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        path = arguments.out / f"search_noise_tiny_{date[:10]}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
