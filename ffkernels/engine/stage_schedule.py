@@ -3,11 +3,12 @@
 One account, in optimizer steps. A stage that measures e losses at the price of p steps each (``stage_price``)
 and lowers the loss by G puts there what it brought less what it cost:
 
-    min(τ, G / g) − e·p        g = (loss after the stage before − loss before this one) / steps between
+    LASTING · min(τ, G / g) − e·p    g = (loss after the stage before − loss before this one) / steps between
 
 g is what one optimizer step has brought lately, on the same examples and free of charge, so G / g is how many
 steps would have brought as much. More than τ it cannot be: a repeated update is worth a step at best. Where g
-is not known yet, or not positive, it is τ.
+is not known yet, or not positive, it is τ. Of that lead a part is lost again, since the steps that follow
+would have made some of the same way: LASTING is what stays.
 
 Every optimizer step puts SHARE there until the account is even. It is never more than even: what one stage
 has gained is not for later ones to spend. A stage runs where an interval ends and the account is even. Hence
@@ -30,8 +31,9 @@ from typing import Any
 from ffkernels.engine.config import PAPERS_PATIENCE, FastForwardConfig
 from ffkernels.engine.search import Search
 
-__all__ = ["SHARE", "StageSchedule"]
+__all__ = ["LASTING", "SHARE", "StageSchedule"]
 
+LASTING = 0.5
 SHARE = 0.01
 
 
@@ -77,13 +79,14 @@ class StageSchedule:
         """
         self.failures = 0 if search.best_tau else self.failures + 1
         if self.keeps_account:
-            worth = self._worth(step, search, comparable)
+            worth = LASTING * self._lead(step, search, comparable)
             self.balance = min(0.0, self.balance + worth - len(search.losses) * price)
         elif self._patience is not None and self.failures >= self._patience:
             self.ended = True
         self._before = (step, search.best_loss)
 
-    def _worth(self, step: int, search: Search, comparable: bool) -> float:
+    def _lead(self, step: int, search: Search, comparable: bool) -> float:
+        """How many optimizer steps the stage has gone ahead."""
         before, now = self._before, search.losses[0][1]
         if before is None or not comparable or step <= before[0]:
             return float(search.best_tau)

@@ -6,7 +6,7 @@ import pytest
 
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.search import make_search
-from ffkernels.engine.stage_schedule import SHARE, StageSchedule
+from ffkernels.engine.stage_schedule import LASTING, SHARE, StageSchedule
 
 
 def searched(losses, name="parabolic"):
@@ -52,8 +52,9 @@ def test_a_step_is_worth_what_training_would_have_taken_for_it():
     assert schedule.balance == 0.0  # one step further for 0.3
     # Since then six steps brought 0.6, 0.1 each. Another 0.02 is worth a fifth of a step.
     schedule.after_stage(12, searched([2.3, 2.28, 2.5]), 0.1)
-    assert schedule.balance == pytest.approx(0.2 - 0.3)
+    assert schedule.balance == pytest.approx(LASTING * 0.2 - 0.3)
     # Where training brought nothing, a step further is worth a step.
+    schedule.balance = 0.0
     schedule.after_stage(18, searched([2.4, 2.39, 2.5]), 0.1)
     assert schedule.balance == 0.0
 
@@ -79,7 +80,7 @@ def test_what_it_costs_never_exceeds_what_it_was_worth_and_the_share_but_for_one
                 search.observe(search.propose(), 4.0)
             schedule.after_stage(step, search, price)
             last = len(search.losses) * price
-            cost, moved = cost + last, moved + search.best_tau
+            cost, moved = cost + last, moved + LASTING * search.best_tau
             assert cost <= moved + SHARE * step + last + 1e-9
         schedule.after_step()
 
