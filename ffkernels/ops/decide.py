@@ -40,6 +40,7 @@ UPDATE_NOT_FINITE = tl.constexpr(8)
 REFINE_TOLERANCE = tl.constexpr(5e-4)
 GOLDEN = tl.constexpr(0.3819660112501051)
 INF = tl.constexpr(math.inf)
+UNPROVEN = tl.constexpr(4)  # beside the vertices: the last loss in the bracket was a rise that is not sure
 
 # What `_set_condition` links: a call that the driver resolves when it loads the kernel, as it does printf's.
 # Triton itself does not offer it.
@@ -117,6 +118,8 @@ def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, 
     a = tl.load(integers + 3)
     c = tl.load(integers + 4)
     vertices = tl.load(integers + 5)
+    again = vertices >= UNPROVEN
+    vertices = tl.where(again, vertices - UNPROVEN, vertices)
     max_tau = tl.load(integers + 6)
     capacity = tl.load(integers + 7)
     baseline = tl.load(numbers + 1)
@@ -128,6 +131,7 @@ def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, 
     following = tau
     stopped = tl.full([], 0, tl.int32)
     refine = tau > 0
+    unproven = tau < 0
     miss = tl.full([], INF, tl.float64)
     if vertices < 0:  # doubling
         if accepted:
@@ -171,7 +175,8 @@ def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, 
             else:
                 a = tau
                 fa = loss
-            if sure == 0:
+            unproven = sure == 0
+            if again & unproven & (last_miss <= 2.0 * miss) & (2.0 * miss < INF):
                 refine = tau < 0
                 stopped = tl.where(b == max_tau, REACHED_MAX_TAU, CONVERGED)
 
@@ -212,7 +217,7 @@ def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, 
 
     tl.store(integers + 3, a)
     tl.store(integers + 4, c)
-    tl.store(integers + 5, vertices)
+    tl.store(integers + 5, vertices + tl.where(unproven, UNPROVEN, 0))
     tl.store(numbers + 2, fa)
     tl.store(numbers + 3, fc)
     tl.store(numbers + 4, predicted)

@@ -4,8 +4,8 @@ One allocation holds the search (`begin` sets the first 16 words):
 
     flags     int32[3]             accept, go, stopped (an index into REASONS)
     k         float32[1]
-    integers  int64[8]             next τ, evaluations, best τ, a, c (0: none yet), vertices (-1: doubling),
-                                   max τ, capacity
+    integers  int64[8]             next τ, evaluations, best τ, a, c (0: none yet), vertices (-1: doubling;
+                                   4 more: the last loss was a rise that is not sure), max τ, capacity
     numbers   float64[6]           best loss, loss at τ = 0, f(a), f(c), predicted loss, its last error
     taus      int64[capacity]      what was measured, in order
     losses    float64[capacity]
