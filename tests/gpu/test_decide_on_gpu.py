@@ -10,6 +10,7 @@ import torch
 
 from ffkernels import ops
 from ffkernels.engine.search import make_search
+from ffkernels.engine.significance import Rises, critical_values, jackknife_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +66,35 @@ def test_the_same_choices(decide, name, kind, gpu):
         result = state.read()
         assert result.best_tau == search.best_tau and result.stopped_because == search.stopped_because
         assert [tau for tau, _ in result.losses] == [tau for tau, _ in search.losses]
+
+
+@pytest.mark.parametrize("rows", [4, 32, 67])
+def test_the_same_verdicts_on_rises(decide, rows, gpu):
+    """Losses by example, some rows empty: which rises are real, and where the search ends because of it."""
+    state, verdicts = decide.DecideState("parabolic", 256, gpu, rows=rows), []
+    loss = torch.zeros(1, dtype=torch.float64, device=gpu)
+    sums = torch.zeros(rows, dtype=torch.float64, device=gpu)
+    draw = random.Random(rows)
+    for seed in range(40):
+        tokens = [draw.choice([0, 3, 20, 150]) if row > 3 else 11 for row in range(rows)]
+        examples = sum(n > 0 for n in tokens)
+        state.know(critical_values(examples, state.capacity), tokens, jackknife_weights(tokens))
+        state.reset()
+        search, rises, measure = make_search("parabolic", 256), Rises(tokens), curve("smooth", seed)
+        noise, told = draw.choice([0.0, 1e-4, 1e-2]), []
+        while (tau := search.propose()) is not None:
+            values = [n * (measure(tau) + noise * draw.gauss(0, 1)) for n in tokens]
+            value = sum(values) / sum(tokens)
+            told.append(rises.sure(value, values))
+            search.observe(tau, value, told[-1])
+            loss.fill_(value)
+            sums.copy_(torch.tensor(values, dtype=torch.float64))
+            decide.decide(state, loss, sums)
+        result = state.read()
+        assert result.losses == search.losses and result.sure == told, seed
+        assert (result.best_tau, result.stopped_because) == (search.best_tau, search.stopped_because), seed
+        verdicts += told
+    assert True in verdicts and False in verdicts
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -71,30 +71,36 @@ def own_loss(model, examples, device) -> float:
         return float(model(**on(device, examples)).loss)
 
 
-def captured(validation: ValidationLoss):
-    """A function that replays a capture of `validation.evaluate()` and returns its loss as a float."""
-    device = validation.device
-    if device.type != "cuda":
-        return lambda: float(validation())
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-    with evaluation_mode(validation.model, device):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            validation.evaluate()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                validation.evaluate()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream):
-            loss = validation.evaluate()
+class Captured:
+    """A capture of `validation.evaluate_with_sums()`; calling it replays it and returns the loss."""
 
-    def replay() -> float:
-        graph.replay()
-        return float(loss)
+    def __init__(self, validation: ValidationLoss) -> None:
+        self.validation, self.graph = validation, None
+        device = validation.device
+        if device.type != "cuda":
+            return
+        stream, self.graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        with evaluation_mode(validation.model, device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                validation.evaluate_with_sums()
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    validation.evaluate_with_sums()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.loss, self.sums = validation.evaluate_with_sums()
 
-    return replay
+    def __call__(self) -> float:
+        if self.graph is None:
+            self.loss, self.sums = self.validation.measure()
+        else:
+            self.graph.replay()
+        loss = float(self.loss)
+        assert float(self.sums.sum() / self.validation.example_tokens.sum()) == pytest.approx(loss, rel=1e-12)
+        return loss
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,9 +114,11 @@ def test_a_captured_loss_is_the_eager_one(family, device):
     validation = ValidationLoss(model, [examples])
     assert validation.path == "fast", validation.reason
     assert why_not_captured(validation, device, explicit=False) is None
-    replay, eager = captured(validation), float(validation())
+    replay, eager = Captured(validation), float(validation())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     assert replay() == pytest.approx(eager, rel=tolerance)
+    by_example = validation.measure()[1].tolist()
+    assert replay.sums.tolist() == pytest.approx(by_example, rel=10 * tolerance)
     if dtype == torch.float32:
         assert eager == pytest.approx(own_loss(model, examples, device), rel=1e-5)
     with torch.no_grad():
@@ -132,7 +140,7 @@ def test_moved_adapters_are_seen_by_a_replay(kind, precision, device):
     enabled = precision == "autocast"
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
         model(**on(device, batch(2, 32))).loss.backward()  # fills the cache of casts
-        replay = captured(validation)
+        replay = Captured(validation)
         for factor in (1.0, 1.5, 2.0):
             with torch.no_grad():
                 for parameter in moving:
@@ -163,7 +171,7 @@ def test_peak_memory_is_a_third_of_the_models_own(gpu):
 
     validation()
     ours = peak(validation)
-    with_graph = peak(lambda: captured(validation)())
+    with_graph = peak(lambda: Captured(validation)())
     theirs = peak(lambda: own_loss(model, examples, gpu))
     print(f"peak memory of {rows} × 1024: {ours / 1e9:.2f} GB, captured {with_graph / 1e9:.2f} GB, ", end="")
     print(f"the model's own loss {theirs / 1e9:.2f} GB")
@@ -174,7 +182,7 @@ def test_peak_memory_is_a_third_of_the_models_own(gpu):
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "Qwen3"])
 def test_a_replay_runs_fused_causal_attention_and_makes_no_mask(family, gpu):
     model = build(family, gpu, torch.bfloat16)
-    replay = captured(ValidationLoss(model, [batch(8, 256)]))
+    replay = Captured(ValidationLoss(model, [batch(8, 256)]))
     replay()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         replay()
@@ -188,10 +196,10 @@ def test_a_replay_runs_fused_causal_attention_and_makes_no_mask(family, gpu):
 def test_nothing_waits_for_the_device(gpu):
     validation = ValidationLoss(with_lora(build("Llama", gpu)), [batch(8, 100)])
     with evaluation_mode(validation.model, gpu):
-        validation.evaluate()
+        validation.evaluate_with_sums()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            validation.evaluate()
+            validation.evaluate_with_sums()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -201,7 +209,7 @@ def test_swapped_examples_keep_a_capture_valid(family, device):
     model = build(family, device)
     first = batch(16, 160, seed=1)
     validation = ValidationLoss(model, [first])
-    before, replay = token(validation), captured(validation)
+    before, replay = token(validation), Captured(validation)
     old = replay()
     second = {key: value[:11, :120].clone() for key, value in first.items()}
     real = second["attention_mask"].bool()
@@ -210,9 +218,15 @@ def test_swapped_examples_keep_a_capture_valid(family, device):
     second["labels"][scored] = second["input_ids"][scored]
     assert validation.swap_batch([second]) is True
     assert token(validation) == before
-    fresh = float(ValidationLoss(model, [second])())
+    other = ValidationLoss(model, [second])
+    fresh = float(other())
     assert abs(fresh - old) > 1e-4
     assert replay() == pytest.approx(fresh, rel=1e-5)
+    found = sorted(zip(validation.example_tokens.tolist(), replay.sums.tolist(), strict=True))
+    expected = zip(other.example_tokens.tolist(), other.measure()[1].tolist(), strict=True)
+    assert found[:5] == [(0.0, 0.0)] * 5  # 16 rows, of which 11 hold an example now
+    for ours, theirs in zip(found[5:], sorted(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
     assert validation.swap_batch([first]) is True
     assert replay() == pytest.approx(old, rel=1e-6)
     assert validation.swap_batch([batch(20, 300, seed=2)]) is False
