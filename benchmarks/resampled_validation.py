@@ -10,9 +10,10 @@ the same batches:
     resampled 32  each stage has 32 others (``ValidationPool``)
     fixed 128     the first 128 in every stage: four times the FLOPs of a validation
 
-At the smaller learning rate a run ends at the target; at the larger it goes on past it to the last step, with
-8 examples too, where searching on few examples should show in the test loss if anywhere. The test loss is
-measured after each stage. The file is written after every run, and a run that stands in it is not repeated.
+At the smaller learning rate a run ends at the target. At the larger it goes on past it to the last step, with
+8 examples too, where searching on few examples should show in the test loss if anywhere, and of one task to
+twice as many steps. The test loss is measured after each stage. The file is written after every run, and a
+run that stands in it is not repeated.
 """
 
 from __future__ import annotations
@@ -46,17 +47,19 @@ ARMS = {
     "resampled 8": (8, True),
 }
 FEW = ("fixed 8", "resampled 8")
+PLACE = ("arm", "task", "lr", "seed", "steps")
 
 
-def planned(seeds: int) -> list[dict[str, Any]]:
-    """Whole seeds first, so that a file that ends early still compares like with like."""
-    main = [arm for arm in ARMS if arm not in FEW]
-    rounds = ((TO_TARGET, main), (PAST_TARGET, main), (PAST_TARGET, FEW))
+def planned(seeds: int, steps: int) -> list[dict[str, Any]]:
+    """Whole rounds, so that a file that ends early still compares like with like."""
+    usual = [arm for arm in ARMS if arm not in FEW]
+    rounds = [(seed, lr, usual, TASKS, steps) for seed in range(seeds) for lr in (TO_TARGET, PAST_TARGET)]
+    few = [(seed, PAST_TARGET, FEW, TASKS, steps) for seed in range(seeds)]
+    twice = (0, PAST_TARGET, ("fixed 32", *FEW), TASKS[-1:], 2 * steps)
     return [
-        {"task": task, "lr": lr, "seed": seed, "arm": arm}
-        for seed in range(seeds)
-        for lr, arms in rounds
-        for task in TASKS
+        {"task": task, "lr": lr, "seed": seed, "arm": arm, "steps": length}
+        for seed, lr, arms, tasks, length in (*rounds, few[0], twice, *few[1:])
+        for task in tasks
         for arm in arms
     ]
 
@@ -80,7 +83,7 @@ def attach(arm: str, config: FastForwardConfig) -> Any:
     return make
 
 
-def measure(cell: dict[str, Any], steps: int, test_examples: int, target: float | None) -> dict[str, Any]:
+def measure(cell: dict[str, Any], test_examples: int, target: float | None) -> dict[str, Any]:
     tests: list[list[float]] = []
 
     def note(event: dict[str, Any]) -> None:
@@ -94,7 +97,7 @@ def measure(cell: dict[str, Any], steps: int, test_examples: int, target: float 
             task=cell["task"],
             lr=cell["lr"],
             seed=cell["seed"],
-            steps=steps,
+            steps=cell["steps"],
             test_examples=test_examples,
             validation_examples=POOL,
             evaluate_every=0,
@@ -148,15 +151,15 @@ def main(argv: list[str] | None = None) -> None:
         report = json.loads(path.read_text(encoding="utf-8"))
         if report["config"] != settings:
             parser.error(f"{path} was measured with other settings, {report['config']}: move it away")
-    done = {(r["task"], r["lr"], r["seed"], r["arm"]): r for r in report["runs"]}
-    for cell in planned(options.seeds):
-        key = tuple(cell.values())
+    done = {tuple(run[name] for name in PLACE): run for run in report["runs"]}
+    for cell in planned(options.seeds, options.steps):
+        key = tuple(cell[name] for name in PLACE)
         if key in done:
             continue
         target = None
         if cell["lr"] == TO_TARGET and cell["arm"] != "adam":
-            target = done[(*key[:3], "adam")]["test_loss"] + 1e-4
-        done[key] = measure(cell, options.steps, options.test_examples, target)
+            target = done[("adam", *key[1:])]["test_loss"] + 1e-4
+        done[key] = measure(cell, options.test_examples, target)
         report["runs"].append(done[key])
         options.out.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")

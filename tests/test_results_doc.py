@@ -254,13 +254,14 @@ def test_the_newest_counts_and_two_of_a_kind_are_refused(tool):
 
 
 def test_only_places_where_every_way_was_measured_are_compared(tool):
-    def resampled(arm, seed, flops, loss, lr=3e-4):
+    def resampled(arm, seed, flops, loss, lr=3e-4, steps=12):
         curve = [[0, 0, 5.0], [6, flops // 4, 4.0], [12, flops, loss]]
         return {
             "task": "chat",
             "lr": lr,
             "seed": seed,
             "arm": arm,
+            "steps": steps,
             "test_loss": loss,
             "flops": flops,
             "curve": curve,
@@ -276,16 +277,18 @@ def test_only_places_where_every_way_was_measured_are_compared(tool):
     }
     data["runs"] += [resampled(*way[:1], 0, *way[1:], lr=1e-4) for way in ways[:2]]  # not all of them
     data["runs"] += [resampled("adam", 1, 100, 4.0), resampled("fixed 8", 0, 80, 2.4)]
-    text = tool("results_tables").resampled_validation({"resampled_validation_x.json": data})
+    data["runs"] += [resampled("fixed 8", 0, 160, 1.5, steps=24)]
+    text = tool("results_resampled").resampled_validation({"resampled_validation_x.json": data})
     assert "tasks × seeds: 0 at 1e-4, 1 at 3e-4." in text
     rows = text.splitlines()[4:]
     assert rows[0] == "| the same 32 | – | 80 % (80 to 80) | +0.0 % (+0.0 to +0.0) | 1.00 | 1 |"
     assert rows[1] == "| others: 32 | – | 78 % (78 to 78) | −5.0 % (−5.0 to −5.0) | 1.10 | 1 |"
     assert rows[3] == "| the same 8 |  | – | – | – | 0 |"
+    assert "To 24 steps, chat, 3e-4: test loss 1.5000 with the same 8." in text
     for run in data["runs"]:
         if run["arm"] == "fixed 32":
             run["curve"] = run["curve"][:1]
-    text = tool("results_tables").resampled_validation({"resampled_validation_x.json": data})
+    text = tool("results_resampled").resampled_validation({"resampled_validation_x.json": data})
     assert "| the same 32 | – | not reached in 1 of 1 |" in text
 
 

@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 import results_plots  # noqa: E402
 import results_rates  # noqa: E402
 from results_figures import end_to_end, end_to_end_files, end_to_end_short  # noqa: E402
+from results_resampled import resampled_validation  # noqa: E402
 from results_tables import BLOCKS, Results, comparison  # noqa: E402
 
 DOCUMENTS = ("docs/results.md", "docs/learning-rate.md", "README.md")
@@ -56,6 +57,7 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         name: (lambda build=build: build(results)) for name, build in BLOCKS.items()
     }
+    found["resampled-validation"] = lambda: resampled_validation(results)
     found["end-to-end"] = lambda: end_to_end(results, shown)
     found["end-to-end-short"] = lambda: end_to_end_short(results)
     found["learning-rates"] = lambda: results_rates.learning_rates(results)
