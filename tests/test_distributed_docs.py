@@ -35,7 +35,7 @@ def measured_rows() -> list[str]:
 def planned_rows() -> list[str]:
     return [
         f"| {row['ranks']:,} | {row['gpu']['tokens']:,} | {row['gpu']['forwards']} "
-        f"| {100 * row['gpu']['of_one_rank']:.0f} % | {row['bytes_received_per_validation']:,} |"
+        f"| {100 * row['gpu']['of_one_rank']:.0f} % |"
         for row in REPORT["plan"]
         if row["ranks"] in (1, 8, 16, 32, 64, 1024)
     ]
