@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CyclicLR
+from torch.optim import lr_scheduler
 
 from ffkernels.engine.weights import unwrap_optimizer
 from ffkernels.ops.notices import announce_once
 
-__all__ = ["Finding", "base_rates", "every_scheduler", "rates", "scale_learning_rates", "set_rates"]
+__all__ = [
+    "STEADY",
+    "Finding",
+    "base_rates",
+    "decays",
+    "every_scheduler",
+    "rates",
+    "scale_learning_rates",
+    "set_rates",
+]
+
+# One update's best length is near the edge of what training bears: it sees the curvature along one direction.
+# A rate that falls soon leaves the edge; one that stays does best at this part of it. Chosen on other seeds
+# than those it was judged by, see docs/learning-rate.md.
+STEADY = 0.7
+FALLING = (
+    lr_scheduler.CosineAnnealingLR,
+    lr_scheduler.CosineAnnealingWarmRestarts,
+    lr_scheduler.OneCycleLR,
+    lr_scheduler.PolynomialLR,
+)
 
 
 @dataclass
@@ -22,10 +42,13 @@ class Finding:
     """The learning rate that one update should have had.
 
     Attributes:
-        lr: the found base learning rate of the first param group (of those that had an lr above 0).
+        lr: the found base learning rate of the first param group (of those that had an lr above 0), for the
+            schedulers that were given; without one, for a rate that stays as it is.
         tau: how much further than its own step the update was best taken: s* − 1, above −1.
-        scale: what every base learning rate is to be multiplied by, ``lr / lr_before``. It is 1 + τ, except
-            where the step's own lr was not the base: in a warm-up, or after a restart.
+        scale: what every base learning rate is to be multiplied by, ``lr / lr_before``. It is ``part`` times
+            1 + τ, except where the step's own lr was not the base: in a warm-up, or after a restart.
+        part: how much of the best length of the update ``lr`` is: 1 where a scheduler lets the rate fall,
+            else 0.7.
         lr_before: the base learning rate before, see ``base_rates``.
         curve: every validation ``(lr, loss)`` along the update, in the order of the search; lr = 0 is before
             it.
@@ -42,6 +65,7 @@ class Finding:
     lr: float
     tau: float
     scale: float = 1.0
+    part: float = 1.0
     lr_before: float = math.nan
     curve: list[tuple[float, float]] = field(default_factory=list)
     evaluations: int = 0
@@ -51,6 +75,11 @@ class Finding:
     stopped_because: str = ""
     seconds: float = 0.0
     flops: int = 0
+
+    @property
+    def peak(self) -> float:
+        """The learning rate for a schedule that lets it fall towards 0: ``lr`` where such a one was given."""
+        return self.lr / self.part
 
     @property
     def loss_before(self) -> float:
@@ -93,9 +122,43 @@ def base_rates(optimizer: torch.optim.Optimizer, schedulers: Iterable[Any] = ())
         float(group.get("max_lr") or group.get("initial_lr", group["lr"])) for group in optimizer.param_groups
     ]
     for scheduler in schedulers:
-        if isinstance(scheduler, CyclicLR):
+        if isinstance(scheduler, lr_scheduler.CyclicLR):
             base = [max(rate, float(top)) for rate, top in zip(base, scheduler.max_lrs, strict=True)]
     return base
+
+
+def decays(schedulers: Iterable[Any]) -> bool:
+    """Whether one of the schedulers lets the learning rate fall, and not only in a few stairs or at plateaus.
+
+    A function of the step (``LambdaLR``, all of transformers' schedules) is asked for steps far ahead.
+    """
+    for scheduler in schedulers:
+        if isinstance(scheduler, lr_scheduler.LambdaLR):
+            if any(_falls(function) for function in scheduler.lr_lambdas):
+                return True
+        elif isinstance(scheduler, lr_scheduler.LinearLR):
+            if scheduler.end_factor < scheduler.start_factor:
+                return True
+        elif isinstance(scheduler, lr_scheduler.ExponentialLR):
+            if scheduler.gamma < 1:
+                return True
+        elif isinstance(scheduler, FALLING):
+            return True
+    return False
+
+
+def _falls(function: Callable[[int], float]) -> bool:
+    """Whether it comes down to half of what it was. Of a decay to 0, a power of two sees the second half."""
+    highest = 0.0
+    for power in range(24):
+        try:
+            value = float(function(2**power))
+        except Exception:  # a list of values that is at its end
+            return False
+        if 0 < highest and value <= highest / 2:
+            return True
+        highest = max(highest, value)
+    return False
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -163,7 +226,7 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, schedulers: Any, fact
                 group[key] = value * factor
     for scheduler in schedulers:
         # Of others, such as transformers' GreedyLR, ``max_lrs`` are limits.
-        shape = ("max_lrs",) if isinstance(scheduler, CyclicLR) else ()
+        shape = ("max_lrs",) if isinstance(scheduler, lr_scheduler.CyclicLR) else ()
         for name in ("base_lrs", "_last_lr", *shape):
             values = vars(scheduler).get(name)
             if isinstance(values, list):

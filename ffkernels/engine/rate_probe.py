@@ -2,7 +2,8 @@
 
     W(s) = W_before + s·Δ          Δ the update of the last step, taken at the learning rate lr
     s*                             where the validation loss is lowest (``rate_search``)
-    found                          s*·lr, for the base learning rate: schedules keep their shape around it
+    found                          s*·lr where a schedule lets the learning rate fall, 0.7·s*·lr where it
+                                   stays; for the base learning rate: schedules keep their shape around it
 
 The direction of an early update hardly depends on the learning rate, so neither does the distance to the
 lowest loss along it: that distance, in units of the step, is what the learning rate should have been.
@@ -24,7 +25,15 @@ from ffkernels import ops
 from ffkernels.engine.executors import UPDATE_NOT_FINITE
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.optimizer_probe import tell_about_momentum, why_rate_means_nothing
-from ffkernels.engine.rate_finding import Finding, base_rates, rates, scale_learning_rates, set_rates
+from ffkernels.engine.rate_finding import (
+    STEADY,
+    Finding,
+    base_rates,
+    decays,
+    rates,
+    scale_learning_rates,
+    set_rates,
+)
 from ffkernels.engine.rate_search import RateSearch
 from ffkernels.engine.run_state import OptimizerSnapshot
 from ffkernels.engine.significance import LEAST_EXAMPLES, really_higher
@@ -243,9 +252,10 @@ class RateProbe:
         forward = self.validation.flops  # before the search: it may run a forward, which may be interrupted
         search = self._search(table)
         places, reason = search.places, search.stopped_because or ""
-        scale = search.scale * lr / base
+        part = 1.0 if decays(self.schedulers) else STEADY
+        scale = part * search.scale * lr / base
         if search.best.scale == 0:
-            scale = self.applied
+            part, scale = 1.0, self.applied
             announce_once(
                 "no-learning-rate-found",
                 f"no learning rate was found: {reason} (of lr={lr:g}), and it is left there",
@@ -255,6 +265,7 @@ class RateProbe:
             lr=scale * base,
             tau=search.scale - 1.0,
             scale=scale,
+            part=part,
             lr_before=base,
             curve=[(place.scale * lr, place.loss) for place in places],
             evaluations=evaluations,

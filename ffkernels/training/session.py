@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.engine.validation import ValidationLoss
@@ -112,7 +113,12 @@ class Session:
         if attach is not None:
             self.ff = attach(self)
         elif config.fast_forward is not None:
-            self.ff = FastForward(self.model, self.optimizer, self.validation, config.fast_forward)
+            settings, scheduler = config.fast_forward, None
+            if (
+                settings.learning_rate == "find"
+            ):  # never stepped: it says what shape ``update`` gives the rate
+                scheduler = LambdaLR(self.optimizer, lambda step: self.learning_rate(step) / config.lr)
+            self.ff = FastForward(self.model, self.optimizer, self.validation, settings, scheduler=scheduler)
         try:
             if "validation" in vars(self):
                 _ = self.validation.flops  # counted at its first reading: here, outside anybody's clock

@@ -9,6 +9,7 @@ from torch import nn
 
 import ffkernels
 from ffkernels import FastForward, Finding, ValidationLoss, find_learning_rate
+from ffkernels.engine.rate_finding import decays
 from ffkernels.ops.notices import FFKernelsNotice
 
 SCALES = torch.tensor([1.0, 0.3, 3.0, 0.1])
@@ -98,8 +99,9 @@ def exact(lr, steps=2, **options):
 def test_the_length_of_the_last_step_that_lowers_the_loss_most(lr):
     model, optimizer = bowl(lr)
     finding = find_learning_rate(model, optimizer, batches(), bowl_loss)
-    assert finding.lr == pytest.approx(exact(lr)[0], rel=0.02)
-    assert finding.lr == pytest.approx(lr * (1 + finding.tau)) and finding.scale == finding.lr / lr
+    assert finding.peak == pytest.approx(exact(lr)[0], rel=0.02)
+    assert finding.peak == pytest.approx(lr * (1 + finding.tau)) and finding.scale == finding.lr / lr
+    assert finding.lr == pytest.approx(0.7 * finding.peak)  # nothing says that it will fall
     assert finding.lr_before == lr and finding.optimizer_step == 2
     assert finding.judged_by == "mean"
     # One at the start, and one at s = 0 before the batch statistics moved on.
@@ -156,7 +158,7 @@ def test_the_learning_rate_is_the_base_one_also_where_a_warm_up_has_not_begun():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: k / 8)
     assert optimizer.param_groups[0]["lr"] == 0.0
     finding = find_learning_rate(model, optimizer, batches(), bowl_loss, schedulers=scheduler)
-    assert finding.lr_before == 0.01 and finding.lr == pytest.approx(exact(0.01)[0], rel=0.02)
+    assert finding.lr_before == 0.01 and finding.peak == pytest.approx(exact(0.01)[0], rel=0.02)
     finding.apply(optimizer, scheduler)
     assert scheduler.base_lrs == [pytest.approx(finding.lr)]
     optimizer.step(), scheduler.step()
@@ -177,8 +179,8 @@ def test_a_step_of_ones_own_may_warm_up():
 
     finding = find_learning_rate(model, optimizer, step, bowl_loss, schedulers=scheduler)
     assert finding.optimizer_step == 3  # the first was at 0
-    assert finding.lr == pytest.approx((1 + finding.tau) * 0.01 * 2 / 8)
-    assert finding.scale == pytest.approx((1 + finding.tau) / 4)
+    assert finding.peak == pytest.approx((1 + finding.tau) * 0.01 * 2 / 8)
+    assert finding.scale == pytest.approx(0.7 * (1 + finding.tau) / 4)
 
 
 def test_keep_move_goes_on_from_the_best_weights():
@@ -331,7 +333,7 @@ def test_all_multiples_are_compared_with_the_same_buffers():
     finding = find_learning_rate(
         model, optimizer, batches(), lambda model: bowl_loss(model) + 100 * float(model.count)
     )
-    assert finding.lr == pytest.approx(exact(1e-2)[0], rel=0.02)
+    assert finding.peak == pytest.approx(exact(1e-2)[0], rel=0.02)
     assert finding.loss_before > finding.loss_after > 200
     assert model.count is count and count == 0  # put back, although training had replaced it
 
@@ -351,7 +353,7 @@ def test_modules_that_are_in_eval_while_the_model_trains_stay_so():
 def test_the_very_first_update_can_be_searched():
     model, optimizer = bowl(1e-2)
     finding = find_learning_rate(model, optimizer, batches(1), bowl_loss, after=1)
-    assert finding.optimizer_step == 1 and finding.lr == pytest.approx(exact(1e-2, steps=1)[0], rel=0.02)
+    assert finding.optimizer_step == 1 and finding.peak == pytest.approx(exact(1e-2, steps=1)[0], rel=0.02)
     assert finding.evaluations == len(finding.curve)
 
 
@@ -479,13 +481,34 @@ def test_what_is_found_is_the_peak_of_schedules_that_rise(make):
             model, optimizer, step if own else batches(), bowl_loss, schedulers=scheduler
         )
         best, _ = min(finding.curve, key=lambda place: place[1])
-        assert finding.lr_before == 0.1 and finding.lr == pytest.approx(best)
+        assert finding.lr_before == 0.1 and finding.peak == pytest.approx(best)
+        assert finding.part == (1.0 if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) else 0.7)
         finding.apply(optimizer, scheduler)
         peak = 0.0
         for _ in range(12):
             optimizer.step(), scheduler.step()
             peak = max(peak, optimizer.param_groups[0]["lr"])
         assert peak == pytest.approx(finding.lr, rel=0.02)
+
+
+def test_which_schedules_let_the_rate_fall():
+    from torch.optim import lr_scheduler as of
+    from transformers import get_scheduler
+
+    def falls(make):
+        return decays([make(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))])
+
+    for name in ("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"):
+        for warmup, steps in ((0, 64), (3, 100), (50, 500)):
+            assert falls(lambda o, *given: get_scheduler(name, o, warmup, steps)), (name, warmup)  # noqa: B023
+    for name in ("constant", "constant_with_warmup"):
+        assert not falls(lambda o: get_scheduler(name, o, num_warmup_steps=7)), name  # noqa: B023
+    assert falls(lambda o: of.CosineAnnealingLR(o, 9)) and falls(lambda o: of.ExponentialLR(o, 0.9))
+    assert falls(lambda o: of.LinearLR(o, 1.0, 0.1)) and not falls(lambda o: of.LinearLR(o, 0.1, 1.0))
+    assert not falls(lambda o: of.StepLR(o, 5)) and not falls(lambda o: of.ReduceLROnPlateau(o))
+    assert not falls(
+        lambda o: of.LambdaLR(o, lambda step: [0.0, 0.0, 1.0, 1.0][step])
+    )  # ends, and begins at 0
 
 
 def test_the_limits_of_a_schedule_that_reacts_to_losses_stay():
