@@ -72,9 +72,14 @@ def critical_values(examples: int, count: int) -> list[float]:
     For ``examples`` = m, those with labelled tokens. The factor is that of the jackknife, so that ``higher``
     needs none. Entry 0, where nothing was seen, is inf.
     """
-    factor = 1 - 1 / examples if examples else 1.0
-    quantiles = (t_quantile(1 - LEVEL / seen, examples - 1) for seen in range(1, count))
-    return [math.inf, *(quantile * quantile * factor for quantile in quantiles)][:count]
+    return [_critical_value(examples, seen) for seen in range(count)]
+
+
+def _critical_value(examples: int, seen: int) -> float:
+    if not examples or not seen:
+        return math.inf
+    quantile = t_quantile(1 - LEVEL / seen, examples - 1)
+    return quantile * quantile * (1 - 1 / examples)
 
 
 def jackknife_weights(tokens: Sequence[float]) -> list[float]:
@@ -124,7 +129,7 @@ def really_higher(low: Sequence[float], high: Sequence[float], tokens: Sequence[
     if not all(map(math.isfinite, high)):
         return True
     examples = sum(n > 0 for n in tokens)
-    critical = critical_values(examples, max(1, seen) + 1)[-1]
+    critical = _critical_value(examples, max(1, seen))
     return higher(low, high, tokens, jackknife_weights(tokens), critical)
 
 
@@ -169,5 +174,5 @@ class Rises:
             return False
         if self.tokens is None or loss == math.inf:
             return True
-        critical = critical_values(self.examples, self.seen)[-1]
+        critical = _critical_value(self.examples, self.seen - 1)
         return higher(self._sums, sums, self.tokens, self._weights, critical)
