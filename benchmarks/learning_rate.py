@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     done = finished(options.runs)
     if options.result is not None:
         command = "python benchmarks/learning_rate.py"
+        command += "" if options.plan == "grid" else f" --plan {options.plan}"
         write(document(list(done.values()), command, options.plan == "fast"), options.result)
         return 0
     planned = {run.key: run for run in PLANS[options.plan]()}

@@ -16,14 +16,18 @@ FIELDS = ("task", "seed", "contender", "lr", "schedule", "variant", "steps", "lo
 COUNTS = ("optimizer_steps", "forwards", "batches", "own_flops", "flops", "budget")
 
 
-def document(
-    done: Iterable[Mapping[str, Any]], command: str, fast: bool, model: str = "tiny"
-) -> dict[str, Any]:
+def document(done: Iterable[Mapping[str, Any]], command: str, fast: bool) -> dict[str, Any]:
     """A result of these runs; those on other seeds than the evaluation's are what the rule was chosen by."""
     from ffkernels.reporting.machine import machine_info, version_info
 
+    done = list(done)
     lines = [reduced(line) for line in done]
-    config = Run(TASKS[0], 0, "find", 1e-4).config(model)
+    tasks = [task for task in TASKS if any(line["task"] == task for line in done)]
+    variants, lengths = ({line[name] for line in done} for name in ("variant", "steps"))
+    # What all runs have in common; where they differ, that of the standard run, and each says what it has.
+    variant = variants.pop() if len(variants) == 1 else "standard"
+    steps = lengths.pop() if len(lengths) == 1 else STEPS
+    config = Run(TASKS[0], 0, "find", 1e-4, variant=variant).config()
     return {
         "kind": KIND,
         "fast": fast,
@@ -33,7 +37,12 @@ def document(
         "machine": machine_info(),
         "versions": version_info(),
         "config": {
-            **{"model": model, "tasks": list(TASKS), "steps": STEPS, "warmup_steps": WARMUP},
+            **{
+                "model": config.model,
+                "tasks": tasks,
+                "steps": steps,
+                "warmup_steps": min(WARMUP, steps // 10),
+            },
             **{
                 name: getattr(config, name) for name in ("rank", "alpha", "dtype", "batch_size", "max_length")
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from learning_rate_table import (
     Line,
     compared,
     conditions,
+    diverged,
     failures,
     flops_to,
     gap,
@@ -44,8 +46,9 @@ def result_of(results: Results) -> tuple[str, Mapping[str, Any]] | None:
 def learning_rates(results: Results) -> str:
     """All of it."""
     found = result_of(results)
+    others = [real(*one) for one in others_of(results)]
     if found is None:
-        return NOTHING
+        return "\n\n".join(others) or NOTHING
     name, data = found
     lines = data["runs"]
     broken = failures(lines)
@@ -57,8 +60,55 @@ def learning_rates(results: Results) -> str:
         held(lines),
         "Every way beside it, constant rate, standard settings, medians over tasks and seeds:",
         ways(lines),
+        *others,
     ]
     return "\n\n".join(parts)
+
+
+def others_of(results: Results) -> list[tuple[str, Mapping[str, Any]]]:
+    """The newest result on each other model."""
+    newest = {
+        data["config"]["model"]: (name, data)
+        for name, data in sorted(results.items())
+        if data.get("kind") == KIND and not data["fast"]
+    }
+    return [one for model, one in newest.items() if model != "tiny"]
+
+
+def real(name: str, data: Mapping[str, Any]) -> str:
+    """Every run on a real model; what it ended at beside Adam, at equal FLOPs and at as many steps."""
+    lines = data["runs"]
+    best, rows = tuned(lines), []
+    for line in lines:
+        if conditions(line) not in best:
+            continue
+        adam = best[conditions(line)]
+        over, same = gap(line, best), loss_at(adam, line["optimizer_steps"])
+        apart = None if over is None or same is None else line["loss"] / same - 1
+        rows.append(
+            [
+                line["task"],
+                NAMES.get(line["contender"], line["contender"]),
+                rate(line["lr"]),
+                "–" if line["found"] is None else rate(float(f"{line['found']:.2g}")),
+                str(line["optimizer_steps"]),
+                str(line["forwards"]),
+                "not finite" if line["loss"] is None else f"{line['loss']:.3f}",
+                "diverged" if diverged(line) else signed(over),
+                "diverged" if diverged(line) else signed(apart),
+            ]
+        )
+    head = ["task", "way", "begins at", "found", "steps", "validation losses", "test loss"]
+    head += ["above the sweep's best, equal FLOPs", "equal steps"]
+    return "\n\n".join([said(name, data), table(head, rows, text_columns=2)])
+
+
+def loss_at(line: Line, steps: int) -> float | None:
+    """A run's test loss after so many steps, between measured ones in proportion."""
+    for (low, _, before), (high, _, after) in pairwise(line["curve"]):
+        if low <= steps <= high and None not in (before, after):
+            return before + (after - before) * (steps - low) / (high - low)
+    return None
 
 
 def said(name: str, data: Mapping[str, Any]) -> str:
