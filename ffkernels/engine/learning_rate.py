@@ -56,8 +56,9 @@ def find_learning_rate(
     """Find the base learning rate for ``optimizer`` on ``model``: ``finding.lr``.
 
     Takes ``after`` optimizer steps, then searches the multiple s of the last update at which the validation
-    loss is lowest: s times the step's learning rate is the one to take. The learning rate that the optimizer
-    comes with may be orders of magnitude off; one that is rather too small is best.
+    loss is lowest: s times the step's learning rate is the one to take under schedules that let it fall, 0.7
+    of that where it stays. The learning rate that the optimizer comes with may be orders of magnitude off;
+    one that is rather too small is best.
 
     The run is left as it was, bit for bit: weights and buffers, optimizer, schedulers, gradients, random
     generators, train/eval flags. What your own hooks, ``step`` function or data iterator do besides, a
@@ -77,7 +78,8 @@ def find_learning_rate(
         keep_move: go on from here: the steps stay taken, the weights stay where the search found the lowest
             loss, and every learning rate, of ``schedulers`` too, is multiplied by ``finding.scale``.
         schedulers: the optimizer's scheduler or several, which a ``step`` function moves on or whose base
-            learning rates are to be multiplied.
+            learning rates are to be multiplied, and which say whether the rate will fall. Without one it is
+            taken to stay; ``finding.peak`` is what to give to one that is made later and falls.
         impl: which implementation moves the weights.
 
     Returns:

@@ -98,7 +98,7 @@ def draw_finding(finding: Finding, axes: Axes) -> Axes:
     if best < before:
         found = f"found: {finding.lr:.3g}"
         if not math.isclose(finding.lr, best_lr, rel_tol=1e-6):
-            found += f" (the step's best: {best_lr:.3g})"  # a warm-up held the step below the base rate
+            found += f" (the step's best: {best_lr:.3g})"  # 0.7 of it, or a warm-up was on
         color = STYLES["linear"]["color"]
         axes.axvline(best_lr, color=color, linewidth=1.2, zorder=1)
         axes.plot(best_lr, best, color=color, marker="D", markersize=8, label=found, zorder=3)
