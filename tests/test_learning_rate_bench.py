@@ -104,6 +104,23 @@ def test_plans_have_no_run_twice_in_another_guise(benchmarks):
     assert not {run.seed for run in plan.calibrate()} & {run.seed for run in runs}
 
 
+def test_a_real_model_is_compared_at_equal_flops_and_at_as_many_steps(tool):
+    rates = tool("results_rates")
+    found = line("find", 1e-5, 2.05, optimizer_steps=45, found=0.00702)
+    apart = line("find", 1e-3, 9.0, optimizer_steps=45, found=0.02)
+    lines = [{**one, "optimizer_steps": 60} for one in a_sweep()] + [found, apart]
+    config = {"tasks": ["chat"], "model": "smollm2-135m", "steps": 60, "warmup_steps": 6, "rank": 8}
+    config |= {"dtype": "bfloat16", "batch_size": 8, "max_length": 64}
+    config |= {"test_examples": 9, "validation_examples": 32}
+    data = {"kind": rates.KIND, "fast": False, "config": config, "runs": lines, "command": "c"}
+    data |= {"machine": {"gpus": [], "cpu": "x", "threads": 1}}
+    data |= {"versions": dict.fromkeys(("torch", "transformers", "peft"), "1")}
+    text = rates.learning_rates({"some": data}).splitlines()
+    # Tuned Adam is at 2.2 after 30 steps and at 2.0 after 60, so at 2.1 after 45.
+    assert text[-2].endswith("| 1e-5 | 7e-3 | 45 | 0 | 2.050 | +2.5 % | −2.4 % |")
+    assert text[-1].endswith("| 1e-3 | 2e-2 | 45 | 0 | 9.000 | diverged | diverged |")
+
+
 @pytest.mark.slow
 def test_a_dry_run_is_written_and_not_run_again(benchmarks, tmp_path, capsys):
     bench, path = benchmarks("learning_rate"), tmp_path / "runs.jsonl"
@@ -113,3 +130,28 @@ def test_a_dry_run_is_written_and_not_run_again(benchmarks, tmp_path, capsys):
     assert all(one["flops"] <= one["budget"] for one in done.values() if one["contender"] != "keep")
     assert bench.main(["--plan", "fast", "--runs", str(path)]) == 0
     assert "0 runs to do" in capsys.readouterr().out and bench.finished(path) == done
+
+
+def test_what_the_documentation_says_of_it(tool, tmp_path):
+    rates, record = tool("results_rates"), tool("learning_rate_record")
+    assert rates.learning_rates({}) == rates.NOTHING
+    lines = [*a_sweep(), line("find", 1e-5, 2.03, found=0.0123, forwards=11, own_flops=5)]
+    lines += [line("prodigy", 1e-4, None, failed="no such package"), line("adam", 1e-3, 2.6)]
+    lines += [line("find", 1e-4, 1.0, found=0.01, seed=10)]
+    data = record.document(lines, "python x.py", fast=False)
+    assert [one["seed"] for one in data["calibration"]] == [10] and len(data["runs"]) == len(lines) - 1
+    record.write(data, tmp_path / "learning_rate_tiny_2026-01-01.json")
+    doc = tool("results_doc")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir()
+    (tmp_path / "learning_rate_tiny_2026-01-01.json").rename(
+        tmp_path / "benchmarks" / "results" / "learning_rate_tiny_2026-01-01.json"
+    )
+    results = doc.read_results(tmp_path)
+    text = doc.builders(results)["learning-rates"]()
+    assert "What failed (1 line):\n\n- chat, seed 0, constant, standard: prodigy from 1e-4: no such" in text
+    assert "| constant | 1 | 100 % | +1.5 % | +1.5 % | 0 | 11 (11) |" in text
+    assert '| `learning_rate="find"`, no stages | 1e-5 | 1 | +1.5 % | +1.5 % | 5 % |' in text
+    assert "| Adam | 1e-3 | 1 | +30.0 % | +30.0 % | 0 % | not reached |" in text
+    assert "| prodigy | 1e-4 | 1 | failed |" in text
+    assert "| Adam, tuned by a sweep | – | 1 |" in text
