@@ -11,7 +11,7 @@ loss: never one that is worse than τ = 0.
   then refines inside: parabola vertices while the parabola keeps its promises, golden sections where it does
   not. It ends when what the parabola still promises, plus the larger of its last two errors, is at most
   0.05 % of the loss decrease found so far, or when no integer is left. It also ends where noise is larger
-  than that: at the second of two rises in a row that are not sure, if the parabola's error has not halved
+  than that: at the second of two rises in a row that are not sure, if the parabola's error has not shrunk
   from the one to the other. On a smooth loss errors shrink with the bracket, those that noise makes do not.
 
 Whether a rise is sure is for the caller to say (``significance``). Where every one is, no noise is seen, and
@@ -193,7 +193,7 @@ class ParabolicSearch(Search):
             self._c, self._fc = tau, loss
         else:
             self._a, self._fa = tau, loss
-        if again and self._unproven and self._last_miss <= 2.0 * miss < math.inf:
+        if again and self._unproven and self._last_miss <= miss < math.inf:
             return self._stop(REACHED_MAX_TAU if self._b == self.max_tau else CONVERGED)
         return self._refine(miss)
 

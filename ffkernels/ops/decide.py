@@ -176,7 +176,7 @@ def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, 
                 a = tau
                 fa = loss
             unproven = sure == 0
-            if again & unproven & (last_miss <= 2.0 * miss) & (2.0 * miss < INF):
+            if again & unproven & (last_miss <= miss) & (miss < INF):
                 refine = tau < 0
                 stopped = tl.where(b == max_tau, REACHED_MAX_TAU, CONVERGED)
 
