@@ -1,7 +1,8 @@
 """The loss at every τ of real stages, and what each search makes of it.
 
-    python benchmarks/search_noise.py --curves FILE.jsonl                     about a quarter of an hour
-    python benchmarks/search_noise.py --curves FILE.jsonl --out benchmarks/results   and writes the JSON
+    python benchmarks/search_noise.py --curves FILE.jsonl --out benchmarks/results
+
+About a quarter of an hour on one core that is free.
 
 Sweeps: LoRA on the embedded model, AdamW at a constant learning rate, a stage every 6 steps. In a stage the
 sums of NLL by example are measured at τ = 0, 1, 2, … to beyond the lowest loss, then more sparsely to twice
@@ -304,13 +305,18 @@ def report(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if (chosen := [row for row in rows if row["dtype"] == dtype and lr in (None, row["lr"])])
     ]
     of = {dtype: [curves[key(s)] for s in stages if s["dtype"] == dtype] for dtype in DTYPES}
+    # At the smallest rate, where a cubic leaves nothing of the curve.
+    slow = {
+        dtype: [curves[key(s)] for s in stages if s["dtype"] == dtype and s["lr"] == min(RATES)]
+        for dtype in DTYPES
+    }
     rule = {
         dtype: {
             "verdicts": {
                 name: sum(each[name] for each in counted)
                 for name in ("beyond", "beyond_sure", "passed", "passed_unsure")
             },
-            "sure_of_noise": {str(seen): sure_of_noise(of[dtype], seen, TRIALS) for seen in (1, 2, 4, 8)},
+            "sure_of_noise": {str(seen): sure_of_noise(slow[dtype], seen, TRIALS) for seen in (1, 2, 4, 8)},
         }
         for dtype in DTYPES
         if (counted := [verdicts(curve) for curve in of[dtype]])
@@ -319,12 +325,9 @@ def report(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "groups": groups,
         "rule": {"level": LEVEL, "trials": TRIALS, **rule},
         "warm_start": {
-            dtype: {
-                side: summary([each[side] for each in warm if each["dtype"] == dtype])
-                for side in ("cold", "warm")
-            }
+            dtype: {side: summary([each[side] for each in chosen]) for side in ("cold", "warm")}
             for dtype in DTYPES
-            if any(each["dtype"] == dtype for each in warm)
+            if (chosen := [each for each in warm if each["dtype"] == dtype])
         },
         "stages": rows,
     }

@@ -207,6 +207,33 @@ def peers(results: Results) -> str:
     return f"{words}\n\n{table(head, rows)}"
 
 
+def search_noise(results: Results) -> str:
+    """How often each search finds the lowest loss of a full sweep, and in how many evaluations."""
+    name = max((name for name, data in results.items() if data.get("kind") == "search_noise"), default=None)
+    if name is None:
+        return "*Not measured yet: `python benchmarks/search_noise.py`.*"
+    data = results[name]
+    labels = {"linear": "`linear`", "every rise counts": "every rise counts", "parabolic": "`parabolic`"}
+    head = ["frozen base", "learning rate", "stages"]
+    head += [f"{label}: {what}" for label in labels.values() for what in ("found", "validations")]
+    rows = []
+    for group in data["groups"]:
+        if group["lr"] is None:
+            continue
+        row = [group["dtype"], rate(group["lr"]), str(group["searches"]["linear"]["stages"])]
+        for search in labels:
+            one = group["searches"][search]
+            row += [percent(one["reached"] / one["stages"]), f"{one['mean_evaluations']:.1f}"]
+        rows.append(row)
+    config = data["config"]
+    words = (
+        f"{heading(config['model'])}, {', '.join(config['tasks'])}, {counted(len(config['seeds']), 'seed')}, "
+        f"the first {config['stages']} stages, batch {config['batch_size']}, {config['validation_examples']} "
+        f"validation examples. {where(data)} (`{data['command']}`; `{name}`):"
+    )
+    return f"{words}\n\n{table(head, rows)}"
+
+
 # What the files of a kind are, by how their names begin, and how one is made where it does not say itself.
 FAMILIES: dict[str, tuple[str, str]] = {
     "end_to_end": ("the paper's protocol on every task: what is saved on the way to Adam's test loss", ""),
@@ -226,6 +253,10 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "peers": ("our Fast Forward beside the authors' loop and PEFT's prototype, on the same work", ""),
     "learning_rate": (
         "from any learning rate: the finder beside sweeps, rules of thumb and other finders",
+        "",
+    ),
+    "search_noise": (
+        "each search on the same measured curves of loss over τ, with a bf16 and a fp32 base",
         "",
     ),
     "gpu_check": ("tests and benchmarks on a GPU", "make gpu-check"),
@@ -255,6 +286,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "files": files,
     "comparisons": comparisons,
     "peers": peers,
+    "search-noise": search_noise,
     "sft": sft,
     "step": step,
 }
