@@ -140,13 +140,8 @@ def test_what_the_documentation_says_of_it(tool, tmp_path):
     lines += [line("find", 1e-4, 1.0, found=0.01, seed=10)]
     data = record.document(lines, "python x.py", fast=False)
     assert [one["seed"] for one in data["calibration"]] == [10] and len(data["runs"]) == len(lines) - 1
-    record.write(data, tmp_path / "learning_rate_tiny_2026-01-01.json")
     doc = tool("results_doc")
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "results").mkdir()
-    (tmp_path / "learning_rate_tiny_2026-01-01.json").rename(
-        tmp_path / "benchmarks" / "results" / "learning_rate_tiny_2026-01-01.json"
-    )
+    record.write(data, tmp_path / "benchmarks" / "results" / "learning_rate_tiny_2026-01-01.json")
     results = doc.read_results(tmp_path)
     text = doc.builders(results)["learning-rates"]()
     assert "What failed (1 line):\n\n- chat, seed 0, constant, standard: prodigy from 1e-4: no such" in text
