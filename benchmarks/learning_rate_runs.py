@@ -25,7 +25,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ffkernels import FastForward, FastForwardConfig, find_learning_rate
-from ffkernels.engine.rate_finding import scale_learning_rates
+from ffkernels.engine.rate_finding import STEADY, scale_learning_rates
 from ffkernels.reporting.flops import ADAM_FLOPS
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Batch, Session, open_session
@@ -251,6 +251,7 @@ CONTENDERS: dict[str, Callable[[Work], Contender]] = {
     "find": find,
     "find+stages": find_and_stages,
     "keep": keep,
+    "find whole": lambda work: find_scaled(work, 1 / STEADY),
     "find*1.4": lambda work: find_scaled(work, 1.4),
     "find*0.7": lambda work: find_scaled(work, 0.7),
     "find*0.5": lambda work: find_scaled(work, 0.5),
