@@ -11,7 +11,7 @@ the same batches:
     fixed 128     the first 128 in every stage: four times the FLOPs of a validation
 
 At the smaller learning rate a run ends at the target. At the larger it goes on past it to the last step, with
-8 examples too, where searching on few examples should show in the test loss if anywhere, and of one task to
+8 examples too, where searching on few examples should show in the test loss if anywhere, and of two tasks to
 twice as many steps. The test loss is measured after each stage. The file is written after every run, and a
 run that stands in it is not repeated.
 """
@@ -53,12 +53,15 @@ PLACE = ("arm", "task", "lr", "seed", "steps")
 def planned(seeds: int, steps: int) -> list[dict[str, Any]]:
     """Whole rounds, so that a file that ends early still compares like with like."""
     usual = [arm for arm in ARMS if arm not in FEW]
-    rounds = [(seed, lr, usual, TASKS, steps) for seed in range(seeds) for lr in (TO_TARGET, PAST_TARGET)]
-    few = [(seed, PAST_TARGET, FEW, TASKS, steps) for seed in range(seeds)]
-    twice = (0, PAST_TARGET, ("fixed 32", *FEW), TASKS[-1:], 2 * steps)
+    rounds = []
+    for seed in range(seeds):
+        rounds += [(seed, lr, usual, TASKS, steps) for lr in (TO_TARGET, PAST_TARGET)]
+        rounds.append((seed, PAST_TARGET, FEW, TASKS, steps))
+        if seed == 0:
+            rounds.append((seed, PAST_TARGET, ("fixed 32", *FEW), ("chat", "instruction"), 2 * steps))
     return [
         {"task": task, "lr": lr, "seed": seed, "arm": arm, "steps": length}
-        for seed, lr, arms, tasks, length in (*rounds, few[0], twice, *few[1:])
+        for seed, lr, arms, tasks, length in rounds
         for task in tasks
         for arm in arms
     ]

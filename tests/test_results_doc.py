@@ -282,9 +282,9 @@ def test_only_places_where_every_way_was_measured_are_compared(tool):
     assert "tasks × seeds: 0 at 1e-4, 1 at 3e-4." in text
     rows = text.splitlines()[4:]
     assert rows[0] == "| the same 32 | – | 80 % (80 to 80) | +0.0 % (+0.0 to +0.0) | 1.00 | 1 |"
-    assert rows[1] == "| others: 32 | – | 78 % (78 to 78) | −5.0 % (−5.0 to −5.0) | 1.10 | 1 |"
+    assert rows[1] == "| 32 others | – | 78 % (78 to 78) | −5.0 % (−5.0 to −5.0) | 1.10 | 1 |"
     assert rows[3] == "| the same 8 |  | – | – | – | 0 |"
-    assert "To 24 steps, chat, 3e-4: test loss 1.5000 with the same 8." in text
+    assert "Test losses after 24 steps at 3e-4, one seed: chat 1.5000 with the same 8." in text
     for run in data["runs"]:
         if run["arm"] == "fixed 32":
             run["curve"] = run["curve"][:1]

@@ -70,13 +70,17 @@ def resampled_validation(results: Results) -> str:
     )
     text = f"{words}\n\n{table(head, rows)}"
     if longer:
-        ends = ", ".join(f"{run['test_loss']:.4f} with {of_stage(run['arm'])}" for run in longer)
-        text += f"\n\nTo {longer[0]['steps']} steps, {longer[0]['task']}, {rate(high)}: test loss {ends}."
+        ends: dict[str, list[str]] = {}
+        for run in longer:
+            ends.setdefault(run["task"], []).append(f"{run['test_loss']:.4f} with {of_stage(run['arm'])}")
+        said = "; ".join(f"{task} {', '.join(each)}" for task, each in ends.items())
+        text += f"\n\nTest losses after {longer[0]['steps']} steps at {rate(high)}, one seed: {said}."
     return text
 
 
 def of_stage(arm: str) -> str:
-    return arm.replace("fixed", "the same").replace("resampled", "others:")
+    kind, number = arm.split()
+    return f"the same {number}" if kind == "fixed" else f"{number} others"
 
 
 def signed(share: float | None) -> str:
