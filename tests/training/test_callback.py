@@ -23,7 +23,7 @@ from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_file
 
 FIND = FastForwardConfig(learning_rate="find", interval=100)
-EVERY_3 = FastForwardConfig(interval=3, max_tau=16)
+EVERY_3 = FastForwardConfig(interval=3, max_tau=16, patience=None)
 COLLATE = partial(collate, pad_token_id=256)
 
 
