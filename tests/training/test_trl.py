@@ -116,7 +116,7 @@ def add_to(meter, costs, model, inputs):
 
 
 def test_it_leaves_trls_own_metrics_to_their_log(make):
-    callback = FastForwardCallback(config=FastForwardConfig(interval=3, max_tau=8))
+    callback = FastForwardCallback(config=FastForwardConfig(interval=3, max_tau=8, patience=None))
     trainer = make(callback, logging_steps=2)
     trainer.train()
     history = trainer.state.log_history
@@ -132,7 +132,9 @@ def test_without_an_accepted_step_it_is_the_plain_run(make):
     calls = iter(range(1000))
     plain = make(gradient_accumulation_steps=2)
     plain.train()
-    callback = FastForwardCallback(lambda model: float(next(calls)), FastForwardConfig(interval=3))
+    callback = FastForwardCallback(
+        lambda model: float(next(calls)), FastForwardConfig(interval=3, patience=None)
+    )
     trainer = make(callback, gradient_accumulation_steps=2)
     trainer.train()
     assert len(callback.stages) == 2
