@@ -85,7 +85,7 @@ class StageProgram:
     def restart(self) -> None:
         """Forget what was found, for another executor to run the same stage; the clock goes on."""
         self.extra_validations += len(self.search.losses)
-        self.search = make_search(self.search.name, self.search.max_tau)
+        self.search = make_search(self.search.name, self.search.max_tau, self.search.start)
         self.stopped_because = None
         self.moves = 0
         self.pace = []

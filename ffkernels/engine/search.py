@@ -6,13 +6,16 @@ weights) always comes first and is the baseline, and ``best_tau`` is the first �
 loss: never one that is worse than τ = 0.
 
 - ``LinearSearch`` is the paper's: τ = 0, 1, 2, … until the loss does not fall.
-- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …) until a rise is sure, or up to ``max_tau``. The
-  bracket is the best τ and the measured ones next to it; where τ = 0 is the best it ends without one. It
-  then refines inside: parabola vertices while the parabola keeps its promises, golden sections where it does
-  not. It ends when what the parabola still promises, plus the larger of its last two errors, is at most
-  0.05 % of the loss decrease found so far, or when no integer is left. It also ends where noise is larger
-  than that: at the second of two rises in a row that are not sure, if the parabola's error has not shrunk
-  from the one to the other. On a smooth loss errors shrink with the bracket, those that noise makes do not.
+- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …) until a rise is sure, or up to ``max_tau``. It may
+  start at another τ than 1, as at the best one of the stage before. Where nothing from there on is lower
+  than at τ = 0, it halves, down to 1, until a loss is; where the start is the best, half of it is measured
+  too, so that the bracket does not reach down to 0. The bracket is the best τ and the measured ones next to
+  it; where τ = 0 is the best it ends without one. It then refines inside: parabola vertices while the
+  parabola keeps its promises, golden sections where it does not. It ends when what the parabola still
+  promises, plus the larger of its last two errors, is at most 1 % of the loss decrease found so far, or when
+  no integer is left. It also ends where noise is larger than that: at the second of two rises in a row that
+  are not sure, if the parabola's error has not shrunk from the one to the other. On a smooth loss errors
+  shrink with the bracket, those that noise makes do not.
 
 Whether a rise is sure is for the caller to say (``significance``). Where every one is, no noise is seen, and
 doubling ends at the first.
@@ -29,8 +32,8 @@ from __future__ import annotations
 import math
 
 # What the parabola may still promise, plus how much it was last wrong by, when refining ends: relative to
-# the decrease found so far. Half of the 0.1 % that the result is allowed to miss.
-REFINE_TOLERANCE = 5e-4
+# the decrease found so far. Close to its lowest place a loss is flat, so that what is left costs little.
+REFINE_TOLERANCE = 1e-2
 # The share of the longer side at which a golden section cuts: (3 − √5) / 2.
 GOLDEN = 0.3819660112501051
 MAX_TAU_LIMIT = 1 << 16
@@ -48,6 +51,7 @@ class Search:
 
     Args:
         max_tau: the largest τ that may be proposed, 1 … 65,536.
+        start: the τ that is proposed after 0, at most ``max_tau``.
 
     Attributes:
         losses: every observation ``(τ, loss)`` in order.
@@ -58,10 +62,12 @@ class Search:
 
     name = "search"
 
-    def __init__(self, max_tau: int = 1024) -> None:
-        if not isinstance(max_tau, int) or isinstance(max_tau, bool) or not 1 <= max_tau <= MAX_TAU_LIMIT:
-            raise ValueError(f"max_tau must be an integer from 1 to {MAX_TAU_LIMIT}, got {max_tau!r}")
+    def __init__(self, max_tau: int = 1024, start: int = 1) -> None:
+        for name, tau in (("max_tau", max_tau), ("start", start)):
+            if not isinstance(tau, int) or isinstance(tau, bool) or not 1 <= tau <= MAX_TAU_LIMIT:
+                raise ValueError(f"{name} must be an integer from 1 to {MAX_TAU_LIMIT}, got {tau!r}")
         self.max_tau = max_tau
+        self.start = min(start, max_tau)
         self.losses: list[tuple[int, float]] = []
         self.best_tau = 0
         self.best_loss = math.inf
@@ -99,7 +105,7 @@ class Search:
             if loss == math.inf:
                 self._stop(BASELINE_NOT_FINITE)
             else:
-                self._next = 1
+                self._next = self.start
             return
         self.accepted = loss < self.best_loss
         if self.accepted:
@@ -114,9 +120,13 @@ class Search:
 
 
 class LinearSearch(Search):
-    """The paper's search: one step after the other until the loss does not fall."""
+    """The paper's search: one step after the other until the loss does not fall. ``start`` is 1 always."""
 
     name = "linear"
+
+    def __init__(self, max_tau: int = 1024, start: int = 1) -> None:
+        super().__init__(max_tau, start)
+        self.start = 1
 
     def _advance(self, tau: int, loss: float, sure: bool) -> None:
         if not self.accepted:
@@ -130,20 +140,24 @@ class LinearSearch(Search):
 class ParabolicSearch(Search):
     """Doubling bracket, then parabola vertices with golden sections as the safeguard.
 
-    At most ``2·log2(max_tau) + 6`` evaluations, whatever the losses. On a unimodal loss whose rises are all
-    sure, the result is the argmin, or within ±2 of it, or within 0.1 % of the decrease.
+    At most ``2·log2(max_tau) + 6`` evaluations, whatever the losses and the start: doubling from there and
+    halving to 1 take no more than doubling from 1. On a smooth loss with one minimum, where all rises are
+    sure, the result is the argmin, or within ±2 of it, or within 1 % of the decrease: from 1, and from any
+    start within a factor of two of the argmin. Kinks may deceive a parabola: a loss that has them, or several
+    minima, is promised nothing but that the result is the lowest loss measured.
     """
 
     name = "parabolic"
 
-    def __init__(self, max_tau: int = 1024) -> None:
-        super().__init__(max_tau)
+    def __init__(self, max_tau: int = 1024, start: int = 1) -> None:
+        super().__init__(max_tau, start)
         self.max_evaluations = int(2 * math.log2(max_tau)) + 6
         # The bracket a < b < c: b is the best τ, a and c are the measured ones next to it.
         self._a, self._fa = 0, math.inf
+        self._b, self._fb = 0, math.inf
         self._c, self._fc = 0, math.inf  # 0: nothing above b was measured
         self._before, self._before_loss = 0, math.inf  # while doubling: what was measured last
-        self._doubling = True
+        self._doubling, self._halving = True, False
         self._vertices = 0
         self._predicted = math.inf  # what the parabola promised for the τ that is being measured
         self._last_miss = math.inf
@@ -152,11 +166,13 @@ class ParabolicSearch(Search):
     def _advance(self, tau: int, loss: float, sure: bool) -> None:
         if self._doubling:
             self._double(tau, loss, sure)
+        elif self._halving:
+            self._halve(tau, loss)
         else:
             self._narrow(tau, loss, sure)
 
     def _double(self, tau: int, loss: float, sure: bool) -> None:
-        if tau == 1:
+        if len(self.losses) == 2:
             self._before_loss = self.losses[0][1]
         if self.accepted:
             self._a, self._fa, self._c, self._fc = self._before, self._before_loss, 0, math.inf
@@ -167,17 +183,38 @@ class ParabolicSearch(Search):
             self._next = min(2 * tau, self.max_tau)
             return None
         self._doubling = False
+        self._b, self._fb = self.best_tau, self.best_loss
+        return self._close(self.start if self.best_tau in (0, self.start) else 1)
+
+    def _halve(self, tau: int, loss: float) -> None:
+        if self.accepted:
+            self._a, self._fa = 0, self.losses[0][1]
+            if self._b:
+                self._c, self._fc = self._b, self._fb
+            return self._close(1)
+        if self.best_tau:
+            self._a, self._fa = tau, loss
+            return self._close(1)
+        self._c, self._fc = tau, loss
+        return self._close(tau)
+
+    def _close(self, tau: int) -> None:
+        """Go on to half of ``tau`` where there is one; else the bracket is closed, and is refined."""
+        self._halving = tau > 1
+        if self._halving:
+            self._next = tau // 2
+            return None
         if self.best_tau == 0:
             return self._stop(NO_IMPROVEMENT)
-        if not self.accepted:
+        if self._c:
             return self._refine()
         # Still falling at the limit: the loss beyond counts as inf, and one point before the limit tells
         # whether the minimum has been passed.
-        self._c = tau + 1
+        self._c = self.best_tau + 1
         self._b, self._fb = self.best_tau, self.best_loss
-        if tau - self._a == 1:
+        if self._c - self._a == 2:
             return self._stop(REACHED_MAX_TAU)
-        self._next = tau - 1
+        self._next = self.best_tau - 1
         return None
 
     def _narrow(self, tau: int, loss: float, sure: bool) -> None:
@@ -242,8 +279,8 @@ class ParabolicSearch(Search):
 SEARCHES: dict[str, type[Search]] = {search.name: search for search in (ParabolicSearch, LinearSearch)}
 
 
-def make_search(name: str, max_tau: int = 1024) -> Search:
-    """A fresh search by its name, ``"parabolic"`` or ``"linear"``."""
+def make_search(name: str, max_tau: int = 1024, start: int = 1) -> Search:
+    """A fresh search by its name, ``"parabolic"`` or ``"linear"``, which has no other start than 1."""
     if name not in SEARCHES:
         raise ValueError(f"search must be one of {', '.join(map(repr, SEARCHES))}, got {name!r}")
-    return SEARCHES[name](max_tau)
+    return SEARCHES[name](max_tau, start)

@@ -276,7 +276,7 @@ class NeverBetter(LinearSearch):
 
 def test_no_accepted_step_means_the_plain_run_bit_for_bit(config, monkeypatch):
     monkeypatch.setattr(
-        "ffkernels.engine.fast_forward.make_search", lambda name, max_tau: NeverBetter(max_tau)
+        "ffkernels.engine.fast_forward.make_search", lambda name, max_tau, start=1: NeverBetter(max_tau)
     )
     config = replace(config, dropout=0.1)
     train(replace(config, name="plain"))
