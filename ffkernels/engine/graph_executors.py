@@ -81,6 +81,8 @@ class GraphExecutor:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self._record_if_needed(program)
             self._tell_of_examples(program.example_counts)
+            if self._state.start != program.search.start:
+                self._state.start_at(program.search.start)
             if self._proved:
                 self.fault = self._run(program)
             else:

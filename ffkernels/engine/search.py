@@ -187,16 +187,8 @@ class ParabolicSearch(Search):
         return self._close(self.start if self.best_tau in (0, self.start) else 1)
 
     def _halve(self, tau: int, loss: float) -> None:
-        if self.accepted:
-            self._a, self._fa = 0, self.losses[0][1]
-            if self._b:
-                self._c, self._fc = self._b, self._fb
-            return self._close(1)
-        if self.best_tau:
-            self._a, self._fa = tau, loss
-            return self._close(1)
-        self._c, self._fc = tau, loss
-        return self._close(tau)
+        self._tighten(tau, loss)
+        return self._close(1 if self.best_tau else tau)
 
     def _close(self, tau: int) -> None:
         """Go on to half of ``tau`` where there is one; else the bracket is closed, and is refined."""
@@ -221,6 +213,12 @@ class ParabolicSearch(Search):
         miss = abs(loss - self._predicted)  # loss may be inf too: a miss is then nan, which counts as inf
         miss = miss if math.isfinite(miss) else math.inf
         again, self._unproven = self._unproven, not (self.accepted or sure)
+        self._tighten(tau, loss)
+        if again and self._unproven and self._last_miss <= miss < math.inf:
+            return self._stop(REACHED_MAX_TAU if self._b == self.max_tau else CONVERGED)
+        return self._refine(miss)
+
+    def _tighten(self, tau: int, loss: float) -> None:
         if self.accepted:  # the former best becomes the end on its side
             if tau > self._b:
                 self._a, self._fa = self._b, self._fb
@@ -230,9 +228,6 @@ class ParabolicSearch(Search):
             self._c, self._fc = tau, loss
         else:
             self._a, self._fa = tau, loss
-        if again and self._unproven and self._last_miss <= miss < math.inf:
-            return self._stop(REACHED_MAX_TAU if self._b == self.max_tau else CONVERGED)
-        return self._refine(miss)
 
     def _refine(self, miss: float = math.inf) -> None:
         """Choose the next τ inside the bracket, or end. ``miss``: the error of the last prediction."""

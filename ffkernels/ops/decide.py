@@ -40,6 +40,9 @@ UPDATE_NOT_FINITE = tl.constexpr(8)
 REFINE_TOLERANCE = tl.constexpr(1e-2)
 GOLDEN = tl.constexpr(0.3819660112501051)
 INF = tl.constexpr(math.inf)
+# Instead of a number of vertices.
+DOUBLING = tl.constexpr(-1)
+HALVING = tl.constexpr(-2)
 UNPROVEN = tl.constexpr(4)  # beside the vertices: the last loss in the bracket was a rise that is not sure
 
 # What `_set_condition` links: a call that the driver resolves when it loads the kernel, as it does printf's.
@@ -106,13 +109,13 @@ def _is_sure(loss, count, lowest, sums, best, examples, capacity):
             tl.store(best + start + lane, tl.load(sums + start + lane, inside), inside)
     else:
         if sure == 0:
-            critical = tl.load(examples + 1 + count)
-            sure = _higher(sums, best, examples + 1 + capacity, rows, critical)
+            critical = tl.load(examples + 2 + count)
+            sure = _higher(sums, best, examples + 2 + capacity, rows, critical)
     return sure
 
 
 @triton.jit
-def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, numbers, taus, losses):
+def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, start, integers, numbers, taus):
     """The next τ, and why there is none (0: there is). b is what was best before this loss."""
     count = tl.load(integers + 1) + 1
     a = tl.load(integers + 3)
@@ -122,6 +125,7 @@ def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, 
     vertices = tl.where(again, vertices - UNPROVEN, vertices)
     max_tau = tl.load(integers + 6)
     capacity = tl.load(integers + 7)
+    losses = (taus + capacity).to(tl.pointer_type(tl.float64))
     baseline = tl.load(numbers + 1)
     fa = tl.load(numbers + 2)
     fc = tl.load(numbers + 3)
@@ -133,7 +137,8 @@ def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, 
     refine = tau > 0
     unproven = tau < 0
     miss = tl.full([], INF, tl.float64)
-    if vertices < 0:  # doubling
+    doubling = vertices == DOUBLING
+    if doubling:
         if accepted:
             a = tl.load(taus + count - 2)
             fa = tl.load(losses + count - 2)
@@ -144,23 +149,7 @@ def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, 
             if c == 0:
                 c = tau
                 fc = loss
-        if (tau < max_tau) & (accepted | (sure == 0)):
-            refine = tau < 0
-            following = tl.minimum(2 * tau, max_tau)
-        else:
-            vertices = tau - tau
-            if best_tau == 0:
-                refine = tau < 0
-                stopped = tl.full([], NO_IMPROVEMENT, tl.int32)
-            elif accepted:  # still falling at the limit
-                refine = tau < 0
-                c = tau + 1
-                following = tau - 1
-                if tau - a == 1:
-                    stopped = tl.full([], REACHED_MAX_TAU, tl.int32)
-    else:  # narrowing
-        miss = tl.abs(loss - predicted)
-        miss = tl.where(miss < INF, miss, INF)
+    else:
         if accepted:
             if tau > b:
                 a = b
@@ -175,10 +164,32 @@ def _parabolic(tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, 
             else:
                 a = tau
                 fa = loss
-            unproven = sure == 0
-            if again & unproven & (last_miss <= miss) & (miss < INF):
-                refine = tau < 0
-                stopped = tl.where(b == max_tau, REACHED_MAX_TAU, CONVERGED)
+    if vertices < 0:  # the bracket is not closed yet
+        ends = (best_tau == 0) | (doubling & (best_tau == start))
+        half_of = tl.where(ends, tl.where(doubling, start, tau), 0)
+        refine = tau < 0
+        if doubling & (tau < max_tau) & (accepted | (sure == 0)):
+            following = tl.minimum(2 * tau, max_tau)
+        elif half_of > 1:
+            vertices = tau - tau + HALVING
+            following = half_of // 2
+        else:
+            vertices = tau - tau
+            refine = (best_tau > 0) & (c > 0)
+            if best_tau == 0:
+                stopped = tl.full([], NO_IMPROVEMENT, tl.int32)
+            elif c == 0:  # still falling at the limit
+                c = best_tau + 1
+                following = best_tau - 1
+                if best_tau - a == 1:
+                    stopped = tl.full([], REACHED_MAX_TAU, tl.int32)
+    else:
+        miss = tl.abs(loss - predicted)
+        miss = tl.where(miss < INF, miss, INF)
+        unproven = (accepted == 0) & (sure == 0)
+        if again & unproven & (last_miss <= miss) & (miss < INF):
+            refine = tau < 0
+            stopped = tl.where(b == max_tau, REACHED_MAX_TAU, CONVERGED)
 
     if refine:
         wrong = tl.where(last_miss > miss, last_miss, miss)
@@ -268,16 +279,18 @@ def _decide_kernel(
         best_tau = tl.where(accepted, tau, b)
         best_loss = tl.where(accepted | (count == 0), loss, fb)
         sure = (count > 0) & (loss >= fb)
+        start = tau - tau + 1
         if PARABOLIC:
             sure = _is_sure(loss, count, fb, sums, best, examples, capacity)
+            start = tl.load(examples.to(tl.pointer_type(tl.int64)) + 1)
         if count == 0:
-            following = tau + 1
+            following = start
             stopped = tl.where(loss < INF, 0, BASELINE_NOT_FINITE)
             tl.store(numbers + 1, loss)
         else:
             if PARABOLIC:
                 following, stopped = _parabolic(
-                    tau, loss, accepted, sure, b, fb, best_tau, best_loss, integers, numbers, taus, losses
+                    tau, loss, accepted, sure, b, fb, best_tau, best_loss, start, integers, numbers, taus
                 )
             else:
                 following, stopped = _linear(tau, accepted, tl.load(integers + 6))

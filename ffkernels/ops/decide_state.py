@@ -4,17 +4,19 @@ One allocation holds the search (`begin` sets the first 16 words):
 
     flags     int32[3]             accept, go, stopped (an index into REASONS)
     k         float32[1]
-    integers  int64[8]             next τ, evaluations, best τ, a, c (0: none yet), vertices (-1: doubling;
-                                   4 more: the last loss was a rise that is not sure), max τ, capacity
+    integers  int64[8]             next τ, evaluations, best τ, a, c (0: none yet), vertices (-1: doubling,
+                                   -2: halving; 4 more: the last loss was a rise that is not sure), max τ,
+                                   capacity
     numbers   float64[6]           best loss, loss at τ = 0, f(a), f(c), predicted loss, its last error
     taus      int64[capacity]      what was measured, in order
     losses    float64[capacity]
     sure      int64[capacity]      whether it was a real rise over the lowest loss before it
 
-and, for losses by example, one more that `begin` leaves alone: their sums at the best τ, float64[rows], and
-what the host says about the examples (`know`):
+and two more that `begin` leaves alone: the sums of losses by example at the best τ, float64[rows], and what
+the host says between stages of the examples (`know`) and of where to start (`start_at`):
 
-    rows      int64[1]             how many there are; 0 where every rise counts
+    rows      int64[1]             how many examples there are; 0 where every rise counts
+    start     int64[1]             the τ after 0
     critical  float64[capacity]    what the test is held against, by how many losses came before
     tokens    float64[rows]        labelled tokens
     weights   float64[rows]        of the jackknife
@@ -89,12 +91,23 @@ class DecideState:
             self._begin = begin.to(device)
             self._memory = torch.zeros(16 + 3 * self.capacity, dtype=torch.int64, device=device)
             self._best = torch.zeros(max(rows, 1), dtype=torch.float64, device=device)
-            self._examples = torch.zeros(1 + self.capacity + 2 * rows, dtype=torch.float64, device=device)
+            self._examples = torch.zeros(2 + self.capacity + 2 * rows, dtype=torch.float64, device=device)
         self.device = self._memory.device  # "cuda" has become the one that was current
         self.accept = self._memory.view(torch.int32)[0:1]
         self.go = self._memory.view(torch.int32)[1:2]
         self.k = self._memory.view(torch.float32)[3:4]
+        self.start_at(1)
         self.reset()
+
+    def start_at(self, start: int) -> None:
+        """The τ after 0, or `max_tau`, of a search that begins after this; not part of a graph.
+
+        A linear search starts at 1 whatever is said.
+        """
+        if not isinstance(start, int) or isinstance(start, bool) or not 1 <= start <= MAX_TAU_LIMIT:
+            raise ValueError(f"start must be an integer from 1 to {MAX_TAU_LIMIT}, got {start!r}")
+        self.start = min(start, self.max_tau)
+        self._examples.view(torch.int64)[1:2].fill_(self.start)
 
     def know(
         self, critical: Sequence[float], tokens: Sequence[float] = (), weights: Sequence[float] = ()
@@ -112,8 +125,8 @@ class DecideState:
                 f"{told[0]} critical values, {told[1]} tokens and {told[2]} weights were given; this state "
                 f"needs {self.capacity} and, of the others, {self.rows} each or none"
             )
-        known = torch.tensor([0.0, *critical, *tokens, *weights], dtype=torch.float64)
-        known.view(torch.int64)[0] = len(tokens)
+        known = torch.tensor([0.0, 0.0, *critical, *tokens, *weights], dtype=torch.float64)
+        known.view(torch.int64)[:2] = torch.tensor([len(tokens), self.start])
         self._examples[: len(known)].copy_(known)
 
     def reset(self) -> None:

@@ -67,6 +67,9 @@ def test_a_restart_forgets_the_record_but_not_its_cost():
     stage.stopped_because = "something"
     stage.restart()
     assert stage.search.losses == [] and stage.search.name == "linear" and stage.search.max_tau == 16
+    warm = StageProgram(stage.table, stage.validation, make_search("parabolic", 16, 5))
+    warm.restart()
+    assert warm.search.start == 5
     assert (stage.moves, stage.pace, stage.reason) == (0, [], "")
     assert stage.extra_validations == measured
 

@@ -61,12 +61,12 @@ class Setting:
         self.model = Landscape(seed, dtype)
         self.validation = validation(self.model) if validation else ValidationLoss(self.model, loss)
         self.table = ops.TensorTable(dict(self.model.named_parameters()), impl="torch")
-        self.search, self.max_tau = search, max_tau
+        self.search, self.max_tau, self.start = search, max_tau, 1
 
     def program(self, size=1e-2):
         ops.checkpoint_(self.table)
         self.model.update(size)
-        return StageProgram(self.table, self.validation, make_search(self.search, self.max_tau))
+        return StageProgram(self.table, self.validation, make_search(self.search, self.max_tau, self.start))
 
     def stage(self, executor, size=1e-2):
         program = self.program(size)
@@ -118,6 +118,17 @@ def test_one_launch_per_step_or_per_stage(name, fake):
             assert fake.launches == ["while"]
             assert fake.iterations[-1] == evaluations
         assert executor.captures == 1 and ("begin" in fake.calls) == (stage == 0)
+
+
+@BOTH
+def test_another_start_needs_no_other_capture(name, fake):
+    eager, captured, executor = Setting(), Setting(), GRAPHS[name]()
+    for start in (1, 20, 500, 3, 1):
+        eager.start = captured.start = start
+        expected = eager.stage(EagerExecutor())
+        assert captured.stage(executor) == expected
+        assert "(0, " in expected[0][0] and f", ({min(start, 64)}, " in expected[0][0]
+    assert executor.captures == 1
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])

@@ -52,7 +52,9 @@ def test_the_same_choices(decide, name, kind, gpu):
     state = decide.DecideState(name, 100, gpu)
     loss = torch.zeros(1, dtype=torch.float64, device=gpu)
     for seed in range(40):
-        search, measure = make_search(name, 100), curve(kind, seed)
+        start = random.Random(seed).choice([1, 5, 64, 1000])
+        search, measure = make_search(name, 100, start), curve(kind, seed)
+        state.start_at(start)
         state.reset()
         while (tau := search.propose()) is not None:
             value = measure(tau)

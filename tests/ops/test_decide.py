@@ -36,14 +36,15 @@ def device(interpreted):
 class Twins:
     """Both searches, fed the same losses and compared after each. `tokens`: of losses by example."""
 
-    def __init__(self, device, name, max_tau, tokens=None):
+    def __init__(self, device, name, max_tau, tokens=None, start=1):
         self.device, self.name, self.max_tau = device, name, max_tau
         self.state = device.DecideState(name, max_tau, "cpu", rows=0 if tokens is None else len(tokens))
-        self.begin(tokens)
+        self.begin(tokens, start)
 
-    def begin(self, tokens=None):
-        """A fresh search on the host; the device is told of the examples, as an executor does it."""
-        self.python, self.rises = python.make_search(self.name, self.max_tau), Rises(tokens)
+    def begin(self, tokens=None, start=1):
+        """A fresh search on the host; the device is told of examples and start, as an executor does it."""
+        self.python, self.rises = python.make_search(self.name, self.max_tau, start), Rises(tokens)
+        self.state.start_at(start)
         self.sure = []
         if tokens is not None:
             told = (tokens, jackknife_weights(tokens)) if self.rises.tokens is not None else ()
@@ -157,7 +158,8 @@ def test_a_thousand_loss_sequences_give_the_same_choices(device, name, kind):
     for _ in range(EACH):
         # A linear search takes every step: long ones would only be slow.
         max_tau = draw.choice(MAX_TAUS if name == "parabolic" else MAX_TAUS[:6])
-        Twins(device, name, max_tau).run(kind(draw, max_tau))
+        start = draw.choice([1, 1, 2, 3, 17, draw.randint(1, max_tau), max_tau])
+        Twins(device, name, max_tau, start=start).run(kind(draw, max_tau))
 
 
 def by_example(draw, curve, tokens, noise, tilt):
@@ -184,7 +186,9 @@ def test_rises_are_told_from_noise_as_on_the_host(device):
         tokens[:3] = [3, 50, 11]  # three at least, which prove nothing
         if turn == 0:  # more rows than are copied at once
             tokens = [draw.randint(0, 9) for _ in range(67)]
-        twins = Twins(device, "parabolic", draw.choice([1, 3, 16, 100, 1024]), tokens)
+        twins = Twins(
+            device, "parabolic", draw.choice([1, 3, 16, 100, 1024]), tokens, draw.choice([1, 5, 64])
+        )
         level, curve = draw.choice([0, 1e-12, 1e-3, 0.1, 10]), kind(draw, twins.python.max_tau)
         read = twins.run(by_example(draw, curve, tokens, level, draw.choice([0, 0.1, 2])))
         if twins.rises.tokens is not None:
@@ -207,6 +211,21 @@ def test_other_examples_are_told_apart_in_place(device):
             losses = [loss for _, loss in read.losses]
             assert read.sure == [i > 0 and loss >= min(losses[:i]) for i, loss in enumerate(losses)]
     assert twins.state._examples.data_ptr() == address
+
+
+def test_another_start_is_told_in_place(device):
+    """It stays when the search is reset and when other examples are told of; the last one counts."""
+    draw, tokens = random.Random(2), [3, 9, 40, 5, 8]
+    twins = Twins(device, "parabolic", 64, tokens)
+    address = twins.state._examples.data_ptr()
+    for start in (1, 30, 64, 1000, 7, 1):
+        twins.state.reset()
+        twins.begin(tokens, start)
+        read = twins.run(by_example(draw, lambda tau: 0.001 * (tau - 20) ** 2, tokens, 0.0, 0.1))
+        assert [tau for tau, _ in read.losses[:2]] == [0, min(start, 64)]
+    assert twins.state._examples.data_ptr() == address
+    with pytest.raises(ValueError, match="start must be an integer from 1 to 65536, got 0"):
+        twins.state.start_at(0)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
