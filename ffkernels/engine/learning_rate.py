@@ -56,9 +56,9 @@ def find_learning_rate(
     """Find the base learning rate for ``optimizer`` on ``model``: ``finding.lr``.
 
     Takes ``after`` optimizer steps, then searches the multiple s of the last update at which the validation
-    loss is lowest: s times the step's learning rate is the one to take under schedules that let it fall, 0.7
-    of that where it stays. The learning rate that the optimizer comes with may be orders of magnitude off;
-    one that is rather too small is best.
+    loss is lowest: 0.7·s times the step's learning rate is the one to take where it stays, 1.2·s times as the
+    peak of a schedule that lets it fall. The learning rate that the optimizer comes with may be orders of
+    magnitude off; one that is rather too small is best.
 
     The run is left as it was, bit for bit: weights and buffers, optimizer, schedulers, gradients, random
     generators, train/eval flags. What your own hooks, ``step`` function or data iterator do besides, a

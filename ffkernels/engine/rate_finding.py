@@ -15,6 +15,7 @@ from ffkernels.engine.weights import unwrap_optimizer
 from ffkernels.ops.notices import announce_once
 
 __all__ = [
+    "PEAK",
     "STEADY",
     "Finding",
     "base_rates",
@@ -25,10 +26,10 @@ __all__ = [
     "set_rates",
 ]
 
-# One update's best length is near the edge of what training bears: it sees the curvature along one direction.
-# A rate that falls soon leaves the edge; one that stays does best at this part of it. Chosen on other seeds
-# than those it was judged by, see docs/learning-rate.md.
-STEADY = 0.7
+# Parts of the best length of one update, which sees the curvature along one direction and is near the edge of
+# what training bears: for a rate that stays, and for the peak of one that falls, which leaves the edge by
+# itself. Chosen on other seeds than those they were judged by, see docs/learning-rate.md.
+STEADY, PEAK = 0.7, 1.2
 FALLING = (
     lr_scheduler.CosineAnnealingLR,
     lr_scheduler.CosineAnnealingWarmRestarts,
@@ -47,8 +48,8 @@ class Finding:
         tau: how much further than its own step the update was best taken: s* − 1, above −1.
         scale: what every base learning rate is to be multiplied by, ``lr / lr_before``. It is ``part`` times
             1 + τ, except where the step's own lr was not the base: in a warm-up, or after a restart.
-        part: how much of the best length of the update ``lr`` is: 1 where a scheduler lets the rate fall,
-            else 0.7.
+        part: how much of the best length of the update ``lr`` is: 1.2 where a scheduler lets the rate fall,
+            else 0.7; 1 where nothing was found.
         lr_before: the base learning rate before, see ``base_rates``.
         curve: every validation ``(lr, loss)`` along the update, in the order of the search; lr = 0 is before
             it.
@@ -79,7 +80,7 @@ class Finding:
     @property
     def peak(self) -> float:
         """The learning rate for a schedule that lets it fall towards 0: ``lr`` where such a one was given."""
-        return self.lr / self.part
+        return self.lr * PEAK / self.part if self.part == STEADY else self.lr
 
     @property
     def loss_before(self) -> float:

@@ -2,8 +2,8 @@
 
     W(s) = W_before + s·Δ          Δ the update of the last step, taken at the learning rate lr
     s*                             where the validation loss is lowest (``rate_search``)
-    found                          s*·lr where a schedule lets the learning rate fall, 0.7·s*·lr where it
-                                   stays; for the base learning rate: schedules keep their shape around it
+    found                          1.2·s*·lr where a schedule lets the learning rate fall, 0.7·s*·lr where
+                                   it stays; for the base rate: schedules keep their shape around it
 
 The direction of an early update hardly depends on the learning rate, so neither does the distance to the
 lowest loss along it: that distance, in units of the step, is what the learning rate should have been.
@@ -26,6 +26,7 @@ from ffkernels.engine.executors import UPDATE_NOT_FINITE
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.optimizer_probe import tell_about_momentum, why_rate_means_nothing
 from ffkernels.engine.rate_finding import (
+    PEAK,
     STEADY,
     Finding,
     base_rates,
@@ -252,7 +253,7 @@ class RateProbe:
         forward = self.validation.flops  # before the search: it may run a forward, which may be interrupted
         search = self._search(table)
         places, reason = search.places, search.stopped_because or ""
-        part = 1.0 if decays(self.schedulers) else STEADY
+        part = PEAK if decays(self.schedulers) else STEADY
         scale = part * search.scale * lr / base
         if search.best.scale == 0:
             part, scale = 1.0, self.applied

@@ -99,9 +99,9 @@ def exact(lr, steps=2, **options):
 def test_the_length_of_the_last_step_that_lowers_the_loss_most(lr):
     model, optimizer = bowl(lr)
     finding = find_learning_rate(model, optimizer, batches(), bowl_loss)
-    assert finding.peak == pytest.approx(exact(lr)[0], rel=0.02)
-    assert finding.peak == pytest.approx(lr * (1 + finding.tau)) and finding.scale == finding.lr / lr
-    assert finding.lr == pytest.approx(0.7 * finding.peak)  # nothing says that it will fall
+    assert finding.peak == pytest.approx(1.2 * exact(lr)[0], rel=0.02)
+    assert finding.peak == pytest.approx(1.2 * lr * (1 + finding.tau)) and finding.scale == finding.lr / lr
+    assert finding.lr == pytest.approx(0.7 * lr * (1 + finding.tau))  # nothing says that it will fall
     assert finding.lr_before == lr and finding.optimizer_step == 2
     assert finding.judged_by == "mean"
     # One at the start, and one at s = 0 before the batch statistics moved on.
@@ -158,7 +158,7 @@ def test_the_learning_rate_is_the_base_one_also_where_a_warm_up_has_not_begun():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: k / 8)
     assert optimizer.param_groups[0]["lr"] == 0.0
     finding = find_learning_rate(model, optimizer, batches(), bowl_loss, schedulers=scheduler)
-    assert finding.lr_before == 0.01 and finding.peak == pytest.approx(exact(0.01)[0], rel=0.02)
+    assert finding.lr_before == 0.01 and finding.lr == pytest.approx(0.7 * exact(0.01)[0], rel=0.02)
     finding.apply(optimizer, scheduler)
     assert scheduler.base_lrs == [pytest.approx(finding.lr)]
     optimizer.step(), scheduler.step()
@@ -179,7 +179,7 @@ def test_a_step_of_ones_own_may_warm_up():
 
     finding = find_learning_rate(model, optimizer, step, bowl_loss, schedulers=scheduler)
     assert finding.optimizer_step == 3  # the first was at 0
-    assert finding.peak == pytest.approx((1 + finding.tau) * 0.01 * 2 / 8)
+    assert finding.lr == pytest.approx(0.7 * (1 + finding.tau) * 0.01 * 2 / 8)
     assert finding.scale == pytest.approx(0.7 * (1 + finding.tau) / 4)
 
 
@@ -333,7 +333,7 @@ def test_all_multiples_are_compared_with_the_same_buffers():
     finding = find_learning_rate(
         model, optimizer, batches(), lambda model: bowl_loss(model) + 100 * float(model.count)
     )
-    assert finding.peak == pytest.approx(exact(1e-2)[0], rel=0.02)
+    assert finding.lr == pytest.approx(0.7 * exact(1e-2)[0], rel=0.02)
     assert finding.loss_before > finding.loss_after > 200
     assert model.count is count and count == 0  # put back, although training had replaced it
 
@@ -353,7 +353,9 @@ def test_modules_that_are_in_eval_while_the_model_trains_stay_so():
 def test_the_very_first_update_can_be_searched():
     model, optimizer = bowl(1e-2)
     finding = find_learning_rate(model, optimizer, batches(1), bowl_loss, after=1)
-    assert finding.optimizer_step == 1 and finding.peak == pytest.approx(exact(1e-2, steps=1)[0], rel=0.02)
+    assert finding.optimizer_step == 1 and finding.lr == pytest.approx(
+        0.7 * exact(1e-2, steps=1)[0], rel=0.02
+    )
     assert finding.evaluations == len(finding.curve)
 
 
@@ -481,8 +483,8 @@ def test_what_is_found_is_the_peak_of_schedules_that_rise(make):
             model, optimizer, step if own else batches(), bowl_loss, schedulers=scheduler
         )
         best, _ = min(finding.curve, key=lambda place: place[1])
-        assert finding.lr_before == 0.1 and finding.peak == pytest.approx(best)
-        assert finding.part == (1.0 if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) else 0.7)
+        assert finding.lr_before == 0.1 and finding.peak == pytest.approx(1.2 * best)
+        assert finding.part == (1.2 if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) else 0.7)
         finding.apply(optimizer, scheduler)
         peak = 0.0
         for _ in range(12):
