@@ -30,7 +30,7 @@ from ffkernels.engine.parallelism import training_group, why_refused
 from ffkernels.engine.rank_executor import RankExecutor
 from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.search import BASELINE_NOT_FINITE, Search, make_search
-from ffkernels.engine.stage import Stage
+from ffkernels.engine.stage import INTERRUPTED, Stage, next_start
 from ffkernels.engine.stage_price import StagePrice
 from ffkernels.engine.stage_schedule import StageSchedule
 from ffkernels.engine.step_hooks import on_step
@@ -50,7 +50,6 @@ __all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
 STATE_VERSION = 1
 # What states of earlier releases lack.
 NEWER = ("learning_rate", "balance", "before", "tokens", "steps")
-INTERRUPTED = "interrupted"
 WEIGHTS_CHANGED = "the weights were replaced during the optimizer's step"
 
 _attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref] = weakref.WeakKeyDictionary()
@@ -347,7 +346,7 @@ class FastForward:
     def _run_stage(self) -> None:
         table, executor = self._table, self._executor
         stage = Stage(self.optimizer_steps, executor=executor.name)
-        search = make_search(self.config.search, self.config.max_tau)
+        search = make_search(self.config.search, self.config.max_tau, next_start(self.stages))
         program = StageProgram(table, self.validation, search)
         stage.draw = draw_for_stage(self.validation, len(self.stages))
         stale = table.is_stale()

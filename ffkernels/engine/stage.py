@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Stage"]
+__all__ = ["INTERRUPTED", "Stage", "next_start"]
+
+INTERRUPTED = "interrupted"  # begins the reason of a stage that was
 
 
 @dataclass
@@ -68,3 +71,11 @@ class Stage:
     def from_dict(cls, values: dict[str, Any]) -> Stage:
         """The inverse of ``to_dict``."""
         return cls(**{**values, "losses": [(int(tau), float(loss)) for tau, loss in values["losses"]]})
+
+
+def next_start(stages: Sequence[Stage]) -> int:
+    """Where the next search begins: at the τ of the last stage that compared any, and at least at 1."""
+    for stage in reversed(stages):
+        if stage.evaluations > 1 and not stage.stopped_because.startswith(INTERRUPTED):
+            return max(1, stage.tau)
+    return 1

@@ -167,6 +167,33 @@ def test_resume_continues_bit_identically(cut):
     ]
 
 
+def test_a_search_starts_where_that_of_the_last_stage_ended():
+    """A stage that was interrupted, or had nothing to compare, does not count."""
+    calls = iter(range(1000))
+    cut = []
+
+    def validation(model):
+        if next(calls) in cut:
+            raise RuntimeError("stop here")
+        return math.nan if broken else model.loss()
+
+    broken = False
+    model, optimizer, ff = make(FastForwardConfig(interval=1, patience=None), validation, lr=1e-3)
+    train(model, optimizer, 2)
+    first, second = ff.stages
+    assert first.tau > 50 and [tau for tau, _ in first.losses[:3]] == [0, 1, 2]
+    assert [tau for tau, _ in second.losses[:2]] == [0, first.tau]
+    cut.append(next(calls) + 4)
+    with pytest.raises(RuntimeError, match="stop here"):
+        train(model, optimizer, 1, first=2)
+    broken = True
+    train(model, optimizer, 1, first=3)
+    broken = False
+    train(model, optimizer, 1, first=4)
+    assert [len(stage.losses) for stage in ff.stages[2:4]] == [3, 1]
+    assert ff.stages[4].losses[1][0] == second.tau > 1
+
+
 def test_state_dict_holds_patience_and_refuses_foreign_state():
     model, optimizer, ff = make(FastForwardConfig(interval=2, patience=2), rising())
     train(model, optimizer, 4)
