@@ -202,12 +202,15 @@ class Ranks:
             if any(value != values[0] for value in values.values()):
                 raise RanksDisagree(f"the ranks differ in {name}: {_by_value(values)}; {advice}")
 
-    def in_step(self, optimizer_steps: int, failures: int, skip: bool = False) -> bool:
-        """All ranks have come equally far; whether any of them wants to skip the coming stage."""
-        rows = self.exchange(START, float(skip), float(optimizer_steps), failures)
+    def in_step(self, optimizer_steps: int, schedule: int, skip: bool = False) -> bool:
+        """All ranks have come equally far; whether any of them wants to skip the coming stage.
+
+        ``schedule``: the fingerprint of what says when the next stages run.
+        """
+        rows = self.exchange(START, float(skip), float(optimizer_steps), schedule)
         self.agree_on_rows(
             rows,
-            {"b": "the optimizer steps they have taken", "c": "how many stages in a row failed"},
+            {"b": "the optimizer steps they have taken", "c": "what their earlier stages came to (a hash)"},
             "load the same checkpoint on every rank, and step all optimizers equally often",
         )
         return any(row.a for row in rows)

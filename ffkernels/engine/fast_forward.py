@@ -29,7 +29,7 @@ from ffkernels.engine.learning_rate_mode import LearningRateMode
 from ffkernels.engine.parallelism import training_group, why_refused
 from ffkernels.engine.rank_executor import RankExecutor
 from ffkernels.engine.rate_finding import Finding
-from ffkernels.engine.search import BASELINE_NOT_FINITE, Search, make_search
+from ffkernels.engine.search import Search, make_search
 from ffkernels.engine.stage import INTERRUPTED, Stage, next_start
 from ffkernels.engine.stage_price import StagePrice
 from ffkernels.engine.stage_schedule import StageSchedule
@@ -152,7 +152,8 @@ class FastForward:
         if self.ranks is not None:
             self.ranks.agree(facts, "make the same FastForward on every rank")
         self._rate = LearningRateMode(self.config, self.ranks, self.validation, self.optimizer, scheduler)
-        self._price = StagePrice(model, self.validation)
+        self._price = StagePrice(model, self.validation, self._schedule.keeps_account)
+        self._examples = self.validation.rows  # of the last stage
         self._hooks = on_step(self.optimizer, self._before_step, self._after_step) + self._price.hooks
         _attached[self.optimizer] = weakref.ref(self)
 
@@ -275,7 +276,7 @@ class FastForward:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._armed = self._due_now = False
         if self.ranks is not None and self._unconfirmed:
-            self.ranks.in_step(self.optimizer_steps, self._schedule.failures)
+            self.ranks.in_step(self.optimizer_steps, self._schedule.fingerprint)
             self._unconfirmed = False
         self._rate.look_whether_it_was_overwritten()
         if self._rate.seeking:
@@ -351,27 +352,29 @@ class FastForward:
         stage.draw = draw_for_stage(self.validation, len(self.stages))
         stale = table.is_stale()
         if self.ranks is not None:
-            stale = self.ranks.in_step(self.optimizer_steps, self._schedule.failures, stale)
+            stale = self.ranks.in_step(self.optimizer_steps, self._schedule.fingerprint, stale)
         if stale:
             program.stopped_because = WEIGHTS_CHANGED
             return self._finish(stage, program)
         try:
             executor.run(program)
+            self._account(stage, program.search)
         except BaseException as error:
             program.stopped_because = f"{INTERRUPTED} by {type(error).__name__}"
             raise
-        else:
-            if program.search.losses and program.reason != BASELINE_NOT_FINITE:
-                self._account(stage, program.search)
         finally:
             stage.executor, stage.executor_reason = executor.name, executor.reason
             self._finish(stage, program)
 
     def _account(self, stage: Stage, search: Search) -> None:
+        if not search.losses:
+            return
         if self._schedule.keeps_account:
-            stage.price = self._price.read(self.ranks)
+            with telling(self.ranks):
+                stage.price = self._price.read(self.ranks)
         self._price.settle()
-        same_examples = stage.draw is None
+        same_examples = stage.draw is None and self._examples is self.validation.rows
+        self._examples = self.validation.rows  # after a swap_batch they are another list
         self._schedule.after_stage(self.optimizer_steps, search, stage.price or 0.0, same_examples)
         if self._schedule.ended:
             self._executor.close()

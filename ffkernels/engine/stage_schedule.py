@@ -11,13 +11,18 @@ is not known yet, or not positive, it is τ. Of that lead a part is lost again, 
 would have made some of the same way: LASTING is what stays.
 
 Every optimizer step puts SHARE there until the account is even. It is never more than even: what one stage
-has gained is not for later ones to spend. A stage runs where an interval ends and the account is even. Hence
+has gained is not for later ones to spend. A stage runs where an interval ends and the account is even. Hence,
+whatever the losses are,
 
     cost so far  ≤  worth so far  +  SHARE · steps so far  +  the last stage's cost
 
-since after a stage that lost x, x / SHARE steps pass before the next. Where every stage pays, one runs at
-each interval. Where none does, the gaps are e·p / SHARE: the longer, the larger the validation set is beside
-a batch. Each stage is also the next attempt, and one that pays brings the interval back.
+since after a stage that lost x, x / SHARE steps pass before the next. A stage whose first loss is NaN or
+infinite costs its one loss. What a capture measures to be checked (``StageProgram.extra_validations``) is not
+on the account, so that all executors run the same stages, nor is a stage that an exception ends.
+
+Where every stage pays, one runs at each interval. Where none does, the gaps are e·p / SHARE: the longer, the
+larger the validation set is beside a batch. Each stage is also the next attempt, and one that pays brings the
+interval back.
 
 ``patience`` other than "auto" is a rule without an account: a number ends Fast Forward for good after so many
 stages in a row that found no step (the paper's section 5.1), None runs a stage at every interval.
@@ -29,7 +34,8 @@ import math
 from typing import Any
 
 from ffkernels.engine.config import PAPERS_PATIENCE, FastForwardConfig
-from ffkernels.engine.search import Search
+from ffkernels.engine.digests import digest
+from ffkernels.engine.search import BASELINE_NOT_FINITE, Search
 
 __all__ = ["LASTING", "SHARE", "StageSchedule"]
 
@@ -60,6 +66,11 @@ class StageSchedule:
     def keeps_account(self) -> bool:
         return self._patience == "auto"
 
+    @property
+    def fingerprint(self) -> int:
+        """Equal where the account and what it goes on from are."""
+        return int(digest(list(self.state_dict().values())), 16) >> 1
+
     def due(self, step: int) -> bool:
         """Whether a stage follows optimizer step ``step``, counted from 1."""
         past = step - self._warmup
@@ -77,11 +88,14 @@ class StageSchedule:
             price: of one validation, in optimizer steps.
             comparable: whether its losses are of the same examples as those of the stage before.
         """
-        self.failures = 0 if search.best_tau else self.failures + 1
+        searched = search.stopped_because != BASELINE_NOT_FINITE
         if self.keeps_account:
-            worth = LASTING * self._lead(step, search, comparable)
+            worth = LASTING * self._lead(step, search, comparable) if searched else 0.0
             self.balance = min(0.0, self.balance + worth - len(search.losses) * price)
-        elif self._patience is not None and self.failures >= self._patience:
+        if not searched:  # it says nothing about whether a step would have helped
+            return
+        self.failures = 0 if search.best_tau else self.failures + 1
+        if isinstance(self._patience, int) and self.failures >= self._patience:
             self.ended = True
         self._before = (step, search.best_loss)
 
@@ -104,7 +118,9 @@ class StageSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.balance = float(state.get("balance", 0.0))
-        self.failures, self.ended = int(state["failures"]), bool(state["switched_off"])
+        self.failures = int(state["failures"])
+        # What the saved run's rule held back or had ended goes on where the present one is another.
+        self.balance = float(state.get("balance", 0.0)) if self.keeps_account else 0.0
+        self.ended = bool(state["switched_off"]) and isinstance(self._patience, int)
         before = state.get("before")
         self._before = None if before is None else (int(before[0]), float(before[1]))

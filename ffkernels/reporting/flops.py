@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ffkernels.engine.flop_counter import count_flops, counter
+from ffkernels.engine.token_count import uncounted
 
 __all__ = ["FlopMeter", "Flops", "count_flops"]
 
@@ -149,7 +150,7 @@ def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def _measure(model: nn.Module, batch: Any, loss_fn: LossFn) -> Flops:
-    with _untouched(model), torch.enable_grad(), counter() as counted:
+    with _untouched(model), uncounted(), torch.enable_grad(), counter() as counted:
         loss = loss_fn(model, batch)
         forward = int(counted.get_total_flops())
         if loss.requires_grad:

@@ -198,6 +198,7 @@ def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation
         sums = sorted(zip(loss.example_tokens.tolist(), sums.tolist(), strict=True))
     weights = [whole(p) for p in model.parameters() if p.requires_grad]
     return {
+        "prices": [stage.price for stage in ff.stages],
         "taus": [stage.tau for stage in ff.stages],
         "losses": [[loss.hex() for _, loss in stage.losses] for stage in ff.stages],
         "steps": [stage.optimizer_step for stage in ff.stages],
@@ -355,10 +356,10 @@ def slope_differs(rank, size, what):
         for _ in range(2):
             run.model.w.grad = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
             run.optimizer.step()
-    elif what == "steps":
+    elif what in ("optimizer_steps", "balance"):
         run = Run()
         if rank == 1:  # a checkpoint that only one rank loads
-            run.ff.load_state_dict({**run.ff.state_dict(), "optimizer_steps": 1})
+            run.ff.load_state_dict({**run.ff.state_dict(), what: -1})
         run.train(2, rank)
     elif what == "search":  # as if one rank had decided otherwise
         run = Run(max_tau=1024)

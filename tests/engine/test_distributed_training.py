@@ -43,6 +43,7 @@ def test_several_ranks_do_what_one_process_does(in_ranks, size, way, search):
     for rank in ranks:
         assert rank["taus"] == alone["taus"] and max(alone["taus"]) > 3
         assert rank["steps"] == alone["steps"] == [2, 4]
+        assert rank["prices"] == alone["prices"]
         assert rank["losses"] == first["losses"], "the same bits on every rank"
         assert rank["weights"] == first["weights"], "the same bits on every rank"
         assert (rank["path"], rank["examples"]) == (alone["path"], alone["examples"])
@@ -139,7 +140,11 @@ def test_a_rank_that_ends_in_a_forward_of_fsdp_ends_the_job(in_ranks, how):
         ("unsynchronised", r"max \|Δ\| of the optimizer's update.*wrap the model in DistributedDataParallel"),
         ("initial weights", "the bits of the weights and the update"),
         ("search", "not at the same place: rank 0: 'a validation loss'; rank 1: 'the end of a Fast"),
-        ("steps", "the optimizer steps they have taken: rank 0: 0.0; rank 1: 1.0; load the same checkpoint"),
+        (
+            "optimizer_steps",
+            "the optimizer steps they have taken: rank 0: 0.0; rank 1: -1.0; load the same checkpoint",
+        ),
+        ("balance", r"what their earlier stages came to \(a hash\).*load the same checkpoint"),
     ],
 )
 def test_ranks_that_differ_are_told_how(in_ranks, what, message):

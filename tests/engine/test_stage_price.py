@@ -1,11 +1,17 @@
 """What a validation costs in optimizer steps, by the tokens that ran through the model."""
 
+import copy
+import gc
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
+from ffkernels.engine.flop_counter import count_flops
 from ffkernels.engine.stage_price import StagePrice
+from ffkernels.reporting.flops import FlopMeter
 
 
 @pytest.fixture
@@ -48,6 +54,23 @@ def test_tokens_of_training_count_and_those_of_evaluation_do_not(lm):
     assert (price.tokens, price.steps) == (0, 0)
 
 
+def test_losses_after_other_examples_were_swapped_in_are_not_compared(lm, monkeypatch):
+    optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=1e-3)
+    validation = ValidationLoss(lm, [batch(4, 9)])
+    ff = FastForward(lm, optimizer, validation, FastForwardConfig(interval=1))
+    compared = []
+    record = lambda step, search, price, comparable: compared.append(comparable)  # noqa: E731
+    monkeypatch.setattr(ff._schedule, "after_stage", record)
+    for step in range(4):
+        if step == 2:
+            assert validation.swap_batch([batch(3, 8)]), "in place"
+        lm(**batch(4, 16)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ff.detach()
+    assert compared == [True, True, False, True]
+
+
 def test_where_tokens_cannot_be_counted_a_validation_is_a_batch():
     model = nn.Linear(2, 1)
     price = StagePrice(model, ValidationLoss(model, lambda model: model.weight.sum()))
@@ -68,3 +91,65 @@ def test_a_stage_records_its_price_and_detaching_takes_the_hook_off(lm):
     assert ff.state_dict()["tokens"] == 0
     ff.detach()
     assert dict(embedding._forward_pre_hooks) == before
+
+
+def test_a_forward_that_measures_what_training_costs_is_no_training(lm):
+    price = StagePrice(lm, ValidationLoss(lm, [batch(4, 9)]))
+    FlopMeter(0).training_step(lm, batch(2, 16))
+    assert price.tokens == 0
+
+
+def test_copies_and_pickles_of_the_model_take_nothing_along(lm):
+    price = StagePrice(lm, ValidationLoss(lm, [batch(4, 9)]))
+    price.not_to_be_pickled = lambda: None
+    for other in (copy.deepcopy(lm), pickle.loads(pickle.dumps(lm))):
+        other(**batch(2, 16)).loss.backward()
+    assert price.tokens == 0
+    lm(**batch(2, 16))
+    assert price.tokens == 32
+
+
+def test_no_hook_outlives_what_counts_or_is_put_on_where_none_is_needed(lm):
+    hooks = lm.get_input_embeddings()._forward_pre_hooks
+    validation = ValidationLoss(lm, [batch(4, 9)])
+    price = StagePrice(lm, validation)
+    assert len(hooks) == 1
+    del price
+    gc.collect()
+    assert len(hooks) == 0
+    optimizer = torch.optim.SGD([p for p in lm.parameters() if p.requires_grad], lr=0.1)
+    ff = FastForward(lm, optimizer, validation, FastForwardConfig(patience=3))
+    assert len(hooks) == 0
+    ff.detach()
+
+
+def test_a_compiled_step_counts_nothing_and_stays_one_graph(lm):
+    price = StagePrice(lm, ValidationLoss(lm, [batch(4, 9)]))
+    compiled = torch.compile(lm.get_input_embeddings(), backend="eager", fullgraph=True)
+    compiled(batch(2, 16)["input_ids"])
+    assert price.tokens == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_and_adapters_change_no_count(lm, reentrant):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(lm, LoraConfig(target_modules=["query_key_value", "embed_in"], r=2))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    price = StagePrice(model, ValidationLoss(model, [batch(4, 9)]))
+    model(**batch(2, 16)).loss.backward()
+    assert price.tokens == 32
+    assert len(price.hooks) == 1
+
+
+def test_the_price_is_what_the_flops_say():
+    from ffkernels.training.models import add_adapter, load_model
+
+    model, _ = load_model("tiny")
+    model = add_adapter(model, rank=8)
+    validation = ValidationLoss(model, [batch(4, 33)])
+    price = StagePrice(model, validation)
+    step = count_flops(lambda: model(**batch(8, 32)).loss.backward())
+    price.steps += 1
+    assert price.read(None) == pytest.approx(validation.flops / step, rel=0.1)

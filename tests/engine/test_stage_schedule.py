@@ -1,5 +1,6 @@
 """When stages run: the account that pays for them, against its own promise and on sequences done by hand."""
 
+import math
 import random
 
 import pytest
@@ -66,6 +67,33 @@ def test_losses_of_other_examples_are_not_compared():
     assert schedule.balance == 0.0
 
 
+def test_a_first_loss_that_is_not_finite_costs_one_loss_and_says_nothing():
+    schedule = StageSchedule(FastForwardConfig())
+    schedule.after_stage(6, searched([3.0, 2.9, 3.5]), 0.1)
+    before = schedule.state_dict()
+    schedule.after_stage(12, searched([math.nan]), 0.1)
+    assert schedule.state_dict() == {**before, "balance": pytest.approx(-0.1)}
+    ended = StageSchedule(FastForwardConfig(patience=1))
+    ended.after_stage(6, searched([math.inf]), 0.0)
+    assert not ended.ended
+
+
+def test_what_held_a_saved_run_back_does_not_hold_back_one_of_another_rule():
+    lost, ended = StageSchedule(FastForwardConfig()), StageSchedule(FastForwardConfig(patience=1))
+    for schedule in (lost, ended):
+        schedule.after_stage(6, searched([3.0, 3.1]), 1.0)
+    assert not lost.due(12) and not ended.due(12)
+    assert lost.fingerprint != StageSchedule(FastForwardConfig()).fingerprint
+    for patience, saved in ((None, lost), (3, lost), (None, ended), ("auto", ended)):
+        resumed = StageSchedule(FastForwardConfig(patience=patience))
+        resumed.load_state_dict(saved.state_dict())
+        assert resumed.due(12)
+    old = {"failures": 1, "switched_off": False}  # of releases without an account
+    resumed = StageSchedule(FastForwardConfig())
+    resumed.load_state_dict(old)
+    assert resumed.due(12) and resumed.failures == 1
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_what_it_costs_never_exceeds_what_it_was_worth_and_the_share_but_for_one_stage(seed):
     draw = random.Random(seed)
@@ -74,8 +102,9 @@ def test_what_it_costs_never_exceeds_what_it_was_worth_and_the_share_but_for_one
     cost = moved = 0.0
     for step in range(1, 600):
         if schedule.due(step):
-            falls = draw.choice([0, 0, 1, 2, 3])
-            search = searched([3.0 - 0.1 * i for i in range(falls + 1)] + [4.0])
+            falls = draw.choice([None, 0, 0, 1, 2, 3])
+            curve = [math.nan] if falls is None else [3.0 - 0.1 * i for i in range(falls + 1)] + [4.0]
+            search = searched(curve)
             while search.propose() is not None:
                 search.observe(search.propose(), 4.0)
             schedule.after_stage(step, search, price)
