@@ -48,6 +48,8 @@ EXECUTOR_NUMBERS = {"eager": 0, "step_graph": 1, "stage_graph": 2}
 class FastForwardCallback(TrainerCallback, ExportableState):
     """Run a Fast Forward stage every ``config.interval`` optimizer steps of a ``Trainer``.
 
+    By default as long as stages pay, and more seldom where they do not (``config.patience``).
+
     Args:
         validation: where the validation loss comes from. None: the first ``examples`` of the Trainer's
             ``eval_dataset``. Or a dataset or list of examples (all of them, batched by the Trainer's
