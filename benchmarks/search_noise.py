@@ -10,7 +10,7 @@ its τ, and at the powers of two up to 1,024; training goes on from the lowest. 
 what it has is kept.
 
 Replays: the searches on these curves, without the model. A τ that was not measured, beyond the sweep, is
-interpolated between its neighbours.
+interpolated between its neighbours. Second stages also as they follow a first, from the τ found there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ffkernels.engine.search import LinearSearch, ParabolicSearch, Search
+from ffkernels.engine.search import REFINE_TOLERANCE, LinearSearch, ParabolicSearch, Search
 from ffkernels.engine.significance import LEVEL, Rises, critical_values, higher, jackknife_weights
 from ffkernels.reporting.machine import machine_info, version_info
 
@@ -170,32 +170,6 @@ def replay(curve: Curve, search: Search, rises: Rises) -> Search:
     return search
 
 
-class WarmSearch(ParabolicSearch):
-    """Doubling from the τ of the stage before, or halving where the loss is not lower there."""
-
-    def __init__(self, start: int, max_tau: int) -> None:
-        super().__init__(max_tau)
-        self.start = start
-
-    def _double(self, tau: int, loss: float, sure: bool) -> None:
-        if len(self.losses) == 2:
-            self._before_loss = self.losses[0][1]
-        if not self.accepted and self.best_tau == 0 and tau > 1:
-            self._c, self._fc = tau, loss
-            self._next = tau // 2
-        elif self.accepted and self._c:  # on the way down: lower than 0 and than what is above
-            self._a, self._fa = 0, self.losses[0][1]
-            self._doubling = False
-            self._refine()
-        else:
-            super()._double(tau, loss, sure)
-
-    def observe(self, tau: int, loss: float, sure: bool = True) -> None:
-        super().observe(tau, loss, sure)
-        if tau == 0 and not self.stopped_because:
-            self._next = self.start
-
-
 def judged(curve: Curve, search: Search) -> dict[str, Any]:
     tau = search.best_tau
     return {
@@ -203,7 +177,7 @@ def judged(curve: Curve, search: Search) -> dict[str, Any]:
         "evaluations": len(search.losses),
         "lost": curve.lost(tau),
         "reached": curve.reached(tau),
-        "within_bound": abs(tau - curve.argmin) <= 2 or curve.lost(tau) <= 1e-3,
+        "within_bound": abs(tau - curve.argmin) <= 2 or curve.lost(tau) <= REFINE_TOLERANCE,
     }
 
 
@@ -289,9 +263,12 @@ def report(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
         rows.append(row)
         before = curves.get(key(stage | {"stage": stage["stage"] - 1}))
-        if before is not None and (start := SEARCHES["parabolic"](before).best_tau):
-            search = replay(curve, WarmSearch(start, FARTHEST), Rises(curve.tokens))
-            warm.append({"dtype": stage["dtype"], "cold": found["parabolic"], "warm": judged(curve, search)})
+        if before is not None:
+            start = max(1, SEARCHES["parabolic"](before).best_tau)
+            search = replay(curve, ParabolicSearch(FARTHEST, start), Rises(curve.tokens))
+            row["start"] = start
+            found_from = {"cold": found["parabolic"], "warm": judged(curve, search)}
+            warm.append({"dtype": stage["dtype"], "lr": stage["lr"], **found_from})
     groups = [
         {
             "dtype": dtype,
@@ -325,9 +302,12 @@ def report(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "groups": groups,
         "rule": {"level": LEVEL, "trials": TRIALS, **rule},
         "warm_start": {
-            dtype: {side: summary([each[side] for each in chosen]) for side in ("cold", "warm")}
+            dtype: [
+                {"lr": lr, **{side: summary([each[side] for each in chosen]) for side in ("cold", "warm")}}
+                for lr in (None, *sorted(RATES))
+                if (chosen := [w for w in warm if w["dtype"] == dtype and lr in (None, w["lr"])])
+            ]
             for dtype in DTYPES
-            if (chosen := [each for each in warm if each["dtype"] == dtype])
         },
         "stages": rows,
     }

@@ -349,3 +349,27 @@ def test_the_words_on_sft_are_those_of_the_file():
     curve = {point["step"]: point["test_loss"] for point in runs["fast_forward", 1e-4]["curve"]}
     gap = curve[6] - runs["plain", 1e-4]["test_loss"]
     assert f"after step 6, ends {gap:.3f} above\nwhat 36 plain steps reach" in DOC
+
+
+def test_what_is_said_of_the_searches_is_what_was_measured():
+    said = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    data = json.loads(max(RESULTS.glob("search_noise_tiny_*.json")).read_text(encoding="utf-8"))
+    assert f"losses of {len(data['stages'])} stages" in said
+    names = {
+        "linear": "`linear`",
+        "every rise counts": "`parabolic`, every rise counts",
+        "parabolic": "`parabolic`",
+    }
+    sides = {"cold": "`parabolic` from 1", "warm": "`parabolic` from the first stage's τ*"}
+    for dtype in ("bfloat16", "float32"):
+        whole = next(g for g in data["groups"] if g["dtype"] == dtype and g["lr"] is None)["searches"]
+        later = next(each for each in data["warm_start"][dtype] if each["lr"] is None)
+        found = [(names[name], one) for name, one in whole.items()]
+        found += [(f"second stages: {sides[side]}", later[side]) for side in sides]
+        for name, one in found:
+            cells = [dtype, one["stages"], name, one["reached"], f"{one['mean_evaluations']:.1f}"]
+            cells += [f"{100 * one[lost]:.2f} %" for lost in ("mean_lost", "worst_lost")]
+            assert f"| {' | '.join(map(str, cells))} |" in said
+    slow = next(g for g in data["groups"] if g["dtype"] == "bfloat16" and g["lr"] == 4e-5)
+    linear = slow["searches"]["linear"]
+    assert f"`linear` finds {linear['reached']} of {linear['stages']}" in said

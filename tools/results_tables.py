@@ -216,6 +216,7 @@ def search_noise(results: Results) -> str:
     labels = {"linear": "`linear`", "every rise counts": "every rise counts", "parabolic": "`parabolic`"}
     head = ["frozen base", "learning rate", "stages"]
     head += [f"{label}: {what}" for label in labels.values() for what in ("found", "validations")]
+    head += [f"second stages: {what}" for what in ("found", "validations")]
     rows = []
     for group in data["groups"]:
         if group["lr"] is None:
@@ -224,6 +225,8 @@ def search_noise(results: Results) -> str:
         for search in labels:
             one = group["searches"][search]
             row += [percent(one["reached"] / one["stages"]), f"{one['mean_evaluations']:.1f}"]
+        later = next(each["warm"] for each in data["warm_start"][group["dtype"]] if each["lr"] == group["lr"])
+        row += [percent(later["reached"] / later["stages"]), f"{later['mean_evaluations']:.1f}"]
         rows.append(row)
     config = data["config"]
     words = (
