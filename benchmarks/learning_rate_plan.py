@@ -75,7 +75,7 @@ def of(
 
 def calibrate() -> Iterator[Run]:
     """Seeds that the evaluation does not use: what part of the found rate is best, under both schedules."""
-    ours = ("find", "find*1.4", "find*0.7", "find-first", "find-first*1.4", "find-twice")
+    ours = ("best*1", "best*1.4", "best*0.7", "best*1 anew", "best*1.4 anew", "find-twice")
     for seed in (10, 11):
         for steps in (STEPS // 2, STEPS):
             for schedule in SCHEDULES:

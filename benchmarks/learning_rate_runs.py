@@ -25,7 +25,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ffkernels import FastForward, FastForwardConfig, find_learning_rate
-from ffkernels.engine.rate_finding import STEADY, scale_learning_rates
+from ffkernels.engine.rate_finding import PEAK, STEADY, scale_learning_rates
 from ffkernels.reporting.flops import ADAM_FLOPS
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Batch, Session, open_session
@@ -199,6 +199,11 @@ def find_scaled(work: Work, factor: float) -> Contender:
     return contender
 
 
+def best_times(work: Work, part: float) -> Contender:
+    """Another part of the best update than what is made of it by default; for calibration."""
+    return find_scaled(work, part / (STEADY if work.schedule == "constant" else PEAK))
+
+
 def find_twice(work: Work, at: int = 8) -> Contender:
     """Found in the second step and once more in step ``at`` (from 1); for calibration."""
     first = find(work)
@@ -217,15 +222,16 @@ def find_twice(work: Work, at: int = 8) -> Contender:
     return Contender(optimizer, scheduler, after_step, found=found, close=lambda: [c.close() for c in second])
 
 
-def find_first(work: Work, factor: float = 1.0) -> Contender:
-    """The learning rate found before the training, which then begins anew."""
+def best_anew(work: Work, part: float = 1.0) -> Contender:
+    """The learning rate found before the training, which then begins anew; for calibration."""
     optimizer = work.adamw(work.lr)
     batches = [work.bench.batch(step)[0].micro_batches[0] for step in range(2)]
     finding = find_learning_rate(work.session.model, optimizer, batches, work.session.validation)
     work.charge(forwards=finding.evaluations, flops=finding.flops)
     work.charge(batches=len(batches) * (1 + finding.restarts))
-    optimizer = work.adamw(factor * finding.lr)
-    return Contender(optimizer, work.scheduler(optimizer), found=lambda: factor * finding.lr)
+    lr = part / finding.part * finding.lr
+    optimizer = work.adamw(lr)
+    return Contender(optimizer, work.scheduler(optimizer), found=lambda: lr)
 
 
 def _again(work: Work, optimizer: torch.optim.Optimizer, scheduler: Any) -> Contender:
@@ -251,13 +257,14 @@ CONTENDERS: dict[str, Callable[[Work], Contender]] = {
     "find": find,
     "find+stages": find_and_stages,
     "keep": keep,
-    "find whole": lambda work: find_scaled(work, 1 / STEADY),
-    "find*1.4": lambda work: find_scaled(work, 1.4),
-    "find*0.7": lambda work: find_scaled(work, 0.7),
+    "find whole": lambda work: best_times(work, 1.0),
+    "best*1.4": lambda work: best_times(work, 1.4),
+    "best*1": lambda work: best_times(work, 1.0),
+    "best*0.7": lambda work: best_times(work, 0.7),
     "find*0.5": lambda work: find_scaled(work, 0.5),
     "find-twice": find_twice,
-    "find-first": find_first,
-    "find-first*1.4": lambda work: find_first(work, 1.4),
+    "best*1 anew": best_anew,
+    "best*1.4 anew": lambda work: best_anew(work, 1.4),
 }
 
 

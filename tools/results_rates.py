@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from statistics import mean, median
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from end_to_end_table import rate
@@ -209,52 +209,48 @@ def signed(share: float | None) -> str:
 
 
 def draw(figure: Figure, data: Mapping[str, Any]) -> None:
-    """Final test loss over the first learning rate: a row per schedule, a panel per task."""
+    """How far above tuned Adam each run ends, over the learning rate that it begins with."""
     from ffkernels.reporting.plots import STYLES, TEXT, clean_axes
 
     lines = compared(data["runs"], variant="standard", steps=STANDARD)
-    tasks = data["config"]["tasks"]
+    best = tuned(lines)
     schedules = [s for s in ("constant", "linear") if compared(lines, schedule=s, contender="find")]
-    figure.set_size_inches(2.7 * len(tasks) + 0.4, 0.7 + 2.4 * len(schedules))
-    panels = figure.subplots(len(schedules), len(tasks), squeeze=False, sharex=True)
+    figure.set_size_inches(7.6, 3.4)
+    panels = figure.subplots(1, len(schedules), squeeze=False, sharey=True)[0]
     ways = (("adam", "Adam", STYLES["adam"]), ("find", 'learning_rate="find"', STYLES["parabolic"]))
     legend: dict[str, Any] = {}
-    for row, schedule in enumerate(schedules):
-        for column, task in enumerate(tasks):
-            axes, some = panels[row, column], compared(lines, schedule=schedule, task=task)
-            clean_axes(axes)
-            level = mean(line["loss"] for line in tuned(some).values())
-            style = STYLES["adam-tuned"]
-            legend["Adam at the best rate of a sweep"] = axes.axhline(
-                level, color=style["color"], linestyle=style["linestyle"], linewidth=1.2
-            )
-            for contender, label, style in ways:
-                points = means(compared(some, contender=contender))
-                rates_, losses, low, high = zip(*points, strict=True)
-                (legend[label],) = axes.plot(
-                    rates_, losses, color=style["color"], marker=style["marker"], markersize=4, linewidth=1.4
-                )
-                axes.fill_between(rates_, low, high, color=style["color"], alpha=0.15, linewidth=0)
-            axes.set_xscale("log")
-            top = max(line["loss"] for line in compared(some, contender="find") if line["loss"] is not None)
-            axes.set_ylim(top=max(1.25 * level, 1.02 * top), bottom=0.97 * level)
-            axes.set_title(
-                f"{task}, {schedule} rate" if schedule == "constant" else f"{task}, {schedule} decay",
-                loc="left",
-                fontsize=9,
-            )
-            axes.tick_params(labelsize=8, colors=TEXT)
-    figure.supxlabel("learning rate that the run begins with", fontsize=9)
-    figure.supylabel("test loss at equal FLOPs (nats per token)", fontsize=9)
+    for axes, schedule in zip(panels, schedules, strict=True):
+        clean_axes(axes)
+        style = STYLES["adam-tuned"]
+        legend["Adam at the best rate of a sweep"] = axes.axhline(
+            0, color=style["color"], linestyle=style["linestyle"], linewidth=1.2
+        )
+        for contender, label, style in ways:
+            some = compared(lines, schedule=schedule, contender=contender)
+            points = gaps_by_rate([line for line in some if conditions(line) in best], best)
+            dots = [(lr, 100 * one) for lr, gaps in points.items() for one in gaps]
+            look = {"color": style["color"], "marker": style["marker"]}
+            axes.plot(*zip(*dots, strict=True), **look, linestyle="none", markersize=3.5, alpha=0.5)
+            middle = [100 * median(gaps) for gaps in points.values()]
+            (legend[label],) = axes.plot(list(points), middle, **look, markersize=5, linewidth=1.4)
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=5)
+        axes.set_yticks([-2, 0, 2, 5, 10, 20, 50, 100], ["−2", "0", "2", "5", "10", "20", "50", "100"])
+        axes.axhspan(-5, 100 * NEAR, color="#f2ead3", zorder=0)
+        axes.set_title("constant rate" if schedule == "constant" else "linear decay", loc="left")
+        axes.tick_params(colors=TEXT)
+    panels[0].set_ylim(-2.5, 150)
+    panels[0].set_ylabel("test loss above tuned Adam's (%)")
+    figure.supxlabel("learning rate that the run begins with", fontsize=10)
     figure.legend(
         legend.values(), legend.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=9
     )
 
 
-def means(lines: Sequence[Line]) -> list[tuple[float, float, float, float]]:
-    """By learning rate: mean, lowest and highest final loss over the seeds."""
-    by_rate: dict[float, list[float]] = {}
-    for line in lines:
-        if line["loss"] is not None:
-            by_rate.setdefault(line["lr"], []).append(line["loss"])
-    return [(lr, mean(losses), min(losses), max(losses)) for lr, losses in sorted(by_rate.items())]
+def gaps_by_rate(lines: Sequence[Line], best: Mapping[tuple[Any, ...], Line]) -> dict[float, list[float]]:
+    """By rising first learning rate, how far above tuned Adam the runs ended."""
+    found: dict[float, list[float]] = {}
+    for line in sorted(lines, key=lambda line: line["lr"]):
+        if (one := gap(line, best)) is not None:
+            found.setdefault(line["lr"], []).append(one)
+    return found
