@@ -60,9 +60,25 @@ def learning_rates(results: Results) -> str:
         held(lines),
         "Every way beside it, constant rate, standard settings, medians over tasks and seeds:",
         ways(lines),
+        "What the part of the best update was chosen by (test loss at equal FLOPs):",
+        parts_tried(data["calibration"], lines),
         *others,
     ]
     return "\n\n".join(parts)
+
+
+def parts_tried(lines: Sequence[Line], runs: Sequence[Line]) -> str:
+    """Final test loss by part of the best update, and Adam's at the best of the rates that were tried."""
+    tried = [f"best*{part:g}" for part in (0.7, 1, 1.4)]
+    best, rows = tuned([*lines, *runs]), []
+    for key in sorted({conditions(line) for line in lines if line["contender"] in tried}, key=str):
+        task, seed, schedule, _, steps = key
+        losses = {line["contender"]: line["loss"] for line in lines if conditions(line) == key}
+        adam = best.get(key)
+        row = [f"{schedule}, {steps} steps, {task}, seed {seed}"]
+        row += [f"{losses[one]:.4f}" if losses.get(one) else "" for one in tried]
+        rows.append([*row, "" if adam is None else f"{adam['loss']:.4f} at {rate(adam['lr'])}"])
+    return table(["conditions", "× 0.7", "× 1", "× 1.4", "Adam, best rate tried"], rows)
 
 
 def others_of(results: Results) -> list[tuple[str, Mapping[str, Any]]]:
