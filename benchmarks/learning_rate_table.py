@@ -70,10 +70,10 @@ def verdicts(lines: Sequence[Line], contender: str = "find") -> list[dict[str, A
     best, found = tuned(lines), []
     for (schedule, variant, steps), some in groups(lines).items():
         mine = [line for line in compared(some, contender=contender) if line["lr"] in CLAIMED]
-        mine = [line for line in mine if conditions(line) in best]
         if not mine:
             continue
-        gaps = [gap(line, best) for line in mine]
+        # A length at which Adam was not tuned shows only whether the finder's runs hold.
+        gaps = [gap(line, best) for line in mine if conditions(line) in best]
         known = [one for one in gaps if one is not None]
         found.append(
             {
@@ -81,9 +81,9 @@ def verdicts(lines: Sequence[Line], contender: str = "find") -> list[dict[str, A
                 "variant": variant,
                 "steps": steps,
                 "runs": len(mine),
-                "near": sum(one <= NEAR for one in known) / len(mine),
+                "near": sum(one <= NEAR for one in known) / len(gaps) if gaps else None,
                 "median": median(known) if known else None,
-                "worst": max(known) if len(known) == len(mine) else None,
+                "worst": max(known) if known and len(known) == len(gaps) else None,
                 "diverged": sum(map(diverged, mine)),
                 "forwards": [
                     median(line["forwards"] for line in mine),

@@ -28,7 +28,7 @@ __all__ = [
 
 # Parts of the best length of one update, which sees the curvature along one direction and is near the edge of
 # what training bears: for a rate that stays, and for the peak of one that falls, which leaves the edge by
-# itself. Chosen on other seeds than those they were judged by, see docs/learning-rate.md.
+# itself. docs/learning-rate.md has what they were chosen by.
 STEADY, PEAK = 0.7, 1.2
 FALLING = (
     lr_scheduler.CosineAnnealingLR,
