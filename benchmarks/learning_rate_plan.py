@@ -162,8 +162,8 @@ def smollm2() -> Iterator[Run]:
     yield from of("adam", (3e-3, 1e-2), (0,), **where)
     for lr in (1e-5, 1e-3, 1e-4):
         yield from of("find", (lr,), (0,), **where)
-    yield from of("find*0.5", (1e-4,), (0,), **where)
-    yield Run("instruction", 0, "find whole", 1e-5, variant=where["variant"], steps=STEPS // 2)
+    yield from of("best*0.35", (1e-4,), (0,), **where)
+    yield Run("instruction", 0, "best*1", 1e-5, variant=where["variant"], steps=STEPS // 2)
     yield from of("adam", (1e-3, 3e-2), (0,), **where)
 
 

@@ -20,7 +20,8 @@ NEAR, FAR, SHARE, FORWARDS = 0.02, 0.05, 0.9, 20  # what the finder is held to
 NAMES = {
     "adam": "Adam",
     "find": '`learning_rate="find"`, no stages',
-    "find whole": "the same, with all of the best update",
+    "best*0.35": "the same, but 0.35 of the best update",
+    "best*1": "the same, but all of the best update",
     "find+stages": '`learning_rate="find"`',
     "keep": "Fast Forward, no finding",
 }
