@@ -373,3 +373,14 @@ def test_what_is_said_of_the_searches_is_what_was_measured():
     slow = next(g for g in data["groups"] if g["dtype"] == "bfloat16" and g["lr"] == 4e-5)
     linear = slow["searches"]["linear"]
     assert f"`linear` finds {linear['reached']} of {linear['stages']}" in said
+    rule = data["rule"]
+    rises, exact = (rule[dtype]["verdicts"] for dtype in ("bfloat16", "float32"))
+    assert rises["beyond_sure"] == 0 == exact["beyond"]
+    assert f"none of {rises['beyond']} rises before a lower loss was called proven" in said
+    assert f"{rises['passed_unsure']} of {rises['passed']} behind the lowest were not" in said
+    assert f"(float32: {exact['passed_unsure']} of\n{exact['passed']})" in said
+    for dtype, words in (("bfloat16", "under bf16"), ("float32", "in float32")):
+        rates = [100 * share for share in rule[dtype]["sure_of_noise"].values()]
+        assert f"{min(rates):.1f} % to {max(rates):.1f} % of new losses a proven rise {words}" in said or (
+            f"{min(rates):.1f} % to {max(rates):.1f} % {words}" in said
+        )

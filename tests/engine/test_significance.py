@@ -27,10 +27,17 @@ from ffkernels.engine.significance import (
         (0.9995, 31, 3.6335),
         (0.9995, 15, 4.0728),
         (0.995, 120, 2.6174),
+        (0.99, 7, 2.9980),
+        (0.999, 7, 4.7853),
     ],
 )
 def test_quantiles(probability, freedom, value):
-    assert t_quantile(probability, freedom) == pytest.approx(value, rel=0.02 if freedom < 30 else 2e-3)
+    assert t_quantile(probability, freedom) == pytest.approx(value, rel=2e-3)
+
+
+def test_quantiles_of_few_examples_are_a_little_low():
+    for probability, value in ((0.99, 4.5407), (0.999, 10.2145), (1 - LEVEL / 38, 16.0471)):
+        assert 0.94 * value < t_quantile(probability, 3) < value
 
 
 def test_too_few_examples_prove_nothing():
