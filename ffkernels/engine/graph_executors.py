@@ -28,7 +28,7 @@ from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.executors import StageProgram
 from ffkernels.engine.graph_check import Snapshot, difference, follow
 from ffkernels.engine.interrupts import interrupt_later
-from ffkernels.engine.significance import LEAST_EXAMPLES, critical_values, jackknife_weights
+from ffkernels.engine.significance import Rises, critical_values
 from ffkernels.engine.stage_clock import StageClock
 from ffkernels.ops.notices import announce_once
 
@@ -175,9 +175,9 @@ class GraphExecutor:
         """Let the device know how long the examples are, where they are others than in the last stage."""
         if counts is None or counts == self._counts:
             return
-        examples = sum(n > 0 for n in counts)
-        told = (counts, jackknife_weights(counts)) if examples >= LEAST_EXAMPLES else ()
-        self._state.know(critical_values(examples, self._state.capacity), *told)
+        rises = Rises(counts)
+        critical = critical_values(rises.examples, self._state.capacity)
+        self._state.know(critical, rises.tokens or (), rises.weights)
         self._counts = list(counts)
 
     def _build(self, device: torch.device, prologue: Callable[..., None], body: Callable[..., None]) -> None:

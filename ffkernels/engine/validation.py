@@ -174,7 +174,7 @@ class ValidationLoss:
             )
         if self.path == "generic":
             name = type(unwrap(self.model)[0]).__name__
-            said = f"ValidationLoss runs {name} as it is, with full logits: {self.reason}"
+            said = f"ValidationLoss runs {name} with full logits, without losses by example: {self.reason}"
             announce_once(f"validation: {said}", said, stacklevel=3)
 
     @property

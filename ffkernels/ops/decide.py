@@ -361,7 +361,7 @@ def decide(state: DecideState, loss: Tensor, sums: Tensor | None = None, handle:
         handle: the cudaGraphConditionalHandle of a WHILE node around the launch: it is set to `state.go`.
     """
     _check("loss", loss, torch.float64, state)
-    if (state.rows if sums is None else sums.shape) != (0 if sums is None else (state.rows,)):
+    if state.rows > 0 if sums is None else sums.shape != (state.rows,):
         given = "no sums" if sums is None else f"{tuple(sums.shape)} sums"
         raise ValueError(f"{given} by example for a state of {state.rows} rows; give as many as it has")
     if sums is None:
