@@ -8,6 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from end_to_end_table import rate
+from learning_rate_plan import SWEEP
 from learning_rate_table import (
     FORWARDS,
     NAMES,
@@ -71,11 +72,13 @@ def parts_tried(lines: Sequence[Line], runs: Sequence[Line]) -> str:
     """Final test loss by part of the best update, and Adam's at the best of the rates that were tried."""
     tried = [f"best*{part:g}" for part in (0.7, 1, 1.4)]
     best, rows = tuned([*lines, *runs]), []
-    for key in sorted({conditions(line) for line in lines if line["contender"] in tried}, key=str):
+    found = {(conditions(line), line["lr"]) for line in lines if line["contender"] in tried}
+    for key, lr in sorted(found, key=str):
         task, seed, schedule, _, steps = key
-        losses = {line["contender"]: line["loss"] for line in lines if conditions(line) == key}
+        same = [line for line in compared(lines, lr=lr) if conditions(line) == key]
+        losses = {line["contender"]: line["loss"] for line in same}
         adam = best.get(key)
-        row = [f"{schedule}, {steps} steps, {task}, seed {seed}"]
+        row = [f"{schedule}, {steps} steps, {task}, seed {seed}, from {rate(lr)}"]
         row += [f"{losses[one]:.4f}" if losses.get(one) else "" for one in tried]
         rows.append([*row, "" if adam is None else f"{adam['loss']:.4f} at {rate(adam['lr'])}"])
     return table(["conditions", "× 0.7", "× 1", "× 1.4", "Adam, best rate tried"], rows)
@@ -93,9 +96,9 @@ def others_of(results: Results) -> list[tuple[str, Mapping[str, Any]]]:
 
 def real(name: str, data: Mapping[str, Any]) -> str:
     """Every run on a real model; what it ended at beside Adam, at equal FLOPs and at as many steps."""
-    lines = data["runs"]
+    lines = [*data["runs"], *data["calibration"]]
     best, rows = tuned(lines), []
-    for line in lines:
+    for line in sorted(lines, key=lambda line: data["config"]["tasks"].index(line["task"])):
         if conditions(line) not in best:
             continue
         adam = best[conditions(line)]
@@ -168,12 +171,14 @@ def ways(lines: Sequence[Line]) -> str:
     """A row per contender and first learning rate."""
     some = compared(lines, schedule="constant", variant="standard", steps=STANDARD)
     best = tuned(some)
-    sweep = median(
-        len({r["lr"] for r in some if r["contender"] == "adam" and conditions(r) == key}) for key in best
-    )
+    adams = [line for line in compared(some, contender="adam") if line["lr"] in SWEEP]
+    swept = [len({line["lr"] for line in adams if conditions(line) == key}) for key in best]
+    sweep = max(swept, default=0)  # of the first seed; the others have the best rates of there
     rows = []
     for contender in dict.fromkeys(line["contender"] for line in some):
         mine = [line for line in compared(some, contender=contender) if conditions(line) in best]
+        if contender == "adam":  # beside itself where it is the only rate, it would show nothing
+            mine = compared(mine, seed=min(line["seed"] for line in mine))
         for lr in sorted({line["lr"] for line in mine}):
             of = compared(mine, lr=lr)
             gaps = sorted(one for line in of if (one := gap(line, best)) is not None)
