@@ -112,7 +112,8 @@ def test_a_real_model_is_compared_at_equal_flops_and_at_as_many_steps(tool):
     config = {"tasks": ["chat"], "model": "smollm2-135m", "steps": 60, "warmup_steps": 6, "rank": 8}
     config |= {"dtype": "bfloat16", "batch_size": 8, "max_length": 64}
     config |= {"test_examples": 9, "validation_examples": 32}
-    data = {"kind": rates.KIND, "fast": False, "config": config, "runs": lines, "command": "c"}
+    data = {"kind": rates.KIND, "fast": False, "config": config, "command": "c"}
+    data |= {"runs": lines, "calibration": []}
     data |= {"machine": {"gpus": [], "cpu": "x", "threads": 1}}
     data |= {"versions": dict.fromkeys(("torch", "transformers", "peft"), "1")}
     text = rates.learning_rates({"some": data}).splitlines()
