@@ -119,7 +119,11 @@ def real(name: str, data: Mapping[str, Any]) -> str:
         )
     head = ["task", "way", "begins at", "found", "steps", "validation losses", "test loss"]
     head += ["above the sweep's best, equal FLOPs", "equal steps"]
-    return "\n\n".join([said(name, data), table(head, rows, text_columns=2)])
+    broken = failures(data["runs"])
+    parts = [said(name, data)]
+    if broken:
+        parts += [f"What failed ({counted(len(broken), 'line')}):", "\n".join(f"- {line}" for line in broken)]
+    return "\n\n".join([*parts, table(head, rows, text_columns=2)])
 
 
 def loss_at(line: Line, steps: int) -> float | None:
