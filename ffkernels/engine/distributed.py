@@ -154,17 +154,15 @@ class Ranks:
         """
         try:
             total, weight, sums = measure()
-            if sums is None:
-                total, numbers = float(total), []
-            else:
-                total, *numbers = read_together(total, sums)
+            total, numbers = read_together(total, sums)
         except BaseException as error:
             self.fail(error, forwards=True)
             raise
         more = max(shares, default=0) - ROOM
         # Between two messages that belong together nobody may leave.
         with interrupt_later() if more > 0 else nullcontext():
-            rows, beside = self._exchange(Row(LOSS, False, total, weight, int(sums is not None)), numbers)
+            mine = Row(LOSS, False, total, weight, int(numbers is not None))
+            rows, beside = self._exchange(mine, numbers or ())
             mean = _sum(row.a for row in rows) / _sum(row.b for row in rows)
             if not all(row.c for row in rows):
                 return mean, None

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -102,15 +101,6 @@ def step_pace(program: StageProgram) -> tuple[float, float] | None:
     return median(host for host, _ in steps), median(total for _, total in steps)
 
 
-def _read(measured: Any) -> tuple[float, list[float] | None]:
-    """A loss, alone or with its sums by example, in one read from the device."""
-    loss, sums = measured if isinstance(measured, tuple) else (measured, None)
-    if sums is None:
-        return float(loss), None
-    loss, *sums = read_together(loss, sums)
-    return loss, sums
-
-
 class EagerExecutor:
     """The host decides after every validation: one device-to-host read of the loss per Fast Forward step."""
 
@@ -133,9 +123,9 @@ class EagerExecutor:
         try:
             while (tau := search.propose()) is not None:
                 start = perf_counter()
-                measured = program.validation() if counts is None else program.validation.measure()
+                measured = (program.validation(), None) if counts is None else program.validation.measure()
                 prepared = perf_counter()
-                loss, sums = _read(measured)
+                loss, sums = read_together(*measured)
                 validated = perf_counter()
                 # Nothing may interrupt from the decision to the end of the move: half a move has no undo.
                 with interrupt_later():

@@ -194,11 +194,8 @@ class RateProbe:
 
     def _measure(self) -> Measured:
         self._prepare()
-        loss, sums = self.validation.measure()
-        if sums is None or self._tokens is None:
-            return Measured(float(loss), None)
-        loss, *sums = read_together(loss, sums)
-        return Measured(loss, sums)
+        loss, sums = read_together(*self.validation.measure())
+        return Measured(loss, None if self._tokens is None else sums)
 
     def _move(self, table: ops.TensorTable, scale: float) -> None:
         with interrupt_later():

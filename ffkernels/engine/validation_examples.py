@@ -57,9 +57,14 @@ class ExampleSums:
         return torch.cat(rows)
 
 
-def read_together(loss: torch.Tensor, sums: torch.Tensor) -> list[float]:
-    """The loss and then the sums, in one read from the device."""
-    return torch.cat([loss.reshape(1), sums]).tolist()
+def read_together(
+    loss: torch.Tensor | float, sums: torch.Tensor | None = None
+) -> tuple[float, list[float] | None]:
+    """A loss and its sums by example, None where there are none, in one read from the device."""
+    if sums is None:
+        return float(loss), None
+    loss, *sums = torch.cat([loss.reshape(1), sums]).tolist()
+    return loss, sums
 
 
 def _real(batch: MicroBatch) -> torch.Tensor:

@@ -43,7 +43,7 @@ def test_each_example_has_its_own_loss(family, left, tiny_model, padded_batch):
     assert [s for s, _ in found] == pytest.approx([s for s, _ in expected], rel=3e-6)
     assert model.training
     loss, sums = validation.measure()
-    assert read_together(loss, sums) == [float(loss), *sums.tolist()]
+    assert read_together(loss, sums) == (float(loss), sums.tolist())
     with torch.no_grad():
         model.eval()
         assert all(map(torch.equal, validation.evaluate_with_sums(), (loss, sums)))
