@@ -148,3 +148,19 @@ def test_the_steps_ratios_are_those_of_the_result_file():
             for other in ("foreach", "loop", "state_dict")
         ]
         assert f"| {name} | {' | '.join(ratios)} |" in README
+
+
+def test_what_stages_cost_at_a_tuned_learning_rate_is_in_the_result_files():
+    shares = []
+    for batch, steps in ((16, 240), (64, 120)):
+        report = json.loads((RESULTS / f"compare_tiny_tuned_lr_batch{batch}_2026-11-21.json").read_text())
+        config = report["config"]
+        assert (config["lr"], config["batch_size"], config["steps"]) == (1e-2, batch, steps)
+        runs = {run["name"]: run for run in report["runs"]}
+        for seed in range(3):
+            adam, ours = (runs[f"{name}-s{seed}"] for name in ("adam", "parabolic"))
+            step = adam["flops"]["measured"] / adam["optimizer_steps"]
+            cost = ours["flops"]["measured"] - step * ours["optimizer_steps"]
+            shares.append(cost / adam["flops"]["measured"])
+    assert len(shares) == 6
+    assert f"at most {100 * max(shares):.1f} % of a run's FLOPs, over 120 steps of batch 64 and 240" in README
