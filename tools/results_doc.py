@@ -61,6 +61,7 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
     found["end-to-end"] = lambda: end_to_end(results, shown)
     found["end-to-end-short"] = lambda: end_to_end_short(results)
     found["learning-rates"] = lambda: results_rates.learning_rates(results)
+    found["learning-rates-short"] = lambda: results_rates.learning_rates_short(results)
     for name, data in results.items():
         if name.startswith("compare_"):
             found[name] = lambda data=data: comparison(data)

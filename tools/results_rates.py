@@ -68,6 +68,25 @@ def learning_rates(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def learning_rates_short(results: Results) -> str:
+    """What was shown of the finder, on each model."""
+    found = result_of(results)
+    if found is None:
+        return NOTHING
+    parts = [said(*found), held(found[1]["runs"])]
+    for _, data in others_of(results):
+        best = tuned([*data["runs"], *data["calibration"]])
+        mine = [line for line in compared(data["runs"], contender="find") if conditions(line) in best]
+        gaps = [one for line in mine if (one := gap(line, best)) is not None]
+        config, near = data["config"], sum(one <= NEAR for one in gaps)
+        batch = f"batch {config['batch_size']} × {config['max_length']} tokens"
+        parts.append(
+            f"{heading(config['model'])}, {batch}, the FLOPs of {config['steps']} Adam steps: within "
+            f"{percent(NEAR)} in {near} of {len(mine)} runs; the worst is {signed(max(gaps))}."
+        )
+    return "\n\n".join(parts)
+
+
 def parts_tried(lines: Sequence[Line], runs: Sequence[Line]) -> str:
     """Final test loss by part of the best update, and Adam's at the best of the rates that were tried."""
     tried = [f"best*{part:g}" for part in (0.7, 1, 1.4)]
