@@ -15,7 +15,7 @@ from learning_rate_plan import CLAIMED, SWEEP
 from learning_rate_plan import STEPS as STANDARD
 
 Line = Mapping[str, Any]
-NEAR, FAR, SHARE, FORWARDS = 0.02, 0.05, 0.9, 20  # what the finder is held to
+NEAR, FORWARDS = 0.02, 20  # what the finder is held to
 
 NAMES = {
     "adam": "Adam",
