@@ -24,7 +24,7 @@ from learning_rate_table import (
     tuned,
     verdicts,
 )
-from results_tables import Results, counted, heading, percent, table, where
+from results_tables import Results, counted, heading, percent, signed, table, where
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -246,10 +246,6 @@ def reached(of: Sequence[Line], best: Mapping[tuple[Any, ...], Line]) -> str:
     if not found:
         return ""
     return "not reached" if None in found else f"{median(found):.2f}"
-
-
-def signed(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:+.1f} %".replace("-", "−")
 
 
 def draw(figure: Figure, data: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from end_to_end_table import rate
-from results_tables import Results, heading, percent, table, where
+from results_tables import Results, heading, percent, signed, table, where
 
 
 def resampled_validation(results: Results) -> str:
@@ -81,7 +81,3 @@ def resampled_validation(results: Results) -> str:
 def of_stage(arm: str) -> str:
     kind, number = arm.split()
     return f"the same {number}" if kind == "fixed" else f"{number} others"
-
-
-def signed(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:+.1f} %".replace("-", "−")

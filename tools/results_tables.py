@@ -57,6 +57,10 @@ def heading(model: str) -> str:
     return name[:1].upper() + name[1:]
 
 
+def signed(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:+.1f} %".replace("-", "−")
+
+
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
