@@ -108,8 +108,10 @@ class LearningRateMode:
         if expected is None:
             return
         now = rates(self._optimizer)
-        away = _log_ratio(now, expected)
-        if abs(math.log(self._scale)) > math.log(2) and away > 0.5 * abs(math.log(self._scale)):
+        factor = math.log(self._scale)
+        # Only a way back counts: a warm-up goes on rising.
+        back = _log_ratio(now, expected) if factor < 0 else _log_ratio(expected, now)
+        if abs(factor) > math.log(2) and back > 0.5 * abs(factor):
             announce_once(
                 "learning-rate-overwritten",
                 f"Fast Forward found the learning rate {expected[0]:g} and set it, and something has set "
@@ -144,6 +146,6 @@ class LearningRateMode:
                 self._probe.load_state_dict(saved["probe"])
 
 
-def _log_ratio(now: Sequence[float], expected: Sequence[float]) -> float:
-    pairs = [(a, b) for a, b in zip(now, expected, strict=True) if a > 0 and b > 0]
-    return max((abs(math.log(a / b)) for a, b in pairs), default=0.0)
+def _log_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    pairs = [(a, b) for a, b in zip(above, below, strict=True) if a > 0 and b > 0]
+    return max((math.log(a / b) for a, b in pairs), default=0.0)
