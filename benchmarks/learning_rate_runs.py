@@ -204,24 +204,6 @@ def best_times(work: Work, part: float) -> Contender:
     return find_scaled(work, part / (STEADY if work.schedule == "constant" else PEAK))
 
 
-def find_twice(work: Work, at: int = 8) -> Contender:
-    """Found in the second step and once more in step ``at`` (from 1); for calibration."""
-    first = find(work)
-    optimizer, scheduler = first.optimizer, first.scheduler
-    second: list[Contender] = []
-
-    def after_step(step: int, loss: float) -> None:
-        (second[0] if second else first).after_step(step, loss)
-        if step + 2 == at:
-            first.close()
-            second.append(_again(work, optimizer, scheduler))
-
-    def found() -> float | None:
-        return second[0].found() if second else first.found()
-
-    return Contender(optimizer, scheduler, after_step, found=found, close=lambda: [c.close() for c in second])
-
-
 def best_anew(work: Work, part: float = 1.0) -> Contender:
     """The learning rate found before the training, which then begins anew; for calibration."""
     optimizer = work.adamw(work.lr)
@@ -234,24 +216,6 @@ def best_anew(work: Work, part: float = 1.0) -> Contender:
     return Contender(optimizer, work.scheduler(optimizer), found=lambda: lr)
 
 
-def _again(work: Work, optimizer: torch.optim.Optimizer, scheduler: Any) -> Contender:
-    session = work.session
-    settings = FastForwardConfig(learning_rate="find", find_after=1, interval=NEVER)
-    ff = FastForward(session.model, optimizer, session.validation, settings, scheduler=scheduler)
-    charged = False
-
-    def after_step(step: int, loss: float) -> None:
-        nonlocal charged
-        if not charged and ff.finding is not None:
-            work.charge(forwards=ff.finding.evaluations, flops=ff.finding.flops)
-            charged = True
-
-    def found() -> float | None:
-        return None if ff.finding is None else ff.finding.lr
-
-    return Contender(optimizer, scheduler, after_step, found=found, close=ff.detach)
-
-
 CONTENDERS: dict[str, Callable[[Work], Contender]] = {
     "adam": adam,
     "find": find,
@@ -261,7 +225,6 @@ CONTENDERS: dict[str, Callable[[Work], Contender]] = {
     "best*1": lambda work: best_times(work, 1.0),
     "best*0.7": lambda work: best_times(work, 0.7),
     "best*0.35": lambda work: best_times(work, 0.35),
-    "find-twice": find_twice,
     "best*1 anew": best_anew,
     "best*1.4 anew": lambda work: best_anew(work, 1.4),
 }
