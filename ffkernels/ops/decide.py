@@ -84,15 +84,20 @@ def _higher(sums, best, examples, rows, critical):
     weights = examples + rows
     total = tl.full([], 0.0, tl.float64)
     size = tl.full([], 0.0, tl.float64)
-    for i in range(rows):
+    # No range(): the interpreter of Triton 3.6 cannot make one of a loaded number under NumPy 2.4 and newer.
+    i = rows - rows
+    while i < rows:
         total += tl.load(sums + i) - tl.load(best + i)
         size += tl.load(tokens + i)
+        i += 1
     mean = total / size
     spread = tl.full([], 0.0, tl.float64)
-    for i in range(rows):
+    i = rows - rows
+    while i < rows:
         moved = tl.load(sums + i) - tl.load(best + i)
         rest = (moved - tl.load(tokens + i) * mean) * tl.load(weights + i)
         spread += rest * rest
+        i += 1
     return (total > 0.0) & (total * total > critical * spread)
 
 
@@ -104,9 +109,11 @@ def _is_sure(loss, count, lowest, sums, best, examples, capacity):
     if (count == 0) | (loss < lowest):
         sure = count < 0
         lane = tl.arange(0, 32)
-        for start in range(0, rows, 32):
+        start = rows - rows
+        while start < rows:
             inside = start + lane < rows
             tl.store(best + start + lane, tl.load(sums + start + lane, inside), inside)
+            start += 32
     else:
         if sure == 0:
             critical = tl.load(examples + 2 + count)
