@@ -164,7 +164,10 @@ finally:
 """
 
 
-@pytest.mark.parametrize("handler", ["signal.default_int_handler", "signal.SIG_IGN"])
+@pytest.mark.parametrize(
+    "handler",
+    ["signal.default_int_handler", pytest.param("signal.SIG_IGN", marks=pytest.mark.slow)],
+)
 def test_a_stage_whose_time_is_up_says_what_it_found(benchmarks, tmp_path, monkeypatch, handler):
     check = benchmarks("gpu_check")
     monkeypatch.setattr(check, "LAST_WORDS_SECONDS", 1)

@@ -218,6 +218,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_ranks_of_ddp_decide_alike(contribution, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     outputs = [tmp_path / f"rank{rank}.pt" for rank in range(2)]
