@@ -83,7 +83,13 @@ class CausalLM:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where inputs go: the device of the first parameter or buffer that holds data."""
+    """Where inputs go: the device of the first parameter or buffer that holds data.
+
+    Raises:
+        TypeError: for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.device.type != "meta":
             return tensor.device

@@ -101,8 +101,7 @@ class ValidationLoss:
         check: bool = True,
         process_group: Any = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
+        self._device = model_device(model)
         if micro_batch_tokens is not None and (
             isinstance(micro_batch_tokens, bool)
             or not isinstance(micro_batch_tokens, int)
@@ -114,7 +113,6 @@ class ValidationLoss:
         self.model = model
         self.path, self.reason = "generic", ""
         self.examples = self.tokens = self.version = 0
-        self._device = model_device(model)
         self._fsdp, self._replicas = fsdp_modules(model), replicas(model)
         self._max_tokens = micro_batch_tokens or _TOKENS.get(self._device.type, _TOKENS_ELSEWHERE)
         self._check, self._process_group = check, process_group

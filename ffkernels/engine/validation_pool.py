@@ -33,6 +33,7 @@ from ffkernels.engine.validation_batches import (
     read_batches,
     read_examples,
 )
+from ffkernels.engine.validation_generic import is_loss_function
 
 __all__ = ["ValidationPool", "draw_for_stage"]
 
@@ -83,15 +84,14 @@ class ValidationPool(ValidationLoss):
         check: bool = True,
         process_group: Any = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
+        device = model_device(model)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"size={size!r}: must be an integer of at least 1")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed={seed!r}: must be an integer of at least 0")
-        ranks = Ranks.present(model_device(model), process_group or training_group(model))
+        ranks = Ranks.present(device, process_group or training_group(model))
         with together(ranks):
-            self._prepare_pool(pool, collator, size, seed, model_device(model))
+            self._prepare_pool(pool, collator, size, seed, device)
         super().__init__(
             model,
             self._places or [self._pool[i] for i in self._indices(0)],
@@ -173,7 +173,7 @@ def _pick(stratum: Sequence[int], number: int, seed: int, place: int) -> int:
 
 def _read(pool: Any, collator: Callable[..., Any] | None) -> tuple[list[Batch], list[Any]]:
     """The pool as batches of one row, and the examples that a collator made them of."""
-    if callable(pool) and not any(hasattr(pool, name) for name in ("__iter__", "__getitem__")):
+    if is_loss_function(pool):
         raise TypeError("the pool is a callable, which has no examples: pass batches or a dataset")
     if collator is None:
         return [row for batch in read_batches(pool, None, 1) for row in _taken_apart(batch)], []

@@ -26,6 +26,7 @@ from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.fast_forward import FastForward, Stage
 from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.validation_generic import is_loss_function
 from ffkernels.engine.validation_pool import ValidationPool
 from ffkernels.engine.weights import NameFilter
 from ffkernels.ops.notices import announce_once
@@ -114,7 +115,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             raise ValueError(f"examples={examples!r}: must be an integer of at least 1")
         if pool is not None and (isinstance(pool, bool) or not isinstance(pool, int) or pool < examples):
             raise ValueError(f"pool={pool!r}: must be an integer of at least examples={examples}, or None")
-        if pool is not None and (isinstance(validation, ValidationLoss) or _is_loss_function(validation)):
+        if pool is not None and (isinstance(validation, ValidationLoss) or is_loss_function(validation)):
             kind = type(validation).__name__
             raise ValueError(f"pool={pool}: a {kind} has no examples to draw from; pass a dataset or batches")
         self.validation, self.config, self.examples = validation, config or FastForwardConfig(), examples
@@ -235,7 +236,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         # The same examples and masks after a resume as before it, and no trace in the training's randomness.
         with keep_random_state(next(model.parameters()).device):
             set_seed(seed)
-            if not _is_loss_function(given) and not isinstance(given, torch.utils.data.DataLoader):
+            if not is_loss_function(given) and not isinstance(given, torch.utils.data.DataLoader):
                 given = trainer_access.first_examples(given, self.pool)
                 first = next(iter(given), None)
                 if first is not None and not trainer_access.is_batch(first):
@@ -300,7 +301,3 @@ class FastForwardCallback(TrainerCallback, ExportableState):
 
 def _nothing() -> None:
     pass
-
-
-def _is_loss_function(given: Any) -> bool:
-    return callable(given) and not any(hasattr(given, name) for name in ("__iter__", "__getitem__"))
