@@ -114,9 +114,8 @@ class Session:
             self.ff = attach(self)
         elif config.fast_forward is not None:
             settings, scheduler = config.fast_forward, None
-            if (
-                settings.learning_rate == "find"
-            ):  # never stepped: it says what shape ``update`` gives the rate
+            if settings.learning_rate == "find":
+                # Never stepped: it says what shape ``update`` gives the rate.
                 scheduler = LambdaLR(self.optimizer, lambda step: self.learning_rate(step) / config.lr)
             self.ff = FastForward(self.model, self.optimizer, self.validation, settings, scheduler=scheduler)
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -71,6 +74,16 @@ def own_loss(model, examples, device) -> float:
         return float(model(**on(device, examples)).loss)
 
 
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What makes the host wait for the device raises here."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class Captured:
     """A capture of `validation.evaluate_with_sums()`; calling it replays it and returns the loss."""
 
@@ -84,11 +97,8 @@ class Captured:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 validation.evaluate_with_sums()
-                torch.cuda.set_sync_debug_mode("error")
-                try:
+                with no_waiting():
                     validation.evaluate_with_sums()
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(self.graph, stream=stream):
                 self.loss, self.sums = validation.evaluate_with_sums()
@@ -197,11 +207,8 @@ def test_nothing_waits_for_the_device(gpu):
     validation = ValidationLoss(with_lora(build("Llama", gpu)), [batch(8, 100)])
     with evaluation_mode(validation.model, gpu):
         validation.evaluate_with_sums()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             validation.evaluate_with_sums()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
