@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -65,6 +66,30 @@ def same_environment():
             os.environ[name] = value
 
 
+@pytest.fixture()
+def default_precision():
+    """PyTorch's precision of float32 products, as it is at the start, before and after the test.
+
+    The old and the new interface keep states of their own: setting the old one back sets the new one too.
+    """
+    torch = pytest.importorskip("torch")
+
+    def reset() -> None:
+        torch.set_float32_matmul_precision("highest")
+        for holder in (
+            torch.backends,
+            torch.backends.cudnn,
+            torch.backends.cuda.matmul,
+            torch.backends.mkldnn,
+            torch.backends.mkldnn.matmul,
+        ):
+            holder.fp32_precision = "none"
+
+    reset()
+    yield
+    reset()
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """TrainConfig arguments: a random two-layer GPT-NeoX over bytes, and 120 lines of arithmetic.
@@ -106,3 +131,38 @@ def small(tmp_path_factory):
         "evaluate_every": 0,
         "device": "cpu",
     }
+
+
+def _batch(rows: int = 5, length: int = 24, *, left: bool = False, seed: int = 0, prompt: int = 2):
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (rows, length), generator=generator)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    for row in range(rows):
+        kept = int(torch.randint(prompt + 2, length + 1, (), generator=generator))
+        padding = slice(0, length - kept) if left else slice(kept, length)
+        first = length - kept if left else 0
+        mask[row, padding] = 0
+        ids[row, padding] = 0
+        labels[row, padding] = -100
+        labels[row, first : first + prompt] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture
+def padded_batch():
+    """`padded_batch(rows, length, left=, seed=, prompt=)`: random rows, the prompt's labels −100.
+
+    Token numbers are below 97, which all models of the tests have.
+    """
+    return _batch
+
+
+@pytest.fixture(scope="session")
+def situations():
+    """The module `tests/engine/situations.py`; its assertions show what they compared, as a test's do."""
+    pytest.register_assert_rewrite("situations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tests" / "engine"))
+        yield importlib.import_module("situations")

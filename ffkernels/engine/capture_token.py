@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ffkernels.engine.causal_lm import find_autocast
+from ffkernels.engine.tf32 import cuda_products_in_tf32
 
 if TYPE_CHECKING:
     from ffkernels.engine.validation import ValidationLoss
@@ -190,11 +191,9 @@ def _autocast_state(validation: ValidationLoss) -> tuple:
 
 def _precision() -> tuple:
     matmul = torch.backends.cuda.matmul
-    # "none" leaves the choice to the wider setting, and that to the default.
-    widths = (getattr(matmul, "fp32_precision", "none"), getattr(torch.backends, "fp32_precision", "none"))
     return (
         torch.are_deterministic_algorithms_enabled(),
-        next((width for width in widths if width != "none"), "ieee"),
+        "TF32" if cuda_products_in_tf32() else "IEEE float32",
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from ffkernels import ops
 from ffkernels.engine.causal_lm import find_autocast
 from ffkernels.engine.executors import StageProgram
+from ffkernels.engine.tf32 import cuda_products_in_tf32
 
 __all__ = ["Snapshot", "difference", "follow", "loss_tolerance"]
 
@@ -44,7 +45,7 @@ def loss_tolerance(validation: Any, device: torch.device) -> float:
     if wrapped is not None and wrapped._enabled:
         dtypes.add(wrapped.fast_dtype)
     allowed = [_TOLERANCE.get(dtype, _TOLERANCE_UNKNOWN) for dtype in dtypes] or [_TOLERANCE_UNKNOWN]
-    if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+    if device.type == "cuda" and torch.float32 in dtypes and cuda_products_in_tf32():
         allowed.append(_TOLERANCE_TF32)
     return max(allowed)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ffkernels.engine.causal_lm import CausalLM, find_autocast
+from ffkernels.engine.tf32 import cuda_products_in_tf32
 from ffkernels.engine.validation_batches import IGNORE, Example
 from ffkernels.engine.validation_fast import LabelledLoss
 from ffkernels.engine.validation_generic import ModelLoss
@@ -81,14 +82,14 @@ def _as_batch(examples: Sequence[Example]) -> dict[str, Any]:
 
 def _tolerance(lm: CausalLM, model: nn.Module, device: torch.device) -> float:
     """By the coarsest precision at work: the parameters', the active autocast's, TF32's."""
-    tolerances = [_TOLERANCE.get(p.dtype, 2e-2) for p in model.parameters() if p.is_floating_point()]
-    tolerances.append(0.0)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if torch.is_autocast_enabled(device.type):
-        tolerances.append(_TOLERANCE.get(torch.get_autocast_dtype(device.type), 2e-2))
+        dtypes.add(torch.get_autocast_dtype(device.type))
     wrapped = find_autocast(lm.wrappers)
     if wrapped is not None and wrapped._enabled:
-        tolerances.append(_TOLERANCE.get(wrapped.fast_dtype, 2e-2))
-    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        dtypes.add(wrapped.fast_dtype)
+    tolerances = [_TOLERANCE.get(dtype, 2e-2) for dtype in dtypes] or [0.0]
+    if device.type == "cuda" and torch.float32 in dtypes and cuda_products_in_tf32():
         tolerances.append(_TOLERANCE_TF32)
     if any(not (p.is_floating_point() or p.is_complex()) for p in model.parameters()):
         tolerances.append(2e-2)  # quantised weights are computed in a 16-bit type

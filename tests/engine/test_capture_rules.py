@@ -291,7 +291,7 @@ def test_a_disabled_adapter_comes_back(lora):
 
 
 @pytest.mark.parametrize("kind", ["global hook", "autocast", "float32", "sdp", "deterministic", "reduced"])
-def test_switches_outside_the_model_are_seen(kind, lora):
+def test_switches_outside_the_model_are_seen(kind, lora, default_precision):
     _, validation = lora
     before = token(validation)
     matmul = torch.backends.cuda.matmul
@@ -307,10 +307,9 @@ def test_switches_outside_the_model_are_seen(kind, lora):
                 assert token(validation) == after
         words = "autocast (None → torch.bfloat16)"
     elif kind == "float32":
-        was = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
         after = token(validation)
-        torch.set_float32_matmul_precision(was)
+        torch.set_float32_matmul_precision("highest")
         words = "precision or determinism switch"
     elif kind == "sdp":
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
