@@ -46,10 +46,10 @@ WAYS = {
     "the backend": ([lambda: backend("tf32")], True),
     "all but the products": ([lambda: root("tf32"), lambda: products("ieee")], False),
     "all but the backend": ([lambda: root("tf32"), lambda: backend("ieee")], False),
-    "an override taken back": ([lambda: root("tf32"), lambda: products("ieee"), lambda: products("none")], True),
+    "all again": ([lambda: root("tf32"), lambda: products("ieee"), lambda: products("none")], True),
     "the old one over the root": ([allow, lambda: root("ieee")], True),
     "what CUDA has not": ([lambda: root("bf16")], False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
