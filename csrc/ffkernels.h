@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 /* Raised whenever a signature or a layout below changes; the loader refuses any other number. */
-#define FFK_ABI 1
+#define FFK_ABI 2
 
 #define FFK_E_DTYPE (-1)
 #define FFK_E_ROWS (-2)
@@ -67,22 +67,23 @@ FFK_API int32_t ffk_cpu_step(const ffk_group* groups, int64_t count, int32_t acc
 FFK_API int32_t ffk_cpu_absmax(const ffk_group* groups, int64_t count, int32_t threads, float* out);
 
 /* The same moves on a GPU, in a library of their own: `rows` of each group are in the device's memory, the groups
- * themselves in the host's. One launch per group, on `stream` (a cudaStream_t of `device`), nothing waited for. They
- * return 0, an FFK_E code before anything was launched, or a cudaError_t. */
+ * themselves in the host's. The device that holds the rows must be the calling thread's current one. One launch per
+ * group, on `stream` (a cudaStream_t of that device), nothing waited for. They return 0, an FFK_E code before anything
+ * was launched, or a cudaError_t. */
 FFK_API int32_t ffk_cuda_abi(void);
 FFK_API const char* ffk_cuda_source_id(void);
 FFK_API const char* ffk_cuda_error_string(int32_t code);
 
-/* Loads every kernel on `device`, which must not happen for the first time while a graph is captured. The error tells
- * whether the library can run there at all. */
-FFK_API int32_t ffk_cuda_prepare(int32_t device);
+/* Loads every kernel on the current device, which must not happen for the first time while a graph is captured. The
+ * error tells whether the library can run there at all. */
+FFK_API int32_t ffk_cuda_prepare(void);
 
-FFK_API int32_t ffk_cuda_checkpoint(const ffk_group* groups, int64_t count, int32_t device, void* stream);
-FFK_API int32_t ffk_cuda_delta(const ffk_group* groups, int64_t count, int32_t device, void* stream);
+FFK_API int32_t ffk_cuda_checkpoint(const ffk_group* groups, int64_t count, void* stream);
+FFK_API int32_t ffk_cuda_delta(const ffk_group* groups, int64_t count, void* stream);
 
 /* accept_at and k_at point into the device's memory, or are null: then accept and k hold. */
 FFK_API int32_t ffk_cuda_step(const ffk_group* groups, int64_t count, const int32_t* accept_at, const float* k_at,
-                              int32_t accept, float k, int32_t device, void* stream);
+                              int32_t accept, float k, void* stream);
 
 #ifdef __cplusplus
 }

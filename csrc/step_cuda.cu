@@ -247,35 +247,14 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int64_t kMaxRows = 0x7fffffff;  // gridDim.x
 
-class OnDevice {
- public:
-  explicit OnDevice(int32_t device) : wanted_(device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != wanted_) error_ = cudaSetDevice(wanted_);
-    // Told to the caller, and to nobody else: left pending, it would be blamed on the next launch of the process.
-    if (error_ != cudaSuccess) cudaGetLastError();
-  }
-  ~OnDevice() {
-    if (error_ == cudaSuccess && before_ != wanted_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  int wanted_, before_ = 0;
-  cudaError_t error_;
-};
-
-// Everything is checked before the first launch.
+// Everything is checked before the first launch. Which device is current is the caller's business: this library has a
+// runtime of its own, which need not know what another one in the process has chosen.
 template <class Launch>
-int32_t for_groups(const ffk_group* groups, int64_t count, int32_t device, void* stream, const Launch& launch) {
+int32_t for_groups(const ffk_group* groups, int64_t count, void* stream, const Launch& launch) {
   for (int64_t g = 0; g < count; ++g) {
     if (groups[g].dtype < FFK_FLOAT32 || groups[g].dtype > FFK_FLOAT16) return FFK_E_DTYPE;
     if (groups[g].count > kMaxRows) return FFK_E_ROWS;
   }
-  const OnDevice guard(device);
-  if (guard.error() != cudaSuccess) return guard.error();
   for (int64_t g = 0; g < count; ++g) {
     if (groups[g].count == 0) continue;
     launch(groups[g], static_cast<unsigned>(groups[g].count), static_cast<cudaStream_t>(stream));
@@ -299,9 +278,7 @@ const char* ffk_cuda_error_string(int32_t code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
-int32_t ffk_cuda_prepare(int32_t device) {
-  const OnDevice guard(device);
-  if (guard.error() != cudaSuccess) return guard.error();
+int32_t ffk_cuda_prepare(void) {
   const void* kernels[] = {
       reinterpret_cast<const void*>(checkpoint_kernel<uint32_t>), reinterpret_cast<const void*>(checkpoint_kernel<uint16_t>),
       reinterpret_cast<const void*>(delta_kernel<Float32>),       reinterpret_cast<const void*>(delta_kernel<BFloat16>),
@@ -312,15 +289,15 @@ int32_t ffk_cuda_prepare(int32_t device) {
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
     if (error != cudaSuccess) {
-      cudaGetLastError();
+      cudaGetLastError();  // left pending, it would be blamed on the next launch
       return error;
     }
   }
   return 0;
 }
 
-int32_t ffk_cuda_checkpoint(const ffk_group* groups, int64_t count, int32_t device, void* stream) {
-  return for_groups(groups, count, device, stream, [](const ffk_group& group, unsigned rows, cudaStream_t on) {
+int32_t ffk_cuda_checkpoint(const ffk_group* groups, int64_t count, void* stream) {
+  return for_groups(groups, count, stream, [](const ffk_group& group, unsigned rows, cudaStream_t on) {
     if (group.dtype == FFK_FLOAT32)
       checkpoint_kernel<uint32_t><<<rows, kThreads, 0, on>>>(group.rows);
     else
@@ -328,8 +305,8 @@ int32_t ffk_cuda_checkpoint(const ffk_group* groups, int64_t count, int32_t devi
   });
 }
 
-int32_t ffk_cuda_delta(const ffk_group* groups, int64_t count, int32_t device, void* stream) {
-  return for_groups(groups, count, device, stream, [](const ffk_group& group, unsigned rows, cudaStream_t on) {
+int32_t ffk_cuda_delta(const ffk_group* groups, int64_t count, void* stream) {
+  return for_groups(groups, count, stream, [](const ffk_group& group, unsigned rows, cudaStream_t on) {
     if (group.dtype == FFK_FLOAT32)
       delta_kernel<Float32><<<rows, kThreads, 0, on>>>(group.rows);
     else if (group.dtype == FFK_BFLOAT16)
@@ -340,8 +317,8 @@ int32_t ffk_cuda_delta(const ffk_group* groups, int64_t count, int32_t device, v
 }
 
 int32_t ffk_cuda_step(const ffk_group* groups, int64_t count, const int32_t* accept_at, const float* k_at,
-                      int32_t accept, float k, int32_t device, void* stream) {
-  return for_groups(groups, count, device, stream, [=](const ffk_group& group, unsigned rows, cudaStream_t on) {
+                      int32_t accept, float k, void* stream) {
+  return for_groups(groups, count, stream, [=](const ffk_group& group, unsigned rows, cudaStream_t on) {
     if (group.dtype == FFK_FLOAT32)
       step_kernel<Float32><<<rows, kThreads, 0, on>>>(group.rows, accept_at, k_at, accept, k);
     else if (group.dtype == FFK_BFLOAT16)

@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 from ffkernels.ops import build
 from ffkernels.ops.table import Plan
 
-ABI = 1
+ABI = 2
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CURE = "run `ffkernels doctor --build` (needs a C++ compiler), or reinstall ffkernels where one is present"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -70,12 +71,12 @@ def build_cuda() -> Path:
 
 def _open(path: Path) -> ctypes.CDLL:
     groups = (ctypes.POINTER(Group), ctypes.c_int64)
-    pointer, where = ctypes.c_void_p, (ctypes.c_int32, ctypes.c_void_p)
+    pointer = stream = ctypes.c_void_p
     signatures = {
-        "prepare": (ctypes.c_int32,),
-        "checkpoint": (*groups, *where),
-        "delta": (*groups, *where),
-        "step": (*groups, pointer, pointer, ctypes.c_int32, ctypes.c_float, *where),
+        "prepare": (),
+        "checkpoint": (*groups, stream),
+        "delta": (*groups, stream),
+        "step": (*groups, pointer, pointer, ctypes.c_int32, ctypes.c_float, stream),
     }
     library = open_library(path, "ffk_cuda_", _digest(), signatures)
     library.ffk_cuda_error_string.argtypes = (ctypes.c_int32,)
@@ -96,12 +97,22 @@ def usable(index: int) -> str | None:
     loaded = load()
     if loaded.library is None:
         return loaded.reason
-    code = loaded.library.ffk_cuda_prepare(index)
+    with _current(index):
+        code = loaded.library.ffk_cuda_prepare()
     return None if code == 0 else f"{loaded.path} does not run on cuda:{index}: {_message(loaded, code)}"
 
 
 def _message(loaded: NativeLibrary, code: int) -> str:
     return f"{loaded.library.ffk_cuda_error_string(code).decode()} (code {code})"
+
+
+def _current(index: int) -> AbstractContextManager:
+    """CUDA device `index` as the current one, on which the library works; mostly it is that already.
+
+    It is torch that switches, and switches back: the library's own copy of the CUDA runtime need not know
+    which device torch has chosen.
+    """
+    return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
 class Moves:
@@ -120,8 +131,9 @@ class Moves:
         self.step = loaded.library.ffk_cuda_step
 
     def launch(self, function, *arguments) -> None:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        code = function(self.table, self.count, *arguments, self.index, stream)
+        with _current(self.index):
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            code = function(self.table, self.count, *arguments, stream)
         if code != 0:
             raise RuntimeError(f"the launch on {self.device} failed: {_message(self.loaded, code)}")
 

@@ -11,6 +11,7 @@ import itertools
 import re
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +58,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     opened.ffk_cuda_error_string.restype = ctypes.c_char_p
     opened.ffk_cuda_step.argtypes = (
         *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
-        *(ctypes.c_int32, ctypes.c_float, ctypes.c_int32, ctypes.c_void_p),
+        *(ctypes.c_int32, ctypes.c_float, ctypes.c_void_p),
     )
     return opened
 
@@ -125,7 +126,7 @@ def test_step(library, dtype, skips):
         reference.step_(*want, bool(accept), ctypes.c_float(k).value)
         flag, factor = torch.tensor([accept], dtype=torch.int32), torch.tensor([k])
         at = (flag.data_ptr(), factor.data_ptr(), 1 - accept, 7.0) if on_device else (None, None, accept, k)
-        assert library.ffk_cuda_step(*groups_of(plan_of(sides)), *at, 0, None) == 0
+        assert library.ffk_cuda_step(*groups_of(plan_of(sides)), *at, None) == 0
         assert_same(sides, want)
     assert library.ffk_misaligned_accesses() == before
 
@@ -137,13 +138,13 @@ def test_delta_and_checkpoint(library, dtype, skips):
     sides = make_set(dtype, skips)
     want = copies(sides)
     reference.delta_(*want)
-    assert library.ffk_cuda_delta(*groups_of(plan_of(sides)), 0, None) == 0
+    assert library.ffk_cuda_delta(*groups_of(plan_of(sides)), None) == 0
     assert_same(sides, want)
 
     weights, _, best = sides
     best.tensors[0].zero_()
     plan = make_plan(weights.tensors, None, best.tensors, chunk=GPU_CHUNK)
-    assert library.ffk_cuda_checkpoint(*groups_of(plan), 0, None) == 0
+    assert library.ffk_cuda_checkpoint(*groups_of(plan), None) == 0
     assert_same([weights, best], [want[0], want[0]])
     assert library.ffk_misaligned_accesses() == before
 
@@ -155,7 +156,7 @@ def test_the_alignment_check_itself(library):
     plan.groups[0].rows.add_(torch.tensor([2, 2, 2, 0]))  # not even a multiple of the element
     plan.groups[0].rows[:, 3] = 1
     before = library.ffk_misaligned_accesses()
-    assert library.ffk_cuda_step(*groups_of(plan), None, None, 1, 0.5, 0, None) == 0
+    assert library.ffk_cuda_step(*groups_of(plan), None, None, 1, 0.5, None) == 0
     assert library.ffk_misaligned_accesses() > before
 
 
@@ -170,14 +171,14 @@ def test_zero_k_copies_bits_and_reads_no_delta(library, dtype):
     bits(sides[2].tensors[4])[3] = 0x7F800001 if dtype == torch.float32 else 0x7F81
     plan.groups[0].rows[:, 1] = 0  # reading Δ now would end the process
     want = copies(sides)
-    assert library.ffk_cuda_step(*groups_of(plan), None, None, 0, 0.0, 0, None) == 0
+    assert library.ffk_cuda_step(*groups_of(plan), None, None, 0, 0.0, None) == 0
     assert_same(sides, [want[2], want[1], want[2]])
 
 
 def test_a_refused_step_leaves_best_alone(library):
     sides = make_set(torch.float32, (0, 0, 0))
     want = copies(sides)
-    assert library.ffk_cuda_step(*groups_of(plan_of(sides)), None, None, 0, 1.0, 0, None) == 0
+    assert library.ffk_cuda_step(*groups_of(plan_of(sides)), None, None, 0, 1.0, None) == 0
     assert_same([sides[2]], [want[2]])
 
 
@@ -189,11 +190,11 @@ def test_several_dtypes_and_an_empty_group(library):
     assert [group.dtype for group in plan.groups] == list(DTYPES.values())
     reference.step_(*want, True, 0.5)
     groups, count = groups_of(plan)
-    assert library.ffk_cuda_step(groups, count, None, None, 1, 0.5, 0, None) == 0
+    assert library.ffk_cuda_step(groups, count, None, None, 1, 0.5, None) == 0
     for got, expected in zip(merged, want, strict=True):
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, expected, strict=True))
     groups[1].count = 0
-    assert library.ffk_cuda_step(groups, count, None, None, 1, 0.0, 0, None) == 0
+    assert library.ffk_cuda_step(groups, count, None, None, 1, 0.0, None) == 0
 
 
 def test_bad_tables_are_refused_before_anything_is_written(library):
@@ -202,10 +203,10 @@ def test_bad_tables_are_refused_before_anything_is_written(library):
     groups, _ = groups_of(plan_of(sides))
     both = (Group * 2)(groups[0], groups[0])
     both[1].dtype = 3
-    assert library.ffk_cuda_step(both, 2, None, None, 1, 1.0, 0, None) == -1
+    assert library.ffk_cuda_step(both, 2, None, None, 1, 1.0, None) == -1
     assert b"dtype" in library.ffk_cuda_error_string(-1)
     both[1].dtype, both[1].count = 0, 2**31
-    assert library.ffk_cuda_delta(both, ctypes.c_int64(2), 0, None) == -2
+    assert library.ffk_cuda_delta(both, ctypes.c_int64(2), None) == -2
     assert b"rows" in library.ffk_cuda_error_string(-2)
     assert_same(sides, want)
 
@@ -213,19 +214,18 @@ def test_bad_tables_are_refused_before_anything_is_written(library):
 @pytest.fixture
 def on_host(library, monkeypatch):
     """native_cuda with this library in the place of the real one, and no GPU's stream to ask for."""
-    for name, arguments in (
-        ("ffk_cuda_checkpoint", [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p]),
-        ("ffk_cuda_delta", [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p]),
-    ):
+    for name in ("ffk_cuda_checkpoint", "ffk_cuda_delta"):
+        arguments = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
         monkeypatch.setattr(getattr(library, name), "argtypes", arguments)
     monkeypatch.setattr(native_cuda, "load", lambda: NativeLibrary(library, Path("on_host"), "loaded"))
     stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     plans = []
 
-    def plan(weights, deltas, best):
+    def plan(weights, deltas, best, index=0):
         made = make_plan(weights, deltas, best, chunk=GPU_CHUNK)
-        made.device = torch.device("cuda", 0)
+        made.device = torch.device("cuda", index)
         plans.append(made)
         return made
 
@@ -269,11 +269,69 @@ def test_versions_move_on_by_what_the_host_knows(on_host):
         assert tuple(side[0]._version for side in sides) == written, (accept, k)
 
 
-def test_a_device_that_is_not_there_is_an_error_of_this_call_only(library):
+class Devices:
+    """torch's notion of the current device, and on which one each call of the library came."""
+
+    def __init__(self, library, monkeypatch) -> None:
+        self.current, self.entered, self.calls = 0, [], []
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr(torch.cuda, "current_stream", self.stream)
+        noted = SimpleNamespace(ffk_cuda_error_string=library.ffk_cuda_error_string)
+        for name in ("prepare", "checkpoint", "delta", "step"):
+            setattr(noted, f"ffk_cuda_{name}", self.noting(name, getattr(library, f"ffk_cuda_{name}")))
+        monkeypatch.setattr(native_cuda, "load", lambda: NativeLibrary(noted, Path("on_host"), "loaded"))
+
+    @contextmanager
+    def device(self, index: int):
+        self.entered.append(index)
+        before, self.current = self.current, index
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def stream(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=100 + device.index)
+
+    def noting(self, name: str, function):
+        def call(*arguments):
+            self.calls.append((name, self.current, arguments[-1] if arguments else None))
+            return function(*arguments)
+
+        return call
+
+
+def test_a_move_is_launched_with_its_own_device_as_the_current_one(library, on_host, monkeypatch):
+    devices = Devices(library, monkeypatch)
+    for index in (0, 1):
+        sides = [[torch.ones(3)] for _ in range(3)]
+        plan = on_host(*sides, index=index)
+        native_cuda.checkpoint_(plan, sides[2])
+        native_cuda.delta_(plan, sides[1], sides[2])
+        native_cuda.step_(plan, sides[0], sides[2], True, 1.0)
+        assert devices.calls == [(name, index, 100 + index) for name in ("checkpoint", "delta", "step")]
+        assert devices.entered == [index] * 3 * index, "nothing is switched where that device is current"
+        devices.calls.clear()
+    plan.native.table[0].dtype = 9
+    with pytest.raises(RuntimeError, match="launch on cuda:1 failed"):
+        native_cuda.checkpoint_(plan, sides[2])
+    assert devices.current == 0
+
+
+def test_kernels_are_loaded_on_the_device_that_is_asked_about(library, on_host, monkeypatch):
+    devices = Devices(library, monkeypatch)
+    for index in (0, 1):
+        assert native_cuda.usable.__wrapped__(index) is None
+    assert (devices.calls, devices.entered) == ([("prepare", 0, None), ("prepare", 1, None)], [1])
+
+
+def test_an_error_is_told_once_and_left_to_no_later_call(library):
+    sides = make_set(torch.float32, (0, 0, 0))
     for call in (
-        lambda: library.ffk_cuda_prepare(99),
-        lambda: library.ffk_cuda_step(None, 0, None, None, 1, 1.0, 99, None),
+        library.ffk_cuda_prepare,
+        lambda: library.ffk_cuda_step(*groups_of(plan_of(sides)), None, None, 1, 1.0, None),
     ):
-        assert call() == 101
-        assert library.ffk_pending_error() == 0
-    assert library.ffk_cuda_prepare(0) == 0
+        library.ffk_fail()
+        assert call() == 209
+        assert library.ffk_pending_error() == 0 and call() == 0

@@ -68,9 +68,9 @@ def test_a_broken_library_falls_back_and_says_so_once(fresh_native, tmp_path):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("int ffk_abi(void) { return 99; }", "it has ABI 99, this ffkernels needs 1"),
+        ("int ffk_abi(void) { return 99; }", "it has ABI 99, this ffkernels needs 2"),
         (
-            'int ffk_abi(void) { return 1; } const char* ffk_source_id(void) { return "x"; }',
+            'int ffk_abi(void) { return 2; } const char* ffk_source_id(void) { return "x"; }',
             "built from other sources",
         ),
         ("int other;", "undefined symbol"),

@@ -68,18 +68,17 @@ void __stcs(A* at, A value) {
   *at = value;
 }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209 };
 using cudaStream_t = void*;
 struct cudaFuncAttributes {};
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// As on a GPU, an error that nobody asks for stays pending.
+// As on a GPU, an error that nobody asks for stays pending. The test can leave one there, as a launch would.
 static cudaError_t pending = cudaSuccess;
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : pending = cudaErrorInvalidDevice; }
 inline cudaError_t cudaGetLastError() {
   const cudaError_t last = pending;
   pending = cudaSuccess;
   return last;
 }
 extern "C" __attribute__((visibility("default"))) int32_t ffk_pending_error() { return pending; }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+extern "C" __attribute__((visibility("default"))) void ffk_fail() { pending = cudaErrorNoKernelImageForDevice; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return pending; }
 inline const char* cudaGetErrorString(cudaError_t) { return "none: this is a CPU"; }
