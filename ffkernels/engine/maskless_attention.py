@@ -6,6 +6,11 @@ mask that costs flash attention and grouped heads. It leaves a model alone whose
 its mask table does not know. So the same SDPA function is registered under a private name, and the
 model's configs carry that name for the duration of a call.
 
+Without a mask transformers leaves keys and values ungrouped to SDPA (`enable_gqa=True`). On CUDA flash
+attention takes such, in 16 bits only, and the memory-efficient kernel does not: float32 would be left to
+plain products, with scores (rows, heads, length, length) in float32. There the keys and values are repeated
+first, once per group, (rows, heads, length, width) each.
+
 "eager" attention, which families with capped attention logits need, knows no causality without a mask. It
 is given one that was made once, (1, 1, length, length): transformers takes it as it is and reads nothing.
 
@@ -15,7 +20,7 @@ Right only for causal attention over right-padded rows: exactly what the fast pa
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,8 +64,35 @@ def _register() -> bool:
     if functions is None or "sdpa" not in functions or not hasattr(type(functions), "register"):
         return False
     if PRIVATE_NAME not in functions:
-        type(functions).register(PRIVATE_NAME, functions["sdpa"])
+        type(functions).register(PRIVATE_NAME, _fused(functions["sdpa"]))
     return True
+
+
+def _fused(sdpa: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' SDPA function, kept on a fused kernel where it would leave one."""
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **options: Any
+    ) -> Any:
+        groups = getattr(module, "num_key_value_groups", 1)
+        if groups > 1 and attention_mask is None and _no_fused_kernel_takes_groups(key):
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+            module = _Ungrouped(getattr(module, "is_causal", True))
+        return sdpa(module, query, key, value, attention_mask, **options)
+
+    return attend
+
+
+class _Ungrouped:
+    """What SDPA sees in place of a module whose keys and values are repeated already."""
+
+    def __init__(self, is_causal: bool) -> None:
+        self.is_causal = is_causal
+
+
+def _no_fused_kernel_takes_groups(key: torch.Tensor) -> bool:
+    # Autocast casts what SDPA is given.
+    return key.is_cuda and key.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
 
 
 @contextmanager

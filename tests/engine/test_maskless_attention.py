@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffkernels.engine import capture_rules, validation_fast
+from ffkernels.engine import maskless_attention as module
 from ffkernels.engine.capture_rules import why_not_captured
 from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.maskless_attention import (
@@ -233,9 +236,89 @@ def test_names_and_methods_come_back(raises, tiny_model):
 
 
 def test_no_table_no_trick(monkeypatch, tiny_model):
-    import sys
-
     model = tiny_model("llama")
     monkeypatch.setattr(sys.modules["transformers.modeling_utils"], "ALL_ATTENTION_FUNCTIONS", None)
     assert attention_configs(model.model) == []
     assert not attends_eagerly([])
+
+
+def on_every_device(key):
+    """The rule of `_no_fused_kernel_takes_groups`, for tensors on the CPU too."""
+    return key.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
+
+
+GROUPED = [family for family, heads in KEY_HEADS.items() if heads < 4]
+
+
+@pytest.mark.parametrize("family", GROUPED)
+def test_repeated_keys_are_the_grouped_ones(family, tiny_model, own_loss, monkeypatch):
+    model = tiny_model(family)
+    validation = ValidationLoss(model, batches())
+    grouped, _, calls = run(validation)
+    assert calls == [(None, True, True, KEY_HEADS[family])] * 2
+    monkeypatch.setattr(module, "_no_fused_kernel_takes_groups", on_every_device)
+    repeated, _, calls = run(validation)
+    assert calls == [(None, True, False, 4)] * 2
+    assert float(repeated) == pytest.approx(float(grouped), rel=2e-7)
+    assert float(repeated) == pytest.approx(own_loss(model, batches()), rel=2e-6)
+    model.to(torch.bfloat16)
+    repeated, _, calls = run(validation)
+    assert calls == [(None, True, True, KEY_HEADS[family])] * 2
+    monkeypatch.undo()
+    assert torch.equal(repeated, run(validation)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_private_function_is_transformers_own(dtype, masked, tiny_model, monkeypatch):
+    layer = tiny_model("llama").eval().model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2, 4, 8, 16), (2, 2, 8, 16), (2, 2, 8, 16)]
+    given = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    given.append(torch.ones(1, 1, 8, 8, dtype=torch.bool).tril() if masked else None)
+    functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+    with torch.no_grad(), attention_calls() as calls:
+        wanted, _ = functions["sdpa"](layer, *given, dropout=0.0, scaling=0.3)
+        here, _ = functions[PRIVATE_NAME](layer, *given, dropout=0.0, scaling=0.3)
+        monkeypatch.setattr(module, "_no_fused_kernel_takes_groups", on_every_device)
+        there, _ = functions[PRIVATE_NAME](layer, *given, dropout=0.0, scaling=0.3)
+    assert torch.equal(here, wanted) and calls[1] == calls[0]
+    if masked or dtype == torch.bfloat16:
+        assert torch.equal(there, wanted) and calls[2] == calls[0]
+    else:
+        assert calls[0][2:] == (True, 2) and calls[2][2:] == (False, 4)
+        torch.testing.assert_close(there, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_on_cuda_keys_are_repeated_in_float32_only(tiny_model):
+    """Tensors without data, which say that they are on a GPU."""
+    layer, seen = tiny_model("llama").model.layers[0].self_attn, []
+
+    def sdpa(layer, query, key, value, mask):
+        seen.append((getattr(layer, "num_key_value_groups", 1), key.shape[1], value.shape[1]))
+        assert layer.is_causal
+
+    def call(dtype, mask=None, device="cuda"):
+        query, key, value = (torch.empty(2, n, 8, 16, dtype=dtype, device=device) for n in (4, 2, 2))
+        module._fused(sdpa)(layer, query, key, value, mask)
+
+    with FakeTensorMode():
+        call(torch.float32)
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            call(dtype)
+        with mock.patch.object(torch, "is_autocast_enabled", lambda kind: kind == "cuda"):
+            call(torch.float32)
+        call(torch.float32, torch.ones(1, 1, 8, 8, dtype=torch.bool, device="cuda"))
+        call(torch.float32, device="cpu")
+    assert seen == [(1, 4, 4)] + [(2, 2, 2)] * 6
+
+
+def test_repeated_keys_are_compiled_with_their_layer(tiny_model, monkeypatch):
+    """A class that Dynamo cannot make would cut the layer in two."""
+    monkeypatch.setattr(module, "_no_fused_kernel_takes_groups", on_every_device)
+    model = tiny_model("llama")
+    validation = ValidationLoss(model, batches())
+    plain = float(validation())
+    for layer in model.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    assert float(validation()) == pytest.approx(plain, rel=1e-6)
