@@ -284,7 +284,9 @@ def doctor(
     from ffkernels.doctor import describe, diagnose
 
     if build:
-        for path in (ops.build_native(), *([ops.build_cuda()] if ops.find_nvcc() else [])):
+        # Who asks may have added a compiler's OpenMP runtime or a newer toolkit since.
+        cuda = [ops.build_cuda(again=True)] if ops.find_nvcc() else []
+        for path in (ops.build_native(again=True), *cuda):
             if not as_json:
                 typer.echo(f"built {path}")
     diagnosis = diagnose(device)

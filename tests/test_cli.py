@@ -93,12 +93,12 @@ def test_doctor(invoke):
 def test_doctor_builds_the_ops(invoke, monkeypatch, tmp_path):
     from ffkernels import ops
 
-    monkeypatch.setattr(ops, "build_native", lambda: tmp_path / "built.so")
+    monkeypatch.setattr(ops, "build_native", lambda again: tmp_path / f"built-{again}.so")
     monkeypatch.setattr(ops, "find_nvcc", lambda: None)
-    assert f"built {tmp_path / 'built.so'}" in invoke("doctor", "--build").stdout
-    monkeypatch.setattr(ops, "build_cuda", lambda: tmp_path / "cuda.so")
+    assert f"built {tmp_path / 'built-True.so'}" in invoke("doctor", "--build").stdout
+    monkeypatch.setattr(ops, "build_cuda", lambda again: tmp_path / f"cuda-{again}.so")
     monkeypatch.setattr(ops, "find_nvcc", lambda: tmp_path / "nvcc")
-    assert f"built {tmp_path / 'cuda.so'}" in invoke("doctor", "--build").stdout
+    assert f"built {tmp_path / 'cuda-True.so'}" in invoke("doctor", "--build").stdout
 
 
 def test_train_then_resume_then_report(invoke, quick, tmp_path, capsys):

@@ -36,9 +36,18 @@ class BuildError(RuntimeError):
     """No library could be built; the message says why and what to do."""
 
 
-def source_id(source_dir: Path, sources: tuple[str, ...] = SOURCES) -> str:
-    """Digest of the sources, compiled into the library so that a stale binary is recognised."""
-    digest = hashlib.sha256()
+def source_id(source_dir: Path) -> str:
+    """Digest of sources and flags, compiled into the library so that a stale binary is recognised."""
+    return _digest(source_dir, SOURCES, FLAGS)
+
+
+def cuda_source_id(source_dir: Path) -> str:
+    """The same of the CUDA kernels."""
+    return _digest(source_dir, CUDA_SOURCES, CUDA_FLAGS)
+
+
+def _digest(source_dir: Path, sources: tuple[str, ...], flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(" ".join(flags).encode())
     for name in (*HEADERS, *sources):
         digest.update((source_dir / name).read_bytes())
     return digest.hexdigest()[:16]
@@ -135,11 +144,13 @@ def compile_cuda_library(source_dir: Path, target: Path) -> list[str]:
             else "no nvcc on PATH; install a CUDA toolkit or set CUDA_HOME"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    define = f'-DFFK_SOURCE_ID="{source_id(source_dir, CUDA_SOURCES)}"'
+    define = f'-DFFK_SOURCE_ID="{cuda_source_id(source_dir)}"'
     sources = [str(source_dir / name) for name in CUDA_SOURCES]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
         built = Path(scratch) / CUDA_LIBRARY
-        command = [str(nvcc), *CUDA_FLAGS, *_cuda_targets(nvcc), define, *sources, "-o", str(built)]
+        # The architectures are compiled side by side, on all cores.
+        targets = ["--threads=0", *_cuda_targets(nvcc)]
+        command = [str(nvcc), *CUDA_FLAGS, *targets, define, *sources, "-o", str(built)]
         result = _run(command)
         if result.returncode != 0:
             errors = (result.stderr or result.stdout)[-2000:].strip()

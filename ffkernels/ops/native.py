@@ -87,7 +87,7 @@ def open_library(path: Path, prefix: str, digest: str | None, signatures: dict[s
     source_id = getattr(library, f"{prefix}source_id")
     source_id.restype = ctypes.c_char_p
     if digest is not None and source_id().decode() != digest:
-        raise OSError("it was built from other sources than those installed")
+        raise OSError("it was built from other sources or with other flags than those installed")
     for name, arguments in signatures.items():
         function = getattr(library, prefix + name)
         function.argtypes = arguments
@@ -117,15 +117,19 @@ def _cached() -> Path | None:
     return cached_path("cpu", digest, build.LIBRARY) if known else None
 
 
-def build_native() -> Path:
-    """Compile csrc into the user's cache, load it, and return its path. `BuildError` says what is missing."""
+def build_native(*, again: bool = False) -> Path:
+    """Compile csrc into the user's cache, load it, and return its path. `BuildError` says what is missing.
+
+    A library of the same sources and flags that is there and opens is taken as it is, unless `again`.
+    """
     sources = source_dir()
     if sources is None:
         raise build.BuildError("the C++ sources are not part of this installation; reinstall ffkernels")
     if not hasattr(os, "uname"):
         raise build.BuildError("the compiled ops are built on Linux and macOS only")
     target = _cached()
-    build.compile_library(sources, target)
+    if again or load_first([target], _open, "").library is None:
+        build.compile_library(sources, target)
     load.cache_clear()
     _open(target)
     return target

@@ -45,7 +45,7 @@ def _sources() -> Path | None:
 
 def _digest() -> str | None:
     sources = _sources()
-    return None if sources is None else build.source_id(sources, build.CUDA_SOURCES)
+    return None if sources is None else build.cuda_source_id(sources)
 
 
 def _cached() -> Path | None:
@@ -54,15 +54,19 @@ def _cached() -> Path | None:
     return cached_path("cuda", digest, build.CUDA_LIBRARY) if known else None
 
 
-def build_cuda() -> Path:
-    """Compile the CUDA kernels into the user's cache, load them; `BuildError` says why not."""
+def build_cuda(*, again: bool = False) -> Path:
+    """Compile the CUDA kernels into the user's cache, load them; `BuildError` says why not.
+
+    A library of the same sources and flags that is there and opens is taken as it is, unless `again`.
+    """
     sources = _sources()
     if sources is None:
         raise build.BuildError("the CUDA sources are not part of this installation; reinstall ffkernels")
     if not hasattr(os, "uname"):
         raise build.BuildError("the CUDA kernels are built on Linux only")
     target = _cached()
-    build.compile_cuda_library(sources, target)
+    if again or load_first([target], _open, "").library is None:
+        build.compile_cuda_library(sources, target)
     load.cache_clear()
     usable.cache_clear()
     _open(target)

@@ -162,8 +162,29 @@ def test_build_cuda_fills_the_cache(tmp_path, monkeypatch):
         path = native_cuda.build_cuda()
         assert path.is_relative_to(tmp_path)
         assert native_cuda.load().path == path
+        compiled = []
+        monkeypatch.setattr(build, "compile_cuda_library", lambda *places: compiled.append(places))
+        assert native_cuda.build_cuda() == path and not compiled, "it is there and opens"
+        assert native_cuda.build_cuda(again=True) == path and compiled == [(CSRC, path)]
+        monkeypatch.setattr(build, "CUDA_FLAGS", (*build.CUDA_FLAGS, "-DFFK_OTHER"))
+        assert native_cuda._cached() != path
     finally:
         native_cuda.load.cache_clear()
+
+
+def test_architectures_are_compiled_side_by_side(tmp_path, monkeypatch):
+    """By nvcc's own threads, as many as there are cores."""
+    nvcc, said = tmp_path / "bin" / "nvcc", tmp_path / "said"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_80 sm_90 && exit\n'
+        f'echo "$@" > {said}\nfor last; do :; done\ntouch "$last"\n'
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    command = build.compile_cuda_library(CSRC, tmp_path / "x.so")
+    assert "--threads=0" in said.read_text().split() and command[0] == str(nvcc)
+    assert sum(part.startswith("-gencode") for part in command) == 3
 
 
 @needs_nvcc

@@ -33,6 +33,35 @@ def test_build_native_fills_the_cache_and_loads_it(fresh_native, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == [build.LIBRARY]
 
 
+@needs_compiler
+def test_what_is_built_is_not_compiled_again(fresh_native, tmp_path):
+    """Counted at the compiler. A file that does not open is compiled over, and so is one of other flags."""
+    calls, compiler = tmp_path / "calls", tmp_path / "compiler"
+    real = " ".join(build.find_compiler())
+    compiler.write_text(f'#!/bin/sh\necho >> {calls}\nexec {real} "$@"\n')
+    compiler.chmod(0o755)
+    fresh_native.setenv("CXX", str(compiler))
+    fresh_native.setenv("FFKERNELS_CACHE", str(tmp_path / "cache"))
+    fresh_native.setattr(native, "_PACKAGED", tmp_path / "absent.so")
+    fresh_native.setattr(build, "FLAGS", tuple(flag for flag in build.FLAGS if flag != "-O3"))
+    broken = native._cached()
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"\x7fELF, but not really")
+
+    def compiled() -> int:
+        return len(calls.read_text().splitlines())
+
+    assert ops.build_native() == broken
+    once = compiled()
+    assert once in (1, 2), "twice where OpenMP is missing"
+    assert ops.build_native() == broken and native.load().path == broken and compiled() == once
+    assert ops.build_native(again=True) == broken and compiled() == 2 * once
+    fresh_native.setattr(build, "FLAGS", (*build.FLAGS, "-DFFK_OTHER"))
+    native.load.cache_clear()
+    assert native.load().library is None, "a library of other flags was taken"
+    assert ops.build_native() != broken and compiled() == 3 * once
+
+
 def test_cache_directory(fresh_native, tmp_path):
     fresh_native.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     fresh_native.delenv("FFKERNELS_CACHE", raising=False)
