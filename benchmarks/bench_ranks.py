@@ -29,8 +29,9 @@ import torch.distributed as dist
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
 from ffkernels.engine.distributed import LOSS, ROW_BYTES, Ranks
+from ffkernels.engine.forward_price import forward_price
 from ffkernels.engine.shards import shard_examples
-from ffkernels.engine.validation_fast import LabelledLoss, forward_cost, plan_micro_batches
+from ffkernels.engine.validation_fast import LabelledLoss, plan_micro_batches
 from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_task
@@ -156,7 +157,7 @@ class Job:
             found["lengths"] = self.lengths
             everything = list(range(len(self.lengths)))
             found["fit"] = [
-                [tokens, *work(self.lengths, everything, tokens, forward_cost(CPU)), median(taken)]
+                [tokens, *work(self.lengths, everything, tokens, forward_price(None, CPU)), median(taken)]
                 for tokens, taken in zip(MICRO_BATCHES, zip(*self.fit, strict=True), strict=True)
             ]
         return found
@@ -235,7 +236,7 @@ def measure(sizes: list[int], repeats: int) -> dict:
                     for m, t, f, s in first["fit"]
                 ],
             }
-        tokens, forwards = slowest(lengths, size, 2048, forward_cost(CPU))
+        tokens, forwards = slowest(lengths, size, 2048, forward_price(None, CPU))
         whole = max(rank["whole"]["median_ms"] for rank in everyone)
         alone = whole if size == 1 else alone
         crowded = whole / alone
@@ -278,7 +279,7 @@ def plan(lengths: list[int]) -> list[dict]:
         by_cost = {}
         for name, device in (("cpu", CPU), ("gpu", torch.device("cuda"))):
             limit = 2048 if name == "cpu" else 16384
-            cost = forward_cost(device)
+            cost = forward_price(None, device)
             tokens, forwards = slowest(lengths, size, limit, cost)
             alone, times = slowest(lengths, 1, limit, cost)
             share = (tokens + cost * forwards) / (alone + cost * times)

@@ -38,8 +38,9 @@ from bench_ranks import slowest
 
 from ffkernels import ValidationLoss
 from ffkernels.engine.distributed import LOSS, Ranks
+from ffkernels.engine.forward_price import forward_price
 from ffkernels.engine.search import REFINE_TOLERANCE, make_search
-from ffkernels.engine.validation_fast import LabelledLoss, forward_cost
+from ffkernels.engine.validation_fast import LabelledLoss
 from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
@@ -242,7 +243,7 @@ def arithmetic(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def share(lengths: list[int], longer: int, ranks: int, limit: int, device: torch.device) -> float:
     """What is left of a forward of the whole set for the slowest rank."""
-    cost, scaled = forward_cost(device), [longer * length for length in lengths]
+    cost, scaled = forward_price(None, device), [longer * length for length in lengths]
     (tokens, forwards), (whole, times) = (slowest(scaled, n, limit, cost) for n in (ranks, 1))
     return (tokens + cost * forwards) / (whole + cost * times)
 

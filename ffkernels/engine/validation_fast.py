@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ffkernels.engine.causal_lm import CausalLM, accepts_argument, find_autocast
+from ffkernels.engine.forward_price import forward_price
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.maskless_attention import (
     attends_eagerly,
@@ -44,15 +45,10 @@ __all__ = [
     "LabelledLoss",
     "MicroBatch",
     "could_be_given_a_mask",
-    "forward_cost",
-    "plan",
     "plan_micro_batches",
     "token_limit",
 ]
 
-# What one more forward costs, in tokens of computing: launches and Python on a GPU, Python on a CPU.
-_FORWARD_IN_TOKENS = {"cpu": 48}
-_FORWARD_IN_TOKENS_ELSEWHERE = 512
 # Bytes of one chunk's logits in fp32: enough rows for an efficient matrix product with the head, no more.
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
@@ -108,16 +104,6 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, forward_cost: in
         groups.append(order[start:end])
         end = start
     return groups[::-1]
-
-
-def plan(lm: CausalLM, lengths: Sequence[int], max_tokens: int, device: torch.device) -> list[list[int]]:
-    """The micro-batches of examples with these numbers of positions to compute, as lists of indices."""
-    return plan_micro_batches(lengths, token_limit(lm, max_tokens, device), forward_cost(device))
-
-
-def forward_cost(device: torch.device) -> int:
-    """What one more forward costs, in tokens."""
-    return _FORWARD_IN_TOKENS.get(device.type, _FORWARD_IN_TOKENS_ELSEWHERE)
 
 
 def token_limit(lm: CausalLM, max_tokens: int, device: torch.device) -> int:
@@ -182,7 +168,12 @@ class LabelledLoss:
 
     It does not touch modes or random state; the caller does. Everything between the call and the returned
     tensor is asynchronous on a GPU.
+
+    Attributes:
+        before_head: called in each forward, when all is launched but the head and what follows it.
     """
+
+    before_head: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -209,7 +200,8 @@ class LabelledLoss:
         self._pad = pad if isinstance(pad, int) and 0 <= pad < size else 0
         groups = [list(range(len(examples)))]
         if not one_batch:
-            groups = plan(lm, [example.computed for example in examples], max_tokens, device)
+            lengths, limit = [example.computed for example in examples], token_limit(lm, max_tokens, device)
+            groups = plan_micro_batches(lengths, limit, forward_price(lm, device))
         laid_out = [lay_out([examples[i] for i in group], self._pad) for group in groups]
         self.examples = ExampleSums(laid_out, device)
         self.micro_batches = [batch.to(device) for batch in laid_out]
@@ -289,6 +281,8 @@ class LabelledLoss:
         if self.lm.through is not None:
             return self._take_losses(self._logits_of_the_whole(batch, extra), batch.targets, None, take)
         output = self.lm.backbone(input_ids=batch.input_ids, **self._arguments, **extra)
+        if self.before_head is not None:
+            self.before_head()
         hidden = _labelled(output if isinstance(output, torch.Tensor) else output[0], batch.positions)
         del output
         for rows, targets in zip(

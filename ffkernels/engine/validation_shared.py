@@ -17,9 +17,10 @@ from torch import nn
 
 from ffkernels.engine.causal_lm import CausalLM
 from ffkernels.engine.distributed import Ranks
+from ffkernels.engine.forward_price import forward_price
 from ffkernels.engine.shards import shard_evenly, shard_examples
 from ffkernels.engine.validation_batches import Example
-from ffkernels.engine.validation_fast import LabelledLoss, forward_cost, plan, token_limit
+from ffkernels.engine.validation_fast import LabelledLoss, plan_micro_batches, token_limit
 from ffkernels.engine.validation_generic import ModelLoss, size_of
 
 __all__ = ["SharedLoss", "shared_function", "shared_labelled_loss", "shared_model_loss"]
@@ -81,8 +82,9 @@ def shared_labelled_loss(
 ) -> SharedLoss:
     """The fast path over the ranks."""
     lengths = [example.computed for example in examples]
-    shards = shard_examples(lengths, ranks.size, token_limit(lm, max_tokens, device), forward_cost(device))
-    plans = [plan(lm, [lengths[i] for i in shard], max_tokens, device) for shard in shards]
+    limit, price = token_limit(lm, max_tokens, device), forward_price(lm, device)
+    shards = shard_examples(lengths, ranks.size, limit, price)
+    plans = [plan_micro_batches([lengths[i] for i in shard], limit, price) for shard in shards]
     mine = [examples[i] for i in shards[ranks.rank]]
     local = LabelledLoss(lm, mine, max_tokens=max_tokens, device=device) if mine else None
     idle, company = 0, None

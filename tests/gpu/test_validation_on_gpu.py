@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ffkernels.engine.capture_rules import describe_change, token, why_not_captured
 from ffkernels.engine.evaluation_mode import evaluation_mode
+from ffkernels.engine.graph_check import loss_tolerance
 from ffkernels.engine.validation import ValidationLoss
 
 pytestmark = pytest.mark.gpu
@@ -189,9 +190,10 @@ def test_peak_memory_is_a_third_of_the_models_own(gpu):
     assert with_graph <= 0.35 * theirs
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "Qwen3"])
-def test_a_replay_runs_fused_causal_attention_and_makes_no_mask(family, gpu):
-    model = build(family, gpu, torch.bfloat16)
+def test_a_replay_runs_fused_causal_attention_and_makes_no_mask(family, dtype, gpu):
+    model = build(family, gpu, dtype)
     replay = Captured(ValidationLoss(model, [batch(8, 256)]))
     replay()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -201,6 +203,42 @@ def test_a_replay_runs_fused_causal_attention_and_makes_no_mask(family, gpu):
     attention = [name for name in kernels if any(word in name for word in FUSED)]
     assert len(attention) >= 2, sorted(set(kernels))
     assert not [name for name in kernels if any(word in name for word in MASKING)]
+
+
+def of_the_trainer():
+    torch.backends.fp32_precision = "tf32"
+
+
+def of_the_old_interface():
+    torch.set_float32_matmul_precision("high")
+
+
+def of_the_products():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("switch", [of_the_trainer, of_the_old_interface, of_the_products])
+def test_tf32_is_allowed_for_however_it_was_switched_on(switch, device, default_precision):
+    model, examples = build("Llama", device, hidden_size=256), batch(16, 200)
+    exact = float(ValidationLoss(model, [examples])())
+    before = token(ValidationLoss(model, lambda model: 0.0))
+    switch()
+    validation = ValidationLoss(model, [examples])  # compared with the model's own loss
+    assert validation.path == "fast", validation.reason
+    assert loss_tolerance(validation, device) == (1e-4 if device.type == "cuda" else 1e-5)
+    rounded = float(validation())
+    assert rounded == pytest.approx(exact, rel=2e-3)
+    if device.type == "cuda":
+        assert rounded != exact
+    assert Captured(validation)() == pytest.approx(rounded, rel=1e-4)
+    other = ValidationLoss(model, lambda model: 0.0)
+    assert "IEEE float32 → TF32" in describe_change(before, token(other))
+
+
+def test_a_small_deep_model_is_run_in_one_forward(gpu):
+    model = build("Llama", gpu, torch.bfloat16, num_hidden_layers=12)
+    examples = [batch(8, length, ragged=False) for length in (16, 64, 128, 256)]
+    assert len(ValidationLoss(model, examples).labelled.micro_batches) == 1
 
 
 def test_nothing_waits_for_the_device(gpu):
