@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffkernels.engine import forward_price as module
-from ffkernels.engine import validation_fast
+from ffkernels.engine import validation_fast, validation_shared
 from ffkernels.engine.causal_lm import find_causal_lm
 from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.forward_price import forward_price, operations
 from ffkernels.engine.maskless_attention import attention_configs, maskless_attention
 from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.validation_batches import Example
 from ffkernels.engine.validation_fast import plan_micro_batches
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -203,3 +206,19 @@ def test_examples_are_cut_by_the_price(cost, cut, tiny_model, monkeypatch):
     validation = ValidationLoss(model, [{"input_ids": row, "labels": row} for row in ids])
     assert len(validation._loss.micro_batches) == cut
     assert asked == [(model.lm_head, CPU)]
+
+
+def test_ranks_share_by_the_price_of_the_model(tiny_model, monkeypatch):
+    lm, asked = find_causal_lm(tiny_model("llama")), []
+
+    def dear(lm, device):
+        asked.append((lm.head, device))
+        return 1 << 20
+
+    monkeypatch.setattr(validation_shared, "forward_price", dear)
+    monkeypatch.setattr(validation_fast, "forward_price", dear)
+    examples = [Example(torch.arange(1, n), torch.arange(1, n)) for n in (8, 9, 10, 64)]
+    ranks = SimpleNamespace(size=2, rank=0, forward_is_collective=True)
+    loss = validation_shared.shared_labelled_loss(ranks, lm, examples, 2048, CPU)
+    assert loss.example_counts == [6, 7, 8, 62]
+    assert set(asked) == {(lm.head, CPU)} and len(asked) == 3  # the ranks' shares, this one's, its company
