@@ -278,6 +278,16 @@ class Cuda:
         )
         return int(node)
 
+    def add_kernel(self, graph: int, after: list[int], function: Any, arguments: tuple) -> int:
+        """A node that runs the CUfunction in one thread; `arguments` are its values and their ctypes."""
+        driver = self._driver()
+        params = driver.CUDA_KERNEL_NODE_PARAMS()
+        params.func, params.kernelParams = function, arguments
+        params.gridDimX = params.gridDimY = params.gridDimZ = 1
+        params.blockDimX = params.blockDimY = params.blockDimZ = 1
+        before = [driver.CUgraphNode(node) for node in after]
+        return int(self._call("cuGraphAddKernelNode", driver.CUgraph(graph), before, len(before), params))
+
     def add_while(self, graph: int, after: list[int], handle: int) -> int:
         """A node that repeats the graph returned, which is empty and belongs to it, while `handle` is set."""
         driver = self._driver()

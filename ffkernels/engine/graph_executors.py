@@ -317,7 +317,7 @@ class StageGraphExecutor(GraphExecutor):
         start.capture(lambda: prologue(loop.handle))
         step.warm_up(body, times=WARM_UPS)
         step.capture(lambda: body(loop.handle))
-        loop.build(start, step)
+        loop.build(start, step, self._state.go)
 
     def _launch(self, program: StageProgram, lap: StageClock) -> Any:
         *_, loop = self._held

@@ -3,53 +3,48 @@
 Where a driver cannot do what a WHILE node asks of it, that may end in a fault that takes the CUDA context of
 its process along, or in a kernel that never ends. So a small loop is tried apart, under a limit of time:
 
-    python -c … <device> <way>      inside, then beside (see `ops.condition`), until one counts right
+    python -c … <device> <way>      inside, beside, then behind (see `ops.condition`), until one counts right
 
-and what came of it is kept in the user's cache, in graph-probe/ with one file for each combination of GPU,
-driver, versions and sources. Kept is what a loop did: it counted right, it counted wrong, it took its process
-or the GPU's context with it, it did not end. Not kept is what says nothing about loops, as where the GPU
-admits one process only.
+and what came of it is kept (`engine.graph_verdicts`). Kept is what a loop did: it counted right, it counted
+wrong, it took its process or the GPU's context with it, it did not end. Not kept is what says nothing about
+loops, as where the GPU admits one process only.
 
-    python -m ffkernels.engine.graph_probe [cuda:N]     try again, whatever is kept; CUDA is left to the other
-                                                        process, so that this works in exclusive mode too
+    python -m ffkernels.engine.graph_probe [cuda:N]     try every way again, whatever is kept, and say in a
+                                                        line what each did; CUDA is left to other processes,
+                                                        so that this works in exclusive mode too
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from textwrap import indent
+from time import perf_counter
 from typing import Any
 
 import torch
 
-from ffkernels import __version__
-from ffkernels.engine import graph_driver
+from ffkernels.engine import graph_driver, graph_verdicts
 from ffkernels.ops import condition
-from ffkernels.ops.native import cache_dir
+from ffkernels.ops.condition import WAYS
 
 __all__ = ["LIMIT", "Outcome", "Verdict", "attempt", "try_again", "verdict"]
 
 # Seconds for one process, which imports torch, compiles half a dozen small kernels and loops.
 LIMIT = 90.0
 COMMAND = "python -m ffkernels.engine.graph_probe"
-WAYS = (condition.INSIDE, condition.BESIDE)
 
-_PACKAGE = Path(__file__).parents[1]
-_SOURCES = (
-    *("engine/capture.py", "engine/graph_driver.py", "engine/graph_probe.py", "engine/graph_support.py"),
-    *("engine/while_graph.py", "ops/condition.ll", "ops/condition.py"),
-    *("ops/decide.py", "ops/decide_state.py"),
-)
 # Nothing but sys is imported before the path is that of the process that asks.
 _CHILD = (
     "import sys; sys.path[:] = sys.argv[4:]; "
@@ -73,11 +68,13 @@ class Outcome:
         gpu: on which GPU, as `graph_driver.Cuda.gpu` describes it.
         problem: None when it counted right.
         lasting: whether it would do so again; an error that was raised may have a cure of its own.
+        said: what else its process printed, as a traceback.
     """
 
     gpu: dict[str, str]
     problem: str | None = None
     lasting: bool = True
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,8 @@ def verdict(device: torch.device) -> Verdict:
     """
     try:
         gpu = graph_driver.cuda.gpu(device)
-        key = _key(gpu)
-        kept = _read(key)
+        key = graph_verdicts.key(gpu)
+        kept = graph_verdicts.read(key)
         return _judge(kept or _find_out(device, gpu["uuid"], key)[1], device)
     except NotTried as reason:
         return _unknown(str(reason), device)
@@ -104,13 +101,17 @@ def verdict(device: torch.device) -> Verdict:
         return _unknown(_line(error), device)
 
 
-def try_again(device: torch.device) -> tuple[Verdict, Path | None]:
-    """Try loops on `device` whatever is kept. Returns the verdict, and the file that now has it, if any."""
+def try_again(device: torch.device, tell: Callable[[str], None]) -> tuple[Verdict, Path | None]:
+    """Try every way on `device`, whatever is kept.
+
+    As each ends, `tell` gets a line of what it did, and where it did not count right what it printed.
+    Returns the verdict, and the file that now has it, if any.
+    """
     try:
-        key, found = _find_out(device, "")
+        key, found = _find_out(device, "", tell=tell)
     except NotTried as reason:
         return _unknown(str(reason), device), None
-    return _judge(found, device), _path(key) if _read(key) == found else None
+    return _judge(found, device), graph_verdicts.path(key) if graph_verdicts.read(key) == found else None
 
 
 def attempt(device: torch.device, uuid: str, way: str) -> Outcome:
@@ -138,14 +139,15 @@ def attempt(device: torch.device, uuid: str, way: str) -> Outcome:
                 reply |= json.loads(line.removeprefix(_REPLY))
     if "gpu" not in reply:
         raise NotTried(reply.get("refused") or f"{_ended(status)} before its loop{_last(said)}")
+    outcome = partial(Outcome, reply["gpu"], said="\n".join(_lines(said)))
     if "counted" in reply:
-        return Outcome(reply["gpu"], reply["counted"])
+        return outcome(reply["counted"])
     if "faulted" in reply:
-        return Outcome(reply["gpu"], f"it lost the GPU: {reply['faulted']}")
+        return outcome(f"it lost the GPU: {reply['faulted']}")
     if "raised" in reply:
-        return Outcome(reply["gpu"], reply["raised"], lasting=False)
+        return outcome(f"it raised: {reply['raised']}", lasting=False)
     if status is None or (status < 0 and -status in _CRASHES):
-        return Outcome(reply["gpu"], _ended(status))
+        return outcome(_ended(status))
     raise NotTried(f"{_ended(status)}{_last(said)}")
 
 
@@ -153,24 +155,42 @@ def attempt(device: torch.device, uuid: str, way: str) -> Outcome:
 
 
 def _find_out(
-    device: torch.device, uuid: str, key: dict[str, Any] | None = None
+    device: torch.device,
+    uuid: str,
+    key: dict[str, Any] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The key of what was found, and what was found; kept where it can be.
 
     Without a `key` it is made of what the process says about its GPU, so that CUDA is not asked in this one.
+    Ways are tried until one counts right; where there is somebody to `tell`, all.
     """
     problems: dict[str, str] = {}
     good, lasting = None, False
     for way in WAYS:
-        outcome = attempt(device, uuid, way)
-        if outcome.problem is None:
-            good = way
-            break
-        problems[way] = outcome.problem
-        lasting |= outcome.lasting
-    key, found = key or _key(outcome.gpu), {"way": good, "problems": problems}
+        begun, refused = perf_counter(), None
+        try:
+            outcome = attempt(device, uuid, way)
+        except NotTried as reason:
+            refused = reason
+        if tell is not None:
+            did = f"not tried, {refused}" if refused else outcome.problem or "it counted right"
+            tell(f"condition set {way} the decision: {did} ({perf_counter() - begun:.1f} s)")
+            if not refused and outcome.problem and outcome.said:
+                tell(indent(outcome.said, "    "))
+        if refused is not None:
+            if good is None:
+                raise refused
+        elif outcome.problem is None:
+            good = good or way
+            if tell is None:
+                break
+        else:
+            problems[way] = outcome.problem
+            lasting |= outcome.lasting
+    key, found = key or graph_verdicts.key(outcome.gpu), {"way": good, "problems": problems}
     if good or lasting:
-        _keep(key, found)
+        graph_verdicts.keep(key, found)
     return key, found
 
 
@@ -194,7 +214,7 @@ def _unknown(reason: str, device: torch.device) -> Verdict:
 def _command(index: int, uuid: str, way: str) -> list[str]:
     paths = [path for path in sys.path if isinstance(path, str)]
     # Last, where it shadows nothing: needed when the path was changed after this package was found.
-    return [sys.executable, "-c", _CHILD, str(index), uuid, way, *paths, str(_PACKAGE.parent)]
+    return [sys.executable, "-c", _CHILD, str(index), uuid, way, *paths, str(Path(__file__).parents[2])]
 
 
 def _run(command: list[str]) -> tuple[int | None, str]:
@@ -235,65 +255,17 @@ def _ended(status: int | None) -> str:
         return f"it was ended by signal {-status}"
 
 
+def _lines(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.strip() and not line.startswith(_REPLY)]
+
+
 def _last(said: str) -> str:
-    lines = [line for line in said.splitlines() if line.strip() and not line.startswith(_REPLY)]
+    lines = _lines(said)
     return f": {lines[-1].strip()[:300]}" if lines else ""
 
 
 def _line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-# ---- what is kept ----
-
-
-def _key(gpu: dict[str, str]) -> dict[str, Any]:
-    """All that a verdict depends on."""
-    sources = hashlib.sha256()
-    for name in _SOURCES:
-        sources.update((_PACKAGE / name).read_bytes())
-    return {
-        **{name: value for name, value in gpu.items() if name != "uuid"},
-        "torch": str(torch.__version__),
-        "triton": _version("triton"),
-        "cuda-bindings": _version("cuda.bindings"),
-        "ffkernels": __version__,
-        "sources": sources.hexdigest()[:16],
-        # Profilers look into graphs, and have crashed on loops.
-        "profiler": bool(os.environ.get("CUDA_INJECTION64_PATH")),
-    }
-
-
-def _version(module: str) -> str | None:
-    try:
-        return str(import_module(module).__version__)
-    except Exception:
-        return None
-
-
-def _path(key: dict[str, Any]) -> Path:
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir() / "graph-probe" / f"{name}.json"
-
-
-def _read(key: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        kept = json.loads(_path(key).read_text(encoding="utf-8"))
-        whole = kept["key"] == key and (kept["way"] in WAYS or (kept["way"] is None and kept["problems"]))
-        return {"way": kept["way"], "problems": dict(kept["problems"])} if whole else None
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError):  # none, or not one of these files
-        return None
-
-
-def _keep(key: dict[str, Any], found: dict[str, Any]) -> None:
-    """In one move, so that no other process reads half of it; where it cannot be written, next time again."""
-    with suppress(OSError, RuntimeError):
-        path = _path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
-            whole = Path(scratch) / path.name
-            whole.write_text(json.dumps({"key": key, **found}, indent=2) + "\n", encoding="utf-8")
-            os.replace(whole, path)
 
 
 # ---- in the process that is asked ----
@@ -324,6 +296,7 @@ def _replies(index: int, uuid: str, way: str) -> Iterator[dict[str, Any]]:
         problem = small_loop(device)
         graph_driver.cuda.synchronize(device)
     except Exception as error:
+        traceback.print_exc()
         try:
             graph_driver.cuda.synchronize(device)
         except Exception:  # the context is lost, not just a call refused
@@ -352,11 +325,8 @@ def _reach(index: int, uuid: str) -> torch.device:
 
 def _main(arguments: list[str]) -> int:
     device = torch.device(arguments[0] if arguments else "cuda:0")
-    found, path = try_again(device)
-    print(
-        found.problem
-        or f"a small loop on {device} counted right, its condition set {found.ways[0]} the decision"
-    )
+    found, path = try_again(device, lambda line: print(line, flush=True))
+    print(found.problem or f"loops on {device} will have their condition set {found.ways[0]} the decision")
     print(f"kept in {path}" if path else "not kept")
     return int(found.problem is not None)
 

@@ -133,7 +133,7 @@ def small_loop(device: torch.device) -> str | None:
         step.capture(lambda: body(loop.handle))
         # Closed before the captures that it is made of.
         closing.callback(loop.close)
-        loop.build(start, step)
+        loop.build(start, step, state.go)
         for _ in range(2):
             weight.fill_(0.0)
             ops.checkpoint_(table)
@@ -141,9 +141,10 @@ def small_loop(device: torch.device) -> str | None:
             loop.launch()
             found = state.read()
             if found.losses != expected or found.best_tau != 3 or weight.tolist() != [4.0] * 5:
-                return f"it found {found.losses} and ended at {weight.tolist()[0]}, not at 4.0"
+                ended = weight.tolist()[0]
+                return f"it counted wrong: it found {found.losses} and ended at {ended}, not at 4.0"
         loop.launch()
         found = state.read()
         if found.losses or not math.isinf(found.best_loss):
-            return f"it went on without an update and found {found.losses}"
+            return f"it counted wrong: it went on without an update and found {found.losses}"
     return None

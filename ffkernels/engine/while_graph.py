@@ -2,8 +2,8 @@
 
 torch records both parts, the driver puts copies of them together as child graphs. Recording straight into a
 WHILE node would be one step less, but a recording that fails in there takes the process with it. The
-condition is 0 until a kernel sets it, so a kernel that cannot set it gives a loop that never runs, not one
-that never ends.
+condition is set by a kernel within these, or by a node behind them (`ops.condition`); until then it is 0, so
+a kernel that cannot set it gives a loop that never runs, not one that never ends.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from ffkernels.engine import graph_driver
 from ffkernels.engine.capture import Capture, close_forgotten, explained
+from ffkernels.ops import condition
 
 __all__ = ["WhileGraph", "audit"]
 
@@ -37,24 +38,32 @@ WORDS = {
 class WhileGraph:
     """Work that repeats itself on the device: a prologue, then a body while a condition is set.
 
-    `handle` goes to the kernels that set the condition, so it is there before either part is captured.
+    Attributes:
+        handle: goes to the kernels that set the condition, so it is there before either part is captured;
+            None where no kernel in these is to set it, since a node of this graph does.
     """
 
     def __init__(self, device: torch.device) -> None:
         cuda = graph_driver.cuda
         self.device = device
-        self.handle = self._top = self._exec = 0
-        self._parts: tuple[Capture, ...] = ()
+        self.handle: int | None = None
+        self._handle = self._top = self._exec = 0
+        self._parts: tuple[Capture | torch.Tensor, ...] = ()
         with explained("be put into a CUDA WHILE node", "step_graph"), cuda.guard(device):
             self._top = cuda.graph_create()
             try:
-                self.handle = cuda.handle_create(self._top)
+                self._handle = cuda.handle_create(self._top)
             except BaseException:
                 self.close()
                 raise
+        if not condition.behind(device):
+            self.handle = self._handle
 
-    def build(self, prologue: Capture, body: Capture) -> None:
-        """Make the graph of copies of the two. The prologue must set the condition: unset, it is 0."""
+    def build(self, prologue: Capture, body: Capture, go: torch.Tensor) -> None:
+        """Make the graph of copies of the two, both captured with `handle`.
+
+        `go`, int32[1] on the device, is where either leaves whether the loop is to go on.
+        """
         cuda = graph_driver.cuda
         if self._exec or not self._top:
             raise RuntimeError("a WhileGraph is built once; make a new one")
@@ -65,12 +74,22 @@ class WhileGraph:
                 bad.append("random numbers in the loop")
             if bad:
                 raise RuntimeError(f"it holds {', '.join(bad)}")
-            first = cuda.add_child(self._top, [], prologue.raw)
-            inside = cuda.add_while(self._top, [first], self.handle)
-            cuda.add_child(inside, [], body.raw)
+            first = self._add(self._top, prologue, go)
+            inside = cuda.add_while(self._top, [first], self._handle)
+            self._add(inside, body, go)
             self._exec = cuda.exec_create(self._top)
             # The copies work in the memory of what they were copied from.
-            self._parts = (prologue, body)
+            self._parts = (prologue, body, go)
+
+    def _add(self, graph: int, part: Capture, go: torch.Tensor) -> int:
+        """A copy of `part`; returns the node after which the condition is set."""
+        cuda = graph_driver.cuda
+        node = cuda.add_child(graph, [], part.raw)
+        if self.handle is not None:
+            return node
+        return cuda.add_kernel(
+            graph, [node], condition.load(self.device), condition.arguments(self._handle, go)
+        )
 
     def launch(self) -> None:
         """Launch prologue and loop on the current stream; waits for nothing."""

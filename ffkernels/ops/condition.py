@@ -1,10 +1,14 @@
-"""How a kernel sets the condition of a CUDA WHILE node: from inside the decision, or by a kernel beside it.
+"""How the condition of a CUDA WHILE node is set: three ways, each with less that could stand against it.
 
-Inside is the rule: `condition.ll` is linked into the Triton kernels and calls cudaGraphSetConditional, a
-name that the assembler keeps open and the driver fills in when it loads the kernel, as with printf. Beside
-is the way out where a Triton build cannot do that: a kernel of a few lines of PTX, compiled by the driver,
-launched after the decision at the price of one more node in the loop. `engine.graphs.probe` tries the one,
-then the other.
+    inside    by the decision's own kernel: `condition.ll` is linked into the Triton kernels and calls
+              cudaGraphSetConditional, a name that the assembler keeps open and the driver fills in when it
+              loads the kernel, as with printf
+    beside    by a kernel of a few lines of PTX, compiled by the driver and launched right after the decision:
+              where a Triton build cannot link that call; one more node in the loop
+    behind    by the same kernel as a node of the loop itself, behind the captured work: where a driver takes
+              no condition from within a child graph, which captured work is
+
+`engine.graph_probe` tries one after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INSIDE, BESIDE = "inside", "beside"
+INSIDE, BESIDE, BEHIND = WAYS = ("inside", "beside", "behind")
 
 # void ffk_set_condition(cudaGraphConditionalHandle handle, const int *go), one thread.
 PTX = """\
@@ -50,15 +54,20 @@ _functions: dict[int, Any] = {}
 
 
 def use(device: torch.device, way: str) -> None:
-    """From now on conditions on `device` are set `INSIDE` the decision or `BESIDE` it."""
-    if way not in (INSIDE, BESIDE):
-        raise ValueError(f"a condition is set {INSIDE!r} the decision or {BESIDE!r} it, not {way!r}")
+    """From now on conditions on `device` are set `INSIDE` the decision, `BESIDE` it or `BEHIND` it."""
+    if way not in WAYS:
+        raise ValueError(f"a condition is set {', '.join(map(repr, WAYS))} the decision, not {way!r}")
     _ways[device.index or 0] = way
 
 
 def inside(device: torch.device) -> bool:
     """Whether the decision itself sets the condition. Interpreted kernels cannot."""
     return device.type == "cuda" and _ways.get(device.index or 0, INSIDE) == INSIDE
+
+
+def behind(device: torch.device) -> bool:
+    """Whether a node of the loop sets the condition, so that the decision has nothing to do with it."""
+    return _ways.get(device.index or 0, INSIDE) == BEHIND
 
 
 def signed(handle: int) -> int:
@@ -72,29 +81,33 @@ def _check(result: tuple, call: str) -> Any:
     return result[1] if len(result) > 1 else None
 
 
-def load(device: torch.device) -> None:
-    """Compile and load the kernel beside, which must not happen for the first time under capture."""
+def load(device: torch.device) -> Any:
+    """The kernel beside or behind, compiled and loaded; under capture this must not be the first time."""
     index = device.index or 0
-    if index in _functions:
-        return
-    from cuda.bindings import driver
+    if index not in _functions:
+        from cuda.bindings import driver
 
-    with torch.cuda.device(device):
-        torch.cuda.current_stream()  # makes the context
-        module = _check(driver.cuModuleLoadData(PTX.encode() + b"\0"), "cuModuleLoadData")
-        _functions[index] = _check(
-            driver.cuModuleGetFunction(module, b"ffk_set_condition"), "cuModuleGetFunction"
-        )
+        with torch.cuda.device(device):
+            torch.zeros(1, device=device)  # makes the device's context this thread's
+            module = _check(driver.cuModuleLoadData(PTX.encode() + b"\0"), "cuModuleLoadData")
+            _functions[index] = _check(
+                driver.cuModuleGetFunction(module, b"ffk_set_condition"), "cuModuleGetFunction"
+            )
+    return _functions[index]
+
+
+def arguments(handle: int, go: Tensor) -> tuple:
+    """Those of the kernel, as cuda-bindings takes them: the node's condition becomes `go`, int32[1]."""
+    return (handle, go.data_ptr()), (ctypes.c_uint64, ctypes.c_void_p)
 
 
 def set_beside(handle: int, go: Tensor) -> None:
-    """Launch the kernel beside on the current stream: the node's condition becomes `go`, int32[1]."""
+    """Launch the kernel on the current stream."""
     from cuda.bindings import driver
 
-    load(go.device)
+    function = load(go.device)
     stream = torch.cuda.current_stream(go.device).cuda_stream
-    arguments = ((handle, go.data_ptr()), (ctypes.c_uint64, ctypes.c_void_p))
     launched = driver.cuLaunchKernel(
-        _functions[go.device.index or 0], 1, 1, 1, 1, 1, 1, 0, driver.CUstream(stream), arguments, 0
+        function, 1, 1, 1, 1, 1, 1, 0, driver.CUstream(stream), arguments(handle, go), 0
     )
     _check(launched, "cuLaunchKernel")

@@ -10,7 +10,8 @@
 What a capture does: `fn` is called once, then every tensor of the process gets its former content back, so
 that nothing has happened, as on a GPU. A replay calls `fn` again and copies what it returns into what the
 capture returned. Reading a value on the host (`.item()`, `if tensor`) during a capture or the last warm-up
-raises, as on a GPU. A WHILE node repeats its body while its condition, set by `decide`, is not 0.
+raises, as on a GPU. A WHILE node repeats its body while its condition is not 0: `decide` sets it, or a node
+behind.
 
     fake.fail("exec_create")                    # the next call of that method raises; (..., times=3, after=1)
     fake.nodes = ["KERNEL", "HOST"]             # what captures from here on are found to consist of
@@ -25,6 +26,7 @@ raises, as on a GPU. A WHILE node repeats its body while its condition, set by `
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import itertools
@@ -126,9 +128,10 @@ class Graph:
 
 @dataclass(eq=False)
 class DriverGraph:
-    """What the driver puts together: nodes that run one after the other."""
+    """What the driver puts together: nodes that run in the order in which they were added."""
 
     nodes: list[tuple[str, Any]] = field(default_factory=list)
+    after: dict[int, list[int]] = field(default_factory=dict)  # per node those that it waits for
 
 
 class FakeCuda:
@@ -391,15 +394,28 @@ class FakeCuda:
         self._called("node_types")
         return list(self._graphs[graph].nodes)
 
+    def _add(self, graph: int, after: list[int], kind: str, content: Any) -> int:
+        top, node = self._tops[graph], next(self._numbers)
+        if not set(after) <= set(top.after):
+            raise DriverError(f"there is no such node to wait for: CUDA_ERROR_INVALID_VALUE, {after}")
+        top.nodes.append((kind, content))
+        top.after[node] = after
+        return node
+
     def add_child(self, graph: int, after: list[int], child: int) -> int:
         self._called("add_child")
-        self._tops[graph].nodes.append(("GRAPH", self._graphs[child]))
-        return next(self._numbers)
+        return self._add(graph, after, "GRAPH", self._graphs[child])
+
+    def add_kernel(self, graph: int, after: list[int], function, arguments) -> int:
+        """It can only be the one that sets a condition."""
+        self._called("add_kernel")
+        (handle, go), _ = arguments
+        return self._add(graph, after, "KERNEL", (handle, go))
 
     def add_while(self, graph: int, after: list[int], handle: int) -> int:
         self._called("add_while")
         inside = self._new_top()
-        self._tops[graph].nodes.append(("CONDITIONAL", (handle, inside)))
+        self._add(graph, after, "CONDITIONAL", (handle, inside))
         return inside
 
     def exec_create(self, graph: int) -> int:
@@ -414,19 +430,26 @@ class FakeCuda:
         for kind, content in self._execs[executable].nodes:
             if kind == "CONDITIONAL":
                 self.conditions[content[0]] = 0
-        for kind, content in self._execs[executable].nodes:
+        self._run_nodes(self._execs[executable])
+
+    def _run_nodes(self, graph: DriverGraph) -> None:
+        for kind, content in graph.nodes:
             if kind == "GRAPH":
                 self._run(content)
-                continue
-            handle, inside = content
-            count = 0
-            while self.conditions[handle]:
-                for _, captured in self._tops[inside].nodes:
-                    self._run(captured)
-                count += 1
-                if count > FOREVER:
-                    raise AssertionError("the loop never ends")
-            self.iterations.append(count)
+            elif kind == "KERNEL":
+                handle, go = content
+                self.conditions[handle] = ctypes.c_int32.from_address(go).value
+            else:
+                self._repeat(*content)
+
+    def _repeat(self, handle: int, inside: int) -> None:
+        count = 0
+        while self.conditions[handle]:
+            self._run_nodes(self._tops[inside])
+            count += 1
+            if count > FOREVER:
+                raise AssertionError("the loop never ends")
+        self.iterations.append(count)
 
     @staticmethod
     def _run(graph: Graph) -> None:

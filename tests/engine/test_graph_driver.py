@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -231,6 +232,9 @@ def bindings(request, monkeypatch):
         found = [0, 4, 99] if graph == 7 else [3]
         return Status.CUDA_SUCCESS, found[:count], len(found)
 
+    class KernelParams:
+        gridDimX = gridDimY = gridDimZ = blockDimX = blockDimY = blockDimZ = 0
+
     class Params:
         def __init__(self):
             self.type, self.conditional = None, SimpleNamespace(phGraph_out=[55])
@@ -240,6 +244,7 @@ def bindings(request, monkeypatch):
     for name in ("CUgraph", "CUgraphNode", "CUgraphExec", "CUstream", "CUgraphConditionalHandle"):
         setattr(driver, name, same)
     driver.CUgraphNodeParams, driver.CUgraphNodeType = Params, Types
+    driver.CUDA_KERNEL_NODE_PARAMS = KernelParams
     driver.CUgraphConditionalNodeType = SimpleNamespace(CU_GRAPH_COND_TYPE_WHILE="while")
     driver.CU_GRAPH_COND_ASSIGN_DEFAULT = 1
     driver.cuCtxGetCurrent = answer("context", 77)
@@ -247,6 +252,7 @@ def bindings(request, monkeypatch):
     driver.cuGraphGetNodes, driver.cuGraphNodeGetType = nodes, kind
     driver.cuGraphChildGraphNodeGetGraph = answer("inside", 8)
     driver.cuGraphAddChildGraphNode = answer("child", 21)
+    driver.cuGraphAddKernelNode = answer("kernel", 24)
     driver.cuGraphAddNode = answer("add", 22)
     if request.param == 12:
         driver.cuGraphAddNode_v2 = answer("add with edges", 22)
@@ -277,6 +283,15 @@ class TestDriver:
         conditional = params.conditional
         assert (conditional.type, conditional.size, conditional.ctx) == ("while", 1, 77)
         assert conditional.handle == 1 << 63
+
+    def test_a_kernel_runs_in_one_thread_with_what_it_was_given(self, bindings):
+        arguments = ((1 << 63, 4096), (ctypes.c_uint64, ctypes.c_void_p))
+        assert Cuda().add_kernel(7, [5], "function", arguments) == 24
+        *call, params = bindings.calls[-1]
+        assert call == ["kernel", 7, [5], 1]
+        assert (params.func, params.kernelParams) == ("function", arguments)
+        assert (params.gridDimX, params.gridDimY, params.gridDimZ) == (1, 1, 1)
+        assert (params.blockDimX, params.blockDimY, params.blockDimZ) == (1, 1, 1)
 
     def test_copies_and_executables(self, bindings):
         assert Cuda().add_child(7, [5, 6], 9) == 21

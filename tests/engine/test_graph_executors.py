@@ -15,6 +15,7 @@ from ffkernels.engine import graph_check, graph_executors, graphs
 from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, EagerExecutor, StageProgram
 from ffkernels.engine.graph_executors import GraphUnsafe, StageGraphExecutor, StepGraphExecutor
 from ffkernels.engine.search import Search, make_search
+from ffkernels.ops import condition
 from ffkernels.ops.notices import FFKernelsNotice
 
 GRAPHS = {"step_graph": StepGraphExecutor, "stage_graph": StageGraphExecutor}
@@ -118,6 +119,17 @@ def test_one_launch_per_step_or_per_stage(name, fake):
             assert fake.launches == ["while"]
             assert fake.iterations[-1] == evaluations
         assert executor.captures == 1 and ("begin" in fake.calls) == (stage == 0)
+
+
+@pytest.mark.parametrize("way", condition.WAYS)
+def test_a_stage_is_the_same_in_whatever_way_its_condition_is_set(way, fake, monkeypatch):
+    monkeypatch.setattr(condition, "_ways", {0: way})
+    eager, captured, executor = Setting(), Setting(), StageGraphExecutor()
+    for size in (1e-2, 0.0, 1e-2):
+        assert captured.stage(executor, size) == eager.stage(EagerExecutor(), size)
+    assert ("add_kernel" in fake.calls) == (way == "behind")
+    executor.close()
+    assert fake.alive() == {}
 
 
 @BOTH

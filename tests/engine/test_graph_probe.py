@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
-from ffkernels.engine import graph_probe, graph_support, graphs, ladder
+from ffkernels.engine import graph_probe, graph_support, graph_verdicts, graphs, ladder
 from ffkernels.engine.graph_probe import COMMAND, NotTried, Verdict
 from ffkernels.ops import condition
 
@@ -39,15 +40,18 @@ def dies(name: str) -> str:
     return f"os.kill(os.getpid(), signal.{name})"
 
 
-RIGHT, WRONG = says(counted=None), says(counted="it found [] and ended at 1.0, not at 4.0")
+RIGHT, WRONG = says(counted=None), says(counted="it counted wrong: it found [] and ended at 1.0, not at 4.0")
 
 
 class Processes:
-    """Stand-ins for the real process: `inside` and `beside` are what they do, `started` which there were."""
+    """Stand-ins for the real process: what it does by way, `started` which there were."""
 
     def __init__(self) -> None:
-        self.inside, self.beside, self.reach = RIGHT, RIGHT, REACHED
+        self.inside, self.beside, self.behind, self.reach = RIGHT, RIGHT, RIGHT, REACHED
         self.started: list[str] = []
+
+    def all_do(self, what: str) -> None:
+        self.inside = self.beside = self.behind = what
 
     def command(self, index: int, uuid: str, way: str) -> list[str]:
         self.started.append(way)
@@ -86,7 +90,7 @@ def test_a_good_verdict_is_kept_and_the_loop_then_runs_here(fake, processes, tmp
     assert processes.started == ["inside"] and fake.iterations == [5, 5, 0] * 2
 
 
-def test_where_only_the_other_way_counts_right_only_that_one_is_tried_here(fake, processes, tmp_path):
+def test_where_only_another_way_counts_right_only_that_one_is_tried_here(fake, processes, tmp_path):
     processes.inside = dies("SIGSEGV")
     assert graph_probe.verdict(CPU) == Verdict(("beside",))
     assert graphs.probe(CPU) is None and condition._ways == {0: condition.BESIDE}
@@ -94,25 +98,34 @@ def test_where_only_the_other_way_counts_right_only_that_one_is_tried_here(fake,
     assert kept(tmp_path)[0]["problems"] == {"inside": "it was ended by SIGSEGV"}
 
 
+def test_where_the_first_two_count_wrong_the_third_is_tried(fake, processes, tmp_path):
+    processes.inside = processes.beside = WRONG
+    assert graphs.probe(CPU) is None and condition._ways == {0: condition.BEHIND}
+    assert fake.iterations == [5, 5, 0] and "add_kernel" in fake.calls
+    assert processes.started == ["inside", "beside", "behind"]
+    (file,) = kept(tmp_path)
+    assert (file["way"], list(file["problems"])) == ("behind", ["inside", "beside"])
+
+
 @pytest.mark.parametrize(
     ("does", "cause"),
     [
         (dies("SIGSEGV"), "it was ended by SIGSEGV"),
         (dies("SIGABRT"), "it was ended by SIGABRT"),
-        (WRONG, "it found [] and ended at 1.0, not at 4.0"),
+        (WRONG, "it counted wrong: it found [] and ended at 1.0, not at 4.0"),
         (says(faulted="CUDA error: an illegal memory access"), "it lost the GPU: CUDA error: an illegal"),
     ],
 )
 def test_a_bad_verdict_is_kept_and_nothing_is_tried_here(fake, processes, tmp_path, monkeypatch, does, cause):
-    processes.inside = processes.beside = does
+    processes.all_do(does)
     reason = graphs.why_no_stage_graph(CPU)
     text, _, cure = reason.rpartition("; ")
-    assert f"set inside the decision: {cause}" in text and f"set beside the decision: {cause}" in text
+    assert all(f"set {way} the decision: {cause}" in text for way in ("inside", "beside", "behind"))
     assert f"`{COMMAND} cpu` tries again" in cure and "newer driver" in cure
     assert graphs.why_no_step_graph(CPU) is None
     monkeypatch.setattr(graph_support, "_probed", {})
     assert graphs.why_no_stage_graph(CPU) == reason
-    assert processes.started == ["inside", "beside"] and "graph_create" not in fake.calls
+    assert processes.started == ["inside", "beside", "behind"] and "graph_create" not in fake.calls
     assert kept(tmp_path)[0]["way"] is None
 
 
@@ -137,13 +150,13 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks i
 def test_what_does_not_end_is_ended_with_all_that_it_started(processes, tmp_path, monkeypatch):
     monkeypatch.setattr(graph_probe, "LIMIT", 1.0)
     pids = tmp_path / "pids"
-    processes.inside = processes.beside = (
+    processes.all_do(
         "import subprocess; p = subprocess.Popen(['sleep', '60'])\n"
         f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}} {{p.pid}} ')\n{HANGS}"
     )
     assert "it did not end within 1 s" in graph_probe.verdict(CPU).problem
     found = [int(pid) for pid in pids.read_text().split()]
-    assert len(found) == 4 and all(wait_for_end(pid) for pid in found)
+    assert len(found) == 6 and all(wait_for_end(pid) for pid in found)
     begun = time.monotonic()
     assert "it did not end within 1 s" in graph_probe.verdict(CPU).problem
     assert time.monotonic() - begun < 0.9, "nor is it waited for again"
@@ -188,8 +201,8 @@ NOT_KEPT = {
 def test_what_says_nothing_about_loops_is_not_kept_and_nothing_is_tried_here(
     fake, processes, tmp_path, monkeypatch, name
 ):
-    processes.inside, cause, reached = NOT_KEPT[name]
-    processes.beside = processes.inside
+    does, cause, reached = NOT_KEPT[name]
+    processes.all_do(does)
     if not reached:
         processes.reach = "import json"
     reason = graphs.why_no_stage_graph(CPU)
@@ -242,16 +255,16 @@ def test_a_cache_that_cannot_be_written_is_done_without(processes, tmp_path, mon
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(graph_probe, "cache_dir", no_home)
+    monkeypatch.setattr(graph_verdicts, "cache_dir", no_home)
     assert graph_probe.verdict(CPU) == Verdict(("inside",)) and len(processes.started) == 3
-    assert graph_probe.try_again(CPU) == (Verdict(("inside",)), None)
+    assert graph_probe.try_again(CPU, print) == (Verdict(("inside",)), None)
 
 
 def changed_source(monkeypatch, tmp_path) -> None:
-    for name in graph_probe._SOURCES:
+    for name in graph_verdicts._SOURCES:
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "copy" / name).write_bytes((graph_probe._PACKAGE / name).read_bytes())
-    monkeypatch.setattr(graph_probe, "_PACKAGE", tmp_path / "copy")
+        (tmp_path / "copy" / name).write_bytes((graph_verdicts._PACKAGE / name).read_bytes())
+    monkeypatch.setattr(graph_verdicts, "_PACKAGE", tmp_path / "copy")
     graph_probe.verdict(CPU)
     with (tmp_path / "copy" / "ops" / "condition.ll").open("a") as file:
         file.write("; another line\n")
@@ -261,8 +274,8 @@ CHANGES = {
     "driver": lambda patch, fake, path: setattr(fake, "driver", 13010),
     "torch": lambda patch, fake, path: patch.setattr(torch, "__version__", "9.9"),
     "triton": lambda patch, fake, path: patch.setattr("triton.__version__", "9.9"),
-    "bindings": lambda patch, fake, path: patch.setattr(graph_probe, "_version", lambda name: "9.9"),
-    "ffkernels": lambda patch, fake, path: patch.setattr(graph_probe, "__version__", "9.9"),
+    "bindings": lambda patch, fake, path: patch.setattr(graph_verdicts, "_version", lambda name: "9.9"),
+    "ffkernels": lambda patch, fake, path: patch.setattr(graph_verdicts, "__version__", "9.9"),
     "profiler": lambda patch, fake, path: patch.setenv("CUDA_INJECTION64_PATH", "libprofiler.so"),
     "source": lambda patch, fake, path: changed_source(patch, path),
 }
@@ -279,6 +292,19 @@ def test_whatever_the_verdict_depends_on_is_a_reason_to_try_anew(
     for _ in range(2):
         graph_probe.verdict(CPU)
     assert len(processes.started) == len(kept(tmp_path)) == 2
+
+
+def test_that_nothing_works_is_known_only_where_no_way_was_left_untried(processes, tmp_path):
+    """A version that had fewer ways may have kept that none of them works."""
+    processes.all_do(WRONG)
+    graph_probe.verdict(CPU)
+    (path,) = (tmp_path / "cache" / "graph-probe").glob("*")
+    file = json.loads(path.read_text())
+    del file["problems"]["behind"]
+    path.write_text(json.dumps(file))
+    processes.behind = RIGHT
+    assert graph_probe.verdict(CPU) == Verdict(("behind",)) and len(processes.started) == 6
+    assert kept(tmp_path)[0]["way"] == "behind"
 
 
 @pytest.mark.parametrize(
@@ -304,24 +330,59 @@ def test_several_at_a_time_never_read_half_a_verdict(processes, tmp_path):
     assert found == [Verdict(("inside",))] * 4 and len(kept(tmp_path)) == 1
 
 
-def test_the_command_tries_again_and_says_where_it_keeps_what(processes, tmp_path, capsys):
-    processes.inside = processes.beside = WRONG
-    assert graph_probe._main(["cpu"]) == 1
-    assert "not at 4.0" in capsys.readouterr().out
-    processes.inside = RIGHT
+def lines(said: str) -> list[str]:
+    """What the command printed, without its seconds."""
+    return re.sub(r" \(\d+\.\d s\)$", "", said, flags=re.M).splitlines()
+
+
+def test_the_command_says_what_each_way_did_and_where_it_is_kept(processes, tmp_path, capsys):
+    processes.beside, processes.behind = WRONG, dies("SIGSEGV")
     assert graph_probe._main(["cpu"]) == 0
     said = capsys.readouterr().out
     (path,) = (tmp_path / "cache" / "graph-probe").glob("*")
-    assert "counted right" in said and str(path) in said
+    assert lines(said) == [
+        "condition set inside the decision: it counted right",
+        "condition set beside the decision: it counted wrong: it found [] and ended at 1.0, not at 4.0",
+        "condition set behind the decision: it was ended by SIGSEGV",
+        "loops on cpu will have their condition set inside the decision",
+        f"kept in {path}",
+    ]
+    assert len(re.findall(r" \(\d+\.\d s\)$", said, re.M)) == 3
     assert graph_probe.verdict(CPU) == Verdict(("inside",)), "the command's verdict is the training's"
-    assert len(processes.started) == 3
+    assert processes.started == ["inside", "beside", "behind"]
+
+
+def test_the_command_tries_again_whatever_is_kept(processes, capsys):
+    processes.all_do(WRONG)
+    assert graph_probe._main(["cpu"]) == 1
+    assert capsys.readouterr().out.count("not at 4.0") == 2 * 3
+    processes.behind = RIGHT
+    assert graph_probe._main(["cpu"]) == 0
+    assert "will have their condition set behind the decision" in capsys.readouterr().out
+    assert graph_probe.verdict(CPU) == Verdict(("behind",)) and len(processes.started) == 6
+    processes.all_do("print('Traceback\\n  line 7'); " + says(raised="no compiler"))
+    assert graph_probe._main(["cpu"]) == 1
+    said = lines(capsys.readouterr().out)
+    assert said[:3] == [
+        "condition set inside the decision: it raised: no compiler",
+        "    Traceback",
+        "      line 7",
+    ]
+    assert said[-1] == "not kept"
+    assert graph_probe.verdict(CPU) == Verdict(("behind",)), "and what was known stays known"
+
+
+def test_the_command_without_an_answer(processes, capsys):
+    processes.beside = dies("SIGTERM")
+    assert graph_probe._main(["cpu"]) == 0, "what is not known of the second way does not touch the first"
+    said = lines(capsys.readouterr().out)
+    assert said[1] == "condition set beside the decision: not tried, it was ended by SIGTERM"
+    assert said[2] == "condition set behind the decision: it counted right"
     processes.reach, processes.inside = "import json", says(refused="busy")
     assert graph_probe._main(["cpu"]) == 1
-    assert "(busy)" in (said := capsys.readouterr().out) and "not kept" in said
-    processes.reach, processes.inside, processes.beside = REACHED, *[says(raised="no compiler")] * 2
-    assert graph_probe._main(["cpu"]) == 1
-    assert "no compiler" in (said := capsys.readouterr().out) and "not kept" in said
-    assert graph_probe.verdict(CPU) == Verdict(("inside",)), "and what was known stays known"
+    said = lines(capsys.readouterr().out)
+    assert said[0] == "condition set inside the decision: not tried, busy"
+    assert "(busy)" in said[1] and said[2:] == ["not kept"]
 
 
 class TestTheProcessItself:
@@ -332,8 +393,11 @@ class TestTheProcessItself:
         assert self.replies() == [{"gpu": GPU}, {"counted": None}]
         assert self.replies("", "beside") == [{"gpu": GPU}, {"counted": None}]
         assert condition._ways == {0: "beside"}
+        assert "add_kernel" not in fake.calls
         monkeypatch.setattr(condition, "set_beside", lambda handle, go: None)
         assert "not at 4.0" in self.replies()[1]["counted"]
+        assert self.replies("", "behind") == [{"gpu": GPU}, {"counted": None}]
+        assert fake.calls.count("add_kernel") == 2
 
     def test_errors_are_told_from_faults(self, fake, processes):
         fake.fail("exec_create")
@@ -364,9 +428,8 @@ class TestTheProcessItself:
         assert "from ffkernels.engine" in graph_probe._CHILD
         child = graph_probe._CHILD.replace("from ffkernels.engine", stand_in, 1)
         monkeypatch.setattr(graph_probe, "_CHILD", child)
-        monkeypatch.setattr(
-            sys, "path", [p for p in sys.path if p and Path(p) != graph_probe._PACKAGE.parent]
-        )
+        here = Path(graph_probe.__file__).parents[2]
+        monkeypatch.setattr(sys, "path", [p for p in sys.path if p and Path(p) != here])
         outcome = graph_probe.attempt(CPU, "fake-uuid", "inside")
         assert (outcome.gpu, outcome.problem) == (GPU, None)
 

@@ -15,6 +15,7 @@ from ffkernels.engine import graph_driver, graphs
 from ffkernels.engine.graph_driver import DriverError
 
 CPU = torch.device("cpu")
+GO = torch.zeros(1, dtype=torch.int32)  # of a loop that nothing sets the condition of
 
 
 class Toy:
@@ -54,7 +55,7 @@ class Toy:
         start.capture(lambda: self.prologue(loop.handle))
         step.warm_up(self.body)
         step.capture(lambda: self.body(loop.handle))
-        loop.build(start, step)
+        loop.build(start, step, self.state.go)
         return loop
 
     def close(self) -> None:
@@ -96,7 +97,7 @@ class TestStage:
         with pytest.raises(
             graphs.CaptureFailed, match=r"random numbers in the loop; .*executor='step_graph'"
         ):
-            loop.build(start, step)
+            loop.build(start, step, GO)
 
     @pytest.mark.parametrize(("by", "reason"), [(0.0, "did not change"), (float("nan"), "not finite")])
     def test_without_an_update_the_loop_does_not_run(self, fake, by, reason):
@@ -114,7 +115,7 @@ class TestStage:
         loop, runs = graphs.WhileGraph(CPU), []
         start.capture(lambda: None)
         step.capture(lambda: runs.append(1))
-        loop.build(start, step)
+        loop.build(start, step, GO)
         runs.clear()
         loop.launch()
         assert (fake.iterations, runs) == ([0], [])
@@ -307,9 +308,9 @@ class TestCapture:
             capture.capture(lambda: None)
         with pytest.raises(RuntimeError, match="was not built"):
             loop.launch()
-        loop.build(capture, capture)
+        loop.build(capture, capture, GO)
         with pytest.raises(RuntimeError, match="built once"):
-            loop.build(capture, capture)
+            loop.build(capture, capture, GO)
         for _ in range(2):
             loop.close()
             capture.close()
@@ -325,7 +326,7 @@ class TestCapture:
         step, loop = graphs.Capture(CPU, pool=start), graphs.WhileGraph(CPU)
         start.capture(lambda: None)
         step.capture(lambda: None)
-        loop.build(start, step)
+        loop.build(start, step, GO)
         del start, step
         assert fake.alive() == {"pools": 1, "graphs": 2, "tops": 2, "execs": 1}, "a loop keeps its parts"
         del loop
@@ -378,7 +379,7 @@ class TestAudit:
         fake.nodes = ["KERNEL", "HOST", "WAIT_EVENT"]
         step.capture(lambda: None)
         with pytest.raises(graphs.CaptureFailed) as caught:
-            loop.build(start, step)
+            loop.build(start, step, GO)
         text = str(caught.value)
         assert "cudaFreeAsync) before the loop, a call back into the host in the loop, a wait for" in text
         assert "executor='step_graph'" in text

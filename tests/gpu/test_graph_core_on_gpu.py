@@ -137,7 +137,7 @@ class Stage:
         step.warm_up(self.body)
         step.capture(lambda: self.body(handle))
         if loop:
-            self.held[-1].build(start, step)
+            self.held[-1].build(start, step, self.state.go)
         return self.held
 
     def close(self) -> None:
@@ -375,7 +375,7 @@ def test_what_a_loop_cannot_hold_is_found(bindings, gpu):
     assert graphs.audit(capture.raw, in_loop=True) == ["an event for another stream"]
     loop = graphs.WhileGraph(gpu)
     with pytest.raises(graphs.CaptureFailed, match="an event for another stream in the loop"):
-        loop.build(plain, capture)
+        loop.build(plain, capture, torch.zeros(1, dtype=torch.int32, device=gpu))
     for graph in (loop, capture, plain):
         graph.close()
     healthy(gpu)

@@ -385,12 +385,14 @@ def test_which_way_a_condition_is_set_is_chosen_per_device(device):
     condition, gpus = device.condition, [torch.device("cuda", i) for i in range(2)]
     assert not condition.inside(torch.device("cpu"))
     assert condition.inside(gpus[0]) and condition.inside(gpus[1])
-    condition.use(gpus[1], condition.BESIDE)
     try:
-        assert condition.inside(gpus[0]) and not condition.inside(gpus[1])
+        for way in (condition.BESIDE, condition.BEHIND):
+            condition.use(gpus[1], way)
+            assert condition.inside(gpus[0]) and not condition.inside(gpus[1])
+            assert not condition.behind(gpus[0]) and condition.behind(gpus[1]) == (way == "behind")
     finally:
         condition.use(gpus[1], condition.INSIDE)
-    with pytest.raises(ValueError, match="'inside' the decision or 'beside' it, not 'around'"):
+    with pytest.raises(ValueError, match="set 'inside', 'beside', 'behind' the decision, not 'around'"):
         condition.use(gpus[0], "around")
 
 
