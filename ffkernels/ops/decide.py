@@ -8,8 +8,8 @@ The kernel is the twin of `Rises`, `LinearSearch` and `ParabolicSearch`: float64
 operations, no fma, so that equal losses give equal choices. It leaves the arguments of the `step_` that
 follows in device memory: whether the weights just measured became the best (`accept`), and k = τ_next −
 τ_best, which is 0 when the search has ended, so that this step then restores the best weights. `go` says
-whether there is a next τ; for a CUDA WHILE node the kernels set the node's condition to it. After the end a
-call changes nothing. What lies where is said in `decide_state`.
+whether there is a next τ, and is what the condition of a CUDA WHILE node becomes (`condition`). After the end
+a call changes nothing. What lies where is said in `decide_state`.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ def _decide_kernel(
 def _launch(
     kernel, state: DecideState, *arguments, handle: int | None, programs: int = 1, **constants
 ) -> None:
-    # The kernel sets the condition itself, or a second kernel does, where Triton's cannot.
+    # Of the ways to set a condition (`condition`) only that behind the decision comes without a handle.
     inside = handle is not None and condition.inside(state.device)
     options = {"extern_libs": CONDITION_LIBRARY} if inside else {}
     with torch.cuda.device(state.device) if state.device.type == "cuda" else nullcontext():
