@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
@@ -23,12 +24,27 @@ from ffkernels import ops
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.search import LinearSearch, Search, make_search
 from ffkernels.engine.significance import Rises
-from ffkernels.engine.stage_clock import StageClock
+from ffkernels.engine.stage_clock import Lag, StageClock
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_examples import read_together
 
 NO_UPDATE = "the optimizer did not change the weights"
 UPDATE_NOT_FINITE = "the optimizer's update is not finite"
+
+
+class Pace(NamedTuple):
+    """How an eager step goes.
+
+    Attributes:
+        host: seconds in which the host prepares it, those included in which CUDA makes it wait.
+        total: seconds it takes in all.
+        behind: whether the device was late when the host had prepared the validation, so that it is the host
+            that waits; None where nothing tells.
+    """
+
+    host: float
+    total: float
+    behind: bool | None = None
 
 
 @dataclass
@@ -49,8 +65,7 @@ class StageProgram:
         moves: weight moves in the loop, one after each validation.
         extra_validations: evaluations that are not part of the record: those that warmed up a capture or
             checked it.
-        pace: for each step of an eager stage, the seconds in which the host prepared it and the seconds it
-            took in all.
+        pace: of each step of an eager stage.
         clock: runs since the program was made.
     """
 
@@ -63,7 +78,7 @@ class StageProgram:
     move_seconds: float = 0.0
     moves: int = 0
     extra_validations: int = 0
-    pace: list[tuple[float, float]] = field(default_factory=list)
+    pace: list[Pace] = field(default_factory=list)
     clock: StageClock = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -90,15 +105,17 @@ class StageProgram:
         self.pace = []
 
 
-def step_pace(program: StageProgram) -> tuple[float, float] | None:
-    """Median host seconds and total seconds of an eager step; None when the stage had none.
+def step_pace(program: StageProgram) -> Pace | None:
+    """The median step of an eager stage; None when the stage had none.
 
     The first step is left out where there are others: its kernels may just have been compiled or loaded.
     """
     steps = program.pace[1:] or program.pace
     if not steps:
         return None
-    return median(host for host, _ in steps), median(total for _, total in steps)
+    told = [step.behind for step in steps if step.behind is not None]
+    behind = 2 * sum(told) > len(told) if told else None
+    return Pace(median(step.host for step in steps), median(step.total for step in steps), behind)
 
 
 class EagerExecutor:
@@ -120,10 +137,15 @@ class EagerExecutor:
         base = 0  # the τ that best holds
         counts = program.example_counts
         rises = Rises(counts)
+        lag = Lag(table.device)
+        labelled = getattr(program.validation, "labelled", None)
         try:
+            if labelled is not None:
+                labelled.before_head = lag.mark
             while (tau := search.propose()) is not None:
                 start = perf_counter()
                 measured = (program.validation(), None) if counts is None else program.validation.measure()
+                behind = lag.is_behind()
                 prepared = perf_counter()
                 loss, sums = read_together(*measured)
                 validated = perf_counter()
@@ -139,11 +161,14 @@ class EagerExecutor:
                 program.moves += 1
                 program.validate_seconds += validated - start
                 program.move_seconds += end - validated
-                program.pace.append((prepared - start + end - validated, end - start))
+                program.pace.append(Pace(prepared - start + end - validated, end - start, behind))
         except BaseException:
             with interrupt_later():
                 ops.step_(table, False, 0.0)  # W ← best
             raise
+        finally:
+            if labelled is not None:
+                labelled.before_head = None
 
     def largest_update(self, table: ops.TensorTable) -> float:
         """max |Δ|, which says whether there is anything to search."""

@@ -87,6 +87,10 @@ class Cuda:
     # ---- streams, memory, torch's capture ----
 
     def guard(self, device: torch.device) -> AbstractContextManager:
+    def is_profiled(self) -> bool:
+        """Whether a profiler of torch records, in this thread or another; not while its schedule warms up."""
+        return torch.autograd._profiler_enabled() or torch.autograd.profiler._is_profiler_enabled
+
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def new_stream(self, device: torch.device) -> Any:

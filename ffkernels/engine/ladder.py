@@ -5,9 +5,13 @@
     eager          always works
 
 Where a rung cannot be had the next one runs, and that is said once with cause and cure. "auto" asks more:
-that a graph pays. Its first stage runs eagerly and is measured, since a device that computes longer than the
-host needs to prepare its work has no use for a graph; and after a captured stage the gain is compared with
-what the capture cost. Neither is announced, as nothing is lost; the stage's record says it with the numbers.
+that a graph pays. Its first stage runs eagerly and is measured, since a device that is still busy when the
+host has prepared its work has no use for a graph; and after a captured stage the gain is compared with what
+the capture cost. Neither is announced, as nothing is lost; the stage's record says it with the numbers.
+
+While a profiler is on no stage is one launch: profilers have ended the process on loops on the device
+(pytorch#134308). Such stages run eagerly, as another capture would be most of what is profiled; what is
+captured stays and is used again afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from ffkernels.engine import capture_rules, graph_driver, graphs
-from ffkernels.engine.executors import EagerExecutor, StageProgram, step_pace
+from ffkernels.engine.executors import EagerExecutor, Pace, StageProgram, step_pace
 from ffkernels.engine.graph_executors import (
     GraphExecutor,
     GraphUnsafe,
@@ -33,8 +37,10 @@ NO_LAUNCHES = "on a CPU there are no launches to save"
 HORIZON = 1000
 # What it cost is spent by then: a gain of such a share of an eager step is worth the memory in any case.
 LARGE_GAIN = 0.05
-# The host must need at least this share of an eager step; else it is the host that waits.
-HOST_SHARE = 0.5
+PROFILED = (
+    "a profiler is on, and profilers have ended the process on loops on the device; choose "
+    'executor="step_graph" to profile captured steps'
+)
 _EXECUTORS: dict[str, type[GraphExecutor]] = {
     "stage_graph": StageGraphExecutor,
     "step_graph": StepGraphExecutor,
@@ -47,29 +53,25 @@ _RUNS = {
 
 
 def graphs_pay(
-    enqueue: float,
-    eager: float,
-    capture: float | None = None,
-    replay: float | None = None,
-    *,
-    horizon: int = HORIZON,
+    pace: Pace, capture: float | None = None, replay: float | None = None, *, horizon: int = HORIZON
 ) -> tuple[bool, str]:
     """Whether a captured validation is worth having, and the numbers that say so.
 
     Args:
-        enqueue: seconds in which the host prepares an eager Fast Forward step.
-        eager: seconds that step takes in all.
+        pace: of an eager Fast Forward step.
         capture: seconds the capture cost; None before there is one.
         replay: seconds a captured step takes; None before there is one.
         horizon: steps within which the capture has to pay for itself, unless the gain is large.
     """
+    eager = pace.total
     if capture is None or replay is None:
-        if enqueue < HOST_SHARE * eager:
+        if pace.behind:
             return False, (
-                f"a step takes {_ms(eager)}, of which the host needs {_ms(enqueue)} to prepare it: launches "
-                "hide behind the device's work, and a graph would save nothing"
+                f"a step takes {_ms(eager)}, and when the host has prepared it, after {_ms(pace.host)}, the "
+                "device is late: launches hide behind the device's work, and a graph would save nothing"
             )
-        return True, f"the host needs {_ms(enqueue)} of the {_ms(eager)} that an eager step takes"
+        late = "" if pace.behind is None else ", and the device waits for it"
+        return True, f"the host needs {_ms(pace.host)} of the {_ms(eager)} that an eager step takes{late}"
     gain = eager - replay
     numbers = f"a captured step takes {_ms(replay)}, an eager one {_ms(eager)}"
     if gain <= 0:
@@ -111,15 +113,19 @@ class Ladder:
         self.name = "eager"
         self._why = "" if wanted == "auto" else "asked for"
         self._refused = ""
+        self._profiled = False
         self._auto = wanted == "auto"
         self._rungs = list(_EXECUTORS) if self._auto else [wanted] if wanted in _EXECUTORS else []
         self._looked = not self._rungs
         self._eager = EagerExecutor()
         self._graph: GraphExecutor | None = None
-        self._pace: tuple[float, float] | None = None
+        self._pace: Pace | None = None
         self._unpaid = 0
         if not self._auto and self._rungs:
-            refused = why_not(wanted, validation, device, explicit=True)
+            # Whether a loop runs is found out by running one.
+            self._looked = not self._profiler_forbids(device)
+            rung = wanted if self._looked else "step_graph"
+            refused = why_not(rung, validation, device, explicit=True)
             if refused:
                 raise RuntimeError(
                     f'executor="{wanted}" cannot run here: {refused}; or leave it at "auto", which takes the '
@@ -130,10 +136,19 @@ class Ladder:
 
     @property
     def reason(self) -> str:
+        if self._profiled:
+            return PROFILED
         return "; ".join(filter(None, (self._why, self._refused)))
 
     def run(self, program: StageProgram) -> None:
         """Run the stage; W ends bit-equal to the best validated weights, also when something raises."""
+        self._profiled = self._profiler_forbids(program.table.device)
+        if self._profiled:
+            announce_once(
+                "executor-profiled", f"Fast Forward stages run eagerly (eager) for the time being: {PROFILED}"
+            )
+            self.name = "eager"
+            return self._eager.run(program)
         if not self._looked:
             self._looked = True
             self._look(program)
@@ -158,6 +173,11 @@ class Ladder:
         self._eager.run(program)
         if self._rungs:
             self._pace = step_pace(program)
+
+    def _profiler_forbids(self, device: torch.device) -> bool:
+        """Whether the next stage would be one launch, or found out whether it can be, under a profiler."""
+        cuda = graph_driver.cuda
+        return self._rungs[:1] == ["stage_graph"] and cuda.is_cuda(device) and cuda.is_profiled()
 
     def close(self) -> None:
         """Give back what is captured; a later stage would capture again. Idempotent."""
@@ -198,7 +218,7 @@ class Ladder:
                 if self._pace is None:
                     self._why = f"measured first, to see whether {self._rungs[0]} pays"
                     return None
-                pays, self._why = graphs_pay(*self._pace)
+                pays, self._why = graphs_pay(self._pace)
                 if not pays:
                     self._rungs = []
                     return None
@@ -229,7 +249,7 @@ class Ladder:
         graph also loads it onto the device."""
         if self._pace is None or graph.step_seconds is None:
             return
-        pays, self._why = graphs_pay(*self._pace, graph.capture_seconds, graph.step_seconds)
+        pays, self._why = graphs_pay(self._pace, graph.capture_seconds, graph.step_seconds)
         self._unpaid = 0 if pays else self._unpaid + 1
         if self._unpaid == 2:
             graph.close()

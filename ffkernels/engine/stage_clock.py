@@ -1,10 +1,14 @@
-"""The seconds of a stage, although the GPU may still be training when the stage begins.
+"""The seconds of a stage, although the GPU may still train when it begins; and who waits for whom in it.
 
 A stage starts while the backward pass and the optimizer's kernels are still queued on the device, and its
 first read waits for them too. Host time would book that wait to the stage. So on a GPU the time up to the
 first read is taken between two events, one recorded where the stage begins and one right before the read; the
 read itself waits for both, so that nothing is waited for in addition. From then on host and device stand at
 the same place, and host time goes on from there. On other devices it is host time throughout.
+
+Who waits for whom does not show in host time: CUDA makes the host wait when about a thousand launches are
+pending, so preparing a step of 8,000 takes nearly as long as the step, also where the device is what is
+waited for. An event tells: is the device past a mark that was set shortly before the last launch?
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["StageClock"]
+__all__ = ["Lag", "StageClock"]
 
 
 def _recorded_event(device: torch.device) -> Any:
@@ -56,3 +60,23 @@ class StageClock:
 
     def seconds(self) -> float:
         return self._before_read + perf_counter() - self._begun
+
+
+class Lag:
+    """Whether the device is behind: not yet past the last mark, when the host has prepared what comes after.
+
+    A device that waits for the host has run whatever was launched, but for the last few kernels. So a mark
+    belongs some twenty launches before the end. With more than a thousand after it the device may be past it
+    in any case; with none it never is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event: Any = None
+
+    def mark(self) -> None:
+        self._event = _recorded_event(self._device)
+
+    def is_behind(self) -> bool | None:
+        """Waits for nothing; None without a mark, and where the device is the host."""
+        return None if self._event is None else not self._event.query()

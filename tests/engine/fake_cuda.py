@@ -16,7 +16,7 @@ behind.
     fake.fail("exec_create")                    # the next call of that method raises; (..., times=3, after=1)
     fake.nodes = ["KERNEL", "HOST"]             # what captures from here on are found to consist of
     fake.driver = 12020; fake.problem = "..."   # an old driver; no cuda-bindings; also rocm, backend,
-                                                # old_torch, no_triton
+                                                # old_torch, no_triton, profiler
     fake.random += 1                            # inside captured work: it draws random numbers on the device
     fake.calls                                  # names of all calls so far
     fake.launches                               # "replay" or "while", one per launch
@@ -138,7 +138,7 @@ class FakeCuda:
     """See the top of the file."""
 
     def __init__(self) -> None:
-        self.driver, self.rocm, self.backend = 13000, False, "native"
+        self.driver, self.rocm, self.backend, self.profiler = 13000, False, "native", False
         self.problem: str | None = None
         self.old_torch: str | None = None
         self.no_triton: str | None = None
@@ -244,6 +244,9 @@ class FakeCuda:
     # ---- streams, memory, torch's capture ----
 
     @contextmanager
+    def is_profiled(self) -> bool:
+        return self.profiler
+
     def guard(self, device) -> Iterator[None]:
         yield
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig, Stage, ValidationLoss
 from ffkernels.engine import capture_rules, graph_executors, graph_support, graphs, ladder
-from ffkernels.engine.ladder import NO_LAUNCHES, graphs_pay
+from ffkernels.engine.executors import Pace
+from ffkernels.engine.ladder import NO_LAUNCHES, PROFILED, graphs_pay
 from ffkernels.ops.notices import FFKernelsNotice
 
 CPU = torch.device("cpu")
@@ -64,24 +65,26 @@ def eager_result(count, **config):
 def graphs_allowed(fake, monkeypatch):
     """Callables may be captured, and the host is all that an eager step waits for."""
     monkeypatch.setattr(capture_rules, "why_not_captured", lambda *args, **kwargs: None)
-    pace(monkeypatch, 1.0, 1.0)
+    pace(monkeypatch, 1.0, 1.0, False)
     return fake
 
 
 def pace(monkeypatch, *measured):
-    monkeypatch.setattr(ladder, "step_pace", lambda program: measured)
+    monkeypatch.setattr(ladder, "step_pace", lambda program: Pace(*measured))
 
 
 # ---- does it pay? ----
 
 
+@pytest.mark.parametrize("host", [0.9, 0.1])
 @pytest.mark.parametrize(
-    ("enqueue", "eager", "pays"), [(0.9, 1.0, True), (0.5, 1.0, True), (0.49, 1.0, False), (0.0, 1.0, False)]
+    ("behind", "pays", "words"),
+    [(True, False, "the device is late: launches hide"), (False, True, "the device waits"), (None, True, "")],
 )
-def test_before_a_capture_the_host_must_be_what_is_waited_for(enqueue, eager, pays):
-    found, reason = graphs_pay(enqueue, eager)
+def test_before_a_capture_the_host_must_be_what_is_waited_for(host, behind, pays, words):
+    found, reason = graphs_pay(Pace(host, 1.0, behind))
     assert found is pays
-    assert f"{1000 * enqueue:.3g} ms" in reason and "1e+03 ms" in reason
+    assert f"{1000 * host:.3g} ms" in reason and "1e+03 ms" in reason and words in reason
 
 
 @pytest.mark.parametrize(
@@ -97,14 +100,15 @@ def test_before_a_capture_the_host_must_be_what_is_waited_for(enqueue, eager, pa
     ],
 )
 def test_after_a_capture_the_gain_must_pay_for_it(capture, replay, pays, words):
-    found, reason = graphs_pay(0.009, 0.010, capture, replay)
+    found, reason = graphs_pay(Pace(0.009, 0.010, False), capture, replay)
     assert found is pays
     assert words in reason and "10 ms" in reason
 
 
 def test_the_horizon_may_be_another():
-    assert graphs_pay(1.0, 0.010, 0.4, 0.0096, horizon=999)[0] is False
-    assert graphs_pay(1.0, 0.010, 0.4, 0.0096, horizon=1001)[0] is True
+    pace = Pace(1.0, 0.010)
+    assert graphs_pay(pace, 0.4, 0.0096, horizon=999)[0] is False
+    assert graphs_pay(pace, 0.4, 0.0096, horizon=1001)[0] is True
 
 
 # ---- without a GPU ----
@@ -236,11 +240,70 @@ def test_an_error_of_the_loss_itself_is_raised(fake):
         run.stage()
 
 
+# ---- under a profiler ----
+
+
+@pytest.mark.parametrize("asked", ["auto", "stage_graph"])
+def test_while_a_profiler_is_on_no_stage_is_one_launch_and_then_again(asked, graphs_allowed):
+    run = Run(asked)
+    run.stages(2)
+    assert run.ff.stages[-1].executor == "stage_graph"
+    graphs_allowed.calls.clear()
+    graphs_allowed.profiler = True
+    told = r'\(eager\) for the time being: .*executor="step_graph"'
+    with pytest.warns(FFKernelsNotice, match=told) as said:
+        stages = run.stages(2)
+    assert len(said) == 1
+    assert [(s.executor, s.executor_reason) for s in stages] == [("eager", PROFILED)] * 2
+    graphs_allowed.profiler = False
+    stage = run.stage()
+    assert stage.executor == "stage_graph" and "profiler" not in stage.executor_reason
+    assert "begin" not in graphs_allowed.calls and "exec_launch" in graphs_allowed.calls, "captured once"
+    assert run.result() == eager_result(5)
+
+
+def test_what_is_first_asked_for_under_a_profiler_is_tried_when_it_is_off(fake):
+    fake.profiler = True
+    run = Run("stage_graph")
+    with pytest.warns(FFKernelsNotice, match="a profiler is on"):
+        assert run.stage().executor == "eager"
+    assert fake.iterations == [] and fake.launches == []
+    fake.profiler = False
+    assert run.stage().executor == "stage_graph"
+    fake.profiler, fake.rocm = True, True
+    with pytest.raises(RuntimeError, match=r'"stage_graph" cannot run here: .*ROCm'):
+        Run("stage_graph")
+
+
+def test_a_pace_under_a_profiler_is_not_asked_whether_a_graph_pays(graphs_allowed, monkeypatch):
+    graphs_allowed.profiler = True
+    run = Run()
+    with pytest.warns(FFKernelsNotice, match="a profiler is on"):
+        run.stage()
+    graphs_allowed.profiler = False
+    stages = run.stages(2)
+    assert [s.executor for s in stages] == ["eager", "stage_graph"]
+    assert "measured first" in stages[0].executor_reason
+
+
+def test_steps_are_replayed_under_a_profiler_too(fake):
+    fake.profiler = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [s.executor for s in Run("step_graph").stages(2)] == ["step_graph"] * 2
+
+
+def test_on_a_cpu_a_profiler_changes_nothing():
+    with warnings.catch_warnings(), torch.autograd.profiler.profile():
+        warnings.simplefilter("error")
+        assert Run().stage().executor_reason == NO_LAUNCHES
+
+
 # ---- stepping aside ----
 
 
 def test_a_busy_device_needs_no_graph(graphs_allowed, monkeypatch):
-    pace(monkeypatch, 0.001, 0.010)
+    pace(monkeypatch, 0.009, 0.010, True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stages = Run().stages(3)

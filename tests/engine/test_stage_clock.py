@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffkernels.engine import stage_clock
-from ffkernels.engine.stage_clock import StageClock
+from ffkernels.engine.stage_clock import Lag, StageClock
 
 CPU = torch.device("cpu")
 
@@ -103,3 +103,21 @@ def test_a_cpu_has_host_time_throughout(times):
     with clock.reading():
         times.now = 3.0
     assert clock.seconds() == 3.0
+
+
+def test_a_device_is_behind_until_it_is_past_the_last_mark(gpu):
+    lag = Lag(CPU)
+    assert lag.is_behind() is None, "without a mark nothing tells"
+    lag.mark()
+    assert lag.is_behind() is False
+    gpu.busy = 5.0
+    lag.mark()
+    assert lag.is_behind() is True and gpu.now == 0.0
+    gpu.now = 5.0
+    assert lag.is_behind() is False
+
+
+def test_a_cpu_is_never_behind_itself(times):
+    lag = Lag(CPU)
+    lag.mark()
+    assert lag.is_behind() is None
