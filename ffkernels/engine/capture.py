@@ -1,8 +1,15 @@
 """Work recorded once, then replayed again and again without Python: warm_up → capture → replay.
 
 A capture has a stream and a pool of memory of its own. It is warmed up in that pool: what the warm-up leaves
-behind (the workspaces of matrix products above all) is what the recording goes on to use, and nothing of it
-can be given away while the graph lives.
+behind is what the recording goes on to use, and nothing of it can be given away while the graph lives.
+
+The workspaces of matrix products are apart. torch keeps them by stream, before 2.12 for good, so that each
+stream that ever captured costs 34 MiB on Hopper; from 2.12 on the reset of one graph lets go of those of its
+stream, whatever other graph goes on writing to them (pytorch#193402). So the streams are kept too: one is
+lent to one place of captures, and to the next when all of the first are closed; and its workspaces come from
+memory that is the stream's alone, for good (`Cuda.claim_workspaces`). There are never more streams than
+places were open at the same time, and what a graph writes to is never somebody else's. Only a stream that
+still records after a capture failed on it is not lent again.
 """
 
 from __future__ import annotations
@@ -31,19 +38,41 @@ class CaptureFailed(RuntimeError):
     """Work that cannot become a graph. The message says what, why, and what to do about it."""
 
 
+_idle: dict[torch.device, list[Any]] = {}  # streams that captures may have
+
+
 class _Place:
     """Where captures happen: a stream and memory of their own, given back by the last that leaves."""
 
     def __init__(self, device: torch.device) -> None:
         cuda = graph_driver.cuda
-        self.device, self.guests, self.failures = device, 0, 0
-        self.stream = cuda.new_stream(device)
-        self.pool = cuda.new_pool(device)
+        self.device, self.guests, self.failures, self.spoilt = device, 0, 0, False
+        try:
+            self.stream = _idle.setdefault(device, []).pop()
+        except IndexError:
+            self.stream = cuda.new_stream(device)
+        try:
+            self.pool = cuda.new_pool(device)
+        except BaseException:
+            _idle[device].append(self.stream)
+            raise
+
+    def abandon(self, graph: Any) -> None:
+        """Undo a capture that failed, on the stream."""
+        cuda = graph_driver.cuda
+        self.failures += 1
+        cuda.abandon(graph, self.pool, self.device)
+        try:
+            self.spoilt |= cuda.is_capturing()
+        except Exception:
+            self.spoilt = True
 
     def leave(self) -> None:
         self.guests -= 1
         if not self.guests:
             graph_driver.cuda.close_pool(self.pool, self.device, self.failures)
+            if not self.spoilt:
+                _idle.setdefault(self.device, []).append(self.stream)
 
 
 class Capture:
@@ -97,10 +126,9 @@ class Capture:
     def _rehearse(self, fn: Callable[[], Any], place: _Place, last: bool) -> None:
         cuda = graph_driver.cuda
         before = cuda.random_state(self.device)
-        with cuda.in_pool(place.pool, self.device):
-            cuda.claim_workspace()
-            with cuda.sync_is_error() if last else nullcontext():
-                fn()
+        cuda.claim_workspaces(self.device)
+        with cuda.in_pool(place.pool, self.device), cuda.sync_is_error() if last else nullcontext():
+            fn()
         self.draws |= not torch.equal(cuda.random_state(self.device), before)
 
     def capture(self, fn: Callable[[], T]) -> T:
@@ -114,14 +142,14 @@ class Capture:
             raise RuntimeError("a Capture records once; make a new one")
         with explained("be captured in a CUDA graph"), ExitStack() as undo:
             with self._side_stream() as place, _no_collection():
+                cuda.claim_workspaces(self.device)
                 graph = cuda.new_graph()
                 try:
                     cuda.begin(graph, place.pool)
                     value = cuda.work(graph, fn)
                     cuda.end(graph)
                 except BaseException:
-                    place.failures += 1
-                    cuda.abandon(graph, place.pool, self.device)
+                    place.abandon(graph)
                     raise
                 undo.callback(cuda.reset, graph)
             undo.pop_all()
@@ -132,6 +160,14 @@ class Capture:
     def raw(self) -> int:
         """The cudaGraph_t."""
         return graph_driver.cuda.raw(self._recorded())
+
+    def instantiate(self) -> None:
+        """Make the graph ready to be replayed, which takes longest where it has thousands of nodes.
+
+        The first replay does that otherwise. A graph that others are made of needs none of it.
+        """
+        with explained("be made ready to launch as a CUDA graph"), graph_driver.cuda.guard(self.device):
+            graph_driver.cuda.instantiate(self._recorded())
 
     def replay(self) -> None:
         """Launch the graph on the current stream."""

@@ -28,6 +28,9 @@ class DriverError(RuntimeError):
 class Cuda:
     """The real thing. See `tests/engine/fake_cuda.py` for the one that runs on a CPU."""
 
+    def __init__(self) -> None:
+        self._workspaces: dict[int, Any] = {}  # by stream, the pool that theirs are in
+
     # ---- the machine ----
 
     def is_cuda(self, device: torch.device) -> bool:
@@ -84,13 +87,13 @@ class Cuda:
             "uuid": str(properties.uuid),
         }
 
-    # ---- streams, memory, torch's capture ----
-
-    def guard(self, device: torch.device) -> AbstractContextManager:
     def is_profiled(self) -> bool:
         """Whether a profiler of torch records, in this thread or another; not while its schedule warms up."""
         return torch.autograd._profiler_enabled() or torch.autograd.profiler._is_profiler_enabled
 
+    # ---- streams, memory, torch's capture ----
+
+    def guard(self, device: torch.device) -> AbstractContextManager:
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def new_stream(self, device: torch.device) -> Any:
@@ -126,13 +129,23 @@ class Cuda:
             torch._C._cuda_endAllocateToPool(_index(device), pool)
             torch._C._cuda_releasePool(_index(device), pool)
 
-    def claim_workspace(self) -> None:
-        """Let the matrix library have its workspace for the current stream now.
+    def claim_workspaces(self, device: torch.device) -> None:
+        """Let the matrix libraries have their workspaces for the current stream now, from memory of its own.
 
-        torch may keep it for longer than the graph lives (before 2.12: for good), and with it the whole piece
-        of memory that it was cut from. Claimed before anything else, it has a piece to itself.
+        A graph goes on writing to the workspaces that it was captured with, so they must be nobody else's for
+        as long as it lives. torch keeps one per stream (and thread), and lets go of it when it likes: at the
+        reset of any graph of that stream (from 2.12 on), when somebody clears them all, or never. Here they
+        come from a pool that only this stream allocates from and that is never closed. So whatever torch lets
+        go of stays the stream's, and is what it gets again; one stream costs about 34 MiB on Hopper, once.
         """
-        torch.cuda.current_blas_handle()
+        stream = torch.cuda.current_stream(device).cuda_stream
+        pool = self._workspaces.get(stream)
+        if pool is None:
+            pool = self._workspaces[stream] = self.new_pool(device)
+        with self.in_pool(pool, device):
+            torch.cuda.current_blas_handle()
+            # cuBLASLt, which multiplies where there is a bias to add, may have a workspace apart.
+            torch.addmm(*(torch.zeros(shape, device=device) for shape in (16, (16, 16), (16, 16))))
 
     def close_pool(self, pool: Any, device: torch.device, failures: int = 0) -> None:
         """Give the memory back, when the graphs that used it are reset.
@@ -211,12 +224,24 @@ class Cuda:
     def abandon(self, graph: Any, pool: Any, device: torch.device) -> None:
         """Undo what a capture leaves behind that never ended, or whose end was refused. Never raises.
 
-        The stream stops recording with the first attempt to end it, whatever that returns. What torch does
-        then depends on its version: it may go on to send allocations to the pool, and leave the generator in
-        the state of being recorded, in which it refuses to draw.
+        The stream stops recording with the first attempt to end it, whatever that returns. But where CUDA
+        refuses the end, torch does not come to undo what it did at the beginning: allocations go on being
+        sent to the pool, those of pinned memory too, and the generator refuses to draw. So the end is made to
+        succeed once, on a recording of nothing that the driver is asked to begin. Where that cannot be had
+        (without cuda-bindings, or when the beginning was refused already) the rest is undone piece by piece,
+        except for pinned memory: from then on each request for some asks a graph that is gone whether the
+        stream is its own, which may go wrong while a stream of this process captures, and not else.
         """
-        with suppress(Exception):
+        try:
             graph.capture_end()
+        except Exception:
+            with suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that nothing was recorded
+                driver = self._driver()
+                stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+                mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+                self._call("cuStreamBeginCapture", stream, mode)
+                graph.capture_end()
         with suppress(Exception):
             graph.reset()
         with suppress(Exception):
@@ -234,6 +259,7 @@ class Cuda:
         return graph.raw_cuda_graph()
 
     def instantiate(self, graph: Any) -> None:
+        """Make the executable now, which the first replay does otherwise."""
         graph.instantiate()
 
     def replay(self, graph: Any) -> None:

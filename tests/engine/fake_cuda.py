@@ -162,13 +162,14 @@ class FakeCuda:
     def install(cls, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         """In the place of CUDA until the test ends."""
         from ffkernels import ops
-        from ffkernels.engine import graph_driver, graph_probe, graph_support
+        from ffkernels.engine import capture, graph_driver, graph_probe, graph_support
         from ffkernels.ops import condition
 
         fake = cls()
         monkeypatch.setattr(graph_driver, "cuda", fake)
         monkeypatch.setattr(graph_support, "_probed", {})
         # No process is started; `test_graph_probe.py` puts the real one back.
+        monkeypatch.setattr(capture, "_idle", {})
         allowed = graph_probe.Verdict(graph_probe.WAYS)
         monkeypatch.setattr(graph_probe, "verdict", lambda device: allowed)
         monkeypatch.setattr(condition, "load", lambda device: None)
@@ -285,8 +286,8 @@ class FakeCuda:
             raise RuntimeError("there is no such pool")
         yield
 
-    def claim_workspace(self) -> None:
-        self._called("claim_workspace", during_capture=False)
+    def claim_workspaces(self, device) -> None:
+        self._called("claim_workspaces", during_capture=False)
         if self.stream.name == "default":
             raise RuntimeError("the workspace of a stream that nothing is captured on")
 

@@ -157,6 +157,139 @@ def test_memory_is_held_between_uses_and_then_given_back(allocator):
     assert (allocator.counts[pool], allocator.freed) == (0, [pool])
 
 
+class Refusing:
+    """A capture as torch 2.11 to 2.13 has it: what CUDA does not let end, torch does not undo.
+
+    A stream that `records` may have been invalidated, as by a wait; its recording ends with an error then.
+    """
+
+    def __init__(self, allocator: Allocator, stream: SimpleNamespace) -> None:
+        self.allocator, self.stream, self.registered, self.ended = allocator, stream, False, False
+
+    def capture_begin(self, pool, capture_error_mode) -> None:
+        self.pool = pool
+        self.allocator.begin(0, pool)
+        self.stream.pinned.append(pool)
+        self.stream.records = self.registered = True
+
+    def capture_end(self) -> None:
+        records, valid = self.stream.records, self.stream.valid
+        self.stream.records, self.stream.valid = False, True
+        if not (records and valid):
+            raise RuntimeError("operation failed due to a previous error during capture")
+        if not self.registered:
+            raise RuntimeError("capture_end() called before capture_begin().")
+        self.registered = False
+        self.allocator.end(0, self.pool)
+        self.stream.pinned.remove(self.pool)
+        warnings.warn("The CUDA Graph is empty.", UserWarning, stacklevel=1)
+        self.ended = True
+
+    def reset(self) -> None:
+        if self.ended:
+            self.allocator.release(0, self.pool)
+        self.ended = False
+
+
+@pytest.mark.parametrize("bound", [True, False], ids=["bindings", "no bindings"])
+@pytest.mark.parametrize("seen", ["in the work", "at the end"])
+def test_a_capture_whose_end_cuda_refused_is_made_to_end(allocator, generator, monkeypatch, seen, bound):
+    stream = SimpleNamespace(records=False, valid=True, pinned=[], cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    cuda, begun = Cuda(), []
+
+    def begin(of, mode):
+        begun.append((of, mode, stream.records))
+        stream.records = True
+        return (Status.CUDA_SUCCESS,)
+
+    driver = SimpleNamespace(
+        CUstream=lambda number: number,
+        CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="this thread"),
+        cuStreamBeginCapture=begin,
+    )
+    monkeypatch.setattr(cuda, "_driver", (lambda: driver) if bound else (lambda: 1 / 0))
+    pool = cuda.new_pool(GPU)
+    graph = Refusing(allocator, stream)
+    cuda.begin(graph, pool)
+    stream.valid = False  # by what was captured
+    if seen == "at the end":
+        with pytest.raises(RuntimeError, match="previous error"):
+            cuda.end(graph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuda.abandon(graph, pool, GPU)
+    assert begun == ([(77, "this thread", False)] if bound else [])
+    assert allocator.underway == [] and not stream.records
+    assert stream.pinned == ([] if bound else [pool])
+    cuda.close_pool(pool, GPU, failures=1)
+    assert (allocator.counts[pool], allocator.freed) == (0, [pool])
+    if bound:  # nothing is left of it: the pool's next capture begins and ends
+        allocator.counts[pool] = 1
+        good = Refusing(allocator, stream)
+        cuda.begin(good, pool)
+        with pytest.warns(UserWarning, match="empty"):
+            cuda.end(good)
+
+
+class Workspaces:
+    """What torch keeps for matrix products: per stream two, made when a product first needs them."""
+
+    def __init__(self, allocator: Allocator, monkeypatch) -> None:
+        self.allocator, self.stream, self.kept = allocator, 1, {}
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda d: SimpleNamespace(cuda_stream=self.stream))
+        monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: self.need("cuBLAS"))
+        real = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda size, device: real(size))
+        monkeypatch.setattr(torch, "addmm", lambda bias, a, b: self.need("cuBLASLt"))
+
+    def need(self, library: str) -> None:
+        if (library, self.stream) not in self.kept:
+            self.kept[library, self.stream] = self.allocator.underway[-1]
+
+    @property
+    def pools(self) -> set:
+        return set(self.kept.values())
+
+
+def test_workspaces_come_from_memory_of_their_stream_that_is_never_given_back(allocator, monkeypatch):
+    workspaces, cuda = Workspaces(allocator, monkeypatch), Cuda()
+    pool = cuda.new_pool(GPU)
+    cuda.claim_workspaces(GPU)
+    (own,) = workspaces.pools
+    assert len(workspaces.kept) == 2 and own != pool and allocator.underway == []
+    with cuda.in_pool(pool, GPU):  # a product in the warm-up
+        workspaces.need("cuBLAS")
+    assert workspaces.pools == {own}
+    workspaces.kept.clear()  # at the reset of another graph of this stream, or by somebody who clears all
+    cuda.empty_cache()
+    assert own not in allocator.freed, "a graph that lives goes on writing there"
+    cuda.claim_workspaces(GPU)
+    assert workspaces.pools == {own}
+    cuda.close_pool(pool, GPU)
+    assert allocator.freed == [pool] and allocator.counts[own] == 1
+    cuda.claim_workspaces(GPU)  # of the next capture on this stream, whether they were kept or not
+    assert workspaces.pools == {own} and len(allocator.counts) == 2
+    workspaces.stream = 2
+    cuda.claim_workspaces(GPU)
+    assert len(workspaces.pools) == 2, "streams that run side by side share nothing"
+
+
+def test_a_profiler_is_seen_from_every_thread_while_it_records():
+    cuda, seen = Cuda(), []
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=1, repeat=1)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
+        for _ in range(4):
+            with ThreadPoolExecutor(1) as pool:
+                seen.append((cuda.is_profiled(), pool.submit(cuda.is_profiled).result()))
+            profiler.step()
+    assert seen == [(False, False)] * 2 + [(True, True), (False, False)]
+    with torch.autograd.profiler.profile():
+        assert cuda.is_profiled()
+    assert not cuda.is_profiled()
+
+
 @pytest.fixture
 def debug_mode(monkeypatch):
     """torch's switch for waits, which is one for all threads."""

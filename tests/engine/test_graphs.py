@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ffkernels import ops
+from ffkernels.engine import capture as captures
 from ffkernels.engine import graph_driver, graphs
 from ffkernels.engine.graph_driver import DriverError
 
@@ -338,6 +339,81 @@ class TestCapture:
         fake.capturing = None
 
 
+class TestStreams:
+    """torch keeps workspaces by stream: as few streams as can be, and never two live places on one."""
+
+    @staticmethod
+    def recorded(fake) -> tuple[graphs.Capture, object]:
+        """A capture, and the stream that it was warmed up and recorded on."""
+        capture, seen = graphs.Capture(CPU), []
+        capture.warm_up(lambda: seen.append(fake.stream))
+        capture.capture(lambda: seen.append(fake.stream))
+        (stream,) = set(seen)
+        return capture, stream
+
+    def test_captures_one_after_another_use_one_stream(self, fake):
+        streams = []
+        for _ in range(3):
+            capture, stream = self.recorded(fake)
+            streams.append(stream)
+            capture.close()
+        assert len(set(streams)) == 1 and fake.calls.count("new_stream") == 1
+        assert fake.alive() == {}
+
+    def test_two_at_once_use_two_and_those_after_them_the_same(self, fake):
+        pairs = []
+        for _ in range(2):
+            pair = [self.recorded(fake) for _ in range(2)]
+            pairs.append({stream for _, stream in pair})
+            for capture, _ in pair:
+                capture.close()
+                capture.close()  # is given back once
+        assert len(pairs[0]) == 2 and pairs[0] == pairs[1]
+        assert fake.calls.count("new_stream") == 2
+
+    def test_a_stream_is_free_when_the_last_that_shares_it_is_closed(self, fake):
+        first, shared = self.recorded(fake)
+        second = graphs.Capture(CPU, pool=first)
+        first.close()
+        other, stream = self.recorded(fake)
+        assert stream is not shared
+        second.close()
+        last, stream = self.recorded(fake)
+        assert stream is shared
+        for capture in (other, last):
+            capture.close()
+
+    def test_devices_do_not_share_streams(self, fake):
+        for device in (CPU, torch.device("cpu", 0), CPU):
+            graphs.Capture(device).close()
+        assert fake.calls.count("new_stream") == 2
+
+    @pytest.mark.parametrize("name", ["new_pool", "claim_workspaces", "new_graph", "begin", "work", "end"])
+    def test_a_capture_that_fails_gives_its_stream_back(self, fake, name):
+        fake.fail(name)
+        with pytest.raises(graphs.CaptureFailed):
+            self.recorded(fake)
+        gc.collect()
+        self.recorded(fake)[0].close()
+        assert fake.calls.count("new_stream") == 1 and fake.alive() == {}
+
+    @pytest.mark.parametrize("asked", ["records still", "cannot be asked"])
+    def test_a_stream_that_a_failure_spoilt_is_not_lent_again(self, fake, asked, monkeypatch):
+        capture = graphs.Capture(CPU)
+        with monkeypatch.context() as patch:
+            patch.setattr(fake, "is_capturing", lambda: True if asked == "records still" else 1 / 0)
+            with pytest.raises(graphs.CaptureFailed):
+                capture.capture(lambda: 1 / 0)
+        capture.close()
+        self.recorded(fake)[0].close()
+        assert fake.calls.count("new_stream") == 2 and fake.alive() == {}
+
+    def test_workspaces_are_there_before_anything_is_run_or_recorded(self, fake):
+        self.recorded(fake)[0].close()
+        steps = [call for call in fake.calls if call in ("claim_workspaces", "in_pool", "begin")]
+        assert steps == ["claim_workspaces", "in_pool"] * 2 + ["claim_workspaces", "begin"]
+
+
 WORDS = [
     ("HOST", "a call back into the host"),
     ("WAIT_EVENT", "a wait for an event"),
@@ -394,7 +470,7 @@ CALLS = {
     "handle_create": set(),
     "wait": set(),
     "in_pool": set(),
-    "claim_workspace": set(),
+    "claim_workspaces": set(),
     "new_graph": set(),
     "begin": set(),
     "work": set(),
@@ -431,6 +507,7 @@ def test_a_failure_of_any_call_leaks_nothing_and_leaves_all_as_it_was(fake, name
     assert run_stage(fake) == FOUND
     assert set(fake.calls) == set(CALLS)
     for before in range(fake.calls.count(name)):
+        captures._idle.clear()  # as in a new process
         fake.fail(name, after=before)
         torch.manual_seed(3)
         rng = torch.get_rng_state()
