@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from ffkernels import ops
 from ffkernels.engine import capture_rules, graphs
@@ -220,11 +221,17 @@ class GraphExecutor:
         with interrupt_later() if self.loops else nullcontext():
             lap = StageClock(program.table.device)
             decided = self._launch(program, lap)
+            self._note_writes(moved=bool(decided.losses))
             seconds = lap.seconds()
             program.validate_seconds += seconds
             fault = follow(program, decided)
         self.step_seconds = seconds / len(decided.losses) if decided.losses else None
         return fault
+
+    def _note_writes(self, moved: bool) -> None:
+        """Tell autograd what was written, as the eager moves do, so that no gradient is taken by it."""
+        table = self._table
+        increment_version([*table.delta_flats, *table.best_flats, *(table.weights if moved else ())])
 
     def _launch(self, program: StageProgram, lap: StageClock) -> Any:
         """Run the stage on the device and return the state that was read back."""
@@ -253,6 +260,7 @@ class StepGraphExecutor(GraphExecutor):
         prologue()
         step.warm_up(body, times=WARM_UPS)
         step.capture(body)
+        step.instantiate()
 
     def _launch(self, program: StageProgram, lap: StageClock) -> Any:
         from ffkernels.ops import decide

@@ -121,6 +121,51 @@ def test_one_launch_per_step_or_per_stage(name, fake):
         assert executor.captures == 1 and ("begin" in fake.calls) == (stage == 0)
 
 
+def test_a_step_graph_is_ready_before_its_first_replay_and_that_is_part_of_the_capture(fake, monkeypatch):
+    now, ready = [0.0], fake.instantiate
+
+    def takes_seven_seconds(graph):
+        now[0] += 7.0
+        ready(graph)
+
+    monkeypatch.setattr(graph_executors, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(fake, "instantiate", takes_seven_seconds)
+    setting, executor = Setting(), StepGraphExecutor()
+    for _ in range(2):
+        setting.stage(executor)
+        assert fake.calls.count("instantiate") == 1
+        assert fake.calls.index("instantiate") < fake.calls.index("replay")
+    assert executor.capture_seconds == 7.0
+    fake.calls.clear()
+    setting.stage(StageGraphExecutor())
+    assert "instantiate" not in fake.calls, "of a whole stage the parts are copied, not launched"
+
+
+@BOTH
+def test_a_gradient_kept_across_a_captured_stage_is_refused(name, fake, monkeypatch):
+    setting, executor = Setting(), GRAPHS[name]()
+    run, written = fake.graph_class.run, (*setting.table.weights, *setting.table.best_flats)
+
+    def unseen(graph):  # on a GPU nobody counts what a graph writes
+        with torch.autograd._unsafe_preserve_version_counter(written):
+            run(graph)
+
+    monkeypatch.setattr(fake.graph_class, "run", unseen)
+    setting.stage(executor)
+    for size, moved in ((0.0, False), (1e-2, True)):
+        program = setting.program(size)
+        kept = sum((weight**2).sum() for weight in setting.table.weights)
+        best = [flat._version for flat in setting.table.best_flats]
+        executor.run(program)
+        assert bool(program.search.losses) is moved
+        assert all(flat._version > old for flat, old in zip(setting.table.best_flats, best, strict=True))
+        if moved:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                kept.backward()
+        else:
+            kept.backward()
+
+
 @pytest.mark.parametrize("way", condition.WAYS)
 def test_a_stage_is_the_same_in_whatever_way_its_condition_is_set(way, fake, monkeypatch):
     monkeypatch.setattr(condition, "_ways", {0: way})
@@ -211,8 +256,9 @@ def test_modes_random_numbers_and_gradients_stay_as_they_were(name, fake):
     assert (True, False, False) in modes, "captured as an evaluation"
 
 
+ALWAYS = ["new_stream", "new_pool", "claim_workspaces", "in_pool", "new_graph", "begin", "work", "end"]
 CALLS = {
-    "step_graph": ["new_stream", "new_pool", "in_pool", "new_graph", "begin", "work", "end"],
+    "step_graph": ["instantiate"],
     "stage_graph": [
         "graph_create",
         "handle_create",
@@ -223,7 +269,7 @@ CALLS = {
         "exec_create",
     ],
 }
-FAULTS = [(name, which) for name in GRAPHS for which in [*CALLS["step_graph"], *CALLS[name]]]
+FAULTS = [(name, which) for name in GRAPHS for which in [*ALWAYS, *CALLS[name]]]
 
 
 @pytest.mark.parametrize("after", [0, 1])
