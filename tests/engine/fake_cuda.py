@@ -167,9 +167,9 @@ class FakeCuda:
 
         fake = cls()
         monkeypatch.setattr(graph_driver, "cuda", fake)
+        monkeypatch.setattr(capture, "_idle", {})
         monkeypatch.setattr(graph_support, "_probed", {})
         # No process is started; `test_graph_probe.py` puts the real one back.
-        monkeypatch.setattr(capture, "_idle", {})
         allowed = graph_probe.Verdict(graph_probe.WAYS)
         monkeypatch.setattr(graph_probe, "verdict", lambda device: allowed)
         monkeypatch.setattr(condition, "load", lambda device: None)
@@ -242,12 +242,12 @@ class FakeCuda:
         driver = f"CUDA {self.driver}"
         return {"gpu": "Fake 100", "capability": "9.0", "driver": driver, "uuid": "fake-uuid"}
 
-    # ---- streams, memory, torch's capture ----
-
-    @contextmanager
     def is_profiled(self) -> bool:
         return self.profiler
 
+    # ---- streams, memory, torch's capture ----
+
+    @contextmanager
     def guard(self, device) -> Iterator[None]:
         yield
 
