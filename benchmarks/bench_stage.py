@@ -1,14 +1,16 @@
 """A Fast Forward stage as a whole: our three executors beside what one would otherwise run.
 
-    python benchmarks/bench_stage.py --out results.json [--seconds 180] [--dry]
+    python benchmarks/bench_stage.py --out results.json [--seconds 470] [--dry]
 
-Rows are cases (`stage_cases.py`), columns are providers (`stage_providers.py`), all interleaved: a stage of
-each in turn, in an order drawn anew, round after round, from the same weights and the same Δ. A stage is
-timed from an idle device to an idle device by the host's clock and divided by its evaluations: milliseconds
-per Fast Forward step. A stage of two evaluations beside it tells what one more step adds (`step`), and what a
-stage costs however long it is (`fixed`). `gap` is what is above the bare captured forward, as a share of it.
-Memory is what the allocator holds at most during the first stage, captures included, above what it held
-before. Launches and host synchronisations are counted by the profiler in stages of their own.
+Rows are cases, columns are providers (`stage_cases.py`, `stage_providers.py`); all run from the same weights
+and the same Δ, how often is said in `stage_rounds.py`. A stage is timed from an idle device to an idle device
+by the host's clock and divided by its evaluations: milliseconds per Fast Forward step. A stage of two
+evaluations beside it tells what one more step adds (`ms_step`), and what a stage costs however long it is
+(`ms_fixed`). `gap` is what is above the bare captured forward that computes the same, as a share of it,
+`gap_of_step` the same of one more step, with the spread of it.
+Memory, in GB: at most during the first stage, captures included, above what was held before; and what is held
+after it. Launches and waits of all providers are counted at the calls in the first row, before anything else;
+what the profiler sees of them comes late, in a process of its own.
 
 The JSON is rewritten after every row. On a machine without a GPU, or with --dry, the eager providers run in
 small on the CPU.
@@ -18,29 +20,46 @@ from __future__ import annotations
 
 import argparse
 import gc
-import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401  puts it on the path
 import torch
+from stage_agreement import loss_agreement, tau_agreement
+from stage_cases import (
+    BARE,
+    CASES,
+    DRY_CASES,
+    ROWS_BEFORE_AGREEMENT,
+    ROWS_BEFORE_PROFILE,
+    SHORT,
+    SMOL,
+    STAGE,
+    STEP,
+    TINY,
+    Case,
+    floor,
+)
+from stage_models import make_model
+from stage_profile import (
+    PROFILE_SECONDS,
+    add_profile,
+    count_both,
+    count_calls,
+    count_changes,
+    profile_in_a_child,
+)
+from stage_providers import Bench, makers, timed
+from stage_rounds import Samples, fixed, gap_of_step, of_a_step, take_samples
+from timing import summary, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from ffkernels.engine import graphs
 
-from stage_agreement import loss_agreement, tau_agreement  # noqa: E402
-from stage_cases import CASES, DRY_CASES, SMOL, TINY, Case, make_model  # noqa: E402
-from stage_profile import counts_of_a_child  # noqa: E402
-from stage_providers import BARE, SHORT, Bench, makers, timed  # noqa: E402
-from timing import summary, write_json  # noqa: E402
-
-from ffkernels.engine import graphs  # noqa: E402
-
-MOST_ROUNDS, LEAST_ROUNDS, MOST_SHARE = 40, 3, 0.3
-ROWS_FIRST = 3  # those of SmolLM2; then counts and agreement, then the rest
-AGREEMENT_SECONDS, LEAST_AGREEMENT_SECONDS = 30.0, 8.0
+AGREEMENT_SECONDS, LEAST_AGREEMENT_SECONDS, LEAST_PROFILE_SECONDS = 30.0, 8.0, 25.0
 
 
 class Models:
@@ -70,8 +89,8 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def first_stage(make: Any, case: Case, device: torch.device) -> tuple[Any, dict]:
-    """The provider after its first stage, with what that took and the memory it needed."""
+def first_stage(make: Callable[[], Any], device: torch.device) -> tuple[Any, dict]:
+    """The provider after its first stage, a short one, with what that took and the memory it needed."""
     release(device)
     on_gpu = device.type == "cuda"
     held = (0, 0)
@@ -80,7 +99,7 @@ def first_stage(make: Any, case: Case, device: torch.device) -> tuple[Any, dict]
         torch.cuda.reset_peak_memory_stats(device)
     provider = make()
     try:
-        seconds = timed(provider, case.evaluations, device)
+        seconds = timed(provider, SHORT, device)
     except BaseException:
         provider.close()
         raise
@@ -89,14 +108,26 @@ def first_stage(make: Any, case: Case, device: torch.device) -> tuple[Any, dict]
     if captured:
         found["capture_seconds"] = captured
     if on_gpu:
-        found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - held[0]
+        peak = torch.cuda.max_memory_allocated(device) - held[0]
         torch.cuda.empty_cache()
-        found["held_bytes"] = torch.cuda.memory_reserved(device) - held[1]
+        held_now = torch.cuda.memory_reserved(device) - held[1]
+        found["gigabytes"] = {"peak": peak / 1e9, "held": held_now / 1e9}
     return provider, found
 
 
-def measure(case: Case, model: torch.nn.Module, device: torch.device, deadline: float) -> dict:
-    """One row: every provider's first stage, then rounds until the deadline."""
+def measure(
+    case: Case,
+    model: torch.nn.Module,
+    device: torch.device,
+    deadline: float,
+    end: float,
+    count: Callable[[Case, dict[str, Any]], None] | None = None,
+) -> dict:
+    """One row: every provider's first stage, what `count` does with them, then rounds.
+
+    Args:
+        deadline, end: when, by the clock, the row and the benchmark should be over.
+    """
     bench = Bench(case, model, device)
     row: dict[str, Any] = {
         "case": case.name,
@@ -108,39 +139,38 @@ def measure(case: Case, model: torch.nn.Module, device: torch.device, deadline: 
         "evaluations": case.evaluations,
         "tokens": bench.real_tokens(),
         "padded_tokens": sum(batch["input_ids"].numel() for batch in bench.batches),
-        "path": bench.loss.path,
+        "micro_batches": [tuple(batch.input_ids.shape) for batch in bench.loss.forward.micro_batches],
         "moved_elements": bench.table.numel,
         "loss": {"ours": float(bench.loss.real_loss()), "model's own": bench.model_loss()},
         "providers": {},
-        "missing": {},
+        "missing": {"fast path": f"users do not get it: {bench.loss.refused}"} if bench.loss.refused else {},
     }
+    if device.type == "cuda":
+        row["gigabytes"] = torch.cuda.memory_allocated(device) / 1e9
     providers: dict[str, Any] = {}
     try:
         for name, make in makers(bench).items():
             try:
-                providers[name], row["providers"][name] = first_stage(make, case, device)
+                providers[name], row["providers"][name] = first_stage(make, device)
             except Exception as error:  # one provider must not take the others along
-                row["missing"][name] = f"{type(error).__name__}: {str(error)[:500]}"
-        samples: dict[str, dict[int, list[float]]] = {
-            name: {case.evaluations: [], SHORT: []} for name in providers
-        }
-        draw, rounds = random.Random(0), 0
-        while rounds < LEAST_ROUNDS or (time.perf_counter() < deadline and rounds < MOST_ROUNDS):
-            for name in draw.sample(list(providers), len(providers)):
-                spent = sum(map(sum, samples[name].values())) / 1000
-                if rounds >= LEAST_ROUNDS and spent > MOST_SHARE * case.seconds:
-                    continue  # a slow one must not take the time of all
-                for evaluations, taken in samples[name].items():
-                    taken.append(1000 * timed(providers[name], evaluations, device))
-            rounds += 1
+                row["missing"][name] = reason(error)
+        if count is not None:
+            count(case, providers)
+        now = time.perf_counter()
+        samples, failed = take_samples(
+            list(providers),
+            case.evaluations,
+            lambda name, evaluations: 1000 * timed(providers[name], evaluations, device),
+            seconds=deadline - now,
+            left=end - now,
+        )
+        for name, error in failed.items():
+            row["missing"][name] = reason(error)
+            del row["providers"][name]
         for name, taken in samples.items():
-            row["providers"][name] |= milliseconds(taken[case.evaluations], taken[SHORT], case.evaluations)
+            below = None if floor(name) == name else samples.get(floor(name))
+            row["providers"][name] |= milliseconds(taken, below)
         if BARE in samples:
-            floor = row["providers"][BARE]["ms_per_step"]["median"]
-            for found in row["providers"].values():
-                if "ms_per_step" in found:
-                    found["gap"] = found["ms_per_step"]["median"] / floor - 1
-                    found["gap_of_step"] = found["ms_step"] / floor - 1
             bench.prepare()
             providers[BARE].stage(1)
             row["loss"]["captured"] = float(providers[BARE].result)
@@ -151,14 +181,40 @@ def measure(case: Case, model: torch.nn.Module, device: torch.device, deadline: 
     return row
 
 
-def milliseconds(long: list[float], short: list[float], evaluations: int) -> dict[str, Any]:
-    """Per evaluation of the long stage; what one more step adds; what a stage costs beside its steps."""
-    step = (statistics.median(long) - statistics.median(short)) / (evaluations - SHORT)
-    return {
-        "ms_per_step": summary([ms / evaluations for ms in long]),
-        "ms_step": step,
-        "ms_fixed": statistics.median(short) - SHORT * step,
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:500]}"
+
+
+def milliseconds(taken: Samples, bare: Samples | None) -> dict[str, Any]:
+    """Per evaluation of the long stage; of one more step; of a stage beside its steps; gaps over `bare`."""
+    evaluations = max(taken)
+    found: dict[str, Any] = {
+        "ms_per_step": summary([ms / evaluations for ms in taken[evaluations]]),
+        "ms_step": of_a_step(taken),
+        "ms_fixed": fixed(taken),
     }
+    if bare is not None:
+        found["gap"] = statistics.median(taken[evaluations]) / statistics.median(bare[evaluations]) - 1
+        found["gap_of_step"] = gap_of_step(taken, bare)
+    return found
+
+
+def count_all(case: Case, providers: dict[str, Any], device: torch.device, report: Report) -> None:
+    """What each provider asks of the driver, at the calls: the graphs first, what is promised of them."""
+    counts = report.result["counts"]
+    counts |= {"case": case.name, "evaluations": case.evaluations, "providers": {}}
+    first = [name for name in (STAGE, STEP) if name in providers]
+    for name in (*first, *(name for name in providers if name not in first and not name.startswith(BARE))):
+        counts["providers"][name] = {}
+
+        def both(name: str = name) -> None:
+            found, provider = counts["providers"][name], providers[name]
+            found |= count_both(count_calls, provider, case.evaluations, device)
+            if name in first:
+                found["changed"] = count_changes(provider, case.evaluations, device)
+
+        report.attempt(f"count of {name}", both)
+        report.write()
 
 
 class Report:
@@ -194,7 +250,7 @@ class Report:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file, rewritten after every row")
-    parser.add_argument("--seconds", type=float, default=180.0, help="time for everything")
+    parser.add_argument("--seconds", type=float, default=470.0, help="time for everything")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
     dry = options.dry or not torch.cuda.is_available()
@@ -202,21 +258,27 @@ def main() -> int:
     report = Report(options.out, device, dry)
     result, models = report.result, Models(device, torch.float32 if dry else torch.bfloat16)
     cases = DRY_CASES if dry else CASES
-    if not dry:
+    if dry:
+        torch.set_num_threads(1)  # small work, which several threads only slow down on a busy machine
+    else:
         # On a machine that was not asked before, the answer takes some seconds, which are no row's.
         report.attempt("small loop", lambda: graphs.why_no_stage_graph(device))
     end = report.begin + options.seconds
     for place, case in enumerate(cases):
-        if place == (1 if dry else ROWS_FIRST):
-            agreement(report, models, device, dry, end)
+        if place == (1 if dry else ROWS_BEFORE_AGREEMENT):
+            models.drop()
+            agreement(report, device, dry, end)
+        if place == ROWS_BEFORE_PROFILE and not dry:
+            profile(report, end)
         if place and end - time.perf_counter() < case.seconds:
             result["left_out"].append(case.name)
             continue
 
-        def row(case: Case = case) -> dict:
+        def row(case: Case = case, first: bool = not place) -> dict:
             deadline = time.perf_counter() + case.seconds
             model, weights = models.get(case)
-            return {"weights": weights, **measure(case, model, device, deadline)}
+            count = (lambda case, providers: count_all(case, providers, device, report)) if first else None
+            return {"weights": weights, **measure(case, model, device, deadline, end, count)}
 
         found = report.attempt(case.name, row)
         release(device)
@@ -228,13 +290,20 @@ def main() -> int:
     return finish(result)
 
 
-def agreement(report: Report, models: Models, device: torch.device, dry: bool, end: float) -> None:
-    """Launches counted, losses and τ compared, the latter as often as there is time until `end`."""
-    if not dry:
-        counts = report.attempt("counts", lambda: counts_of_a_child(report.path))
-        report.result["counts"] = counts or {}
-        report.write()
-    models.drop()
+def profile(report: Report, end: float) -> None:
+    """What the profiler sees, where there is time until `end`."""
+    seconds = min(PROFILE_SECONDS, end - time.perf_counter())
+    if seconds < LEAST_PROFILE_SECONDS:
+        report.result["counts"]["failure"] = "no time was left for the profiler"
+        return
+    found = report.attempt("profile", lambda: profile_in_a_child(report.path, seconds))
+    if found is not None:
+        add_profile(report.result["counts"], *found)
+    report.write()
+
+
+def agreement(report: Report, device: torch.device, dry: bool, end: float) -> None:
+    """Losses and τ compared, the latter as often as there is time until `end`."""
     name, length, stages, most = (TINY, 16, 2, 4) if dry else (SMOL, 64, 48, 256)
     losses = report.attempt("loss agreement", lambda: loss_agreement(name, length, device))
     report.result["agreement"]["loss"] = losses

@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 import torch
-from stage_cases import Case, make_model
-from stage_providers import STAGE, STEP, BareForward, Bench, graph_executor
+from stage_cases import STAGE, STEP, Case
+from stage_models import make_model
+from stage_providers import BareForward, Bench, graph_executor
 
 from ffkernels import ops
 from ffkernels.engine.executors import EagerExecutor, StageProgram
@@ -18,25 +19,20 @@ INTERVAL, BATCH, LEARNING_RATE = 6, 16, 5e-4
 
 
 def loss_agreement(name: str, length: int, device: torch.device) -> dict[str, Any]:
-    """In float32, without TF32: the model's own loss, ours eagerly, ours captured; mixed lengths."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        model, weights = make_model(name, device, torch.float32)
-        bench = Bench(Case(name, length), model, device)
-        found: dict[str, Any] = {
-            "model": name,
-            "weights": weights,
-            "model's own": bench.model_loss(),
-            "ours eager": float(bench.loss.real_loss()),
-        }
-        if device.type == "cuda":
-            bare = BareForward(bench)
-            bare.stage(1)
-            found["captured"] = float(bare.result)
-            bare.close()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+    """In float32, without TF32, PyTorch's default: the model's own loss, ours eagerly, ours captured."""
+    model, weights = make_model(name, device, torch.float32)
+    bench = Bench(Case(name, length), model, device)
+    found: dict[str, Any] = {
+        "model": name,
+        "weights": weights,
+        "model's own": bench.model_loss(),
+        "ours eager": float(bench.loss.real_loss()),
+    }
+    if device.type == "cuda":
+        bare = BareForward(bench)
+        bare.stage(1)
+        found["captured"] = float(bare.result)
+        bare.close()
     found["largest_difference"] = max(
         abs(found["model's own"] - value) for key, value in found.items() if key in ("ours eager", "captured")
     )

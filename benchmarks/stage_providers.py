@@ -7,10 +7,11 @@
     clean eager     what a careful user writes: `_foreach_copy_` and `_foreach_add_`; large micro-batches that
                     lie on the device, `model(**batch).loss` weighted by tokens, one read per evaluation
     ours eager, step graph, stage graph      ffkernels' executors
+    bare forward    the captured validation forward, replayed and nothing else: the floor under every step
 
-A stage of every provider evaluates the validation loss equally often. Where a search decides, it needs a loss
-that falls as long as wanted: `FallingLoss` computes the validation loss and returns a number of its own
-instead. That is one subtraction on the device, and all that a user's stage does not have.
+A stage of every provider evaluates the validation loss equally often. Where a search decides, it needs losses
+that lead it where it shall go: `SteeredLoss` computes the validation loss and returns numbers of its own.
+That is an addition and a product on the device, and all that a user's stage does not have.
 """
 
 from __future__ import annotations
@@ -18,58 +19,90 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import torch
-from stage_cases import Batches, Case, collate, make_examples, micro_batches
+from stage_cases import AUTHORS, BARE, CLEAN, EAGER, SHORT, STAGE, STEP, Case, ahead, linear, one_batch
+from stage_models import TOKENS_PER_FORWARD, Batches, collate, make_examples, micro_batches
 from torch.utils.data import DataLoader
 
 from ffkernels import ops
 from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.executors import EagerExecutor, StageProgram
-from ffkernels.engine.search import LinearSearch
+from ffkernels.engine.search import LinearSearch, ParabolicSearch, Search
 from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.validation_fast import LabelledLoss
 
-AUTHORS, CLEAN, BARE = "authors", "clean eager", "bare forward"
-EAGER, STEP, STAGE = "ours eager", "step graph", "stage graph"
-SHORT = 2  # evaluations of the shortest stage: τ = 0, and τ = 1 that is not better
 AUTHORS_BATCH = 2  # the default of their --eval_batch_size
 
 
-def step_graph(ahead: int) -> str:
-    return f"{STEP}, {ahead} ahead" if ahead else STEP
+class SteeredLoss(ValidationLoss):
+    """The validation loss and its sums by example are computed; what is returned was agreed beforehand.
 
+    Each evaluation returns one more than the last, or one less. Of a rise the sums say that all examples
+    share it, a sure one, or that one of them alone has it, which proves nothing.
 
-class FallingLoss(ValidationLoss):
-    """The validation loss is computed; what is returned falls with each evaluation, or stays where it is."""
+    Args:
+        one_batch: all examples in one micro-batch, instead of those that were planned.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # So large that the numbers of two evaluations are equal within any tolerance, and yet fall.
+    Attributes:
+        refused: why users would not have the fast path, which is measured nevertheless; empty where they do.
+    """
+
+    def __init__(self, model: torch.nn.Module, batches: Batches, one_batch: bool = False) -> None:
+        super().__init__(model, batches)
+        self.refused = "" if self.labelled else self.reason
+        if self.refused:
+            super().__init__(model, batches, check=False)
+        if self.labelled is None:
+            raise RuntimeError(f"the benchmark is of the fast path, which was refused: {self.refused}")
+        self.forward = self.labelled
+        if one_batch:
+            options = {"max_tokens": TOKENS_PER_FORWARD, "device": self.device}
+            self.forward = LabelledLoss(self.causal_lm, self.rows, **options, one_batch=True)
+        # So large that the numbers of two evaluations are equal within any tolerance, and yet differ.
         self._number = torch.full((), 1e9, dtype=torch.float64, device=self.device)
-        self._slope = torch.ones_like(self._number)
+        self._more = torch.ones_like(self._number)
+        self._sharing = self.example_tokens.clone()
 
-    def fall(self, falling: bool) -> None:
-        """From now on; a captured evaluation follows."""
-        self._slope.fill_(1.0 if falling else 0.0)
+    def steer(self, more: float, sharing: int | None = None) -> None:
+        """From now on, captured or not: each is `more`, of which the first `sharing` examples have a part."""
+        self._more.fill_(more)
+        self._sharing.copy_(self.example_tokens)
+        self._sharing[len(self._sharing) if sharing is None else sharing :].zero_()
 
-    def __call__(self) -> torch.Tensor:
-        super().__call__()
-        return self._count()
+    @property
+    def example_tokens(self) -> torch.Tensor:
+        return self.forward.example_tokens
 
-    def evaluate(self) -> torch.Tensor:
-        super().evaluate()
-        return self._count()
+    @property
+    def example_counts(self) -> list[int]:
+        return self.forward.example_counts
 
     def real_loss(self) -> torch.Tensor:
-        return super().__call__()
+        return self.run(self.forward)
 
-    def forward_alone(self) -> torch.Tensor:
-        """The validation forward in `evaluation_mode`, without the counting."""
-        return super().evaluate()
+    def __call__(self) -> torch.Tensor:
+        self.follow()
+        self.run(self.forward)
+        return self._next()
 
-    def _count(self) -> torch.Tensor:
-        return self._number.sub_(self._slope)
+    def evaluate(self) -> torch.Tensor:
+        self.forward()
+        return self._next()
+
+    def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.follow()
+        self.run(self.forward.measure)
+        return self._next(), self._number * self._sharing
+
+    def evaluate_with_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.forward.measure()
+        return self._next(), self._number * self._sharing
+
+    def _next(self) -> torch.Tensor:
+        return self._number.add_(self._more)
 
 
 class Bench:
@@ -89,7 +122,11 @@ class Bench:
             (torch.randn(w.shape, generator=generator) * 1e-5).to(w.device, w.dtype) for w in self.weights
         ]
         self.table = ops.TensorTable(self.named)
-        self.loss = FallingLoss(model, micro_batches(self.examples))
+        self.loss = SteeredLoss(model, micro_batches(self.examples))
+
+    @cached_property
+    def loss_in_one_batch(self) -> SteeredLoss:
+        return SteeredLoss(self.model, micro_batches(self.examples), one_batch=True)
 
     def prepare(self, evaluations: int = 0) -> None:
         """W and best as they are right after the optimizer's step."""
@@ -97,6 +134,14 @@ class Bench:
             torch._foreach_copy_(self.weights, self.before)
             ops.checkpoint_(self.table)
             torch._foreach_add_(self.weights, self.update)
+
+    def exchange(self, fewer: bool) -> None:
+        """Let half of each example's labels count, or all again: other examples at the same places."""
+        rows = [dict(row, labels=row["labels"].clone()) for row in self.examples]
+        for row in rows:
+            row["labels"][: len(row["labels"]) // 2 if fewer else 0] = -100
+        if not self.loss.swap_batch(micro_batches(rows)):
+            raise RuntimeError("the examples were not exchanged in place")
 
     def real_tokens(self) -> int:
         return sum(row["input_ids"].numel() for row in self.examples)
@@ -179,26 +224,41 @@ class CleanEager:
 
 
 class Executor:
-    """One of ours. The search is the paper's.
+    """One of ours, with a search that is led to the number of evaluations that is wanted.
 
-    While the loss falls it ends at `max_tau`, after the case's number of evaluations; where it does not, it
-    ends after two, in the same captured graph.
+    linear        each loss is the best, and W is kept each time, the dearest move; or the first step's is not
+    parabolic     each loss after the first is a rise that is tested and not found sure, the dearest decision,
+                  which doubles τ up to `max_tau`; or the first one is sure and ends it
+
+    Long and short stages have the same `max_tau`, and so the same captured graph.
     """
 
-    def __init__(self, bench: Bench, executor: Any) -> None:
-        self.bench, self.executor = bench, executor
+    def __init__(self, bench: Bench, executor: Any, search: str = "parabolic", loss: Any = None) -> None:
+        self.bench, self.executor, self.search = bench, executor, search
+        self.loss: SteeredLoss = loss or bench.loss
+        self.start = 1  # the τ after 0, of a parabolic search
 
     def prepare(self, evaluations: int) -> None:
-        if evaluations not in (SHORT, self.bench.case.evaluations):
-            raise ValueError(
-                f"{evaluations} evaluations: {SHORT} or {self.bench.case.evaluations} are possible"
-            )
-        self.bench.loss.fall(evaluations != SHORT)
+        long = self.bench.case.evaluations
+        if evaluations not in (SHORT, long):
+            raise ValueError(f"{evaluations} evaluations: {SHORT} or {long} are possible")
+        if self.search == "linear":
+            self.loss.steer(1.0 if evaluations == SHORT else -1.0)
+        else:
+            self.loss.steer(1.0, None if evaluations == SHORT else 1)
         self.bench.prepare()
 
+    def make_search(self) -> Search:
+        long = self.bench.case.evaluations
+        return (
+            LinearSearch(long - 1)
+            if self.search == "linear"
+            else ParabolicSearch(1 << (long - 2), self.start)
+        )
+
     def stage(self, evaluations: int) -> None:
-        search = LinearSearch(self.bench.case.evaluations - 1)
-        self.executor.run(StageProgram(self.bench.table, self.bench.loss, search))
+        search = self.make_search()
+        self.executor.run(StageProgram(self.bench.table, self.loss, search))
         fault = getattr(self.executor, "fault", None)
         if fault or len(search.losses) != evaluations:
             raise RuntimeError(fault or f"{len(search.losses)} evaluations instead of {evaluations}")
@@ -208,23 +268,25 @@ class Executor:
 
 
 class BareForward:
-    """The captured validation forward, replayed and nothing else: the floor under every Fast Forward step.
+    """The captured validation forward, with the sums by example that a parabolic search asks for or without.
 
     Captured by torch alone, so that it does not share a mistake with the executors.
     """
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, loss: SteeredLoss | None = None, sums: bool = True) -> None:
         self.bench = bench
         self.prepare = bench.prepare
+        forward = (loss or bench.loss).forward
+        work = forward.measure if sums else lambda: (forward(), None)
         self.graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(bench.device)
         side.wait_stream(torch.cuda.current_stream(bench.device))
         with evaluation_mode(bench.model, bench.device):
             with torch.cuda.stream(side):
-                bench.loss.forward_alone()
+                work()
             torch.cuda.current_stream(bench.device).wait_stream(side)
             with torch.cuda.graph(self.graph, stream=side):
-                self.result = bench.loss.forward_alone()
+                self.result, self.sums = work()
 
     def stage(self, evaluations: int) -> None:
         for _ in range(evaluations):
@@ -247,17 +309,38 @@ def graph_executor(device: torch.device, name: str, ahead: int = 0) -> Any:
 
 def makers(bench: Bench) -> dict[str, Callable[[], Any]]:
     """Name → what makes that provider; graphs only on a GPU."""
+    case, device = bench.case, bench.device
     found: dict[str, Callable[[], Any]] = {
         AUTHORS: lambda: Authors(bench),
         CLEAN: lambda: CleanEager(bench),
         EAGER: lambda: Executor(bench, EagerExecutor()),
     }
-    if (device := bench.device).type == "cuda":
-        found[BARE] = lambda: BareForward(bench)
-        for ahead in bench.case.ahead:
-            found[step_graph(ahead)] = lambda n=ahead: Executor(bench, graph_executor(device, STEP, n))
-        found[STAGE] = lambda: Executor(bench, graph_executor(device, STAGE))
+    in_one = case.one_batch and len(bench.loss.forward.micro_batches) > 1  # else that was planned
+    if case.full:
+        found[linear(EAGER)] = lambda: Executor(bench, EagerExecutor(), "linear")
+    if in_one:
+        found[one_batch(EAGER)] = lambda: Executor(bench, EagerExecutor(), loss=bench.loss_in_one_batch)
+    if device.type != "cuda":
+        return found
+    found[BARE] = lambda: BareForward(bench)
+    if in_one:
+        found[one_batch(BARE)] = lambda: BareForward(bench, bench.loss_in_one_batch)
+    for name in (STEP, STAGE) if case.full else (fastest(device),):
+        found[name] = lambda name=name: Executor(bench, graph_executor(device, name))
+        if case.full:
+            found[linear(name)] = lambda name=name: Executor(bench, graph_executor(device, name), "linear")
+    if case.full:
+        found[linear(BARE)] = lambda: BareForward(bench, sums=False)
+        for replays in (1, 2):
+            found[ahead(STEP, replays)] = lambda n=replays: Executor(bench, graph_executor(device, STEP, n))
     return found
+
+
+def fastest(device: torch.device) -> str:
+    """The graph that users get on this machine."""
+    from ffkernels.engine import graphs
+
+    return STEP if graphs.why_no_stage_graph(device) else STAGE
 
 
 def wait(device: torch.device) -> None:
