@@ -1,4 +1,4 @@
-"""Tiny random causal language models and padded batches of random lengths for the engine's tests."""
+"""Tiny random causal language models and a stand-in for CUDA for the engine's tests."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-VOCABULARY = 97
 _SIZES = dict(
-    vocab_size=VOCABULARY,
+    vocab_size=97,
     hidden_size=32,
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -84,27 +83,6 @@ def _build(family: str, **changes):
 def tiny_model():
     """`tiny_model(family, **config)`: a fresh model in training mode, the same weights every time."""
     return _build
-
-
-def _batch(rows: int = 5, length: int = 24, *, left: bool = False, seed: int = 0, prompt: int = 2):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
-    mask, labels = torch.ones_like(ids), ids.clone()
-    for row in range(rows):
-        kept = int(torch.randint(prompt + 2, length + 1, (), generator=generator))
-        padding = slice(0, length - kept) if left else slice(kept, length)
-        first = length - kept if left else 0
-        mask[row, padding] = 0
-        ids[row, padding] = 0
-        labels[row, padding] = -100
-        labels[row, first : first + prompt] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-@pytest.fixture
-def padded_batch():
-    """`padded_batch(rows, length, left=, seed=, prompt=)`: random rows, the prompt's labels −100."""
-    return _batch
 
 
 @pytest.fixture

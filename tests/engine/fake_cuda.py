@@ -115,12 +115,14 @@ class Graph:
     pool: int | None = None
     fn: Callable[[], Any] | None = None
     value: Any = None
+    autocast: dict[str, Any] = field(default_factory=dict)  # as it was when this was recorded
     before: Contents | None = None
     raw: int = 0
 
-    @torch.no_grad()  # a graph knows of no autograd
+    @torch.no_grad()  # a graph knows of no autograd, and of no other autocast than that of its recording
     def run(self) -> None:
-        value = self.fn()
+        with torch.autocast("cpu", **self.autocast, cache_enabled=False):
+            value = self.fn()
         for old, new in zip(tree_leaves(self.value), tree_leaves(value), strict=True):
             if isinstance(old, torch.Tensor) and old is not new:
                 old.detach().copy_(new)
@@ -326,6 +328,10 @@ class FakeCuda:
     def work(self, graph, fn) -> Any:
         self._called("work")
         graph.fn = fn
+        graph.autocast = {
+            "enabled": torch.is_autocast_enabled("cpu"),
+            "dtype": torch.get_autocast_dtype("cpu"),
+        }
         with HostReads():
             graph.value = fn()
         return graph.value

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from ffkernels import ops
+from ffkernels.engine import graphs
 
 DRY = os.environ.get("FFK_DRY") == "1"
 GPU_IMPLS = ("cuda", "triton", "torch")
@@ -27,6 +31,27 @@ def device() -> torch.device:
 def gpu(device) -> torch.device:
     if device.type != "cuda":
         pytest.skip("this one needs a real CUDA device")
+    return device
+
+
+@pytest.fixture
+def place(request, device, monkeypatch):
+    """The device, with a stand-in for CUDA's graphs where it is the CPU."""
+    if device.type == "cpu":
+        name = "ffkernels_fake_cuda"
+        path = Path(__file__).parents[1] / "engine" / "fake_cuda.py"
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, path)
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        fake = sys.modules[name]
+        fake.FakeCuda.install(monkeypatch)
+        monkeypatch.setattr(fake.Graph, "run", torch.no_grad()(fake.Graph.run))
+    # This is the place to find out; but where there are no loops, the step graph is still worth testing.
+    named = getattr(request.node, "callspec", None)
+    only_steps = named is not None and named.params.get("name") == "step_graph"
+    why_not = graphs.why_no_step_graph if only_steps else graphs.why_no_stage_graph
+    assert why_not(device) is None
     return device
 
 

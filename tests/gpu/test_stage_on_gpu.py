@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from time import perf_counter
 
 import pytest
@@ -14,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss, ops
-from ffkernels.engine import graph_driver, graphs
+from ffkernels.engine import graph_driver
 from ffkernels.engine.executors import EagerExecutor, StageProgram
 from ffkernels.engine.graph_check import loss_tolerance
 from ffkernels.engine.graph_executors import StageGraphExecutor, StepGraphExecutor
@@ -28,27 +25,6 @@ BOTH = pytest.mark.parametrize("name", GRAPHS)
 CASES = ["neox-lora", "llama-lora", "llama-dora"]
 DTYPES = [torch.float32, torch.bfloat16]
 VOCABULARY = 256  # of the embedded model, and enough for the other one
-
-
-@pytest.fixture
-def place(request, device, monkeypatch):
-    """The device, with a stand-in for CUDA's graphs where it is the CPU."""
-    if device.type == "cpu":
-        name = "ffkernels_fake_cuda"
-        path = Path(__file__).parents[1] / "engine" / "fake_cuda.py"
-        if name not in sys.modules:
-            spec = importlib.util.spec_from_file_location(name, path)
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[name])
-        fake = sys.modules[name]
-        fake.FakeCuda.install(monkeypatch)
-        monkeypatch.setattr(fake.Graph, "run", torch.no_grad()(fake.Graph.run))
-    # This is the place to find out; but where there are no loops, the step graph is still worth testing.
-    named = getattr(request.node, "callspec", None)
-    only_steps = named is not None and named.params.get("name") == "step_graph"
-    why_not = graphs.why_no_step_graph if only_steps else graphs.why_no_stage_graph
-    assert why_not(device) is None
-    return device
 
 
 @pytest.fixture
@@ -289,8 +265,8 @@ def test_memory_comes_back_with_close(name, gpu, place):
         assert captured > before + (32 << 20), "activations of a size that would be missed"
         executor.close()
         after.append(held())
-        # What may stay, in some versions of torch: the matrix library's workspace of the capture's stream.
-        assert after[-1] - before <= len(after) * (40 << 20)
+        # What stays, once: the matrix libraries' workspaces of the stream, which the next capture has again.
+        assert after[-1] - before <= 40 << 20
         assert after[-1] - before < 0.5 * (captured - before)
 
 
