@@ -315,16 +315,18 @@ def makers(bench: Bench) -> dict[str, Callable[[], Any]]:
         CLEAN: lambda: CleanEager(bench),
         EAGER: lambda: Executor(bench, EagerExecutor()),
     }
-    in_one = case.one_batch and len(bench.loss.forward.micro_batches) > 1  # else that was planned
+    # Made here, as the memory that its check takes is no provider's. None where one batch was planned anyway.
+    several = len(bench.loss.forward.micro_batches) > 1
+    in_one = bench.loss_in_one_batch if case.one_batch and several else None
     if case.full:
         found[linear(EAGER)] = lambda: Executor(bench, EagerExecutor(), "linear")
-    if in_one:
-        found[one_batch(EAGER)] = lambda: Executor(bench, EagerExecutor(), loss=bench.loss_in_one_batch)
+    if in_one is not None:
+        found[one_batch(EAGER)] = lambda: Executor(bench, EagerExecutor(), loss=in_one)
     if device.type != "cuda":
         return found
     found[BARE] = lambda: BareForward(bench)
-    if in_one:
-        found[one_batch(BARE)] = lambda: BareForward(bench, bench.loss_in_one_batch)
+    if in_one is not None:
+        found[one_batch(BARE)] = lambda: BareForward(bench, in_one)
     for name in (STEP, STAGE) if case.full else (fastest(device),):
         found[name] = lambda name=name: Executor(bench, graph_executor(device, name))
         if case.full:

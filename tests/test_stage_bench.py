@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -177,6 +178,28 @@ def test_everything_in_one_batch_is_the_same_loss(benchmarks, bench):
     assert sorted(whole.example_counts) == sorted(planned.example_counts)
     names = set(benchmarks("stage_providers").makers(bench))
     assert {"ours eager", "ours eager, linear", "ours eager, one batch"} < names
+
+
+def test_who_runs_in_which_row_on_a_gpu(benchmarks, monkeypatch):
+    cases, providers = benchmarks("stage_cases"), benchmarks("stage_providers")
+    monkeypatch.setattr(providers, "fastest", lambda device: "step graph")
+
+    def names(micro_batches, **fields):
+        loss = SimpleNamespace(forward=SimpleNamespace(micro_batches=[None] * micro_batches))
+        case = cases.Case(cases.SMOL, 64, **fields)
+        bench = SimpleNamespace(case=case, device=torch.device("cuda"), loss=loss, loss_in_one_batch=loss)
+        return set(providers.makers(bench))
+
+    core = {"authors", "clean eager", "ours eager", "bare forward", "step graph"}
+    in_one = {"ours eager, one batch", "bare forward, one batch"}
+    assert names(1) == core == names(3, one_batch=False) and names(3) == core | in_one
+    searches = {f"{name}, linear" for name in ("ours eager", "bare forward", "step graph", "stage graph")}
+    ahead = {"step graph, 1 ahead", "step graph, 2 ahead"}
+    assert names(3, full=True) == core | in_one | searches | ahead | {"stage graph"}
+    assert {name: cases.floor(name) for name in searches | in_one | {"step graph, 1 ahead"}} == {
+        **dict.fromkeys(searches - {"bare forward, linear"}, "bare forward, linear"),
+        **dict.fromkeys(in_one | {"bare forward, linear", "step graph, 1 ahead"}, "bare forward"),
+    }
 
 
 def test_a_refused_fast_path_is_measured_and_named(benchmarks, bench, monkeypatch):
