@@ -19,8 +19,9 @@ help:
 	@echo "make bench-e2e  the paper's protocol on three tasks: 20 minutes on 2 quiet cores, or on a GPU; goes on where"
 	@echo "                it was stopped; writes runs/end-to-end/. ARGS=--list says what would run, ARGS=--fast is quick"
 	@echo "make results    the tables and plots of README and docs/results.md from benchmarks/results/"
-	@echo "make gpu-check  tests and benchmarks on a GPU (FFK_DRY=1: the same in small, on the CPU); writes \$$OUT"
-	@echo "                ONLY=bench-stage: that part alone, for longer"
+	@echo "make gpu-check  tests and benchmarks on a GPU in four parts, PART=1 to PART=4, each within 590 seconds; without"
+	@echo "                PART all of them. Writes two files a part to \$$OUT, else to runs/gpu-check/. FFK_DRY=1: in"
+	@echo "                small on the CPU. ONLY='bench-stage memcheck': single stages, which share the time of a part"
 	@echo "make clean      removes what the targets above made, the environment included"
 
 install: $(VENV)/.installed
@@ -70,7 +71,7 @@ results: install
 # Runs from the checkout, also where nothing can be installed: with this python3 unless there is a .venv.
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py \
-	  --out $(if $(filter file,$(origin OUT)),runs/gpu-check,$(OUT)) $(if $(ONLY),--only $(ONLY))
+	  --out $(if $(filter file,$(origin OUT)),runs/gpu-check,$(OUT)) $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -33,11 +33,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when it is not run as a script
-
+from checkout import ROOT
 from peers_memory import INTERVAL, PLAIN, attach_of, measure
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 TOLERANCE = 1e-4
 SEARCHES = ("linear", "parabolic")
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {

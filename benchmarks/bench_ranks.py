@@ -24,6 +24,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 
+import checkout  # noqa: F401  puts it on the path
 import torch
 import torch.distributed as dist
 

@@ -26,6 +26,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import checkout  # noqa: F401  puts it on the path
+
 TOLERANCE = 1e-4
 
 

@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median, quantiles
 
+import checkout  # noqa: F401  puts it on the path
 import pytest
 import torch
 

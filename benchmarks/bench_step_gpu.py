@@ -16,15 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkout  # noqa: F401  puts it on the path
 import torch
+from adapter_sets import AdapterSet, all_sets, dry_sets
+from timing import GpuTimer, HostTimer, copy_bandwidth, count_launches, interleave, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from adapter_sets import AdapterSet, all_sets, dry_sets  # noqa: E402
-from timing import GpuTimer, HostTimer, copy_bandwidth, count_launches, interleave, write_json  # noqa: E402
-
-from ffkernels import ops  # noqa: E402
+from ffkernels import ops
 
 LOOP, FOREACH, COMPILED, COPY = "torch loop", "_foreach pair", "compiled flat pair", "copy (ceiling)"
 OTHER_OPS_ON = ("Pythia-1.4B r=8", "Llama-3-8B r=64")

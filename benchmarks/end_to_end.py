@@ -25,12 +25,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-from end_to_end_plan import TASKS, TUNED, Plan  # noqa: E402
-from end_to_end_record import KIND, load, now  # noqa: E402
-from end_to_end_rounds import Rounds, clock  # noqa: E402
+import checkout  # noqa: F401  puts it on the path
+from end_to_end_plan import TASKS, TUNED, Plan
+from end_to_end_record import KIND, load, now
+from end_to_end_rounds import Rounds, clock
 
 INTERRUPTED = 130
 CPU: dict[str, Any] = {

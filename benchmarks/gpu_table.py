@@ -1,28 +1,48 @@
-"""The results of a GPU check as one table, and what was promised beside what was measured."""
+"""The results of a part of the GPU check as tables, and what was promised beside what was measured."""
 
 from __future__ import annotations
 
-from end_to_end_table import render_end_to_end
-from stage_table import render_stages
+from end_to_end_table import end_to_end_targets, render_end_to_end
+from stage_table import render_stages, stage_targets
 
 OURS = ("triton", "cuda")
 PAIR, COMPILED = "_foreach pair", "compiled flat pair"
 
 
 def render(result: dict) -> str:
-    """What was measured as fixed-width tables, and what had been promised."""
+    """What was measured, what had been promised, and what came of each stage."""
     lines: list[str] = []
-    tables = {"bench-stage": render_stages, "bench-step": render_steps, "end-to-end": render_end_to_end}
-    for name, table in tables.items():
-        if result.get(name) is not None:
+    for name, (table, _) in TABLES.items():
+        if name in result:
             lines += table(result[name])
     if result["targets"]:
         lines.append("-- promised and measured")
-        lines += [
-            f"{'yes' if target['met'] else 'NO':4}{target['what']}: {target['measured']}"
-            for target in result["targets"]
-        ]
-    return "\n".join(lines or ["no measurement"])
+        for one in result["targets"]:
+            lines.append(f"{verdict(one):13}{one['what']}: {one['measured']}")
+    lines += ["", result["command"] + described(result["provenance"])]
+    return "\n".join([*lines, *map(stage_line, result["stages"])])
+
+
+def stage_line(done: dict) -> str:
+    return f"{done['stage']:14} {done['status']:8} {done['seconds']:6.1f} s  {done['said']}".rstrip()
+
+
+def verdict(target: dict) -> str:
+    return target.get("verdict") or ("met" if target["met"] else "NOT MET")
+
+
+def described(provenance: dict | None) -> str:
+    if provenance is None:
+        return ", on an unknown machine"
+    where = provenance["gpu"]["name"] if "gpu" in provenance else provenance["machine"]["cpu"]
+    versions = provenance["versions"]
+    kernels = [name for name, found in provenance["implementations"].items() if found["ok"]]
+    return f", on {where}; torch {versions['torch']}, Triton {versions['triton']}; ops: {', '.join(kernels)}"
+
+
+def targets_of(name: str, numbers: dict) -> list[dict]:
+    """What the benchmark of this name had to show, each with what was measured."""
+    return TABLES[name][1](numbers)
 
 
 def render_steps(benchmark: dict) -> list[str]:
@@ -123,3 +143,11 @@ def ratios(one: dict, impl: str, side: dict, copy: float):
 
 def target(what: str, met: bool, measured: str) -> dict:
     return {"what": what, "met": bool(met), "measured": measured}
+
+
+# Of each benchmark the check runs: its table, and its promises.
+TABLES = {
+    "bench-stage": (render_stages, stage_targets),
+    "bench-step": (render_steps, targets),
+    "end-to-end": (render_end_to_end, end_to_end_targets),
+}

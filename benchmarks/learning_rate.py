@@ -20,11 +20,9 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-from learning_rate_plan import PLANS, STEPS, WARMUP, Run  # noqa: E402
-from learning_rate_record import document, write  # noqa: E402
+import checkout  # noqa: F401  puts it on the path
+from learning_rate_plan import PLANS, STEPS, WARMUP, Run
+from learning_rate_record import document, write
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -20,14 +20,15 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "ops")]
+from checkout import ROOT
 
-import test_aot as aot  # noqa: E402  reads machine code
-import torch  # noqa: E402
-import triton  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests" / "ops"))
 
-from ffkernels.ops.table import GPU_CHUNK  # noqa: E402
+import test_aot as aot  # reads machine code
+import torch
+import triton
+
+from ffkernels.ops.table import GPU_CHUNK
 
 ARGUMENTS = {
     "checkpoint": {"rows": "*i64"},

@@ -27,6 +27,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401  puts it on the path
+
 from ffkernels import FastForward, FastForwardConfig, ValidationPool
 from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.training.config import TrainConfig

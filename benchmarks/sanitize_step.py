@@ -1,62 +1,123 @@
-"""Every move once, on a few small tensors of every dtype and alignment: what compute-sanitizer watches.
+"""Every kernel once, on small tensors of every dtype and alignment: what compute-sanitizer watches.
 
     compute-sanitizer --tool memcheck python benchmarks/sanitize_step.py
 
-Each result is compared with the torch ops', so that a run without findings has also done something.
+Each result is compared, moves with the torch ops' and decisions with the search's on the host, so that a run
+without findings has also done something. Without a GPU the moves are torch's, and the decisions are those of
+Triton's interpreter, where Triton is installed.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import sys
-from pathlib import Path
+from importlib.util import find_spec
 
 # Each tensor in an allocation of its own: an access past its end is then an error, not a neighbour's memory.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
+import checkout  # noqa: F401  puts it on the path
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from ffkernels import ops
+from ffkernels.engine.search import make_search
+from ffkernels.engine.significance import critical_values, jackknife_weights, really_higher
+
+SIZES = (1, 7, 2048, 2049, 5003)
+# Losses by example: none, one, and more than the lanes of a warp that copies them.
+ROWS = (0, 1, 33)
+MAX_TAU = 100
+
+
+def moves_are_right(impl: str, device: torch.device) -> bool:
+    """step with its scalars on the device and on the host, delta and checkpoint, against the torch ops."""
+    accept = torch.ones(1, dtype=torch.int32, device=device)
+    k = torch.full((1,), 0.5, device=device)
+    weights = [
+        torch.randn(size + skip, device=device).to(dtype)[skip:]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for size in SIZES
+        for skip in (0, 1)
+    ]
+    mirror = [weight.clone() for weight in weights]
+    tables = [ops.TensorTable(weights, impl=impl), ops.TensorTable(mirror, impl="torch")]
+    for ours, theirs in zip(*(table.deltas for table in tables), strict=True):
+        ours.copy_(torch.randn_like(ours))
+        theirs.copy_(ours)
+    for table in tables:
+        ops.step_(table, accept, k)
+        ops.step_(table, False, 2.0)
+        ops.delta_(table)
+        ops.step_(table, False, 0.0)
+        ops.checkpoint_(table)
+    return all(
+        torch.equal(ours, theirs)
+        for kind in ("weights", "deltas", "best")
+        for ours, theirs in zip(*(getattr(table, kind) for table in tables), strict=True)
+    )
+
+
+def decisions_are_right(search: str, rows: int, device: torch.device) -> bool:
+    """begin and decide on falling, rising and noisy losses, against the search on the host."""
+    from ffkernels.ops import decide
+
+    state = decide.DecideState(search, MAX_TAU, device, rows=rows)
+    tokens = [float(5 + row % 7) for row in range(rows)]
+    if rows:
+        state.know(critical_values(rows, state.capacity), tokens, jackknife_weights(tokens))
+    loss = torch.zeros(1, dtype=torch.float64, device=device)
+    # Aligned to its own 8 bytes and to no more.
+    sums = torch.zeros(rows + 1, dtype=torch.float64, device=device)[1:] if rows else None
+    verdicts = []
+    for seed, noise in enumerate((0.0, 1e-2, 1.0)):
+        draw, host = random.Random(seed), make_search(search, MAX_TAU)
+        decide.begin(state, torch.full((1,), 1e-3, device=device))
+        lowest, by_example = math.inf, []
+        while (tau := host.propose()) is not None:
+            values = [n * (2.0 + 1e-3 * (tau - 19) ** 2 + noise * draw.gauss(0, 1)) for n in tokens or [1.0]]
+            value, seen = math.fsum(values) / (sum(tokens) or 1.0), len(host.losses)
+            sure = bool(seen) and value >= lowest
+            if sure and rows:
+                sure = really_higher(by_example, values, tokens, seen=seen)
+            host.observe(tau, value, sure)
+            verdicts.append(sure)
+            if value < lowest:
+                lowest, by_example = value, values
+            loss.fill_(value)
+            if sums is not None:
+                sums.copy_(torch.tensor(values, dtype=torch.float64))
+            decide.decide(state, loss, sums)
+        decide.decide(state, loss, sums)  # after the end nothing changes
+        found = state.read()
+        if (found.losses, found.best_tau, found.stopped_because) != (
+            host.losses,
+            host.best_tau,
+            host.stopped_because,
+        ) or found.sure != verdicts[-len(found.sure) :]:
+            return False
+    decide.begin(state, torch.zeros(1, device=device))
+    return state.go.item() == 0 and False in verdicts and (rows == 1 or True in verdicts)
 
 
 def main() -> int:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    impls = ("cuda", "triton") if device.type == "cuda" else ("torch",)
-    accept = torch.ones(1, dtype=torch.int32, device=device)
-    k = torch.full((1,), 0.5, device=device)
-    for impl in impls:
-        weights = [
-            torch.randn(size + skip, device=device).to(dtype)[skip:]
-            for dtype in (torch.float32, torch.bfloat16, torch.float16)
-            for size in (1, 7, 2048, 2049, 5003)
-            for skip in (0, 1)
-        ]
-        mirror = [weight.clone() for weight in weights]
-        tables = [ops.TensorTable(weights, impl=impl), ops.TensorTable(mirror, impl="torch")]
-        for deltas in zip(*(table.deltas for table in tables), strict=True):
-            deltas[0].copy_(torch.randn_like(deltas[0]))
-            deltas[1].copy_(deltas[0])
-        for table in tables:
-            ops.step_(table, accept, k)
-            ops.step_(table, False, 2.0)
-            ops.delta_(table)
-            ops.step_(table, False, 0.0)
-            ops.checkpoint_(table)
-        same = all(
-            torch.equal(a, b)
-            for mine, others in (
-                (tables[0].weights, tables[1].weights),
-                (tables[0].deltas, tables[1].deltas),
-                (tables[0].best, tables[1].best),
-            )
-            for a, b in zip(mine, others, strict=True)
-        )
-        print(f"{impl} on {device}: {'equal to torch' if same else 'WRONG'}")
-        if not same:
-            return 1
-    return 0
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    right = {
+        f"moves, {impl}": moves_are_right(impl, device)
+        for impl in (("cuda", "triton") if on_gpu else ("torch",))
+    }
+    if on_gpu or find_spec("triton") is not None:
+        if not on_gpu:
+            os.environ["TRITON_INTERPRET"] = "1"
+        for search, rows in (*(("parabolic", rows) for rows in ROWS), ("linear", 0)):
+            right[f"{search} decisions, {rows} losses by example"] = decisions_are_right(search, rows, device)
+    for what, as_expected in right.items():
+        print(f"{what} on {device}: {'right' if as_expected else 'WRONG'}")
+    wrong = [what for what, as_expected in right.items() if not as_expected]
+    print(f"{len(right)} checks, {len(wrong)} wrong")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

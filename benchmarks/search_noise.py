@@ -28,6 +28,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import checkout  # noqa: F401  puts it on the path
+
 from ffkernels.engine.search import REFINE_TOLERANCE, LinearSearch, ParabolicSearch, Search
 from ffkernels.engine.significance import LEVEL, Rises, critical_values, higher, jackknife_weights
 from ffkernels.reporting.machine import machine_info, version_info

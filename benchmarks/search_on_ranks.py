@@ -32,6 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import checkout  # noqa: F401  puts it on the path
 import torch
 import torch.distributed as dist
 from bench_ranks import slowest

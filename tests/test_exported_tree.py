@@ -1,0 +1,65 @@
+"""Benchmarks start where nothing is installed: from an exported tree, by a Python that has torch alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parents[1]
+# torch once, then a process for each script, which finds nothing that another has put on the path.
+IN_EACH = """
+import importlib, json, os, sys, traceback
+from importlib.util import find_spec
+import torch, pytest
+tree, scripts = sys.argv[1], sys.argv[2:]
+assert find_spec("ffkernels") is None, find_spec("ffkernels")
+found = {}
+for script in scripts:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        try:
+            sys.path.insert(0, os.path.join(tree, "benchmarks"))  # as Python does for a script
+            importlib.import_module(script)
+            said = find_spec("ffkernels").origin
+        except BaseException:
+            said = traceback.format_exc()
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    found[script] = os.fdopen(read)
+print(json.dumps({script: said.read() for script, said in found.items()}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_script_finds_the_package_in_its_own_tree(tmp_path):
+    tree, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    absent = shutil.ignore_patterns("__pycache__", "*.so", "results")
+    for name in ("ffkernels", "benchmarks", "tests/ops"):
+        shutil.copytree(ROOT / name, tree / name, ignore=absent)
+    scripts = [
+        path.stem
+        for path in sorted((tree / "benchmarks").glob("*.py"))
+        if "__main__" in path.read_text(encoding="utf-8")
+    ]
+    assert {"gpu_check", "bench_step", "search_noise", "bench_sft", "learning_rate"} <= set(scripts)
+    # -S: no .pth file is read, which is where an editable installation would be found.
+    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages), "PIP_NO_INDEX": "1"}
+    command = [sys.executable, "-S", "-c", IN_EACH, str(tree), *scripts]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    if any(f"{folder}/ffkernels/__init__.py" in done.stderr for folder in packages):
+        pytest.skip("ffkernels is installed among the packages, and not as an editable installation")
+    assert done.returncode == 0, done.stderr
+    expected = str(tree / "ffkernels" / "__init__.py")
+    assert json.loads(done.stdout) == dict.fromkeys(scripts, expected)
