@@ -43,8 +43,8 @@ def build(dry: bool) -> tuple[dict[str, float], list[str]]:
     """Seconds that each library took to compile or find, and why one could not be made."""
     seconds, problems = {}, []
     for name, make in (("cpp", ops.build_native), ("cuda", ops.build_cuda)):
-        if dry and name == "cuda" and ops.find_nvcc() is None:
-            continue
+        if dry and name == "cuda":
+            continue  # nothing could launch them
         begin = time.perf_counter()
         try:
             make()
