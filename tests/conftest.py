@@ -162,7 +162,7 @@ def padded_batch():
 @pytest.fixture(scope="session")
 def situations():
     """The module `tests/engine/situations.py`; its assertions show what they compared, as a test's do."""
-    pytest.register_assert_rewrite("situations")
+    pytest.register_assert_rewrite("eager_twins", "situations")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "tests" / "engine"))
         yield importlib.import_module("situations")

@@ -129,7 +129,6 @@ def test_with_tf32_a_stage_may_be_as_far_off_as_it_makes_them(
         return allowed(validation, torch.device("cuda"))
 
     monkeypatch.setattr(graph_check, "loss_tolerance", on_a_gpu)
-    monkeypatch.setattr(situations, "loss_tolerance", on_a_gpu)
     if switch is not None:
         situations.TF32[switch]()
     place.exact = False
