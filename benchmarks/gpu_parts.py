@@ -36,8 +36,12 @@ SCRIPTS = {
 }
 # The files in tests/gpu of which nothing runs in a dry run.
 NEED_A_GPU = ("decide", "graph_core", "launches")
-# One of two searches and of two dtypes: enough to see that the tests are right.
-DRY_STAGES = "not linear and not bfloat16"
+# Enough to see that the tests are right: one of two searches and of two dtypes, and of the situations, all of
+# which tests/engine has over a stand-in for CUDA, those with code of their own.
+DRY = {
+    "stage": "not linear and not bfloat16",
+    "situations": "another_stream or pins_memory or exchanged_examples",
+}
 # These profile loops on the device, on which profilers have crashed: in a process of their own, last.
 PROFILED = "launches_and_waits"
 COMPILED = "compiled"
@@ -163,7 +167,7 @@ def tests(file: str, limit: float, dry: bool, what: str, only: str = "", name: s
     # The project's own options name a plugin that these tests do not need and a GPU machine may lack. What
     # was skipped is said where it should not have been.
     command += ["-o", "addopts=", "--import-mode=importlib", "-rf" if dry else "-rfEs"]
-    chosen = " and ".join(filter(None, (only, DRY_STAGES if dry and file == "stage" else "")))
+    chosen = " and ".join(filter(None, (only, DRY.get(file) if dry else "")))
     command += ["-k", chosen] if chosen else []
     command.append(f"tests/gpu/test_{file}_on_gpu.py")
     return Stage(name or file.replace("_", "-"), what, command, limit)
