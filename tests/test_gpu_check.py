@@ -130,6 +130,31 @@ def test_what_is_given_to_the_compute_sanitizer(benchmarks, monkeypatch):
     assert [case[:2] for case in calls] == [*(("parabolic", rows) for rows in script.ROWS), ("linear", 0)]
 
 
+def test_the_machine_is_described_whatever_is_missing(benchmarks, monkeypatch, capsys):
+    """A kernel that cannot be compiled, and no GPU, are problems; what is there is said all the same."""
+    import torch
+
+    from ffkernels import ops
+    from ffkernels.ops.build import BuildError
+
+    def broken():
+        raise BuildError("no nvcc on PATH")
+
+    script, built = benchmarks("gpu_machine"), []
+    monkeypatch.delenv("FFK_DRY", raising=False)
+    monkeypatch.setattr(ops, "build_native", lambda: built.append("cpp"))
+    monkeypatch.setattr(ops, "build_cuda", broken)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert script.main() == 1 and built == ["cpp"]
+    *problems, line = capsys.readouterr().out.splitlines()
+    assert problems == ["cuda: no nvcc on PATH", "this torch sees no GPU; FFK_DRY=1 checks on the CPU"]
+    found = json.loads(line)
+    assert list(found["build_seconds"]) == ["cpp"] and "gpu" not in found
+    assert found["versions"]["torch"] == str(torch.__version__) and found["tools"].keys() >= {"nvcc", "make"}
+    monkeypatch.setenv("FFK_DRY", "1")
+    assert script.main() == 0, "what a dry run does not need is not missing"
+
+
 # ---- choosing ----
 
 
