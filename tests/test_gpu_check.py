@@ -367,38 +367,3 @@ def test_a_promise_has_a_verdict(benchmarks):
     lines = [" ".join(line.split()) for line in table.render(result).splitlines()]
     assert lines[1:4] == ["met a: 1", "NOT MET b: 2", "not resolved c: 3"]
     assert set(table.TABLES) == set(benchmarks("gpu_parts").SCRIPTS)
-
-
-def test_what_a_gpu_has_to_save_end_to_end(benchmarks):
-    table = benchmarks("end_to_end_table")
-
-    def cell(paper, measured, seconds, tuned=False):
-        median = {"flops_paper": paper, "flops_measured": measured, "seconds": seconds}
-        spreads = [{"kind": "parabolic", "median": median}, {"kind": "linear", "median": None}]
-        return {
-            **{"task": "chat", "method": "dora", "lr": 4e-5, "tuned": tuned, "batch_size": 64},
-            "spreads": spreads,
-        }
-
-    result = {
-        "fast": False,
-        "config": {"model": "smollm2-135m", "dtype": "bfloat16", "steps": 120},
-        "cells": [cell(0.41, 0.40, 0.39), cell(0.4, 0.3, 0.2), cell(-0.01, -0.02, 0.0, tuned=True)],
-        "left_out": [{"cell": "medical lora lr=1e-4 batch=64", "seed": 0, "reason": "late"}],
-    }
-    found = table.end_to_end_targets(result)
-    assert [target["met"] for target in found] == [True] * 3 + [False] * 3
-    assert (
-        found[0]["what"]
-        == "chat, dora, lr 4e-5, batch 64: at least 41% of the FLOPs saved, the paper's count"
-    )
-    assert found[2]["measured"] == "39.0% beside 41.0%"
-    result["cells"][0]["spreads"][0]["median"] = None
-    missed = table.end_to_end_targets(result)[0]
-    assert not missed["met"] and missed["measured"] == "not reached"
-    text = "\n".join(table.render_end_to_end(result))
-    assert "30% / 40% / 20%" in text and "left out (the file says why): medical lora" in text
-    assert text.count("not reached") == 4
-    result["cells"][0]["spreads"] = []  # Adam's run ended, the others had no time: that is no failure
-    assert len(table.end_to_end_targets(result)) == 3
-    assert table.end_to_end_targets({**result, "fast": True}) == []
