@@ -31,6 +31,7 @@ from checkout import ROOT
 from gpu_parts import (
     LAST_WORDS_SECONDS,
     MACHINE,
+    MOST_MACHINE_SECONDS,
     OVERHEAD_SECONDS,
     PART_SECONDS,
     TITLES,
@@ -54,6 +55,8 @@ def main() -> int:
     options = parser.parse_args()
     # Whoever ends this process ends what it has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # A job in a shell's background begins with SIGINT ignored, and so would stages, which it asks to end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Where the toolkit is installed by default: its tools are not always on PATH.
     os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"))
     dry = os.environ.get("FFK_DRY") == "1"
@@ -104,12 +107,14 @@ class Check:
         for old in (self.json, self.log):
             old.unlink(missing_ok=True)
         for place, stage in enumerate(stages):
-            if stage.name == MACHINE and before is not None:
+            if stage.name == MACHINE and before is not None and before["provenance"] is not None:
                 self.result["provenance"] = before["provenance"]
                 self.result["stages"].append(before["stages"][0])
                 continue
             kept = sum(later.limit for later in stages[place + 1 :] if later.command is not None)
-            done = self.one(stage, self.end - time.perf_counter() - kept)
+            left = self.end - time.perf_counter()
+            most = min(left, MOST_MACHINE_SECONDS) if stage.name == MACHINE else 0
+            done = self.one(stage, max(left - kept, most))
             self.result["stages"].append(done)
             self.say(stage, done)
             self.result["seconds"] = round(time.perf_counter() - begin, 1)
@@ -121,7 +126,8 @@ class Check:
         """What came of one stage; a benchmark's numbers and a machine's description go into the result."""
         if stage.command is None:
             return outcome(stage, "left out", stage.reason)
-        if stage.name != MACHINE and not self.dry and "gpu" not in (self.result["provenance"] or {}):
+        # Where the machine could not be described the rest is tried all the same.
+        if stage.name != MACHINE and not self.dry and "gpu" not in (self.result["provenance"] or ("gpu",)):
             return outcome(stage, "left out", "there is no GPU to check")
         if limit < LEAST_SECONDS:
             return outcome(stage, "failed", "no time was left")

@@ -23,6 +23,8 @@ LAST_WORDS_SECONDS = 8  # of a stage whose time is up
 # Before the first stage, and after the end of the last one's time.
 OVERHEAD_SECONDS = LAST_WORDS_SECONDS + 4
 MACHINE = "machine"
+# It may take from those after it, which would be lost without it: first imports and nvcc from a cold disk.
+MOST_MACHINE_SECONDS = 180
 TITLES = {
     1: "go or no-go; moves, decisions, graphs, validation",
     2: "stages, launches, what users bring, several processes; memcheck of every kernel",

@@ -301,6 +301,23 @@ def test_what_took_too_long_leaves_the_rest_its_time(check, tmp_path, monkeypatc
     assert late.run([python("")])["stages"][0]["said"] == "no time was left"
 
 
+def test_a_slow_machine_takes_time_from_the_others_and_no_part_is_lost_with_it(check, tmp_path, monkeypatch):
+    monkeypatch.delenv("FFK_DRY", raising=False)
+    monkeypatch.setattr(check, "LEAST_SECONDS", 1)
+    slow = python(f"import time; time.sleep(3); {machine(True).command[-1]}", "machine", 1)
+    fine = python("print('1 passed')", "moves", 30)
+    cold = check.Check(tmp_path, "part1", "", False, seconds=check.OVERHEAD_SECONDS + 31)
+    assert [stage["status"] for stage in cold.run([slow, fine])["stages"]] == ["passed", "passed"]
+    # One that never ends leaves them something, and what cannot be described may be tested nevertheless.
+    monkeypatch.setattr(check, "MOST_MACHINE_SECONDS", 2)
+    hangs = python("import time; time.sleep(60)", "machine", 1)
+    found = check.Check(tmp_path, "part1", "", False, seconds=check.OVERHEAD_SECONDS + 31).run([hangs, fine])
+    assert [stage["status"] for stage in found["stages"]] == ["failed", "passed"]
+    assert found["stages"][0]["said"].startswith("stopped after 2 s")
+    again = check.Check(tmp_path, "part2", "", False).run([machine(True), fine], found)
+    assert again["provenance"]["gpu"] == {"name": "H100"}, "the next part looks again"
+
+
 STUBBORN = """
 import signal, sys, time
 signal.signal(signal.SIGINT, {handler})
@@ -323,6 +340,18 @@ def test_a_stage_whose_time_is_up_says_what_it_found(check, parts, tmp_path, mon
     assert done["status"] == "failed" and done["said"].startswith("stopped after 2 s; ")
     assert "begun" in done["output"] and done["seconds"] < 20
     assert ("what was found so far" in done["output"]) == (handler == "signal.default_int_handler")
+
+
+def test_stages_hear_the_request_to_end_also_in_the_background(check, tmp_path, monkeypatch):
+    """A shell starts what runs in its background with SIGINT ignored, which processes inherit."""
+    monkeypatch.setenv("FFK_DRY", "1")
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--part", "1", "--out", str(tmp_path)])
+    heard = python("import signal; print(signal.getsignal(signal.SIGINT).__name__)", "heard")
+    monkeypatch.setattr(check, "parts", lambda dry: {1: [heard]})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # `main` sets what tests have
+    check.main()
+    (stage,) = json.loads((tmp_path / "gpu_check_part1.json").read_text())["stages"]
+    assert stage["status"] == "passed" and stage["said"] == "default_int_handler"
 
 
 def test_whoever_ends_the_check_ends_its_stages(tmp_path):
