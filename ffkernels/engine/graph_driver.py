@@ -241,7 +241,12 @@ class Cuda:
                 stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
                 mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
                 self._call("cuStreamBeginCapture", stream, mode)
-                graph.capture_end()
+                try:
+                    graph.capture_end()
+                except Exception:
+                    # torch had not got so far as to begin, as without memory for its generator's seed: it does
+                    # not end what it knows nothing of, and whatever waits for the stream would be recorded.
+                    self._call("cuGraphDestroy", self._call("cuStreamEndCapture", stream))
         with suppress(Exception):
             graph.reset()
         with suppress(Exception):

@@ -232,6 +232,31 @@ def test_a_capture_whose_end_cuda_refused_is_made_to_end(allocator, generator, m
             cuda.end(good)
 
 
+def test_a_capture_that_torch_had_not_begun_leaves_no_stream_recording(allocator, generator, monkeypatch):
+    stream, ended = SimpleNamespace(cuda_stream=77, records=False), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    def record(on: bool):
+        stream.records = on
+        return (Status.CUDA_SUCCESS, 5)[: 1 if on else 2]
+
+    driver = SimpleNamespace(
+        CUstream=lambda number: number,
+        CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="this thread"),
+        cuStreamBeginCapture=lambda of, mode: record(True),
+        cuStreamEndCapture=lambda of: record(False),
+        cuGraphDestroy=lambda graph: ended.append(graph) or (Status.CUDA_SUCCESS,),
+    )
+    cuda = Cuda()
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    pool = cuda.new_pool(GPU)
+    never = SimpleNamespace(
+        capture_end=lambda: 1 / 0, reset=lambda: None
+    )  # it ended before it touched the stream
+    cuda.abandon(never, pool, GPU)
+    assert not stream.records and ended == [5] and allocator.underway == []
+
+
 class Workspaces:
     """What torch keeps for matrix products: per stream two, made when a product first needs them."""
 
