@@ -244,8 +244,8 @@ class Cuda:
                 try:
                     graph.capture_end()
                 except Exception:
-                    # torch had not got so far as to begin, as without memory for its generator's seed: it does
-                    # not end what it knows nothing of, and whatever waits for the stream would be recorded.
+                    # torch had not come to begin, as without memory for its generator's seed: it does not end
+                    # what it knows nothing of, and whatever waits for the stream would be recorded.
                     self._call("cuGraphDestroy", self._call("cuStreamEndCapture", stream))
         with suppress(Exception):
             graph.reset()
