@@ -208,7 +208,7 @@ def test_a_wrong_choice_says_what_is_allowed(check, arguments, said, monkeypatch
     ],
 )
 def test_make_passes_it_on(given, passed, monkeypatch):
-    command = ["make", "-n", "gpu-check", "OUT=x", *given]
+    command = ["make", "--no-print-directory", "-n", "gpu-check", "OUT=x", *given]
     for name in ("PART", "ONLY", "MAKEFLAGS"):
         monkeypatch.delenv(name, raising=False)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

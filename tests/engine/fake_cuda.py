@@ -91,10 +91,11 @@ class Contents:
                 continue
             try:
                 storage = found.untyped_storage()
-            except (NotImplementedError, RuntimeError):
+                address = storage.data_ptr()
+            except (NotImplementedError, RuntimeError):  # a tensor that compilation left behind
                 continue
-            if storage.nbytes() and storage.data_ptr() not in self.saved:
-                self.saved[storage.data_ptr()] = (storage, storage.clone())
+            if storage.nbytes() and address not in self.saved:
+                self.saved[address] = (storage, storage.clone())
 
     def put_back(self) -> None:
         for storage, content in self.saved.values():
