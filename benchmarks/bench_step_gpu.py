@@ -109,12 +109,14 @@ class Workload:
     def other_ops(self, impl: str) -> dict[str, tuple[Callable, int]]:
         """Every move and the bytes it must move, in units of N."""
         table = ops.TensorTable(self.weights, impl=impl)
+        sums = torch.empty(3, dtype=torch.float64, device=self.device)
         return {
             f"{impl} step_ accepted": (lambda: ops.step_(table, self.accept, self.one), 4),
             f"{impl} step_ refused": (lambda: ops.step_(table, self.refuse, self.one), 3),
             f"{impl} step_ restore": (lambda: ops.step_(table, self.refuse, self.zero), 2),
             f"{impl} delta_": (lambda: ops.delta_(table), 4),
             f"{impl} checkpoint_": (lambda: ops.checkpoint_(table), 2),
+            f"{impl} align_": (lambda: ops.align_(table, self.changes, sums), 4),
         }
 
 

@@ -30,12 +30,6 @@ import triton
 
 from ffkernels.ops.table import GPU_CHUNK
 
-ARGUMENTS = {
-    "checkpoint": {"rows": "*i64"},
-    "delta": {"rows": "*i64"},
-    "step": {"rows": "*i64", "accept_ptr": "*i32", "k_ptr": "*fp32", "minus_zero": "fp32"},
-}
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -89,7 +83,7 @@ def measure(variant: Variant, folder: Path) -> list[dict]:
                 code = aot.compile_for(
                     getattr(ops, f"_{kernel}_kernel"),
                     architecture,
-                    ARGUMENTS[kernel],
+                    {"rows": "*i64"} | aot.ARGUMENTS.get(kernel, {}),
                     {"DTYPE": ops._DTYPES[dtype], "BLOCK": variant.block},
                     variant.warps,
                     aligned=["rows"],

@@ -14,6 +14,7 @@ import os
 import random
 import sys
 from importlib.util import find_spec
+from itertools import cycle
 
 # Each tensor in an allocation of its own: an access past its end is then an error, not a neighbour's memory.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
@@ -25,6 +26,7 @@ from ffkernels import ops
 from ffkernels.engine.search import make_search
 from ffkernels.engine.significance import critical_values, jackknife_weights, really_higher
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 7, 2048, 2049, 5003)
 # Losses by example: none, one, and more than the lanes of a warp that copies them.
 ROWS = (0, 1, 33)
@@ -32,12 +34,12 @@ MAX_TAU = 100
 
 
 def moves_are_right(impl: str, device: torch.device) -> bool:
-    """step with its scalars on the device and on the host, delta and checkpoint, against the torch ops."""
+    """step with its scalars on the device and on the host, delta, checkpoint and align, against torch's."""
     accept = torch.ones(1, dtype=torch.int32, device=device)
     k = torch.full((1,), 0.5, device=device)
     weights = [
         torch.randn(size + skip, device=device).to(dtype)[skip:]
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for dtype in DTYPES
         for size in SIZES
         for skip in (0, 1)
     ]
@@ -52,7 +54,12 @@ def moves_are_right(impl: str, device: torch.device) -> bool:
         ops.delta_(table)
         ops.step_(table, False, 0.0)
         ops.checkpoint_(table)
-    return all(
+        ops.step_(table, True, 1.0)
+    grads = [
+        torch.randn(weight.shape, device=device).to(dtype) for weight, dtype in zip(weights, cycle(DTYPES))
+    ]
+    sums = [ops.align_(table, [*grads[:-1], None]) for table in tables]
+    return torch.allclose(*sums, rtol=1e-9) and all(
         torch.equal(ours, theirs)
         for kind in ("weights", "deltas", "best")
         for ours, theirs in zip(*(getattr(table, kind) for table in tables), strict=True)

@@ -15,6 +15,7 @@
 #include <cstring>
 
 #include "ffkernels.h"
+#include "groups_cpu.h"
 #include "loops_cpu.h"
 #include "stream_cpu.h"
 
@@ -145,73 +146,20 @@ constexpr Kernels kKernels[][3] = {
 #endif
 };
 
-int detect_isa() {
-#if FFK_X86
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c")) return 0;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return 2;
-  return 1;
-#else
-  return 0;
-#endif
-}
-
-std::atomic<int> isa_in_use{detect_isa()};
-
-bool known(const ffk_group* groups, int64_t count) {
-  for (int64_t g = 0; g < count; ++g)
-    if (groups[g].dtype < FFK_FLOAT32 || groups[g].dtype > FFK_FLOAT16) return false;
-  return true;
-}
-
-int64_t elements(const ffk_group& group) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < group.count; ++i) total += group.rows[i].n;
-  return total;
-}
-
 int64_t bytes(const ffk_group* groups, int64_t count, const Kernels* kernels) {
   int64_t total = 0;
   for (int64_t g = 0; g < count; ++g) total += elements(groups[g]) * kernels[groups[g].dtype].itemsize;
   return total;
 }
 
-// Waking a thread costs more than moving a few thousand elements.
-int useful_threads(const ffk_group& group, int32_t threads) {
-  constexpr int64_t kElementsPerThread = 32768;
-  const int64_t useful = std::min<int64_t>(group.count, elements(group) / kElementsPerThread);
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-}
-
-template <class Body>
-void for_rows(const ffk_group& group, int32_t threads, bool streaming, const Body& body) {
-  const int useful = useful_threads(group, threads);
-  (void)useful;
-#ifdef _OPENMP
-  if (useful > 1) {
-#pragma omp parallel num_threads(useful)
-    {
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < group.count; ++i) body(group.rows[i]);
-      if (streaming) finish_streaming();
-    }
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < group.count; ++i) body(group.rows[i]);
-  if (streaming) finish_streaming();
-}
-
 int32_t step(const ffk_group* groups, int64_t count, bool accept, float k, int32_t threads) {
-  if (!known(groups, count)) return FFK_E_DTYPE;
+  if (!known(groups, count, FFK_FLOAT16)) return FFK_E_DTYPE;
   const Kernels* kernels = kKernels[isa_in_use.load(std::memory_order_relaxed)];
   const int64_t size = bytes(groups, count, kernels);
   for (int64_t g = 0; g < count; ++g) {
     const Kernels& kernel = kernels[groups[g].dtype];
     const Call call{accept, size > kernel.stream_above, k};
-    for_rows(groups[g], threads, call.streaming, [&](const ffk_row& row) { kernel.step(row, call); });
+    for_rows(groups[g], threads, call.streaming, [&](int64_t i) { kernel.step(groups[g].rows[i], call); });
   }
   return 0;
 }
@@ -246,26 +194,26 @@ int32_t ffk_cpu_step(const ffk_group* groups, int64_t count, int32_t accept, flo
 }
 
 int32_t ffk_cpu_delta(const ffk_group* groups, int64_t count, int32_t threads) {
-  if (!known(groups, count)) return FFK_E_DTYPE;
+  if (!known(groups, count, FFK_FLOAT16)) return FFK_E_DTYPE;
   const Kernels* kernels = kKernels[isa_in_use.load(std::memory_order_relaxed)];
   const int64_t size = bytes(groups, count, kernels);
   for (int64_t g = 0; g < count; ++g) {
     const Kernels& kernel = kernels[groups[g].dtype];
     const Call call{true, size > kernel.stream_above, 0.0f};
-    for_rows(groups[g], threads, call.streaming, [&](const ffk_row& row) { kernel.delta(row, call); });
+    for_rows(groups[g], threads, call.streaming, [&](int64_t i) { kernel.delta(groups[g].rows[i], call); });
   }
   return 0;
 }
 
 int32_t ffk_cpu_absmax(const ffk_group* groups, int64_t count, int32_t threads, float* out) {
-  if (!known(groups, count)) return FFK_E_DTYPE;
+  if (!known(groups, count, FFK_FLOAT16)) return FFK_E_DTYPE;
   const Kernels* kernels = kKernels[isa_in_use.load(std::memory_order_relaxed)];
   float largest = 0.0f;
   for (int64_t g = 0; g < count; ++g) {
     const Kernels& kernel = kernels[groups[g].dtype];
     std::atomic<uint32_t> shared{0};
-    for_rows(groups[g], threads, false, [&](const ffk_row& row) {
-      const uint32_t found = kernel.absmax(row);
+    for_rows(groups[g], threads, false, [&](int64_t i) {
+      const uint32_t found = kernel.absmax(groups[g].rows[i]);
       uint32_t seen = shared.load(std::memory_order_relaxed);
       while (found > seen && !shared.compare_exchange_weak(seen, found, std::memory_order_relaxed)) {
       }

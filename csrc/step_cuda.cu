@@ -11,22 +11,16 @@
 // One block moves one row of the table, that is one chunk of one tensor. Where its three addresses are multiples of 16
 // it moves 16 bytes per access and the last few elements one by one; else all one by one. The branch is the same for
 // all threads of a block, so aligned and misaligned tensors share a launch.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "ffkernels.h"
+#include "groups_cuda.h"
 
 #ifndef FFK_SOURCE_ID
 #define FFK_SOURCE_ID ""
 #endif
 
-namespace {
+using namespace ffk;
 
-constexpr int kThreads = 128;
-// Elements that a block has in flight at once; a row of the Python side's chunk size is one round.
-constexpr int kRound = 2048;
-constexpr int kNarrowUnroll = 4;
+namespace {
 
 // ---- storage types: arithmetic on 32-bit words, which hold one float or a pair of 16-bit values ----
 
@@ -37,27 +31,6 @@ struct Float32 {
   }
   static __device__ uint32_t subtract(uint32_t a, uint32_t b) {
     return __float_as_uint(__fsub_rn(__uint_as_float(a), __uint_as_float(b)));
-  }
-};
-
-struct BFloat16Words {
-  static __device__ float2 widen(uint32_t x) {
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-  }
-  static __device__ uint32_t narrow(float2 x) {
-    const __nv_bfloat162_raw y = __floats2bfloat162_rn(x.x, x.y);
-    return uint32_t{y.x} | uint32_t{y.y} << 16;
-  }
-};
-
-struct Float16Words {
-  static __device__ float2 widen(uint32_t x) {
-    const __half2_raw y{static_cast<uint16_t>(x), static_cast<uint16_t>(x >> 16)};
-    return __half22float2(y);
-  }
-  static __device__ uint32_t narrow(float2 x) {
-    const __half2_raw y = __floats2half2_rn(x.x, x.y);
-    return uint32_t{y.x} | uint32_t{y.y} << 16;
   }
 };
 
@@ -97,28 +70,6 @@ __device__ typename T::Store subtract(typename T::Store a, typename T::Store b) 
 }
 
 // ---- one chunk ----
-
-// An address read from memory is generic to the compiler; this tells it that it lies in global memory, so that it emits
-// LDG and STG instead of LD and ST, which would look the address space up.
-template <class A>
-__device__ A* global(int64_t address) {
-  return static_cast<A*>(__cvta_global_to_generic(static_cast<size_t>(address)));
-}
-
-// Moves `count` units of A, U per thread and round: all loads of a round are issued before its first store. W is
-// read soon, by the forward pass that follows; delta and best are not, so they are marked to leave the cache first.
-template <class A, int U, class Load, class Store>
-__device__ void rounds(int64_t count, const Load& load, const Store& store) {
-  for (int64_t start = threadIdx.x; start < count; start += kThreads * U) {
-    decltype(load(int64_t{0})) loaded[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-      if (start + u * kThreads < count) loaded[u] = load(start + u * kThreads);
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-      if (start + u * kThreads < count) store(start + u * kThreads, loaded[u]);
-  }
-}
 
 template <class A>
 struct Two {
@@ -243,27 +194,6 @@ __global__ void __launch_bounds__(kThreads)
   for_row<typename T::Store>(rows, Step<T>{accept != 0, k});
 }
 
-// ---- launchers ----
-
-constexpr int64_t kMaxRows = 0x7fffffff;  // gridDim.x
-
-// Everything is checked before the first launch. Which device is current is the caller's business: this library has a
-// runtime of its own, which need not know what another one in the process has chosen.
-template <class Launch>
-int32_t for_groups(const ffk_group* groups, int64_t count, void* stream, const Launch& launch) {
-  for (int64_t g = 0; g < count; ++g) {
-    if (groups[g].dtype < FFK_FLOAT32 || groups[g].dtype > FFK_FLOAT16) return FFK_E_DTYPE;
-    if (groups[g].count > kMaxRows) return FFK_E_ROWS;
-  }
-  for (int64_t g = 0; g < count; ++g) {
-    if (groups[g].count == 0) continue;
-    launch(groups[g], static_cast<unsigned>(groups[g].count), static_cast<cudaStream_t>(stream));
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-  }
-  return 0;
-}
-
 }  // namespace
 
 extern "C" {
@@ -279,25 +209,18 @@ const char* ffk_cuda_error_string(int32_t code) {
 }
 
 int32_t ffk_cuda_prepare(void) {
-  const void* kernels[] = {
+  const void* const kernels[] = {
       reinterpret_cast<const void*>(checkpoint_kernel<uint32_t>), reinterpret_cast<const void*>(checkpoint_kernel<uint16_t>),
       reinterpret_cast<const void*>(delta_kernel<Float32>),       reinterpret_cast<const void*>(delta_kernel<BFloat16>),
       reinterpret_cast<const void*>(delta_kernel<Float16>),       reinterpret_cast<const void*>(step_kernel<Float32>),
       reinterpret_cast<const void*>(step_kernel<BFloat16>),       reinterpret_cast<const void*>(step_kernel<Float16>),
   };
-  for (const void* kernel : kernels) {
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // left pending, it would be blamed on the next launch
-      return error;
-    }
-  }
-  return 0;
+  const cudaError_t error = load_kernels(kernels);
+  return error == cudaSuccess ? load_align_kernels() : error;
 }
 
 int32_t ffk_cuda_checkpoint(const ffk_group* groups, int64_t count, void* stream) {
-  return for_groups(groups, count, stream, [](const ffk_group& group, unsigned rows, cudaStream_t on) {
+  return for_groups(groups, count, FFK_FLOAT16, stream, [](const ffk_group& group, unsigned rows, cudaStream_t on) {
     if (group.dtype == FFK_FLOAT32)
       checkpoint_kernel<uint32_t><<<rows, kThreads, 0, on>>>(group.rows);
     else
@@ -306,7 +229,7 @@ int32_t ffk_cuda_checkpoint(const ffk_group* groups, int64_t count, void* stream
 }
 
 int32_t ffk_cuda_delta(const ffk_group* groups, int64_t count, void* stream) {
-  return for_groups(groups, count, stream, [](const ffk_group& group, unsigned rows, cudaStream_t on) {
+  return for_groups(groups, count, FFK_FLOAT16, stream, [](const ffk_group& group, unsigned rows, cudaStream_t on) {
     if (group.dtype == FFK_FLOAT32)
       delta_kernel<Float32><<<rows, kThreads, 0, on>>>(group.rows);
     else if (group.dtype == FFK_BFLOAT16)
@@ -318,7 +241,7 @@ int32_t ffk_cuda_delta(const ffk_group* groups, int64_t count, void* stream) {
 
 int32_t ffk_cuda_step(const ffk_group* groups, int64_t count, const int32_t* accept_at, const float* k_at,
                       int32_t accept, float k, void* stream) {
-  return for_groups(groups, count, stream, [=](const ffk_group& group, unsigned rows, cudaStream_t on) {
+  return for_groups(groups, count, FFK_FLOAT16, stream, [=](const ffk_group& group, unsigned rows, cudaStream_t on) {
     if (group.dtype == FFK_FLOAT32)
       step_kernel<Float32><<<rows, kThreads, 0, on>>>(group.rows, accept_at, k_at, accept, k);
     else if (group.dtype == FFK_BFLOAT16)

@@ -1,7 +1,8 @@
-"""Weight moves over many tensors at once: checkpoint, difference, and the Fast Forward step."""
+"""Weight moves over many tensors at once: checkpoint, difference, the Fast Forward step, and alignment."""
 
 from __future__ import annotations
 
+from ffkernels.ops.align import align_
 from ffkernels.ops.build import find_nvcc
 from ffkernels.ops.dispatch import Availability, available, resolve
 from ffkernels.ops.native import build_native
@@ -14,6 +15,7 @@ __all__ = [
     "Availability",
     "FFKernelsNotice",
     "TensorTable",
+    "align_",
     "announce_once",
     "available",
     "build_cuda",

@@ -14,10 +14,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("step_cpu.cpp",)
-HEADERS = ("ffkernels.h", "loops_cpu.h", "stream_cpu.h")
+SOURCES = ("align_cpu.cpp", "step_cpu.cpp")
+HEADERS = ("ffkernels.h", "groups_cpu.h", "groups_cuda.h", "loops_cpu.h", "stream_cpu.h")
 LIBRARY = "libffkernels.so"
-CUDA_SOURCES = ("step_cuda.cu",)
+CUDA_SOURCES = ("align_cuda.cu", "step_cuda.cu")
 CUDA_LIBRARY = "libffkernels_cuda.so"
 
 # Contraction to fma would skip the rounding of k·Δ: results must not depend on the processor.

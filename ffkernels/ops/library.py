@@ -2,7 +2,7 @@
 
 Calling through the dispatcher costs more than a small set takes to move, so eager code never comes here:
 `ffkernels.ops.step_` and its siblings turn to these operators only while something traces them. The schemas
-say which lists are written; nothing is returned.
+say which lists are written; only an alignment returns something.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ _STEP = (
     "(Tensor(a!)[] weights, Tensor[] deltas, Tensor(b!)[] best, Tensor accept, Tensor k,"
     ' str impl="auto") -> ()'
 )
+
+_ALIGN = '(Tensor[] weights, Tensor?[] grads, Tensor(b!)[] best, str impl="auto") -> Tensor'
 
 
 @torch.library.custom_op("ffkernels::checkpoint_", mutates_args=("best",), schema=_CHECKPOINT)
@@ -46,6 +48,13 @@ def step_(
     moves.step_lists(weights, deltas, best, accept, k, impl=impl)
 
 
+@torch.library.custom_op("ffkernels::align_", mutates_args=("best",), schema=_ALIGN)
+def align_(
+    weights: Sequence[Tensor], grads: Sequence[Tensor | None], best: Sequence[Tensor], impl: str = "auto"
+) -> Tensor:
+    return moves.align_lists(weights, grads, best, impl=impl)
+
+
 @checkpoint_.register_fake
 def _(weights, best, impl="auto") -> None:
     _same_length(weights, best=best)
@@ -62,6 +71,12 @@ def _(weights, deltas, best, accept, k, impl="auto") -> None:
     for name, scalar in (("accept", accept), ("k", k)):
         if scalar.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(scalar.shape)}; give a tensor of one element")
+
+
+@align_.register_fake
+def _(weights, grads, best, impl="auto") -> Tensor:
+    _same_length(weights, grads=grads, best=best)
+    return torch.empty(3, dtype=torch.float64, device=weights[0].device if len(weights) else "cpu")
 
 
 def _same_length(weights: Sequence[Tensor], **twins: Sequence[Tensor]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ffkernels.ops import reference
 from ffkernels.ops.dispatch import choose
+from ffkernels.ops.gradients import Gradients
 from ffkernels.ops.scalars import (
     Scalar,
     accept_argument,
@@ -27,7 +28,7 @@ from ffkernels.ops.scalars import (
     k_argument,
     on_device,
 )
-from ffkernels.ops.table import GPU_CHUNK, Plan, TensorTable, make_plan
+from ffkernels.ops.table import DTYPE_CODES, DTYPES, GPU_CHUNK, Plan, TensorTable, make_plan
 
 _PLANS_KEPT = 16
 _plans: OrderedDict[tuple, Plan] = OrderedDict()
@@ -49,7 +50,11 @@ def _fingerprint(tensors: Sequence[Tensor]) -> tuple:
 
 
 def _plan_for(
-    weights: Sequence[Tensor], deltas: Sequence[Tensor] | None, best: Sequence[Tensor], impl: str
+    weights: Sequence[Tensor],
+    deltas: Sequence[Tensor] | None,
+    best: Sequence[Tensor],
+    impl: str,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> Plan:
     """The checked layout of three lists. Addresses, shapes and dtypes decide: a plan found is valid."""
     for name, side in (("weights", weights), ("deltas", deltas), ("best", best)):
@@ -57,7 +62,7 @@ def _plan_for(
             raise TypeError(f"{name} is a single tensor; pass a list of tensors, or a TensorTable alone")
     try:
         sides = (weights, deltas or (), best)
-        key = (impl, deltas is None, *(_fingerprint(side) for side in sides))
+        key = (impl, dtypes, deltas is None, *(_fingerprint(side) for side in sides))
     except (AttributeError, RuntimeError, NotImplementedError):
         key = None  # something that is no plain tensor: make_plan says what
     with _kept:
@@ -67,7 +72,8 @@ def _plan_for(
                 _plans.move_to_end(key)
             _note_use(plan, key)
             return plan
-    plan = make_plan(weights, deltas, best, chunk=GPU_CHUNK if impl == "triton" else None)
+    chunk = GPU_CHUNK if impl == "triton" else None
+    plan = make_plan(weights, deltas, best, chunk=chunk, dtypes=dtypes)
     plan.impl = choose(impl, plan.device)
     if key is not None:
         with _kept:
@@ -86,8 +92,10 @@ def _note_use(plan: Plan, key: tuple) -> None:
 
 
 def _let_go(plan: Plan) -> None:
-    """Keep the memory of a plan's rows and constants until every stream that was handed it is done."""
-    for tensor in (*(group.rows for group in plan.groups), *plan.constants.values()):
+    """Keep the memory that a plan holds until every stream that was handed it is done."""
+    rows = (group.rows for group in plan.groups)
+    shared = () if plan.gradients is None else plan.gradients.tensors()
+    for tensor in (*rows, *plan.constants.values(), *shared):
         for stream in plan.streams:
             tensor.record_stream(stream)
 
@@ -126,6 +134,31 @@ def step(plan: Plan, weights, deltas, best, best_written, accept: Scalar, k: Sca
         reference.step_(weights, deltas, best, accept, k)
 
 
+def align(plan: Plan, names, weights, grads, best, best_written, out: Tensor | None) -> Tensor:
+    if plan.gradients is None:
+        plan.gradients = Gradients(plan)
+    found = plan.gradients.find(names, weights, grads)
+    out = _sums(plan.device, out)
+    if not plan.groups:
+        return out.zero_()
+    if plan.impl == "torch":
+        reference.align_(weights, found, best, out)
+    else:
+        _kernels(plan.impl).align_(plan, best_written, out)
+    return out
+
+
+def _sums(device: torch.device, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.empty(3, dtype=torch.float64, device=device)
+    if (out.shape, out.dtype, out.device) != ((3,), torch.float64, device) or not out.is_contiguous():
+        raise ValueError(
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be (3,) torch.float64 on"
+            f" {device}, contiguous"
+        )
+    return out
+
+
 def checkpoint_lists(weights: Sequence[Tensor], best: Sequence[Tensor], *, impl: str = "auto") -> None:
     checkpoint(_plan_for(weights, None, best, impl), weights, best, best)
 
@@ -136,6 +169,11 @@ def delta_lists(weights, deltas, best, *, impl: str = "auto") -> None:
 
 def step_lists(weights, deltas, best, accept: Scalar, k: Scalar, *, impl: str = "auto") -> None:
     step(_plan_for(weights, deltas, best, impl), weights, deltas, best, best, accept, k)
+
+
+def align_lists(weights, grads, best, out: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    plan = _plan_for(weights, None, best, impl, tuple(DTYPE_CODES))
+    return align(plan, None, weights, grads, best, best, out)
 
 
 def checkpoint_table(table: TensorTable) -> None:
@@ -152,6 +190,11 @@ def delta_table(table: TensorTable) -> None:
 def step_table(table: TensorTable, accept: Scalar, k: Scalar) -> None:
     table.check_addresses()
     step(table.plan, table.weights, table.deltas, table.best, table.best_flats, accept, k)
+
+
+def align_table(table: TensorTable, grads: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
+    table.check_addresses()
+    return align(table.plan, table.names, table.weights, grads, table.best, table.best_flats, out)
 
 
 def delta_absmax(table: TensorTable) -> float:

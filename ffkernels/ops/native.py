@@ -14,22 +14,25 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor, get_num_threads
 from torch.autograd.graph import increment_version
 
 from ffkernels.ops import build
-from ffkernels.ops.table import Plan
+from ffkernels.ops.table import DTYPE_CODES, Plan
 
-ABI = 2
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ABI = 3
 CURE = "run `ffkernels doctor --build` (needs a C++ compiler), or reinstall ffkernels where one is present"
 
 _PACKAGED = Path(__file__).parent / build.LIBRARY
 
 
 class Group(ctypes.Structure):
-    _fields_ = (("rows", ctypes.c_void_p), ("count", ctypes.c_int64), ("dtype", ctypes.c_int64))
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    )
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def _open(path: Path) -> ctypes.CDLL:
         "cpu_delta": (*groups, threads),
         "cpu_step": (*groups, ctypes.c_int32, ctypes.c_float, threads),
         "cpu_absmax": (*groups, threads, result),
+        "cpu_align": (*groups, *(ctypes.c_void_p,) * 3, threads),
     }
     return open_library(path, "ffk_", _digest(), signatures)
 
@@ -164,7 +168,9 @@ def isa() -> str:
 
 def groups_of(plan: Plan) -> tuple[ctypes.Array, int]:
     """The plan's groups as the ABI wants them, and how many there are."""
-    groups = [Group(g.rows.data_ptr(), len(g.rows), DTYPE_CODES[g.dtype]) for g in plan.groups]
+    groups = [
+        Group(g.rows.data_ptr(), g.places.data_ptr(), len(g.rows), DTYPE_CODES[g.dtype]) for g in plan.groups
+    ]
     return (Group * len(groups))(*groups), len(groups)
 
 
@@ -180,6 +186,7 @@ class Moves:
         self.delta = library.ffk_cpu_delta
         self.step = library.ffk_cpu_step
         self.absmax = library.ffk_cpu_absmax
+        self.align = library.ffk_cpu_align
 
 
 def _bound(plan: Plan) -> Moves:
@@ -227,3 +234,12 @@ def delta_absmax(plan: Plan) -> float:
     moves, result = _bound(plan), ctypes.c_float()
     _check(moves.absmax(moves.table, moves.count, get_num_threads(), ctypes.byref(result)))
     return result.value
+
+
+def align_(plan: Plan, best: Sequence[Tensor], out: Tensor) -> None:
+    """out ← ⟨g,d⟩, ⟨g,g⟩, ⟨d,d⟩ with d = W − best ; best ← W"""
+    moves, gradients = _bound(plan), plan.gradients
+    addresses = (gradients.table.data_ptr(), gradients.scratch.data_ptr(), out.data_ptr())
+    _check(moves.align(moves.table, moves.count, *addresses, get_num_threads()))
+    increment_version(best)
+    increment_version(out)

@@ -81,6 +81,7 @@ def _open(path: Path) -> ctypes.CDLL:
         "checkpoint": (*groups, stream),
         "delta": (*groups, stream),
         "step": (*groups, pointer, pointer, ctypes.c_int32, ctypes.c_float, stream),
+        "align": (*groups, pointer, pointer, pointer, pointer, stream),
     }
     library = open_library(path, "ffk_cuda_", _digest(), signatures)
     library.ffk_cuda_error_string.argtypes = (ctypes.c_int32,)
@@ -133,6 +134,7 @@ class Moves:
         self.checkpoint = loaded.library.ffk_cuda_checkpoint
         self.delta = loaded.library.ffk_cuda_delta
         self.step = loaded.library.ffk_cuda_step
+        self.align = loaded.library.ffk_cuda_align
 
     def launch(self, function, *arguments) -> None:
         with _current(self.index):
@@ -185,3 +187,11 @@ def step_(
         increment_version(best)
     if k_now != 0 or k_at is not None or not accept_now:
         increment_version(weights)
+
+
+def align_(plan: Plan, best: Sequence[Tensor], out: Tensor) -> None:
+    """out ← ⟨g,d⟩, ⟨g,g⟩, ⟨d,d⟩ with d = W − best ; best ← W"""
+    moves = _bound(plan)
+    moves.launch(moves.align, *(tensor.data_ptr() for tensor in (*plan.gradients.tensors(), out)))
+    increment_version(best)
+    increment_version(out)

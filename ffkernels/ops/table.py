@@ -1,7 +1,8 @@
 """Where every tensor of a weight move lies: one int64 row per chunk.
 
 A row holds the addresses of one chunk in W, Δ and best and its element count; a group holds the rows of one
-storage dtype. Kernels walk rows, so one call moves any number of tensors of any sizes. Δ and best live in
+storage dtype. Kernels walk rows, so one call moves any number of tensors of any sizes. Beside each row stands
+its place, for what has addresses of its own that change: gradients. Δ and best live in
 flat arenas of the table, one per dtype, in which each tensor starts on a 128-byte boundary: a chunk's
 alignment is then decided by its weight alone.
 """
@@ -17,11 +18,15 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# As the kernels number them. Only an alignment computes in float64, the moves do not.
+DTYPE_CODES = {dtype: code for code, dtype in enumerate((*DTYPES, torch.float64))}
 ALIGNMENT = 128
 # Elements per chunk, a multiple of every vector width. On the CPU a chunk is a unit of thread scheduling; on
 # a GPU it is one program: small enough that a set of a few megabytes still fills every multiprocessor.
 CPU_CHUNK = 32768
 GPU_CHUNK = 2048
+# Elements that the CPU adds up by themselves in an alignment.
+SUM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,13 @@ class Group:
 
     The rows are on the plan's device: one launch over them moves the whole group. Rows of misaligned tensors
     stand among the others; a kernel tests the addresses of its row and takes the wide or the narrow path.
+    `places`, int64 [chunks, 3], says of each row which of the plan's tensors it is of, at which of that
+    tensor's elements it starts, and which of the group's blocks of `SUM_BLOCK` elements is its first.
     """
 
     dtype: torch.dtype
     rows: Tensor
+    places: Tensor
 
 
 @dataclass
@@ -45,8 +53,20 @@ class Plan:
     groups: list[Group]
     impl: str = "torch"
     native: Any = field(default=None, repr=False)  # the groups in the form a loaded backend wants
+    gradients: Any = field(default=None, repr=False)  # of gradients.Gradients, once there was an alignment
     constants: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # of scalars.as_tensor
     streams: set = field(default_factory=set, repr=False)  # CUDA streams that a kept plan was used on
+
+
+def _cut(numels: Sequence[int], chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes of tensors; of each of their chunks: the tensor's index and the element that it starts at."""
+    # Put together on the host, whatever device is the default.
+    sizes = torch.tensor(numels, dtype=torch.int64, device="cpu")
+    chunks = (sizes + chunk - 1) // chunk
+    tensor = torch.repeat_interleave(chunks)
+    first = torch.cumsum(chunks, 0) - chunks
+    start = (torch.arange(len(tensor), device="cpu") - first[tensor]) * chunk
+    return sizes, tensor, start
 
 
 def chunk_rows(
@@ -58,12 +78,7 @@ def chunk_rows(
     chunk: int,
 ) -> Tensor:
     """Cut tensors, given by addresses and sizes, into rows. A missing side has address 0 and keeps it."""
-    # Addresses are put together on the host, whatever device is the default.
-    sizes = torch.tensor(numels, dtype=torch.int64, device="cpu")
-    chunks = (sizes + chunk - 1) // chunk
-    tensor = torch.repeat_interleave(chunks)
-    first = torch.cumsum(chunks, 0) - chunks
-    start = (torch.arange(len(tensor), device="cpu") - first[tensor]) * chunk
+    sizes, tensor, start = _cut(numels, chunk)
     columns = []
     for addresses in (weights, deltas, best):
         base = torch.tensor(addresses, dtype=torch.int64, device="cpu")[tensor]
@@ -72,7 +87,17 @@ def chunk_rows(
     return torch.stack(columns, 1).contiguous()
 
 
-def _check_tensor(name: str, tensor: Any) -> None:
+def chunk_places(members: Sequence[int], numels: Sequence[int], chunk: int) -> Tensor:
+    """The places of the same rows; `members` are the tensors' indices in the plan."""
+    sizes, tensor, start = _cut(numels, chunk)
+    blocks = (sizes + SUM_BLOCK - 1) // SUM_BLOCK
+    first = (torch.cumsum(blocks, 0) - blocks)[tensor]
+    of_plan = torch.tensor(members, dtype=torch.int64, device="cpu")[tensor]
+    return torch.stack([of_plan, start, first + start // SUM_BLOCK], 1).contiguous()
+
+
+def check_dense(name: str, tensor: Any) -> None:
+    """Refuse what is no plain tensor with memory of its own."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; only torch tensors can be moved")
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -84,11 +109,18 @@ def _check_tensor(name: str, tensor: Any) -> None:
         raise ValueError(
             f"{name} has layout {tensor.layout} on {tensor.device}; only dense tensors with memory are moved"
         )
-    if tensor.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+
+
+def names_of(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _check_tensor(name: str, tensor: Any, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+    check_dense(name, tensor)
+    if tensor.dtype not in dtypes:
         raise TypeError(
-            f"{name} has dtype {tensor.dtype}; allowed are {allowed}. The arithmetic is float32, which would"
-            " take from wider types what they are chosen for: convert the tensor or leave it out"
+            f"{name} has dtype {tensor.dtype}; allowed are {names_of(dtypes)}. The arithmetic is float32,"
+            " which would take from wider types what they are chosen for: convert the tensor or leave it out"
         )
     if tensor.is_neg():
         raise ValueError(
@@ -145,10 +177,11 @@ def make_plan(
     names: Sequence[str] | None = None,
     *,
     chunk: int | None = None,
+    dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Plan:
     """Check the tensors and lay out their rows, `chunk` elements each (by default what suits the device).
 
-    `deltas` is None for moves that have no Δ.
+    `deltas` is None for moves that have no Δ; `dtypes` are allowed.
     """
     names = list(names) if names is not None else [f"weights[{i}]" for i in range(len(weights))]
     named = list(zip(names, weights, strict=True))
@@ -161,7 +194,7 @@ def make_plan(
             )
         named += [(f"{label}[{i}]", twin) for i, twin in enumerate(twins)]
     for name, tensor in named:
-        _check_tensor(name, tensor)
+        _check_tensor(name, tensor, dtypes)
     for position, (name, tensor) in enumerate(named):
         at = position % len(weights)
         _check_twin(name, tensor, names[at], weights[at])
@@ -171,24 +204,25 @@ def make_plan(
     if chunk is None:
         chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
     parts = []
-    for dtype in DTYPES:
+    for dtype in dtypes:
         members = [i for i, weight in enumerate(weights) if weight.dtype == dtype and weight.numel()]
         if not members:
             continue
+        numels = [weights[i].numel() for i in members]
         rows = chunk_rows(
             [weights[i].data_ptr() for i in members],
             [deltas[i].data_ptr() if deltas is not None else 0 for i in members],
             [best[i].data_ptr() for i in members],
-            [weights[i].numel() for i in members],
+            numels,
             dtype.itemsize,
             chunk,
         )
-        parts.append((dtype, rows))
+        parts.append(Group(dtype, rows, chunk_places(members, numels, chunk)))
     return Plan(device, sum(weight.numel() for weight in weights), _groups(parts, device))
 
 
-def _groups(parts: Sequence[tuple[torch.dtype, Tensor]], device: torch.device) -> list[Group]:
-    """The rows of each dtype on `device`, sent there in one copy."""
+def _groups(parts: Sequence[Group], device: torch.device) -> list[Group]:
+    """The same on `device`, sent there in one copy."""
     if not parts:
         return []
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -196,9 +230,15 @@ def _groups(parts: Sequence[tuple[torch.dtype, Tensor]], device: torch.device) -
             "these tensors are laid out for the first time while a CUDA graph is being captured, which needs"
             " a copy that a graph cannot hold; make the TensorTable, or call once, before the capture"
         )
-    everything = torch.cat([rows for _, rows in parts]).to(device)
-    split = everything.split([len(rows) for _, rows in parts])
-    return [Group(dtype, rows) for (dtype, _), rows in zip(parts, split, strict=True)]
+    # All rows come first: their addresses stay multiples of 16.
+    tables = [part.rows for part in parts] + [part.places for part in parts]
+    flat = torch.cat([table.flatten() for table in tables]).to(device).split([t.numel() for t in tables])
+    sent = [there.view(table.shape) for there, table in zip(flat, tables, strict=True)]
+    half = len(parts)
+    return [
+        Group(part.dtype, rows, places)
+        for part, rows, places in zip(parts, sent[:half], sent[half:], strict=True)
+    ]
 
 
 def _named(weights: Any, names: Sequence[str] | None) -> tuple[list[str], list[Tensor]]:

@@ -3,6 +3,7 @@
     checkpoint   best ← W                                                   reads  N, writes  N
     delta        Δ ← W − best ; best ← W                                    reads 2N, writes 2N
     step         base = accept ? W : best ; best ← base ; W ← base + k·Δ    reads 2N, writes 2N, or less
+    align        ⟨g,d⟩, ⟨g,g⟩, ⟨d,d⟩ with d = W − best ; best ← W           reads 2N and g, writes N
 
 N is the bytes of the weights. A program moves one row of the plan, int64 (W, Δ, best, elements), so none has
 to search for its tensor. `accept` (int32) and `k` (float32) are read from device memory: nothing on the host
@@ -12,8 +13,9 @@ with k = 0 it is a plain copy that never reads Δ (2N).
 A row of BLOCK elements whose three addresses are multiples of 16 takes 128-bit accesses without a mask. Any
 other row, the end of a tensor or a misaligned view, takes masked accesses of single elements, in the same
 launch.
-Arithmetic is float32, k·Δ rounded before the sum (no fma), the result rounded once to the storage dtype.
-Addresses and offsets are 64-bit.
+Arithmetic is float32, k·Δ rounded before the sum (no fma), the result rounded once to the storage dtype. Of
+an alignment d is float32 (float64 for float64 weights), products and sums are float64. Addresses and offsets
+are 64-bit.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ffkernels.ops.table import GPU_CHUNK, Group, Plan
+from ffkernels.ops.gradients import SEGMENT
+from ffkernels.ops.table import DTYPE_CODES, DTYPES, GPU_CHUNK, Group, Plan
 
 # With 8 warps a step fits in 32 registers: a multiprocessor then holds as many threads as it has room for.
 WARPS = 8
@@ -34,7 +37,13 @@ WARPS = 8
 # in the shape of the wide path the narrow one would send its elements through shared memory.
 PIECE = tl.constexpr(512)
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+FLOAT32, BFLOAT16, _, FLOAT64 = (tl.constexpr(code) for code in DTYPE_CODES.values())
 
 
 @triton.jit
@@ -138,26 +147,164 @@ def _step_kernel(rows, accept_ptr, k_ptr, minus_zero, DTYPE: tl.constexpr, BLOCK
             _add(w, delta, best, n, accept, k, minus_zero, DTYPE, PIECE, False)
 
 
+@triton.jit
+def _element(gradient, code, i, mask):
+    """PIECE elements of a gradient of any dtype, in float64; zeros where there is none."""
+    if gradient == 0:
+        value = tl.full([PIECE], 0.0, tl.float64)
+    elif code == FLOAT64:
+        value = tl.load(gradient.to(tl.pointer_type(tl.float64)) + i, mask, 0.0)
+    else:
+        if code == FLOAT32:
+            single = tl.load(gradient.to(tl.pointer_type(tl.float32)) + i, mask, 0.0)
+        elif code == BFLOAT16:
+            single = tl.load(gradient.to(tl.pointer_type(tl.bfloat16)) + i, mask, 0.0).to(tl.float32)
+        else:
+            single = tl.load(gradient.to(tl.pointer_type(tl.float16)) + i, mask, 0.0).to(tl.float32)
+        value = single.to(tl.float64)
+    return value
+
+
+@triton.jit
+def _difference(after, before, DTYPE: tl.constexpr):
+    if DTYPE == tl.float64:
+        return after - before
+    return (after.to(tl.float32) - before.to(tl.float32)).to(tl.float64)
+
+
+@triton.jit
+def _add_each(a, b, c, x, y, z):
+    return a + x, b + y, c + z
+
+
+@triton.jit
+def _last_of(ticket, members):
+    """Whether this program is the last of `members` to come here, with all that others stored in sight."""
+    tl.debug_barrier()  # what any thread of this program has stored is stored
+    last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == members - 1
+    if last:
+        tl.store(ticket, 0)  # for the next launch
+    return last
+
+
+@triton.jit
+def _sums(at, stride, mask):
+    """Sums that other programs stored; they are in the second cache, not in that of this multiprocessor."""
+    dot = tl.load(at, mask, 0.0, cache_modifier=".cg")
+    gradient = tl.load(at + stride, mask, 0.0, cache_modifier=".cg")
+    difference = tl.load(at + 2 * stride, mask, 0.0, cache_modifier=".cg")
+    return dot, gradient, difference
+
+
+@triton.jit
+def _store_sums(at, stride, dot, gradient, difference):
+    tl.store(at, dot)
+    tl.store(at + stride, gradient)
+    tl.store(at + 2 * stride, difference)
+
+
+@triton.jit(do_not_specialize=("places", "out", "count", "first"))  # one build, whatever their values
+def _align_kernel(
+    rows,
+    places,
+    gradients,
+    scratch,
+    tickets,
+    out,
+    count,
+    first,
+    DTYPE: tl.constexpr,
+    CODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    w, _, best, n = _row(rows)
+    place = places + tl.program_id(0).to(tl.int64) * 3
+    tensor, begin = tl.load(place), tl.load(place + 1)
+    gradient, code = tl.load(gradients + tensor * 2), tl.load(gradients + tensor * 2 + 1)
+    same = gradient + begin * (DTYPE.primitive_bitwidth // 8)
+    if (n == BLOCK) & (gradient != 0) & (code == CODE) & (((w | best | same) & 15) == 0):
+        i = tl.arange(0, BLOCK)
+        after = tl.load(_pointer(w, DTYPE, True) + i)
+        before = tl.load(_pointer(best, DTYPE, True) + i)
+        g = tl.load(_pointer(same, DTYPE, True) + i)
+        tl.store(_pointer(best, DTYPE, True) + i, after)
+        d = _difference(after, before, DTYPE)
+        g = g.to(tl.float64) if DTYPE == tl.float64 else g.to(tl.float32).to(tl.float64)
+        dot, square, length = tl.reduce((g * d, g * g, d * d), 0, _add_each)
+    else:
+        dots = tl.full([PIECE], 0.0, tl.float64)
+        squares, lengths = dots, dots
+        start = tl.full([], 0, tl.int64)
+        while start < n:
+            i = start + tl.arange(0, PIECE)
+            mask = i < n
+            after = tl.load(_pointer(w, DTYPE, False) + i, mask, 0.0)
+            before = tl.load(_pointer(best, DTYPE, False) + i, mask, 0.0)
+            g = _element(gradient, code, begin + i, mask)
+            tl.store(_pointer(best, DTYPE, False) + i, after, mask)
+            d = _difference(after, before, DTYPE)
+            dots += g * d
+            squares += g * g
+            lengths += d * d
+            start += PIECE
+        dot, square, length = tl.reduce((dots, squares, lengths), 0, _add_each)
+        if gradient == 0:  # not even times an infinite d does a missing gradient count
+            dot = square
+
+    # The last program of 128 neighbours adds up their sums, the last of all adds up those.
+    program = tl.program_id(0)
+    segment, segments = program // SEGMENT, (count + SEGMENT - 1) // SEGMENT
+    _store_sums(scratch + program, count, dot, square, length)
+    if _last_of(tickets + 1 + segment, tl.minimum(count - segment * SEGMENT, SEGMENT)):
+        i = segment * SEGMENT + tl.arange(0, SEGMENT)
+        dot, square, length = tl.reduce(_sums(scratch + i, count, i < count), 0, _add_each)
+        of_segments = scratch + 3 * count.to(tl.int64)
+        _store_sums(of_segments + segment, segments, dot, square, length)
+        if _last_of(tickets, segments):
+            dots = tl.full([SEGMENT], 0.0, tl.float64)
+            squares, lengths = dots, dots
+            start = tl.full([], 0, tl.int32)
+            while start < segments:
+                i = start + tl.arange(0, SEGMENT)
+                more = _sums(of_segments + i, segments, i < segments)
+                dots += more[0]
+                squares += more[1]
+                lengths += more[2]
+                start += SEGMENT
+            dot, square, length = tl.reduce((dots, squares, lengths), 0, _add_each)
+            if first == 0:
+                dot += tl.load(out)
+                square += tl.load(out + 1)
+                length += tl.load(out + 2)
+            _store_sums(out, 1, dot, square, length)
+
+
 def _launch(kernel, plan: Plan, *arguments) -> None:
-    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext():
-        for group in plan.groups:
-            kernel[(len(group.rows),)](
-                group.rows,
-                *arguments,
-                DTYPE=_DTYPES[group.dtype],
-                BLOCK=GPU_CHUNK,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
-            )
+    for group in plan.groups:
+        _launch_one(kernel, plan.device, group, *arguments)
+
+
+def _launch_one(kernel, device: torch.device, group: Group, *arguments, **constants) -> None:
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(len(group.rows),)](
+            group.rows,
+            *arguments,
+            DTYPE=_DTYPES[group.dtype],
+            BLOCK=GPU_CHUNK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+            **constants,
+        )
 
 
 def prepare(device: torch.device) -> None:
-    """Compile and load every kernel there: for the first time this must not happen while a graph is captured.
+    """Compile and load what a stage launches: for the first time this must not happen during a capture.
 
     A grid of no programs is compiled and loaded for like any other, and not launched.
     """
     rows = torch.empty((0, 4), dtype=torch.int64, device=device)
-    plan = Plan(device, 0, [Group(dtype, rows) for dtype in _DTYPES])
+    plan = Plan(device, 0, [Group(dtype, rows, rows) for dtype in DTYPES])
     _launch(_checkpoint_kernel, plan)
     _launch(_delta_kernel, plan)
     _launch(_step_kernel, plan, rows.view(torch.int32), rows.view(torch.float32), -0.0)
@@ -189,3 +336,13 @@ def step_(
     # What accept and k say is not known here: both sides count as written.
     torch.autograd.graph.increment_version(best)
     torch.autograd.graph.increment_version(weights)
+
+
+def align_(plan: Plan, best: Sequence[Tensor], out: Tensor) -> None:
+    """out ← ⟨g,d⟩, ⟨g,g⟩, ⟨d,d⟩ with d = W − best ; best ← W"""
+    for i, group in enumerate(plan.groups):
+        arguments = (group.places, *plan.gradients.tensors(), out, len(group.rows), int(i == 0))
+        codes = {"CODE": DTYPE_CODES[group.dtype], "SEGMENT": SEGMENT}
+        _launch_one(_align_kernel, plan.device, group, *arguments, **codes)
+    torch.autograd.graph.increment_version(best)
+    torch.autograd.graph.increment_version(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -67,14 +68,19 @@ def launches(call, tmp_path) -> list[str]:
 def test_one_launch_per_op_and_dtype(kernels, dtypes, gpu, tmp_path):
     table = make_table(gpu, kernels, dtypes)
     accept, k = scalars(gpu)
+    sums = torch.empty(3, dtype=torch.float64, device=gpu)
     for name, call in {
         "checkpoint_": lambda: ops.checkpoint_(table),
         "delta_": lambda: ops.delta_(table),
         "step_": lambda: ops.step_(table, accept, k),
         "step_ with host numbers": lambda: ops.step_(table, True, 1.0),
+        "align_": lambda: ops.align_(table, table.deltas, sums),
     }.items():
         seen = launches(call, tmp_path)
         assert len(seen) == len(dtypes), (name, seen)
+    elsewhere = itertools.cycle([[torch.ones_like(w) for w in table.weights] for _ in range(2)])
+    seen = launches(lambda: ops.align_(table, next(elsewhere), sums), tmp_path)
+    assert len(seen) == len(dtypes) + 1, f"and one copy of the new addresses: {seen}"
 
 
 def test_nothing_waits_for_the_device(impl, gpu):
@@ -88,6 +94,8 @@ def test_nothing_waits_for_the_device(impl, gpu):
         ops.delta_(table)
         ops.step_(table, accept, k)
         ops.step_(table, accept.bool(), k.double())
+        for _ in range(3):
+            ops.align_(table, [torch.ones_like(w) for w in table.weights])
     finally:
         torch.cuda.set_sync_debug_mode(mode)
 
@@ -144,6 +152,29 @@ def test_delta_and_checkpoint_in_a_graph(impl, gpu):
     checkpoint.replay()
     reference.checkpoint_(mirror[0], mirror[2])
     assert_same(table, mirror)
+
+
+def test_alignment_in_a_graph(impl, gpu):
+    """The same gradients with other values, at replay. Others are refused: a graph keeps addresses."""
+    table = make_table(gpu, impl)
+    grads, sums = [torch.ones_like(w) for w in table.weights], torch.empty(3, dtype=torch.float64, device=gpu)
+    graph = captured(lambda: ops.align_(table, grads, sums), gpu)
+    for value in (2.0, 3.0):
+        for weight, grad in zip(table.weights, grads, strict=True):
+            weight.add_(1)
+            grad.fill_(value)
+        difference = torch._foreach_sub([w.float() for w in table.weights], [b.float() for b in table.best])
+        graph.replay()
+        expected = sum(d.double().sum() for d in difference)
+        torch.testing.assert_close(sums[0], value * expected, rtol=1e-12, atol=0)
+        assert sums[1].item() == value**2 * table.numel
+        assert all(torch.equal(w, b) for w, b in zip(table.weights, table.best, strict=True))
+    if impl != "torch":
+        with pytest.raises(RuntimeError, match=r"CUDA graph is being captured.*set_to_none=False"):
+            others = [grad.clone() for grad in grads]
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                sums.mul_(1)  # a capture must hold something
+                ops.align_(table, others, sums)
 
 
 def test_a_first_layout_during_capture_is_refused(kernels, gpu):

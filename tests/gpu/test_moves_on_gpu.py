@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 
 import pytest
 import torch
@@ -146,6 +147,56 @@ def test_infinities_and_subnormals(impl, dtype, device):
             torch.testing.assert_close(side[0].cpu(), expected[0], rtol=0, atol=0, equal_nan=True)
 
 
+ALIGNED = [*DTYPES, torch.float64]
+
+
+def assert_sums(found, weights, grads, best) -> None:
+    """Within 2⁻⁴⁶·Σ|terms| of the sums that are rounded once."""
+    products = []
+    for weight, grad, base in zip(*map(on_cpu, (weights, grads, best)), strict=True):
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        d, g = (weight.to(exact) - base.to(exact)).double(), grad.double()
+        products.append(torch.stack([g * d, g * g, d * d]))
+    for value, terms in zip(found.tolist(), torch.cat(products, 1).tolist(), strict=True):
+        assert abs(value - math.fsum(terms)) <= 2.0**-46 * math.fsum(map(abs, terms))
+
+
+@pytest.mark.parametrize("skips", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("dtype", ALIGNED, ids=str)
+def test_alignment(impl, dtype, skips, device):
+    """Gradients of the weights' dtype and of others; what is copied, the sums, and that their bits repeat."""
+    for grad_dtype in (dtype, *(other for other in ALIGNED if skips[0] == 3 and other != dtype)):
+        sides = [
+            Guarded(randoms(kind, i), skip, device)
+            for i, (kind, skip) in enumerate(zip((dtype, grad_dtype, dtype), skips, strict=True))
+        ]
+        weights, grads, best = (side.tensors for side in sides)
+        before = [tensor.clone() for tensor in best]
+        found = []
+        for _ in range(3):
+            torch._foreach_copy_(best, before)
+            found.append(ops.align_(weights, grads, best, impl=impl))
+        assert_sums(found[0], weights, grads, before)
+        assert all(torch.equal(found[0], again) for again in found[1:])
+        assert all(torch.equal(base, weight) for base, weight in zip(best, weights, strict=True))
+        assert all(side.unharmed() for side in sides)
+
+
+def test_alignment_of_tens_of_thousands_of_rows_and_of_missing_gradients(kernels, device):
+    """Whole numbers, so that float64 has every sum exactly, in whatever order programs end."""
+    sizes = [40_000_000 if device.type == "cuda" else 4_000_000, 7, 4096]
+    table = ops.TensorTable([torch.full((n,), 3.0, device=device) for n in sizes], impl=kernels)
+    grads = [torch.full((n,), 2.0, device=device) for n in sizes]
+    out = torch.empty(3, dtype=torch.float64, device=device)
+    for missing in (None, 0, 2) * 5:
+        for best in table.best_flats:
+            best.zero_()
+        given = [None if i == missing else grad for i, grad in enumerate(grads)]
+        there = sum(n for n, grad in zip(sizes, given, strict=True) if grad is not None)
+        assert ops.align_(table, given, out).tolist() == [6.0 * there, 4.0 * there, 9.0 * sum(sizes)]
+        assert all(bool((best == 3).all()) for best in table.best)
+
+
 def mixed(device: torch.device, count: int = 30) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = [int(n) for n in torch.randint(0, 5000, (count,), generator=generator)]
@@ -219,5 +270,8 @@ def test_more_than_2_to_the_31_elements(kernels, gpu):
     assert weight[0].item() == weight[-1].item() == weight[2**31].item() == 2.0
     assert int((weight[-5000:] != 2).sum()) == 0 and int((weight[:5000] != 2).sum()) == 0
     assert table.best[0][-1].item() == 0.0
+    # d is 2 and the gradient 1 everywhere: sums of whole numbers, which float64 has exactly.
+    assert ops.align_(table, table.deltas).tolist() == [2.0 * count, count, 4.0 * count]
+    assert int((table.best[0] != 2).sum()) == 0
     del weight, table
     torch.cuda.empty_cache()

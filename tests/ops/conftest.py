@@ -1,9 +1,15 @@
-"""What the tests of the weight moves share: implementations, kernel modules, dtypes, bitwise comparison."""
+"""What the tests of the weight moves share: implementations, kernels in each form, dtypes, comparisons."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import math
+import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -11,9 +17,11 @@ import pytest
 import torch
 
 from ffkernels import ops
-from ffkernels.ops import native
+from ffkernels.ops import build, native
 from ffkernels.ops.table import DTYPES
 
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
 INTEGERS = {4: torch.int32, 2: torch.int16}
 
 
@@ -32,6 +40,24 @@ def assert_same_bits():
             assert a.dtype == b.dtype and a.shape == b.shape
             differing = int((_bits(a) != _bits(b)).sum())
             assert differing == 0, f"tensor {i} ({a.dtype}, {tuple(a.shape)}): {differing} elements differ"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_sums():
+    """Sums of an alignment, within 2⁻⁴⁶·Σ|terms| of those that are rounded once; best as it was before."""
+
+    def check(sums, weights, grads, best):
+        assert sums.dtype == torch.float64 and sums.shape == (3,)
+        found = [torch.zeros(3, 0)]
+        for weight, grad, base in zip(weights, grads, best, strict=True):
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            d = (weight.detach().to(exact) - base.to(exact)).double().flatten()
+            g = torch.zeros_like(d) if grad is None else grad.detach().double().flatten()
+            found.append(torch.stack([g * d, g * g, d * d]))
+        for value, terms in zip(sums.tolist(), torch.cat(found, 1).tolist(), strict=True):
+            assert abs(value - math.fsum(terms)) <= 2.0**-46 * math.fsum(map(abs, terms))
 
     return check
 
@@ -104,7 +130,10 @@ def compiled():
 
 @pytest.fixture(scope="session")
 def interpreted():
-    """Loads a kernel module for the interpreter, in which bfloat16 rounds as on a GPU."""
+    """Loads a kernel module for the interpreter, in which bfloat16 rounds as on a GPU.
+
+    Reductions go by halves, in the interpreter's own they go element by element, which takes a minute.
+    """
     pytest.importorskip("triton", reason="triton is not installed")
     import triton.language as tl
     from triton.runtime import interpreter
@@ -119,7 +148,46 @@ def interpreted():
             return values.astype(np.uint32) << 16
         return convert(values, source, target, mode)
 
+    def by_halves(self, tensors):
+        while (half := tensors[0].handle.data.size // 2) > 0:
+            parts = [t.handle.data[part] for part in (slice(half), slice(half, None)) for t in tensors]
+            types = [t.dtype.scalar for t in tensors] * 2
+            tensors = self.combine_fn.fn(*map(self.to_tensor, parts, types))
+        return [self.to_tensor(t.handle.data.item(), t.dtype.scalar) for t in tensors]
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.ReduceOps, "generic_reduce", by_halves)
         patch.setattr(interpreter, "_convert_float", exact)
         with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are part of the tests
             yield lambda name: _load(name, interpret=True)
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host(tmp_path_factory) -> ctypes.CDLL:
+    """The CUDA library of csrc, compiled by the C++ compiler to run on the CPU."""
+    compiler = build.find_compiler()
+    if compiler is None or not shutil.which(compiler[0]):
+        pytest.skip("needs a C++ compiler")
+    folder, launches = tmp_path_factory.mktemp("cuda_on_host"), {}
+    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+    includes = [f"-I{HERE / 'cuda_on_host'}", f"-I{CSRC}"]
+    for name in build.CUDA_SOURCES:
+        source = (CSRC / name).read_text(encoding="utf-8")
+        rewritten, launches[name] = re.subn(
+            r"(\w+<\w+>)<<<(\w+), (\w+), 0, on>>>(\([^;]*\));", r"ON_HOST(\2, \3, (\1\4));", source
+        )
+        assert "<<<" not in rewritten
+        (folder / f"{name}.cpp").write_text(rewritten, encoding="utf-8")
+        # Checked when compiled, not when linked: the stand-in for the checks' runtime is in the header.
+        command = [*compiler, *flags, "-fsanitize=alignment", *includes, "-c", f"{name}.cpp"]
+        subprocess.run([*command, "-o", f"{name}.o"], cwd=folder, check=True)
+    assert launches == {"align_cuda.cu": 4, "step_cuda.cu": 8}
+    objects = [f"{name}.o" for name in build.CUDA_SOURCES]
+    subprocess.run([*compiler, "-shared", *objects, "-o", "kernels.so"], cwd=folder, check=True)
+    opened = ctypes.CDLL(str(folder / "kernels.so"))
+    opened.ffk_misaligned_accesses.restype = ctypes.c_int64
+    opened.ffk_cuda_error_string.restype = ctypes.c_char_p
+    groups, pointer = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_void_p
+    opened.ffk_cuda_step.argtypes = (*groups, pointer, pointer, ctypes.c_int32, ctypes.c_float, pointer)
+    opened.ffk_cuda_align.argtypes = (*groups, *[pointer] * 5)
+    return opened

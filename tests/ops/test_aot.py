@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 import subprocess
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffkernels.ops.table import GPU_CHUNK
+from ffkernels.ops.gradients import SEGMENT
+from ffkernels.ops.table import DTYPE_CODES, GPU_CHUNK
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -23,6 +25,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 THREADS_OF_A_WARP = 32
 # Unmasked 128-bit accesses per row: (loads, stores) of each operand that the code contains.
 WIDE = {"checkpoint": (1, 1), "delta": (2, 2), "step": (3, 3)}
+# What the kernels get beside the rows, and which of it the launcher aligns.
+ARGUMENTS = {
+    "step": {"accept_ptr": "*i32", "k_ptr": "*fp32", "minus_zero": "fp32"},
+    "align": {
+        **{"places": "*i64", "gradients": "*i64", "scratch": "*fp64", "tickets": "*i32", "out": "*fp64"},
+        **{"count": "i32", "first": "i32"},
+    },
+}
+ALIGNED = ["rows", "gradients", "scratch", "tickets"]
 
 
 @dataclass
@@ -102,17 +113,13 @@ def move(compiled, tmp_path_factory):
 
     @cache
     def build(name, architecture, dtype) -> Machine:
-        arguments = {"rows": "*i64"}
-        if name == "step":
-            arguments |= {"accept_ptr": "*i32", "k_ptr": "*fp32", "minus_zero": "fp32"}
-        return compile_for(
-            getattr(ops, f"_{name}_kernel"),
-            architecture,
-            arguments,
-            {"DTYPE": ops._DTYPES[dtype], "BLOCK": GPU_CHUNK},
-            ops.WARPS,
-            aligned=["rows"],
-        )
+        arguments = {"rows": "*i64"} | ARGUMENTS.get(name, {})
+        constants = {"DTYPE": ops._DTYPES[dtype], "BLOCK": GPU_CHUNK}
+        if name == "align":
+            constants |= {"CODE": DTYPE_CODES[dtype], "SEGMENT": SEGMENT}
+        kernel = getattr(ops, f"_{name}_kernel")
+        aligned = [argument for argument in ALIGNED if argument in arguments]
+        return compile_for(kernel, architecture, arguments, constants, ops.WARPS, aligned=aligned)
 
     build.threads = ops.WARPS * THREADS_OF_A_WARP
     return build
@@ -150,6 +157,26 @@ class TestMoves:
         (block,) = re.findall(r"mov\.u32\s+(%r\d+), %ctaid\.x;", ptx)
         uses = re.findall(rf"^\s*([\w.]+)\s+.*, {block}\b", ptx, re.MULTILINE)
         assert uses and all(re.match(r"(mul|mad)\.wide|cvt\.[us]64", use) for use in uses)
+
+
+# Each takes a second: float16 and float64 on one architecture are enough.
+ALIGN = [*itertools.product(ARCHITECTURES, DTYPES[:2]), (90, torch.float16), (90, torch.float64)]
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), ALIGN, ids=str)
+def test_alignment(move, architecture, dtype):
+    code = move("align", architecture, dtype)
+    each = GPU_CHUNK // move.threads // (16 // dtype.itemsize)
+    assert (code.opcodes["LDG.E.128"], code.opcodes["STG.E.128"]) == (3 * each, each)
+    assert code.stack == code.local == code.count("LDL", "STL", "LD.", "ST.") == 0
+    assert code.registers <= 64  # 1,024 threads on a multiprocessor, 96 KiB of loads on their way
+    assert code.opcodes["DMUL"] == 3 * (GPU_CHUNK // move.threads + 2), "three products on either path"
+    assert code.count("DFMA", "FFMA", "FMUL", "HFMA2", "HMUL2") == 0, "in float64, none contracted"
+    # The last program sees what the others wrote: a barrier, all stores in sight of the GPU, the ticket, and
+    # nothing stale left in the cache.
+    wanted = ("BAR.SYNC", "MEMBAR", "ATOMG", "CCTL.IVALL")
+    order = " ".join(name for line in code.instructions for name in wanted if line.startswith(name))
+    assert order.count("BAR.SYNC MEMBAR ATOMG CCTL.IVALL") == order.count("ATOMG") == 2
 
 
 def singles_and_pairs(code: Machine, *names: str) -> int:

@@ -20,7 +20,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 # Threads that a multiprocessor holds at a time, by its 65,536 registers: a thread gets them in eights, and
 # threads come in blocks of 128. docs/kernels.md has the same numbers.
-THREADS = {"checkpoint_kernel": 2048, "delta_kernel": 1152, "step_kernel": 1280}
+THREADS = {"checkpoint_kernel": 2048, "delta_kernel": 1152, "step_kernel": 1280, "align_kernel": 896}
 
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="needs nvcc on PATH or in CUDA_HOME")
 
@@ -73,9 +73,9 @@ def machine_code(library) -> dict[tuple[str, str], tuple[str, str]]:
 def test_every_kernel_is_there_for_every_architecture(machine_code):
     for arch in ARCHITECTURES:
         names = [name for a, name in machine_code if a == arch]
-        assert len(names) == 8, (arch, names)
-        for kernel, count in (("checkpoint_kernel", 2), ("delta_kernel", 3), ("step_kernel", 3)):
-            assert sum(kernel in name for name in names) == count
+        counts = {"checkpoint_kernel": 2, "delta_kernel": 3, "step_kernel": 3, "align_kernel": 4}
+        assert {kernel: sum(kernel in name for name in names) for kernel in counts} == counts
+        assert len(names) == sum(counts.values()), (arch, names)
 
 
 @needs_nvcc
@@ -92,15 +92,30 @@ def test_machine_code_is_wide_and_stays_in_registers(machine_code):
         assert sum(".128" in op for op in stores) >= 1, where
         assert any(".128" not in op for op in loads), f"{where}: no path for misaligned tensors"
         assert any(".EF" in op for op in stores), f"{where}: best is not marked to leave the cache first"
-        stray = [op for op in opcodes if re.match(r"(LDL|STL|LD|ST|LDS|STS|ATOM|RED)(\.|$)", op)]
+        stray = [op for op in opcodes if re.match(r"(LDL|STL|LD|ST|ATOM|RED)(\.|$)", op)]
         assert not stray, f"{where}: local or generic memory: {stray}"
-        assert not [op for op in opcodes if op.startswith("FFMA")], f"{where}: contraction"
+        assert not [op for op in opcodes if re.match("[FD]FMA", op)], f"{where}: contraction"
         registers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
         assert registers, usage
         used, stack, shared, local = map(int, registers.groups())
-        assert stack == shared == local == 0, (where, usage)
+        assert stack == local == 0, (where, usage)
+        assert (shared > 0) == ("align" in where[1]), f"{where}: only sums pass from warp to warp, {usage}"
         (least,) = (threads for kernel, threads in THREADS.items() if kernel in where[1])
         assert 65536 // (-(-used // 8) * 8 * 128) * 128 >= least, (where, used)
+
+
+@needs_nvcc
+@needs_cuobjdump
+def test_the_last_block_sees_what_the_others_wrote(machine_code):
+    """Twice: all writes in sight of the GPU, the ticket, a barrier, and the sums not from the first cache."""
+    for (arch, name), (code, _) in machine_code.items():
+        if "align_kernel" in name:
+            wanted = r"(MEMBAR\.SC\.GPU|ATOMG|BAR\.SYNC)"
+            order = " ".join(
+                re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?{wanted}", code, flags=re.M)
+            )
+            assert order.count("MEMBAR.SC.GPU ATOMG BAR.SYNC") == order.count("ATOMG") == 2, (arch, name)
+            assert len(re.findall(r"LDG\.E\.64\.STRONG\.GPU", code)) >= 6
 
 
 @needs_nvcc
@@ -108,11 +123,12 @@ def test_machine_code_is_wide_and_stays_in_registers(machine_code):
 def test_loads_of_a_round_come_before_its_stores(machine_code):
     """All wide loads of a step are on their way before its first wide store waits for one of them."""
     for (arch, name), (code, _) in machine_code.items():
-        if "step_kernel" not in name:
+        if "step_kernel" not in name and "align_kernel" not in name:
             continue
         wide = re.findall(r"(LDG|STG)\.E(?:\.EF)?\.128 ", code)
         longest = max(len(run) for run in re.findall(r"L+", "".join(op[0] for op in wide)))
-        assert longest >= (8 if "Float32" in name else 4), (arch, name, longest)
+        units = 4 if "Float32" in name else 2
+        assert longest >= units * (3 if "align" in name else 2), (arch, name, longest)
 
 
 @needs_nvcc

@@ -97,9 +97,9 @@ def test_a_broken_library_falls_back_and_says_so_once(fresh_native, tmp_path):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("int ffk_abi(void) { return 99; }", "it has ABI 99, this ffkernels needs 2"),
+        ("int ffk_abi(void) { return 99; }", f"it has ABI 99, this ffkernels needs {native.ABI}"),
         (
-            'int ffk_abi(void) { return 2; } const char* ffk_source_id(void) { return "x"; }',
+            f'int ffk_abi(void) {{ return {native.ABI}; }} const char* ffk_source_id(void) {{ return "x"; }}',
             "built from other sources",
         ),
         ("int other;", "undefined symbol"),
@@ -128,7 +128,7 @@ def test_no_compiler_is_a_clear_error(fresh_native, tmp_path):
 def test_sources_that_do_not_compile_leave_nothing_behind(fresh_native, tmp_path):
     for name in (*build.HEADERS, *build.SOURCES):
         (tmp_path / name).write_text("this is not C++")
-    with pytest.raises(build.BuildError, match=r"failed on step_cpu\.cpp"):
+    with pytest.raises(build.BuildError, match=r"failed on .*step_cpu\.cpp"):
         build.compile_library(tmp_path, tmp_path / "out" / build.LIBRARY)
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ffkernels.ops import reference
+from ffkernels.ops.gradients import Gradients
 from ffkernels.ops.table import GPU_CHUNK, chunk_rows, make_plan
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -190,6 +191,24 @@ def test_checkpoint_and_delta_move_no_more_than_they_must(ops, traffic):
     ops.delta_(sides.plan(), sides.deltas, sides.best)
     counts = [[moved(traffic, kind, side) for side in sides.sides] for kind in ("load", "store")]
     assert counts == [[total, 0, total], [0, total, total]]
+
+
+def test_an_alignment_moves_no_more_than_it_must(ops, traffic):
+    """Δ stands for the gradients; those of another dtype take the narrow path, element by element."""
+    sides, out = Sides([torch.float32]), torch.empty(3, dtype=torch.float64)
+    plan, total = sides.plan(deltas=False), sum(weight.numel() for weight in sides.weights)
+    plan.impl = "triton"
+    plan.gradients = Gradients(plan)
+    for grads in (sides.deltas, [delta.bfloat16() for delta in sides.deltas]):
+        plan.gradients.find(None, sides.weights, grads)
+        traffic.clear()
+        ops.align_(plan, sides.best, out)
+        tensors = (sides.weights, grads, sides.best)
+        counts = [[moved(traffic, kind, side) for side in tensors] for kind in ("load", "store")]
+        assert counts == [[total, total, total], [0, 0, total]]
+        wide, narrow = sides.weights[0].data_ptr(), sides.weights[-1].data_ptr()
+        sizes = [len(at) for start in (wide, narrow) for what, at, _ in traffic if start in at]
+        assert sizes == [GPU_CHUNK if grads is sides.deltas else ops.PIECE.value, ops.PIECE.value]
 
 
 def test_only_full_and_aligned_rows_take_the_wide_path(ops, traffic):

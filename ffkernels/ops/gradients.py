@@ -1,0 +1,146 @@
+"""Where the gradients of a plan's weights lie, and room for the sums over them.
+
+Gradients move: after `zero_grad(set_to_none=True)` the next ones may lie elsewhere, or be missing. Kernels
+find them through a small table of (address, dtype), one row per weight, which is written anew only when an
+address has changed; on a GPU it goes there from pinned memory, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ffkernels.ops.table import DTYPE_CODES, SUM_BLOCK, Group, Plan, check_dense, names_of
+
+# Rows whose sums are added up together, by the program that is the last of them to end.
+SEGMENT = 128
+
+
+def _check_gradient(name: str, weight: Tensor, gradient: Tensor) -> None:
+    name = f"the gradient of {name}"
+    if isinstance(gradient, Tensor) and gradient.layout != torch.strided:
+        raise ValueError(
+            f"{name} is sparse ({gradient.layout}); only dense gradients are compared with updates: make the"
+            " layer with sparse=False"
+        )
+    check_dense(name, gradient)
+    if gradient.dtype not in DTYPE_CODES:
+        raise TypeError(f"{name} has dtype {gradient.dtype}; allowed are {names_of(DTYPE_CODES)}")
+    if gradient.shape != weight.shape:
+        raise ValueError(
+            f"{name} is {tuple(gradient.shape)}, the weight {tuple(weight.shape)}; they must match"
+        )
+    if gradient.device != weight.device:
+        raise ValueError(f"{name} is on {gradient.device}, the weight on {weight.device}; they must match")
+
+
+def _look(gradient: Tensor | None) -> tuple | None:
+    """Its address and all that a check depends on; last, whether its memory holds its values one by one."""
+    if gradient is None:
+        return None
+    at = gradient.data_ptr()
+    plain = gradient.is_contiguous() and not gradient.is_neg() and at % gradient.element_size() == 0
+    return at, type(gradient), gradient.dtype, gradient.shape, gradient.device, plain
+
+
+def _copy(gradient: Tensor) -> Tensor:
+    return gradient.detach().clone(memory_format=torch.contiguous_format)
+
+
+class Gradients:
+    """What the alignments of one plan share: the table, scratch memory, and what was seen last.
+
+    Plain torch ops need neither table nor scratch memory, and have none.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.device, self._for_kernels = plan.device, plan.impl != "torch"
+        self._refuse_capture()  # which would only record that the tickets become 0
+        self.table = torch.empty(0, 2, dtype=torch.int64, device=self.device)
+        self._captured: list[Tensor] = []
+        self._seen: list[tuple | None] | None = None
+        self._checked: list[tuple] | None = None
+        groups = plan.groups if self._for_kernels else []
+        rows = max((len(group.rows) for group in groups), default=0)
+        segments = -(-rows // SEGMENT)
+        sums = rows + segments
+        if self.device.type == "cpu":
+            sums = max([sums, *map(_blocks, groups)])
+        # Three for each block of the CPU, or for each program of a GPU and each segment of them.
+        self.scratch = torch.empty(3 * sums, dtype=torch.float64, device=self.device)
+        # How many segments have ended, and how many programs of each; the last one puts it back to 0.
+        self.tickets = torch.zeros(segments + 1, dtype=torch.int32, device=self.device)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.table, self.scratch, self.tickets
+
+    def find(
+        self, names: Sequence[str] | None, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The gradients, checked and contiguous, with their addresses in `table`.
+
+        They must be kept until the kernel that reads them has been launched.
+        """
+        if isinstance(gradients, Tensor):  # it would be taken for the list of its rows
+            raise TypeError(
+                "grads is a single tensor; pass a list with one gradient, or None, for each weight"
+            )
+        gradients = list(gradients)
+        if len(gradients) != len(weights):
+            raise ValueError(
+                f"grads has {len(gradients)} entries for {len(weights)} weights; give one for each, None"
+                " where there is no gradient"
+            )
+        try:
+            looks = [_look(gradient) for gradient in gradients]
+        except (AttributeError, RuntimeError, NotImplementedError):
+            looks = [()] * len(gradients)  # something that is no plain tensor: the checks say what
+        if looks != self._seen:
+            self._seen = None
+            self._check(names, weights, gradients, looks)
+            plain = [g is None or (look and look[-1]) for g, look in zip(gradients, looks, strict=True)]
+            gradients = [g if ok else _copy(g) for g, ok in zip(gradients, plain, strict=True)]
+            if self._for_kernels:
+                self._write(gradients)
+            self._seen = looks if all(plain) else None  # a copy lies elsewhere each time
+        if self.device.type == "cuda" and self._for_kernels:
+            if torch.cuda.is_current_stream_capturing():
+                self._captured.append(self.table)
+            else:
+                self.table.record_stream(torch.cuda.current_stream(self.device))
+        return gradients
+
+    def _check(self, names, weights, gradients, looks) -> None:
+        """Where only the address is new, there is nothing to check."""
+        if self._checked is None:
+            self._checked = [()] * len(weights)
+        for i, (gradient, look) in enumerate(zip(gradients, looks, strict=True)):
+            if gradient is not None and (not look or look[1:] != self._checked[i]):
+                _check_gradient(names[i] if names is not None else f"weights[{i}]", weights[i], gradient)
+                self._checked[i] = look[1:]
+
+    def _refuse_capture(self) -> None:
+        on_gpu = self._for_kernels and self.device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "gradients lie elsewhere than in the call before, or there was none, while a CUDA graph is"
+                " being captured, which needs a copy that a graph cannot hold; call once with these gradients"
+                " before the capture, and keep them there: contiguous, and zero_grad(set_to_none=False)"
+            )
+
+    def _write(self, gradients: list[Tensor | None]) -> None:
+        self._refuse_capture()
+        entries = [(0, 0) if g is None else (g.data_ptr(), DTYPE_CODES[g.dtype]) for g in gradients]
+        pinned = self.device.type == "cuda"
+        table = torch.tensor(entries, dtype=torch.int64, device="cpu", pin_memory=pinned)
+        # New memory each time: a kernel that was launched before may still have to read the old table.
+        self.table = table.view(len(entries), 2).to(self.device, non_blocking=True)
+
+
+def _blocks(group: Group) -> int:
+    """Blocks that the CPU adds up: those before the last row, and the last row's."""
+    if not len(group.rows):
+        return 0
+    return int(group.places[-1, 2]) - int(-group.rows[-1, 3] // SUM_BLOCK)
