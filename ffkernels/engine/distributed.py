@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 # What an exchange is about; the number travels.
-CONSTRUCTION, FACTS, START, UPDATE, LOSS, DECISION, BYTES, PRICE = range(1, 9)
+CONSTRUCTION, FACTS, START, UPDATE, LOSS, DECISION, BYTES, PRICE, ALIGNMENT = range(1, 10)
 _WHAT = {
     CONSTRUCTION: "making a ValidationLoss or a FastForward",
     FACTS: "comparing their settings",
@@ -54,7 +54,8 @@ _WHAT = {
     LOSS: "a validation loss",
     DECISION: "the end of a Fast Forward stage",
     BYTES: "sending a message",
-    PRICE: "what a Fast Forward stage costs",
+    PRICE: "whether a Fast Forward stage pays",
+    ALIGNMENT: "the alignment of gradient and update",
 }
 _ROW = struct.Struct("<iiddq")
 _WORDS = struct.Struct("<4q")  # the same 32 bytes as the integers in which they travel
@@ -131,6 +132,11 @@ class Ranks:
                 "calls in the same order"
             )
         return rows, beside
+
+    def add(self, kind: int, numbers: Sequence[float]) -> list[float]:
+        """The sums over the ranks of up to ``ROOM`` numbers: the same floats on every rank."""
+        _, beside = self._exchange(Row(kind, False, 0.0, 0.0, len(numbers)), numbers)
+        return [_sum(iter(column)) for column in beside.T[: len(numbers)].tolist()]
 
     def mean(self, measure: Callable[[], tuple[Any, float]]) -> float:
         """Σ totals / Σ weights over the ranks, of what ``measure()`` returns on each: (total, weight).

@@ -1,8 +1,8 @@
 """When a Fast Forward stage runs: hooks on the optimizer's step, the record of every stage, and its state.
 
-    before the interval's last step    best ← W                  (checkpoint)
-    after it                           Δ ← W − best; best ← W    (delta)
-    then one stage                     search the best τ in W + τ·Δ by validation loss and stay there
+    before every step                  c of gradient and update; best ← W    (align, or checkpoint)
+    after an interval's last step      Δ ← W − best; best ← W                (delta)
+    then one stage, if it should pay   search the best τ in W + τ·Δ by validation loss and stay there
 
 Training goes on with the optimizer's own state untouched. Source: Rahamim et al., arXiv 2409.04206.
 """
@@ -29,10 +29,9 @@ from ffkernels.engine.learning_rate_mode import LearningRateMode
 from ffkernels.engine.parallelism import training_group, why_refused
 from ffkernels.engine.rank_executor import RankExecutor
 from ffkernels.engine.rate_finding import Finding
-from ffkernels.engine.search import Search, make_search
+from ffkernels.engine.search import make_search
 from ffkernels.engine.stage import INTERRUPTED, Stage, next_start
-from ffkernels.engine.stage_price import StagePrice
-from ffkernels.engine.stage_schedule import StageSchedule
+from ffkernels.engine.stage_decision import NEWER, StageDecision
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_pool import draw_for_stage
@@ -40,6 +39,7 @@ from ffkernels.engine.weights import (
     NameFilter,
     local_tensors,
     signature,
+    tell_of_rounding,
     trainable_weights,
     unwrap_optimizer,
 )
@@ -48,8 +48,6 @@ from ffkernels.ops.notices import announce_once
 __all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
 
 STATE_VERSION = 1
-# What states of earlier releases lack.
-NEWER = ("learning_rate", "balance", "before", "tokens", "steps")
 WEIGHTS_CHANGED = "the weights were replaced during the optimizer's step"
 
 _attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref] = weakref.WeakKeyDictionary()
@@ -137,10 +135,10 @@ class FastForward:
         self.stages: list[Stage] = []
         self.optimizer_steps = 0
         self.on_stage: Callable[[Stage], None] | None = None
-        self._schedule = StageSchedule(self.config)
         self._executor: Ladder | RankExecutor | None = None
         self._table: ops.TensorTable | None = None
         self._signature: tuple = ()
+        self._weights: list[nn.Parameter] = []  # of the table's tensors
         self._armed = self._due_now = False
         self._unconfirmed = True  # that all ranks start from the same state
         self._checkpoint_seconds = 0.0
@@ -152,9 +150,7 @@ class FastForward:
         if self.ranks is not None:
             self.ranks.agree(facts, "make the same FastForward on every rank")
         self._rate = LearningRateMode(self.config, self.ranks, self.validation, self.optimizer, scheduler)
-        self._price = StagePrice(model, self.validation, self._schedule.keeps_account)
-        self._examples = self.validation.rows  # of the last stage
-        self._hooks = on_step(self.optimizer, self._before_step, self._after_step) + self._price.hooks
+        self._hooks = on_step(self.optimizer, self._before_step, self._after_step) + self._decision.hooks
         _attached[self.optimizer] = weakref.ref(self)
 
     def _prepare(self, optimizer: Any, validation: ValidationLoss | Any) -> dict[str, Any]:
@@ -174,10 +170,11 @@ class FastForward:
         weights = self._refresh_table()
         require_same_model(validation, weights)
         wanted, device = self.config.executor, self._table.device
+        sharded = any(hasattr(weight, "placements") for weight in weights.values())
+        self._decision = StageDecision(self.config, self.model, self.validation, self.ranks, sharded)
         if self.ranks is None:
             self._executor = Ladder(wanted, self.validation, device)
         else:
-            sharded = any(hasattr(weight, "placements") for weight in weights.values())
             self._executor = RankExecutor(wanted, self.validation, device, sharded=sharded)
         return {
             **{f"FastForwardConfig.{name}": value for name, value in self.config.to_dict().items()},
@@ -198,7 +195,7 @@ class FastForward:
 
     @property
     def active(self) -> bool:
-        return bool(self._hooks) and not self._schedule.ended
+        return bool(self._hooks) and not self._decision.schedule.ended
 
     @property
     def finding(self) -> Finding | None:
@@ -218,7 +215,7 @@ class FastForward:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._table, self._armed, self._due_now = None, False, False
+        self._table, self._weights, self._armed, self._due_now = None, [], False, False
         if attached(self.optimizer) is self:  # else another has been attached since
             del _attached[self.optimizer]
         self._executor.close()
@@ -236,23 +233,31 @@ class FastForward:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs besides model, optimizer and data: plain Python values."""
+        """Everything that a resumed run needs besides model, optimizer and data: plain Python values, and in
+        ``["alignment"]["before"]`` the weights before the last step, a list of tensors or None.
+
+        Without those (a state that is JSON has no place for tensors) call ``forget_update()`` where it was
+        taken, too: the run that goes on and the one that is resumed are then the same.
+        """
         return {
             "version": STATE_VERSION,
             "config": self.config.to_dict(),
             "optimizer_steps": self.optimizer_steps,
             "stages": [stage.to_dict() for stage in self.stages],
-            **self._schedule.state_dict(),
-            **self._price.state_dict(),
+            **self._decision.state_dict(self._table),
             **self._rate.state_dict(),
         }
+
+    def forget_update(self) -> None:
+        """Take the next step for one whose alignment with the last update is not known."""
+        self._decision.forget_update()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken; bit-identical if model and optimizer are restored too."""
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             version = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"not a FastForward state of version {STATE_VERSION}: got {version!r}")
-        missing = sorted(self.state_dict().keys() - state.keys() - set(NEWER))
+        missing = sorted(self.state_dict().keys() - state.keys() - {"learning_rate", *NEWER})
         if missing:
             raise ValueError(f"the FastForward state is incomplete: {', '.join(missing)} missing")
         mine = self.config.to_dict()
@@ -264,8 +269,8 @@ class FastForward:
                 stacklevel=2,
             )
         self.optimizer_steps = int(state["optimizer_steps"])
-        self._schedule.load_state_dict(state)
-        self._price.load_state_dict(state)
+        self._refresh_table()
+        self._decision.load_state_dict(state, self._table)
         self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
         self._rate.load_state_dict(state)
         if self.ranks is None:  # there each draws together with the others, at its next stage
@@ -276,30 +281,33 @@ class FastForward:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._armed = self._due_now = False
         if self.ranks is not None and self._unconfirmed:
-            self.ranks.in_step(self.optimizer_steps, self._schedule.fingerprint)
+            self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint)
             self._unconfirmed = False
         self._rate.look_whether_it_was_overwritten()
         if self._rate.seeking:
             self._refresh_table()
             self._rate.before_step(self._table)
             return
-        if not self._schedule.due(self.optimizer_steps + 1):
+        self._decision.begin_step()
+        due = self._decision.schedule.due(self.optimizer_steps + 1)
+        if not due and self._decision.alignment is None:
             return
+        closure = (args[1:2] or [kwargs.get("closure")])[0] is not None
         start = perf_counter()
         with telling(self.ranks):
-            self._refuse_late_ranks()
-            self._refresh_table()
-            ops.checkpoint_(self._table)
+            if due or self._table.is_stale():
+                self._refuse_late_ranks()
+                self._refresh_table()
+            name = type(self.optimizer).__name__ if closure else ""
+            self._armed = self._decision.before_step(self._table, self._weights, due, name)
         self._checkpoint_seconds = perf_counter() - start
-        self._armed = True
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.optimizer_steps += 1
-        self._price.steps += 1
-        self._schedule.after_step()
         if self._rate.seeking:
             self._rate.after_step(self._table, self.optimizer_steps)
             return
+        self._decision.after_step(self._table)
         self._due_now, self._armed = self._armed, False
         if not self.defer:
             self.run_due_stage()
@@ -332,52 +340,37 @@ class FastForward:
         self._table = None  # free the old arenas first
         if self._executor is not None:
             self._executor.close()  # a capture holds on to them
-        small = sorted({str(p.dtype) for p in weights.values() if p.dtype in (torch.bfloat16, torch.float16)})
-        if small:
-            announce_once(
-                "16-bit-weights",
-                f"some trainable weights are {', '.join(small)}: much of an update rounds away when it is "
-                "repeated, so Fast Forward finds fewer steps; keep trainable weights in float32 (PEFT: "
-                "autocast_adapter_dtype=True)",
-            )
+        tell_of_rounding(weights)
         self._table = ops.TensorTable(local_tensors(weights), impl=self.config.impl)
-        self._signature = now
+        self._signature, self._weights = now, list(weights.values())
+        if self._executor is not None:
+            self._decision.forget_update()
         return weights
 
     def _run_stage(self) -> None:
         table, executor = self._table, self._executor
         stage = Stage(self.optimizer_steps, executor=executor.name)
+        self._decision.begin_stage(stage)
         search = make_search(self.config.search, self.config.max_tau, next_start(self.stages))
         program = StageProgram(table, self.validation, search)
         stage.draw = draw_for_stage(self.validation, len(self.stages))
         stale = table.is_stale()
         if self.ranks is not None:
-            stale = self.ranks.in_step(self.optimizer_steps, self._schedule.fingerprint, stale)
+            stale = self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint, stale)
         if stale:
             program.stopped_because = WEIGHTS_CHANGED
             return self._finish(stage, program)
         try:
             executor.run(program)
-            self._account(stage, program.search)
+            self._decision.after_stage(stage, program.search)
+            if self._decision.schedule.ended:
+                executor.close()
         except BaseException as error:
             program.stopped_because = f"{INTERRUPTED} by {type(error).__name__}"
             raise
         finally:
             stage.executor, stage.executor_reason = executor.name, executor.reason
             self._finish(stage, program)
-
-    def _account(self, stage: Stage, search: Search) -> None:
-        if not search.losses:
-            return
-        if self._schedule.keeps_account:
-            with telling(self.ranks):
-                stage.price = self._price.read(self.ranks)
-        self._price.settle()
-        same_examples = stage.draw is None and self._examples is self.validation.rows
-        self._examples = self.validation.rows  # after a swap_batch they are another list
-        self._schedule.after_stage(self.optimizer_steps, search, stage.price or 0.0, same_examples)
-        if self._schedule.ended:
-            self._executor.close()
 
     def _finish(self, stage: Stage, program: StageProgram) -> None:
         stage.tau, stage.losses = program.search.best_tau, list(program.search.losses)

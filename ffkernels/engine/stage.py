@@ -29,7 +29,9 @@ class Stage:
             per element and weight move; 0 for an interrupted stage. Of several processes, this one's.
         executor: which executor ran it: "eager", "step_graph" or "stage_graph".
         executor_reason: why that one; empty in records from before there was a choice.
-        price: of one validation, in optimizer steps (``stage_price``); None where no account is kept.
+        price: of one validation, in optimizer steps (``stage_price``); None where it was not asked for.
+        alignment: the mean cosine of gradients and updates in the interval's second half (``alignment``);
+            None where it is not known.
         stopped_because: why the search ended.
         draw: which examples of a ``ValidationPool`` its losses are of; None where they are always the same.
             Losses of stages with different draws do not compare.
@@ -47,6 +49,7 @@ class Stage:
     stopped_because: str = ""
     draw: int | None = None
     price: float | None = None
+    alignment: float | None = None
 
     @property
     def evaluations(self) -> int:

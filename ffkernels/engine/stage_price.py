@@ -16,6 +16,7 @@ or captured training step, which runs no hooks), V / T is taken as 1: a validati
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -35,7 +36,7 @@ class StagePrice:
         needed: without it nothing is counted, and no hook is put on the model.
 
     Attributes:
-        tokens, steps: tokens and optimizer steps since ``settle`` was called last.
+        tokens, steps: tokens since ``settle`` was called last, and the optimizer steps that they were for.
         hooks: removing them ends the counting. They go with this object, too.
     """
 
@@ -53,11 +54,23 @@ class StagePrice:
     def tokens(self) -> int:
         return self._count.tokens
 
-    def read(self, ranks: Ranks | None) -> float:
-        """The price of one validation; of several processes that of all of them, the same on each."""
+    def read(self, ranks: Ranks | None, alignment: float | None = None) -> float:
+        """The price of one validation; of several processes that of all of them, the same on each.
+
+        They tell each other the alignment that goes with it, which must be the same.
+
+        Raises:
+            RanksDisagree: where it is not, so that they would not run the same stages.
+        """
         trained = self.tokens / max(1, self.steps)
         if ranks is not None:
-            trained = sum(row.a for row in ranks.exchange(PRICE, trained))
+            rows = ranks.exchange(PRICE, trained, math.nan if alignment is None else alignment)
+            ranks.agree_on_rows(
+                rows,
+                {"b": "the alignment of their gradients with the last update"},
+                "every rank must train with the same gradients, as DDP and FSDP2 make them",
+            )
+            trained = sum(row.a for row in rows)
         validated = self._validation.computed_tokens
         share = validated / trained if validated and trained else 1.0
         return share / self._forwards()

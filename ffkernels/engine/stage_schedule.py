@@ -1,31 +1,24 @@
-"""After which optimizer steps a stage runs: at the end of every interval, as long as stages pay.
+"""After which optimizer steps a stage runs: where an interval ends and a stage is expected to pay.
 
-One account, in optimizer steps. A stage that measures e losses at the price of p steps each (``stage_price``)
-and lowers the loss by G puts there what it brought less what it cost:
+    runs  ⇔  ½ · τ_expected ≥ e · p        e losses at the price of p optimizer steps each (``stage_price``)
 
-    LASTING · min(τ, G / g) − e·p    g = (loss after the stage before − loss before this one) / steps between
+A stage that repeats an update τ times gains half of what τ such updates do where it stops at the bottom of a
+parabola: τ / 2 optimizer steps. Which τ it would find is told by the alignment m of the interval's second
+half, for nothing (``alignment``), in two ways of which the larger counts:
 
-g is what one optimizer step has brought lately, on the same examples and free of charge, so G / g is how many
-steps would have brought as much. More than τ it cannot be: a repeated update is worth a step at best. Where g
-is not known yet, or not positive, it is τ. Of that lead a part is lost again, since the steps that follow
-would have made some of the same way: LASTING is what stays.
+    by the slope      r / (1 − r)      r = m / strongest: what is left of the alignment that vanishing steps
+                                       have. On a parabola one step takes 1 − r of the slope, so that it is 0
+                                       after so many more.
+    by the last one   τ · m / m_then   what the last stage found, where the alignment then was m_then
 
-Every optimizer step puts SHARE there until the account is even. It is never more than even: what one stage
-has gained is not for later ones to spend. A stage runs where an interval ends and the account is even. Hence,
-whatever the losses are,
+The first says when a stage is worth trying that has not been, or not lately; the second knows this run's own
+curvature. m ≥ 0 says that the last step went too far already: no stage. e is what the last stage took, and
+before there was one the fewest that find a step.
 
-    cost so far  ≤  worth so far  +  SHARE · steps so far  +  the last stage's cost
-
-since after a stage that lost x, x / SHARE steps pass before the next. A stage whose first loss is NaN or
-infinite costs its one loss. What a capture measures to be checked (``StageProgram.extra_validations``) is not
-on the account, so that all executors run the same stages, nor is a stage that an exception ends.
-
-Where every stage pays, one runs at each interval. Where none does, the gaps are e·p / SHARE: the longer, the
-larger the validation set is beside a batch. Each stage is also the next attempt, and one that pays brings the
-interval back.
-
-``patience`` other than "auto" is a rule without an account: a number ends Fast Forward for good after so many
-stages in a row that found no step (the paper's section 5.1), None runs a stage at every interval.
+Where alignment is not known (an optimizer with a closure) a stage runs as long as the last one paid.
+docs/algorithm.md derives it. ``patience`` other than "auto" looks at no alignment: a number ends Fast Forward
+for good after so many stages in a row that found no step (the paper's section 5.1), None runs one at every
+interval.
 """
 
 from __future__ import annotations
@@ -37,19 +30,18 @@ from ffkernels.engine.config import PAPERS_PATIENCE, FastForwardConfig
 from ffkernels.engine.digests import digest
 from ffkernels.engine.search import BASELINE_NOT_FINITE, Search
 
-__all__ = ["LASTING", "SHARE", "StageSchedule"]
+__all__ = ["FEWEST", "StageSchedule"]
 
-LASTING = 0.5
-SHARE = 0.01
+FEWEST = 4  # losses: at τ = 0, 1 and 2, and one more where the bracket allows it
 
 
 class StageSchedule:
     """Which steps are followed by a stage.
 
     Attributes:
-        balance: the account, in optimizer steps, at most 0.
         failures: stages in a row without a step.
         ended: no stage will run any more.
+        last: of the last stage that searched: its τ, its losses and the alignment before it; None before.
     """
 
     def __init__(self, config: FastForwardConfig) -> None:
@@ -57,70 +49,72 @@ class StageSchedule:
         self._patience = config.patience
         if self._patience == "auto" and config.search == "linear":
             self._patience = PAPERS_PATIENCE  # with the paper's search goes the paper's rule
-        self.balance = 0.0
         self.failures = 0
         self.ended = False
-        self._before: tuple[int, float] | None = None  # step and loss that the stage before left
+        self.last: tuple[int, int, float | None] | None = None
 
     @property
-    def keeps_account(self) -> bool:
+    def asks_alignment(self) -> bool:
+        """Whether ``pays`` is asked, and so alignments and prices are needed."""
         return self._patience == "auto"
 
     @property
+    def averaged(self) -> int:
+        """How many alignments say what the interval comes to: those of its second half.
+
+        After a stage the optimizer's momentum points elsewhere, and the first ones are weaker.
+        """
+        return (self._interval + 1) // 2
+
+    @property
     def fingerprint(self) -> int:
-        """Equal where the account and what it goes on from are."""
+        """Equal where the decisions so far and what the next one goes by are."""
         return int(digest(list(self.state_dict().values())), 16) >> 1
 
     def due(self, step: int) -> bool:
-        """Whether a stage follows optimizer step ``step``, counted from 1."""
+        """Whether an interval ends with optimizer step ``step``, counted from 1."""
         past = step - self._warmup
-        return not self.ended and past > 0 and past % self._interval == 0 and self.balance >= 0.0
+        return not self.ended and past > 0 and past % self._interval == 0
 
-    def after_step(self) -> None:
-        self.balance = min(0.0, self.balance + SHARE)
-
-    def after_stage(self, step: int, search: Search, price: float, comparable: bool = True) -> None:
-        """Account for a stage that measured something.
+    def pays(self, alignment: float | None, strongest: float, price: float) -> bool:
+        """Whether a stage now is expected to gain what it costs.
 
         Args:
-            step: the optimizer step it followed.
-            search: as it ended.
+            alignment: the mean c of the interval's second half; None where it is not known.
+            strongest: the most negative c so far.
             price: of one validation, in optimizer steps.
-            comparable: whether its losses are of the same examples as those of the stage before.
         """
-        searched = search.stopped_because != BASELINE_NOT_FINITE
-        if self.keeps_account:
-            worth = LASTING * self._lead(step, search, comparable) if searched else 0.0
-            self.balance = min(0.0, self.balance + worth - len(search.losses) * price)
-        if not searched:  # it says nothing about whether a step would have helped
-            return
+        losses = FEWEST if self.last is None or not self.last[0] else self.last[1]
+        return self.expected_tau(alignment, strongest) / 2 >= losses * price
+
+    def expected_tau(self, alignment: float | None, strongest: float) -> float:
+        if alignment is None:
+            return math.inf if self.last is None else float(self.last[0])
+        if alignment >= 0.0:
+            return 0.0
+        left = alignment / min(strongest, alignment)
+        by_slope = left / (1.0 - left) if left < 1.0 else math.inf
+        if self.last is None:
+            return by_slope
+        tau, _, then = self.last
+        by_last = float(tau) if then is None else tau * alignment / then if then < 0.0 else 0.0
+        return max(by_slope, by_last)
+
+    def after_stage(self, search: Search, alignment: float | None = None) -> None:
+        """Take note of a stage that measured something; ``alignment`` is what ``pays`` was told of it."""
+        if search.stopped_because == BASELINE_NOT_FINITE:
+            return  # it says nothing about whether a step would have helped
         self.failures = 0 if search.best_tau else self.failures + 1
         if isinstance(self._patience, int) and self.failures >= self._patience:
             self.ended = True
-        self._before = (step, search.best_loss)
-
-    def _lead(self, step: int, search: Search, comparable: bool) -> float:
-        """How many optimizer steps the stage has gone ahead."""
-        before, now = self._before, search.losses[0][1]
-        if before is None or not comparable or step <= before[0]:
-            return float(search.best_tau)
-        progress = (before[1] - now) / (step - before[0])
-        if not 0.0 < progress < math.inf:
-            return float(search.best_tau)
-        return min(float(search.best_tau), (now - search.best_loss) / progress)
+        self.last = (search.best_tau, len(search.losses), alignment)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "balance": self.balance,
-            "failures": self.failures,
-            "switched_off": self.ended,
-            "before": self._before,
-        }
+        return {"failures": self.failures, "switched_off": self.ended, "last_stage": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.failures = int(state["failures"])
-        # What the saved run's rule held back or had ended goes on where the present one is another.
-        self.balance = float(state.get("balance", 0.0)) if self.keeps_account else 0.0
+        # What ended the saved run goes on where the present rule is another.
         self.ended = bool(state["switched_off"]) and isinstance(self._patience, int)
-        before = state.get("before")
-        self._before = None if before is None else (int(before[0]), float(before[1]))
+        last = state.get("last_stage")
+        self.last = None if last is None else (int(last[0]), int(last[1]), last[2])

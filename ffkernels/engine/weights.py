@@ -168,3 +168,15 @@ def signature(weights: dict[str, nn.Parameter]) -> tuple:
         (name, id(weights[name]), t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)
         for name, t in local_tensors(weights).items()
     )
+
+
+def tell_of_rounding(weights: Mapping[str, Tensor]) -> None:
+    """Say once where trainable weights are so narrow that repeated updates round away."""
+    small = sorted({str(p.dtype) for p in weights.values() if p.dtype in (torch.bfloat16, torch.float16)})
+    if small:
+        announce_once(
+            "16-bit-weights",
+            f"some trainable weights are {', '.join(small)}: much of an update rounds away when it is "
+            "repeated, so Fast Forward finds fewer steps; keep trainable weights in float32 (PEFT: "
+            "autocast_adapter_dtype=True)",
+        )

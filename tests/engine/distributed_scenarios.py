@@ -349,6 +349,8 @@ def slope_differs(rank, size, what):
     elif what == "empty":
         ValidationLoss(tiny_lm(), [rows_of(4)] if rank == 0 else [])
     elif what == "unsynchronised":
+        Run(wrapped=False, patience=None).train(2, rank)
+    elif what == "unaligned":
         Run(wrapped=False).train(2, rank)
     elif what == "initial weights":
         run = Run(wrapped=False)
@@ -356,7 +358,7 @@ def slope_differs(rank, size, what):
         for _ in range(2):
             run.model.w.grad = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
             run.optimizer.step()
-    elif what in ("optimizer_steps", "balance"):
+    elif what in ("optimizer_steps", "failures"):
         run = Run()
         if rank == 1:  # a checkpoint that only one rank loads
             run.ff.load_state_dict({**run.ff.state_dict(), what: -1})

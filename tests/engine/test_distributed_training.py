@@ -138,13 +138,14 @@ def test_a_rank_that_ends_in_a_forward_of_fsdp_ends_the_job(in_ranks, how):
             r"(number of validation examples|validation examples \(their hash\)).*give every rank the",
         ),
         ("unsynchronised", r"max \|Δ\| of the optimizer's update.*wrap the model in DistributedDataParallel"),
+        ("unaligned", "alignment of their gradients with the last update: rank 0.*with the same gradients"),
         ("initial weights", "the bits of the weights and the update"),
         ("search", "not at the same place: rank 0: 'a validation loss'; rank 1: 'the end of a Fast"),
         (
             "optimizer_steps",
             "the optimizer steps they have taken: rank 0: 0.0; rank 1: -1.0; load the same checkpoint",
         ),
-        ("balance", r"what their earlier stages came to \(a hash\).*load the same checkpoint"),
+        ("failures", r"what their earlier stages came to \(a hash\).*load the same checkpoint"),
     ],
 )
 def test_ranks_that_differ_are_told_how(in_ranks, what, message):

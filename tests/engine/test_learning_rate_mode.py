@@ -15,7 +15,7 @@ from ffkernels.ops.notices import FFKernelsNotice
 
 SCALES = torch.tensor([1.0, 0.3, 3.0, 0.1])
 TARGET = torch.tensor([2.0, -1.0, 0.5, 4.0])
-FIND = FastForwardConfig(learning_rate="find", interval=4)
+FIND = FastForwardConfig(learning_rate="find", interval=4, patience=None)
 
 
 class Bowl(nn.Module):

@@ -200,7 +200,7 @@ def test_a_stage_moves_exactly_the_trainable_tensors(base, padded_batch, own_los
     assert validation.path == ("generic" if method in GENERIC else "fast"), validation.reason
 
     watch = Watch(model, optimizer)
-    ff = FastForward(model, optimizer, validation, FastForwardConfig(interval=2))
+    ff = FastForward(model, optimizer, validation, FastForwardConfig(interval=2, patience=None))
     assert ff.trainable_numel == sum(p.numel() for p in watch.trainable.values())
 
     def after(step):

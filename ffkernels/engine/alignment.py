@@ -1,0 +1,159 @@
+"""Whether the last update still helps, at every optimizer step and without a loss.
+
+    c = ⟨g, d⟩ / (‖g‖·‖d‖)      g: the gradient that the coming step is about to use, of a new batch, at W
+                                d = W − best: what the last step did; best ← W in the same pass
+
+−⟨g, d⟩ is to first order what repeating the last update would gain: c < 0 says that it would, c > 0 that the
+step went too far. c has no scale, so neither clipping nor loss scaling shows in it. Where there is no such
+pair it is not known: at the first step, after a Fast Forward stage or anything else that wrote the weights,
+for a gradient or an update that is zero, and with a closure, whose gradients come later.
+
+On a GPU nothing waits: the three sums go to pinned memory and are read one step later. Of weights that are
+spread over ranks (FSDP2) they are added over the ranks, which takes one exchange a step. Ranks that hold the
+same weights have the same gradients, and so the same c.
+
+The signal is the hypergradient of the learning rate (Baydin et al., arXiv 1703.04782) without its scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffkernels import ops
+from ffkernels.engine.distributed import ALIGNMENT, Ranks
+
+__all__ = ["Alignment"]
+
+
+class Alignment:
+    """The cosines of a run, from before each optimizer step.
+
+    Args:
+        ranks: those that hold a shard of the weights each; None where this process holds them whole.
+
+    Attributes:
+        values: c of the steps since ``begin_interval``, as far as it is known; newest last.
+        last: the newest c; None where it is not known.
+        strongest: the most negative c so far; 0 before there was one below 0.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks
+        self.values: list[float] = []
+        self.last: float | None = None
+        self.strongest = 0.0
+        self._whole = False  # best holds the weights before the last step
+        self._versions: list[int] | None = None  # of the weights after the last step; None is any
+        self._sums: Tensor | None = None
+        self._read: Callable[[], Sequence[float]] | None = None
+
+    def before_step(self, table: ops.TensorTable, weights: Sequence[nn.Parameter]) -> None:
+        """Take c of the gradients that are there, and best ← W.
+
+        Args:
+            table: what moves; its best holds W before the last step where ``after_step`` followed.
+            weights: the parameters of the table's tensors, in its order.
+        """
+        self._collect()
+        if not self._whole or self._versions not in (None, _versions(table)):
+            self.last = None
+            ops.checkpoint_(table)
+            return
+        self._sums = ops.align_(table, [_gradient(weight) for weight in weights], self._sums)
+        self._read = _reading(self._sums)
+        if _reads_at_once(table.device) or self._ranks is not None:
+            self._collect()
+
+    def after_step(self, table: ops.TensorTable) -> None:
+        """The optimizer has stepped from what ``before_step`` saw."""
+        self._whole, self._versions = True, _versions(table)
+
+    def forget(self) -> None:
+        """The weights were written since the last step: the next c is not known."""
+        self._whole, self._read, self.last = False, None, None
+
+    def begin_interval(self) -> None:
+        self._collect()
+        self.values = []
+
+    def mean(self, of: int) -> float | None:
+        """The mean of the last ``of`` values of the interval; None where there is none."""
+        latest = self.values[-of:]
+        return math.fsum(latest) / len(latest) if latest else None
+
+    def _collect(self) -> None:
+        """Note the c that was asked for last, where that has not happened."""
+        read, self._read = self._read, None
+        if read is None:
+            return
+        sums = read()
+        if self._ranks is not None:
+            sums = self._ranks.add(ALIGNMENT, sums)
+        self.last = _cosine(*sums)
+        if self.last is not None:
+            self.values.append(self.last)
+            self.strongest = min(self.strongest, self.last)
+
+    def state_dict(self, table: ops.TensorTable | None) -> dict[str, Any]:
+        """Numbers, and the weights before the last step as tensors on the CPU where the next c needs them."""
+        self._collect()
+        known = self._whole and table is not None and self._versions in (None, _versions(table))
+        return {
+            "values": list(self.values),
+            "last": self.last,
+            "strongest": self.strongest,
+            "before": [best.detach().cpu().clone() for best in table.best] if known else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], table: ops.TensorTable) -> None:
+        """Continue; where ``before`` is missing or of other weights, the next c is not known."""
+        self.forget()
+        self.values = [float(c) for c in state["values"]]
+        self.last, self.strongest = state["last"], float(state["strongest"])
+        before = state.get("before")
+        shapes = [best.shape for best in table.best]
+        if before is not None and [old.shape for old in before] == shapes:
+            with torch.no_grad():
+                for best, old in zip(table.best, before, strict=True):
+                    best.copy_(old)
+            # The model's own state may be loaded after this one.
+            self._whole, self._versions = True, None
+
+
+def _versions(table: ops.TensorTable) -> list[int]:
+    return [weight._version for weight in table.weights]
+
+
+def _gradient(weight: nn.Parameter) -> Tensor | None:
+    gradient = weight.grad
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+
+
+def _reads_at_once(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _reading(sums: Tensor) -> Callable[[], Sequence[float]]:
+    """What gives the sums as they are now, later; it waits for them only where they are not there by then."""
+    if sums.device.type == "cpu":
+        return sums.tolist
+    copy = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+    copy.copy_(sums, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> Sequence[float]:
+        done.synchronize()
+        return copy.tolist()
+
+    return read
+
+
+def _cosine(gd: float, gg: float, dd: float) -> float | None:
+    length = math.sqrt(gg) * math.sqrt(dd) if gg > 0 and dd > 0 else 0.0
+    return gd / length if 0.0 < length < math.inf and math.isfinite(gd) else None

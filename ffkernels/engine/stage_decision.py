@@ -1,0 +1,122 @@
+"""Whether a stage follows the coming optimizer step: the schedule, and what it asks for.
+
+    before each step      c of gradient and last update ; best ← W                      (``alignment``)
+    at an interval's end  the mean of c and the price of a validation → does it pay?    (``stage_price``,
+                                                                                        ``stage_schedule``)
+
+With a ``patience`` that looks at no alignment, best ← W is made at the end of intervals only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ffkernels import ops
+from ffkernels.engine.alignment import Alignment
+from ffkernels.engine.config import FastForwardConfig
+from ffkernels.engine.distributed import Ranks
+from ffkernels.engine.search import Search
+from ffkernels.engine.stage import Stage
+from ffkernels.engine.stage_price import StagePrice
+from ffkernels.engine.stage_schedule import StageSchedule
+from ffkernels.engine.validation import ValidationLoss
+from ffkernels.ops.notices import announce_once
+
+__all__ = ["StageDecision"]
+
+# What states of earlier releases lack.
+NEWER = ("alignment", "last_stage", "tokens", "steps")
+
+
+class StageDecision:
+    """What FastForward asks before and after each optimizer step.
+
+    Args:
+        sharded: whether each of ``ranks`` holds a part of every weight.
+
+    Attributes:
+        schedule: which steps end an interval, and what the stages so far came to.
+        alignment: None where ``patience`` does not ask for it.
+        hooks: removing them ends the counting of tokens.
+    """
+
+    def __init__(
+        self,
+        config: FastForwardConfig,
+        model: nn.Module,
+        validation: ValidationLoss,
+        ranks: Ranks | None,
+        sharded: bool,
+    ) -> None:
+        self._ranks = ranks
+        self.schedule = StageSchedule(config)
+        asked = self.schedule.asks_alignment
+        self.alignment = Alignment(ranks if sharded else None) if asked else None
+        self._price = StagePrice(model, validation, asked)
+        self.hooks = self._price.hooks
+        self._expected: tuple[float | None, float | None] = (None, None)
+
+    def before_step(
+        self, table: ops.TensorTable, weights: Sequence[nn.Parameter], due: bool, closure: str
+    ) -> bool:
+        """Make the checkpoint; whether a stage shall follow the step. Collective where ``due``.
+
+        Args:
+            table, weights: what moves, and its parameters in the same order.
+            due: whether an interval ends with this step.
+            closure: the optimizer's name where its step computes the gradients, else empty.
+        """
+        if self.alignment is None:
+            ops.checkpoint_(table)
+            return due
+        if closure:
+            announce_once(
+                "alignment-closure",
+                f"{closure}.step() is called with a closure, so that gradients come after Fast Forward has "
+                "looked whether the last update still helps: stages run until one does not pay; call "
+                "backward() before step(), or choose patience=N",
+            )
+            self.alignment.forget()
+        self.alignment.before_step(table, weights)
+        if not due:
+            return False
+        mean = self.alignment.mean(self.schedule.averaged)
+        price = self._price.read(self._ranks, mean)
+        self._expected = price, mean
+        self.alignment.begin_interval()
+        return self.schedule.pays(mean, self.alignment.strongest, price)
+
+    def begin_step(self) -> None:
+        """A batch has run, and its step comes."""
+        self._price.steps += 1
+
+    def after_step(self, table: ops.TensorTable | None) -> None:
+        if self.alignment is not None and table is not None:
+            self.alignment.after_step(table)
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Write down what it was expected by; it will write the weights."""
+        stage.price, stage.alignment = self._expected
+        self.forget_update()
+
+    def after_stage(self, stage: Stage, search: Search) -> None:
+        if search.losses:
+            self._price.settle()
+            self.schedule.after_stage(search, stage.alignment)
+
+    def forget_update(self) -> None:
+        if self.alignment is not None:
+            self.alignment.forget()
+
+    def state_dict(self, table: ops.TensorTable | None) -> dict[str, Any]:
+        aligned = {} if self.alignment is None else {"alignment": self.alignment.state_dict(table)}
+        return {**self.schedule.state_dict(), **self._price.state_dict(), **aligned}
+
+    def load_state_dict(self, state: dict[str, Any], table: ops.TensorTable) -> None:
+        self.schedule.load_state_dict(state)
+        self._price.load_state_dict(state)
+        if self.alignment is not None and state.get("alignment"):
+            self.alignment.load_state_dict(state["alignment"], table)

@@ -1,0 +1,229 @@
+"""The cosine of each fresh gradient and the last update: its value, where there is none, what it decides."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from ffkernels import FastForward, FastForwardConfig, ops
+from ffkernels.engine import alignment as module
+from ffkernels.engine.alignment import Alignment
+
+TARGET = torch.linspace(-1.0, 2.0, 12).reshape(3, 4)
+
+
+class Bowl(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(3, 4))
+        self.b = torch.nn.Parameter(torch.ones(4))
+        self.frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def loss(self, step=0):
+        noise = 0.3 * torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        return ((self.w - TARGET + noise) ** 2).sum() + (self.b**2).sum()
+
+
+def held_out(model):
+    return float(((model.w - TARGET) ** 2).sum() + (model.b**2).sum())
+
+
+def train(model, optimizer, steps, first=0):
+    """Plain training; the cosines of each step's gradient with the update before, in float64, by hand."""
+    cosines, update = [], None
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        model.loss(step).backward()
+        g = torch.cat([p.grad.flatten().double() for p in (model.w, model.b)])
+        cosines.append(None if update is None else float(g @ update / (g.norm() * update.norm())))
+        before = [p.detach().clone() for p in (model.w, model.b)]
+        optimizer.step()
+        pairs = zip((model.w, model.b), before, strict=True)
+        update = torch.cat([(p.detach() - old).flatten().double() for p, old in pairs])
+    return cosines
+
+
+def attached(lr=1e-2, **config):
+    model = Bowl()
+    optimizer = torch.optim.Adam([model.w, model.b], lr=lr)
+    return model, optimizer, FastForward(model, optimizer, held_out, FastForwardConfig(**config))
+
+
+def test_it_is_the_cosine_of_the_coming_gradient_with_the_last_update():
+    model, optimizer, ff = attached(interval=100)
+    plain = Bowl()
+    expected = train(plain, torch.optim.Adam([plain.w, plain.b], lr=1e-2), 8)
+    train(model, optimizer, 8)
+    assert ff._decision.alignment.values == pytest.approx(expected[1:], abs=1e-6) and len(expected) == 8
+    assert ff._decision.alignment.last == ff._decision.alignment.values[-1] < 0
+    assert ff._decision.alignment.strongest == min(ff._decision.alignment.values)
+    assert torch.equal(model.w, plain.w), "looking changes nothing"
+
+
+def test_too_long_a_step_shows_as_a_positive_one():
+    model, optimizer, ff = attached(lr=5.0, interval=100)
+    train(model, optimizer, 4)
+    assert ff._decision.alignment.values[0] > 0.5 and ff._decision.alignment.strongest <= 0.0
+
+
+def test_it_has_no_scale():
+    scaled = []
+    for scale in (1.0, 1024.0):
+        model = Bowl()
+        optimizer = torch.optim.SGD([model.w, model.b], lr=1e-3 / scale)
+        ff = FastForward(model, optimizer, held_out, FastForwardConfig(interval=100))
+        for step in range(4):
+            optimizer.zero_grad()
+            (scale * model.loss(step)).backward()
+            optimizer.step()
+        scaled.append(ff._decision.alignment.values)
+    assert scaled[0] == pytest.approx(scaled[1], rel=1e-5) and len(scaled[0]) == 3
+
+
+@pytest.mark.parametrize("what", ["written", "no gradient", "skipped", "forgotten", "not finite"])
+def test_where_there_is_no_such_pair_it_is_not_known(what):
+    model, optimizer, ff = attached(interval=100)
+    train(model, optimizer, 3)
+    known = list(ff._decision.alignment.values)
+    if what == "written":
+        with torch.no_grad():
+            model.w.mul_(1.0)
+    elif what == "skipped":  # as a fused optimizer does where it found an infinity
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        train(model, optimizer, 1, first=3)
+        known = list(ff._decision.alignment.values)
+    elif what == "forgotten":
+        ff.forget_update()
+    optimizer.zero_grad()
+    if what != "no gradient":
+        model.loss(4).backward()
+    if what == "not finite":
+        model.w.grad[0, 0] = math.nan
+    optimizer.step()
+    assert ff._decision.alignment.values == known and ff._decision.alignment.last is None
+
+
+def test_after_a_stage_the_next_but_one_is_known_again():
+    model, optimizer, ff = attached(lr=1e-3, interval=3)
+    train(model, optimizer, 4)
+    assert len(ff.stages) == 1 and ff.stages[0].tau > 0
+    assert ff._decision.alignment.values == [] and ff._decision.alignment.last is None
+    train(model, optimizer, 1, first=4)
+    assert len(ff._decision.alignment.values) == 1
+
+
+def test_frozen_and_empty_weights_and_missing_gradients_count_as_zero():
+    weights = [torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.empty(0))]
+    weights.append(torch.nn.Parameter(torch.tensor([5.0])))
+    table = ops.TensorTable([w.detach() for w in weights])
+    looking = Alignment()
+    looking.before_step(table, weights)
+    assert looking.last is None
+    with torch.no_grad():
+        table.weights[0].add_(torch.tensor([3.0, 4.0]))
+        table.weights[2].add_(12.0)
+    looking.after_step(table)
+    weights[0].grad = torch.tensor([0.0, -2.0])
+    looking.before_step(table, weights)
+    assert looking.last == pytest.approx(-8.0 / (2.0 * 13.0))
+    assert [best.tolist() for best in table.best] == [[4.0, 6.0], [], [17.0]]
+
+
+def test_a_stage_runs_where_it_pays_and_says_by_what(monkeypatch):
+    model, optimizer, ff = attached(lr=1e-3, interval=4)
+    train(model, optimizer, 4)
+    stage = ff.stages[0]
+    assert stage.alignment < -0.5 and stage.price == pytest.approx(1 / (2 + 16 / 18)) and stage.tau > 10
+    monkeypatch.setattr(ff._decision.schedule, "pays", lambda alignment, strongest, price: False)
+    train(model, optimizer, 8, first=4)
+    assert len(ff.stages) == 1 and len(ff._decision.alignment.values) == 0
+
+
+def test_where_alignment_is_gone_no_stage_looks_for_it():
+    model, optimizer, ff = attached(lr=0.1, interval=4)
+    train(model, optimizer, 20)
+    early = len(ff.stages)
+    train(model, optimizer, 100, first=20)
+    assert len(ff.stages) == early < 5 and not ff._decision.schedule.ended
+    assert FastForwardConfig().patience == "auto"
+
+
+def test_with_closures_it_is_said_that_nothing_is_known(recwarn):
+    model, optimizer, ff = attached(lr=1e-3, interval=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model.loss()
+        loss.backward()
+        return loss
+
+    with pytest.warns(ops.FFKernelsNotice, match=r"Adam\.step\(\) is called with a closure"):
+        for _ in range(4):
+            optimizer.step(closure)
+    assert [stage.alignment for stage in ff.stages] == [None, None] and ff.stages[0].tau > 0
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_resumed_run_continues_bit_for_bit(at):
+    model, optimizer, ff = attached(lr=3e-3, interval=4)
+    train(model, optimizer, at)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), ff.state_dict()])
+    train(model, optimizer, 14 - at, first=at)
+    for order in ((0, 1, 2), (2, 1, 0)):
+        parts = attached(lr=3e-3, interval=4)
+        for part in order:
+            parts[part].load_state_dict(copy.deepcopy(saved[part]))
+        train(parts[0], parts[1], 14 - at, first=at)
+        assert torch.equal(model.w, parts[0].w)
+        assert parts[2]._decision.alignment.state_dict(None) == ff._decision.alignment.state_dict(None)
+        assert [stage.tau for stage in parts[2].stages] == [stage.tau for stage in ff.stages] != []
+
+
+def test_without_the_weights_before_it_goes_on_as_the_run_that_forgot_them():
+    model, optimizer, ff = attached(lr=3e-3, interval=4)
+    train(model, optimizer, 6)
+    ff.forget_update()
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), ff.state_dict()])
+    assert saved[2]["alignment"]["before"] is None
+    train(model, optimizer, 6, first=6)
+    parts = attached(lr=3e-3, interval=4)
+    for part, state in zip(parts, saved, strict=True):
+        part.load_state_dict(state)
+    train(parts[0], parts[1], 6, first=6)
+    assert (
+        torch.equal(model.w, parts[0].w)
+        and parts[2]._decision.alignment.values == ff._decision.alignment.values
+    )
+
+
+def test_states_of_before_and_of_other_weights_are_borne():
+    model, optimizer, ff = attached(interval=100)
+    train(model, optimizer, 3)
+    state = ff.state_dict()
+    old = {key: value for key, value in state.items() if key not in ("alignment", "last_stage")}
+    ff.load_state_dict(old)
+    state["alignment"]["before"] = state["alignment"]["before"][:1]
+    ff.load_state_dict(state)
+    train(model, optimizer, 1, first=3)
+    assert ff._decision.alignment.last is None and len(ff._decision.alignment.values) == 2
+
+
+def test_on_a_gpu_it_is_read_one_step_later_and_decides_the_same(monkeypatch):
+    """The reading as a GPU has it: nothing is read in the step that asked."""
+    waits = []
+
+    def late(sums):
+        kept = sums.clone()
+        return lambda: waits.append(1) or kept.tolist()
+
+    monkeypatch.setattr(module, "_reading", late)
+    monkeypatch.setattr(module, "_reads_at_once", lambda device: False)
+    model, optimizer, ff = attached(interval=100)
+    plain = Bowl()
+    expected = train(plain, torch.optim.Adam([plain.w, plain.b], lr=1e-2), 6)
+    train(model, optimizer, 6)
+    assert ff._decision.alignment.values == pytest.approx(expected[1:-1], abs=1e-6) and len(waits) == 4
+    assert ff._decision.alignment.mean(100) == pytest.approx(sum(expected[1:-1]) / 4, abs=1e-6)
+    assert ff._decision.alignment.state_dict(ff._table)["values"] == pytest.approx(expected[1:], abs=1e-6)
