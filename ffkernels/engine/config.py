@@ -25,10 +25,10 @@ class FastForwardConfig:
             and 7 in later ones) or ``"linear"`` (the paper's: one step after the other until the loss does
             not fall).
         max_tau: the most steps one stage may take.
-        patience: ``"auto"`` runs a stage at the end of each interval as long as stages pay; after one that
-            did not it waits until what was lost is 1 % of the steps since (``stage_schedule``). A number
-            switches Fast Forward off for good after so many stages in a row that found no step (the paper's
-            section 5.1), and None runs a stage at every interval. With the paper's search "auto" is 3.
+        patience: ``"auto"`` runs a stage at the end of an interval where the alignment of gradients and updates
+            says that it pays (``stage_schedule``). A number switches Fast Forward off for good after so many
+            stages in a row that found no step (the paper's section 5.1), and None runs a stage at every
+            interval. With the paper's search "auto" is 3.
         executor: how a stage runs: ``"eager"``; ``"step_graph"``, one CUDA graph replay per Fast Forward
             step; ``"stage_graph"``, the whole stage as one launch; ``"auto"`` takes the fastest that works
             here and pays.
