@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ffkernels import ops
 from ffkernels.engine.distributed import ALIGNMENT, Ranks
 
-__all__ = ["Alignment"]
+__all__ = ["Alignment", "cosine"]
 
 
 class Alignment:
@@ -35,6 +35,7 @@ class Alignment:
 
     Args:
         ranks: those that hold a shard of the weights each; None where this process holds them whole.
+        heard: somebody takes the sums of every step, see ``take``.
 
     Attributes:
         values: c of the steps since ``begin_interval``, as far as it is known; newest last.
@@ -42,8 +43,9 @@ class Alignment:
         strongest: the most negative c so far; 0 before there was one below 0.
     """
 
-    def __init__(self, ranks: Ranks | None = None) -> None:
+    def __init__(self, ranks: Ranks | None = None, *, heard: bool = False) -> None:
         self._ranks = ranks
+        self._heard: list[list[float]] | None = [] if heard else None
         self.values: list[float] = []
         self.last: float | None = None
         self.strongest = 0.0
@@ -52,12 +54,15 @@ class Alignment:
         self._sums: Tensor | None = None
         self._read: Callable[[], Sequence[float]] | None = None
 
-    def before_step(self, table: ops.TensorTable, weights: Sequence[nn.Parameter]) -> None:
+    def before_step(
+        self, table: ops.TensorTable, weights: Sequence[nn.Parameter], *, at_once: bool = False
+    ) -> None:
         """Take c of the gradients that are there, and best ← W.
 
         Args:
             table: what moves; its best holds W before the last step where ``after_step`` followed.
             weights: the parameters of the table's tensors, in its order.
+            at_once: wait for c, also on a GPU.
         """
         self._collect()
         if not self._whole or self._versions not in (None, _versions(table)):
@@ -66,7 +71,7 @@ class Alignment:
             return
         self._sums = ops.align_(table, [_gradient(weight) for weight in weights], self._sums)
         self._read = _reading(self._sums)
-        if _reads_at_once(table.device) or self._ranks is not None:
+        if at_once or _reads_at_once(table.device) or self._ranks is not None:
             self._collect()
 
     def after_step(self, table: ops.TensorTable) -> None:
@@ -75,7 +80,13 @@ class Alignment:
 
     def forget(self) -> None:
         """The weights were written since the last step: the next c is not known."""
-        self._whole, self._read, self.last = False, None, None
+        self._collect()
+        self._whole, self.last = False, None
+
+    def take(self) -> list[list[float]]:
+        """⟨g, d⟩, ⟨g, g⟩, ⟨d, d⟩ of each step since the last call, where there is a pair and it is read."""
+        heard, self._heard = self._heard, []
+        return heard or []
 
     def begin_interval(self) -> None:
         self._collect()
@@ -94,7 +105,9 @@ class Alignment:
         sums = read()
         if self._ranks is not None:
             sums = self._ranks.add(ALIGNMENT, sums)
-        self.last = _cosine(*sums)
+        if self._heard is not None:
+            self._heard.append(list(sums))
+        self.last = cosine(*sums)
         if self.last is not None:
             self.values.append(self.last)
             self.strongest = min(self.strongest, self.last)
@@ -107,12 +120,16 @@ class Alignment:
             "values": list(self.values),
             "last": self.last,
             "strongest": self.strongest,
+            **({"heard": [list(sums) for sums in self._heard]} if self._heard else {}),
             "before": [best.detach().cpu().clone() for best in table.best] if known else None,
         }
 
     def load_state_dict(self, state: dict[str, Any], table: ops.TensorTable) -> None:
         """Continue; where ``before`` is missing or of other weights, the next c is not known."""
+        self._read = None
         self.forget()
+        if self._heard is not None:
+            self._heard = [list(sums) for sums in state.get("heard", ())]
         self.values = [float(c) for c in state["values"]]
         self.last, self.strongest = state["last"], float(state["strongest"])
         before = state.get("before")
@@ -154,6 +171,7 @@ def _reading(sums: Tensor) -> Callable[[], Sequence[float]]:
     return read
 
 
-def _cosine(gd: float, gg: float, dd: float) -> float | None:
+def cosine(gd: float, gg: float, dd: float) -> float | None:
+    """None where one of the two is zero, or anything is not finite."""
     length = math.sqrt(gg) * math.sqrt(dd) if gg > 0 and dd > 0 else 0.0
     return gd / length if 0.0 < length < math.inf and math.isfinite(gd) else None

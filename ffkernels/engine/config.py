@@ -8,7 +8,7 @@ from typing import Any
 from ffkernels.engine.search import MAX_TAU_LIMIT, SEARCHES
 
 EXECUTORS = ("auto", "eager", "step_graph", "stage_graph")
-LEARNING_RATES = ("keep", "find")
+LEARNING_RATES = ("keep", "auto", "find")
 PAPERS_PATIENCE = 3  # section 5.1
 IMPLS = ("auto", "torch", "cpp", "triton", "cuda")
 
@@ -18,31 +18,35 @@ class FastForwardConfig:
     """When Fast Forward stages run, and how they search.
 
     Args:
-        interval: optimizer steps from one stage to the next (the paper's T_interval = 6).
+        interval: optimizer steps from one stage to the next (the paper's T_interval = 6). None, with
+            ``learning_rate="auto"``: no stages, only the learning rate.
         warmup: optimizer steps before the first interval begins; the first stage follows step ``warmup +
             interval``.
         search: ``"parabolic"`` (doubling bracket and parabola vertices, some 13 validations in a first stage
             and 7 in later ones) or ``"linear"`` (the paper's: one step after the other until the loss does
             not fall).
         max_tau: the most steps one stage may take.
-        patience: ``"auto"`` runs a stage at the end of an interval where the alignment of gradients and updates
-            says that it pays (``stage_schedule``). A number switches Fast Forward off for good after so many
-            stages in a row that found no step (the paper's section 5.1), and None runs a stage at every
-            interval. With the paper's search "auto" is 3.
+        patience: ``"auto"`` runs a stage at the end of an interval where the alignment of gradients and
+            updates says that it pays (``stage_schedule``). A number switches Fast Forward off for good after
+            so many stages in a row that found no step (the paper's section 5.1), and None runs a stage at
+            every interval. With the paper's search "auto" is 3.
         executor: how a stage runs: ``"eager"``; ``"step_graph"``, one CUDA graph replay per Fast Forward
             step; ``"stage_graph"``, the whole stage as one launch; ``"auto"`` takes the fastest that works
             here and pays.
         impl: which implementation moves the weights; ``"auto"`` takes the fastest that works here.
-        learning_rate: ``"keep"``, or ``"find"``: once, after the first ``find_after`` optimizer steps, search
-            the multiple of the last update with the lowest validation loss, stay there, and multiply every
-            learning rate accordingly (``FastForward.finding``). Stages begin after that.
+        learning_rate: ``"keep"``; ``"auto"``: there is no learning rate to choose, those of the optimizer's
+            groups say their ratios only, and the alignment of gradients and updates moves them at each step
+            (``auto_rate``); stages begin when it has risen; or ``"find"``: once, after the first
+            ``find_after`` optimizer steps, search the multiple of the last update with the lowest validation
+            loss, stay there, and multiply every learning rate accordingly (``FastForward.finding``). Stages
+            begin after that.
         find_after: optimizer steps, of which the last one's update is searched for the learning rate.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
     """
 
-    interval: int = 6
+    interval: int | None = 6
     warmup: int = 0
     search: str = "parabolic"
     max_tau: int = 1024
@@ -53,7 +57,9 @@ class FastForwardConfig:
     find_after: int = 2
 
     def __post_init__(self) -> None:
-        self._integer("interval", 1)
+        self._choice("learning_rate", LEARNING_RATES)
+        if self.interval is not None or self.learning_rate != "auto":
+            self._integer("interval", 1, others=", or None with learning_rate='auto'")
         self._integer("warmup", 0)
         self._integer("max_tau", 1, MAX_TAU_LIMIT)
         if self.patience not in ("auto", None):
@@ -61,7 +67,6 @@ class FastForwardConfig:
         self._choice("search", tuple(SEARCHES))
         self._choice("executor", EXECUTORS)
         self._choice("impl", IMPLS)
-        self._choice("learning_rate", LEARNING_RATES)
         self._integer("find_after", 1)
 
     def _integer(self, field: str, low: int, high: int | None = None, others: str = "") -> None:

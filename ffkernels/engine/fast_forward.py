@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ffkernels import ops
+from ffkernels.engine.auto_rate import AutoRate
 from ffkernels.engine.causal_lm import model_device
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.digests import digest
@@ -38,6 +39,7 @@ from ffkernels.engine.validation_pool import draw_for_stage
 from ffkernels.engine.weights import (
     NameFilter,
     local_tensors,
+    require_same_model,
     signature,
     tell_of_rounding,
     trainable_weights,
@@ -58,20 +60,6 @@ def attached(optimizer: torch.optim.Optimizer) -> FastForward | None:
     return _attached.get(optimizer, lambda: None)()
 
 
-def require_same_model(validation: ValidationLoss, weights: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a loss that moving these weights cannot change.
-
-    Raises:
-        ValueError: when the validation's model has none of them.
-    """
-    validated = {id(p) for p in validation.model.parameters()}
-    if not any(id(weight) in validated for weight in weights.values()):
-        raise ValueError(
-            "validation belongs to a model that has none of the weights Fast Forward moves; make the "
-            "ValidationLoss from the model that trains"
-        )
-
-
 class FastForward:
     """Fast Forward for any training loop: every ``interval`` steps, repeat the last update while it helps.
 
@@ -90,12 +78,14 @@ class FastForward:
         include, exclude: narrow the moved tensors by name (predicate, regular expression or several).
         defer: do not run a stage inside ``optimizer.step()``; it waits for ``run_due_stage()``. For loops
             that call back later, when the gradients are freed. A learning rate is found inside in any case.
-        scheduler: the optimizer's scheduler or several, for ``learning_rate="find"``: what is found becomes
-            their base learning rate, around which they keep their shape.
+        scheduler: the optimizer's scheduler or several, for ``learning_rate="auto"`` and ``"find"``: what is
+            found becomes their base learning rate, around which they keep their shape.
 
     Attributes:
         stages: list of ``Stage``, one per stage.
         finding: what ``learning_rate="find"`` found; None before.
+        alignment: cosine of the newest gradient and the last update; None where it is not known.
+        learning_rate: with "auto", the largest group's base rate as it is now; else None.
         lr_scale: what found learning rates have been multiplied by. For loops that write ``group["lr"]`` at
             each step: they have to write their own times this, and to make the optimizer with the base rate.
         optimizer_steps: optimizer steps seen.
@@ -149,7 +139,10 @@ class FastForward:
             facts = self._prepare(optimizer, validation)
         if self.ranks is not None:
             self.ranks.agree(facts, "make the same FastForward on every rank")
-        self._rate = LearningRateMode(self.config, self.ranks, self.validation, self.optimizer, scheduler)
+        if self.config.learning_rate == "auto":
+            self._rate = self._decision.auto = AutoRate(self.optimizer, scheduler)
+        else:
+            self._rate = LearningRateMode(self.config, self.ranks, self.validation, self.optimizer, scheduler)
         self._hooks = on_step(self.optimizer, self._before_step, self._after_step) + self._decision.hooks
         _attached[self.optimizer] = weakref.ref(self)
 
@@ -206,6 +199,14 @@ class FastForward:
         return self._rate.scale
 
     @property
+    def learning_rate(self) -> float | None:
+        return None if self._decision.auto is None else self._decision.auto.rate
+
+    @property
+    def alignment(self) -> float | None:
+        return None if self._decision.alignment is None else self._decision.alignment.last
+
+    @property
     def trainable_numel(self) -> int:
         """Elements in all tensors that a stage moves."""
         return 0 if self._table is None else self._table.numel
@@ -257,7 +258,7 @@ class FastForward:
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             version = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"not a FastForward state of version {STATE_VERSION}: got {version!r}")
-        missing = sorted(self.state_dict().keys() - state.keys() - {"learning_rate", *NEWER})
+        missing = sorted(self.state_dict().keys() - state.keys() - {"learning_rate", "auto_rate", *NEWER})
         if missing:
             raise ValueError(f"the FastForward state is incomplete: {', '.join(missing)} missing")
         mine = self.config.to_dict()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ffkernels import ops
 from ffkernels.engine.causal_lm import model_device
 from ffkernels.engine.distributed import several_processes
-from ffkernels.engine.fast_forward import attached, require_same_model
+from ffkernels.engine.fast_forward import attached
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.optimizer_probe import require_step_sizes
 from ffkernels.engine.parallelism import why_refused
@@ -35,7 +35,12 @@ from ffkernels.engine.rate_probe import MAX_RESTARTS, RateProbe
 from ffkernels.engine.run_state import RunState
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.engine.validation import ValidationLoss
-from ffkernels.engine.weights import local_tensors, trainable_weights, unwrap_optimizer
+from ffkernels.engine.weights import (
+    local_tensors,
+    require_same_model,
+    trainable_weights,
+    unwrap_optimizer,
+)
 
 __all__ = ["Finding", "find_learning_rate"]
 

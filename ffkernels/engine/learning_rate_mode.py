@@ -25,7 +25,7 @@ from ffkernels.engine.rate_probe import RateProbe
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.ops.notices import announce_once
 
-__all__ = ["LearningRateMode"]
+__all__ = ["LearningRateMode", "require_the_scheduler", "tell_of_overwriting"]
 
 
 class LearningRateMode:
@@ -77,11 +77,7 @@ class LearningRateMode:
         return self._scale * (self._probe.applied if self._probe is not None else 1.0)
 
     def before_step(self, table: ops.TensorTable) -> None:
-        if not self._schedulers and hasattr(self._optimizer.step, "_wrapped_by_lr_sched"):
-            raise RuntimeError(
-                "this optimizer has a learning rate scheduler, which would overwrite what is found: pass it "
-                "as FastForward(..., scheduler=scheduler)"
-            )
+        require_the_scheduler(self._optimizer, self._schedulers)
         self._probe.before_step(table)
 
     def after_step(self, table: ops.TensorTable, step: int) -> None:
@@ -107,17 +103,7 @@ class LearningRateMode:
         expected, self._expected = self._expected, None
         if expected is None:
             return
-        now = rates(self._optimizer)
-        factor = math.log(self._scale)
-        # Only a way back counts: a warm-up goes on rising.
-        back = _log_ratio(now, expected) if factor < 0 else _log_ratio(expected, now)
-        if abs(factor) > math.log(2) and back > 0.5 * abs(factor):
-            announce_once(
-                "learning-rate-overwritten",
-                f"Fast Forward found the learning rate {expected[0]:g} and set it, and something has set "
-                f"{now[0]:g} since: multiply what you set by FastForward.lr_scale ({self._scale:g}), or "
-                "pass the scheduler as FastForward(..., scheduler=scheduler)",
-            )
+        tell_of_overwriting(expected, rates(self._optimizer), self._scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty for "keep", so that nothing about it is in anybody's checkpoint."""
@@ -144,6 +130,29 @@ class LearningRateMode:
             self._begin()
             if saved["probe"] is not None:
                 self._probe.load_state_dict(saved["probe"])
+
+
+def require_the_scheduler(optimizer: torch.optim.Optimizer, schedulers: Sequence[Any]) -> None:
+    """Refuse an optimizer that has a scheduler where none was given."""
+    if not schedulers and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise RuntimeError(
+            "this optimizer has a learning rate scheduler, which would overwrite what is found: pass it "
+            "as FastForward(..., scheduler=scheduler)"
+        )
+
+
+def tell_of_overwriting(expected: Sequence[float], now: Sequence[float], scale: float) -> None:
+    """Say once where rates that were multiplied by ``scale`` have been set back to what they were."""
+    factor = math.log(scale)
+    # Only a way back counts: a warm-up goes on rising.
+    back = _log_ratio(now, expected) if factor < 0 else _log_ratio(expected, now)
+    if abs(factor) > math.log(2) and back > 0.5 * abs(factor):
+        announce_once(
+            "learning-rate-overwritten",
+            f"Fast Forward found the learning rate {expected[0]:g} and set it, and something has set "
+            f"{now[0]:g} since: multiply what you set by FastForward.lr_scale ({scale:g}), or "
+            "pass the scheduler as FastForward(..., scheduler=scheduler)",
+        )
 
 
 def _log_ratio(above: Sequence[float], below: Sequence[float]) -> float:

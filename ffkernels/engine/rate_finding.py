@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ __all__ = [
     "PEAK",
     "STEADY",
     "Finding",
+    "KeptRates",
     "base_rates",
     "decays",
     "every_scheduler",
@@ -214,21 +216,47 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, schedulers: Any, fact
     Absolute limits that a user wrote into a schedule stay: ``eta_min``, and ``min_lr`` and ``max_lr`` of
     those that react to losses.
     """
-    schedulers = every_scheduler(schedulers, optimizer)
     scaled = set()  # groups share the one tensor that was given as lr to the optimizer
-    for group in optimizer.param_groups:
-        for key in ("lr", "initial_lr", "max_lr", "min_lr"):  # the last two are OneCycleLR's
-            value = group.get(key)
-            if isinstance(value, Tensor):
-                if id(value) not in scaled:
-                    value.mul_(factor)
-                scaled.add(id(value))
-            elif value is not None:
-                group[key] = value * factor
+    for holder, key in _places(optimizer, every_scheduler(schedulers, optimizer)):
+        value = holder[key]
+        if isinstance(value, list):
+            holder[key] = [one * factor for one in value]
+        elif not isinstance(value, Tensor):
+            holder[key] = value * factor
+        elif id(value) not in scaled:
+            value.mul_(factor)
+            scaled.add(id(value))
+
+
+class KeptRates:
+    """What ``scale_learning_rates`` would change, as it is now; ``restore`` puts it back bit for bit.
+
+    Attributes:
+        rates: the learning rate of each group.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedulers: Any) -> None:
+        self.rates = rates(optimizer)
+        places = _places(optimizer, every_scheduler(schedulers, optimizer))
+        self._values = [(holder, key, copy.deepcopy(holder[key])) for holder, key in places]
+
+    def restore(self) -> None:
+        for holder, key, value in self._values:
+            if isinstance(holder.get(key), Tensor):
+                holder[key].copy_(torch.as_tensor(value))
+            else:
+                holder[key] = value
+
+
+def _places(optimizer: torch.optim.Optimizer, schedulers: Iterable[Any]) -> list[tuple[dict[str, Any], str]]:
+    """Every (dict, key) under which a learning rate that goes with the others stands, or a list of them."""
+    # The last two are OneCycleLR's.
+    keys = ("lr", "initial_lr", "max_lr", "min_lr")
+    places = [(group, key) for group in optimizer.param_groups for key in keys if group.get(key) is not None]
     for scheduler in schedulers:
         # Of others, such as transformers' GreedyLR, ``max_lrs`` are limits.
         shape = ("max_lrs",) if isinstance(scheduler, lr_scheduler.CyclicLR) else ()
-        for name in ("base_lrs", "_last_lr", *shape):
-            values = vars(scheduler).get(name)
-            if isinstance(values, list):
-                setattr(scheduler, name, [value * factor for value in values])
+        values = vars(scheduler)
+        names = ("base_lrs", "_last_lr", *shape)
+        places += [(values, name) for name in names if isinstance(values.get(name), list)]
+    return places

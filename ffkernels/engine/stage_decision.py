@@ -4,7 +4,8 @@
     at an interval's end  the mean of c and the price of a validation → does it pay?    (``stage_price``,
                                                                                         ``stage_schedule``)
 
-With a ``patience`` that looks at no alignment, best ← W is made at the end of intervals only.
+With a ``patience`` that looks at no alignment, best ← W is made at the end of intervals only, unless the
+learning rate is moved by alignment (``auto_rate``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from ffkernels import ops
 from ffkernels.engine.alignment import Alignment
+from ffkernels.engine.auto_rate import AutoRate
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.distributed import Ranks
 from ffkernels.engine.search import Search
@@ -39,7 +41,8 @@ class StageDecision:
 
     Attributes:
         schedule: which steps end an interval, and what the stages so far came to.
-        alignment: None where ``patience`` does not ask for it.
+        alignment: None where neither ``patience`` nor ``learning_rate`` asks for it.
+        auto: what moves the learning rate by it; None where nothing does. No stage follows while it says so.
         hooks: removing them ends the counting of tokens.
     """
 
@@ -53,8 +56,9 @@ class StageDecision:
     ) -> None:
         self._ranks = ranks
         self.schedule = StageSchedule(config)
-        asked = self.schedule.asks_alignment
-        self.alignment = Alignment(ranks if sharded else None) if asked else None
+        asked, auto = self.schedule.asks_alignment, config.learning_rate == "auto"
+        self.alignment = Alignment(ranks if sharded else None, heard=auto) if asked or auto else None
+        self.auto: AutoRate | None = None
         self._price = StagePrice(model, validation, asked)
         self.hooks = self._price.hooks
         self._expected: tuple[float | None, float | None] = (None, None)
@@ -72,6 +76,9 @@ class StageDecision:
         if self.alignment is None:
             ops.checkpoint_(table)
             return due
+        auto = self.auto
+        if auto is not None:
+            auto.before_alignment(table, closure)
         if closure:
             announce_once(
                 "alignment-closure",
@@ -80,7 +87,12 @@ class StageDecision:
                 "backward() before step(), or choose patience=N",
             )
             self.alignment.forget()
-        self.alignment.before_step(table, weights)
+        self.alignment.before_step(table, weights, at_once=auto is not None and auto.rising)
+        if auto is not None and not auto.before_update(table, self.alignment):
+            return False
+        if not self.schedule.asks_alignment:
+            self.alignment.values = []
+            return due
         if not due:
             return False
         mean = self.alignment.mean(self.schedule.averaged)
@@ -94,6 +106,8 @@ class StageDecision:
         self._price.steps += 1
 
     def after_step(self, table: ops.TensorTable | None) -> None:
+        if self.auto is not None:
+            self.auto.after_step()
         if self.alignment is not None and table is not None:
             self.alignment.after_step(table)
 

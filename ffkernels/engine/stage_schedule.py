@@ -56,7 +56,7 @@ class StageSchedule:
     @property
     def asks_alignment(self) -> bool:
         """Whether ``pays`` is asked, and so alignments and prices are needed."""
-        return self._patience == "auto"
+        return self._patience == "auto" and self._interval is not None
 
     @property
     def averaged(self) -> int:
@@ -73,6 +73,8 @@ class StageSchedule:
 
     def due(self, step: int) -> bool:
         """Whether an interval ends with optimizer step ``step``, counted from 1."""
+        if self._interval is None:
+            return False
         past = step - self._warmup
         return not self.ended and past > 0 and past % self._interval == 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,20 @@ def trainable_weights(
             "leave them between steps; Fast Forward moves whole weights: use DDP or FSDP2 (fully_shard)"
         )
     return kept
+
+
+def require_same_model(validation: Any, weights: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a loss that moving these weights cannot change.
+
+    Raises:
+        ValueError: when the validation's model has none of them.
+    """
+    validated = {id(p) for p in validation.model.parameters()}
+    if not any(id(weight) in validated for weight in weights.values()):
+        raise ValueError(
+            "validation belongs to a model that has none of the weights Fast Forward moves; make the "
+            "ValidationLoss from the model that trains"
+        )
 
 
 def _without_counts(weights: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -140,7 +140,8 @@ class FastForwardCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """For the Trainer's checkpoint: JSON values."""
         if self.ff is not None:
-            # JSON has no place for the weights before the last step: neither this run nor a resumed one has them.
+            # JSON has no place for the weights before the last step: neither this run nor a resumed one has
+            # them.
             self.ff.forget_update()
             self.saved = {
                 "fast_forward": self.ff.state_dict(),

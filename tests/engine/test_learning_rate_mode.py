@@ -215,7 +215,7 @@ def test_deferred_stages_come_after_it():
 
 
 def test_what_is_refused():
-    for field, value in (("learning_rate", "auto"), ("find_after", 0)):
+    for field, value in (("learning_rate", "guess"), ("find_after", 0)):
         with pytest.raises(ValueError, match=f"{field}={value!r}"):
             FastForwardConfig(**{field: value})
     model = Bowl()

@@ -1,0 +1,241 @@
+"""``learning_rate="auto"``: no learning rate to choose. The alignment c of each fresh gradient with the last
+update (``alignment``) moves it, in every step and without a loss:
+
+    attach   base rate of the largest group ← START; the rates that were given say the groups' ratios only
+    rise     c < 0 and c ≤ KEEP · strongest     rate ← UP · rate
+             c > 0, or not finite               W ← W before the last step; rate ← rate / UP; the coming step
+                                                changes nothing; the rise is over
+             otherwise                          the rise is over
+    trim     rate ← rate · exp(−c / (1 + n / PACE))     n: trims so far
+
+``strongest`` is the most negative c so far: that of vanishing steps, which feel no curvature. Schedules keep
+their shape: they multiply the base rate. An update that was rounded away altogether (narrow weights, rates
+far too small) has no c, and counts as c = strongest; where c is not known otherwise nothing happens.
+
+In the step that changes nothing all gradients are zeroed in place, so that the one that the overshot weights
+gave does not enter the optimizer's state, and learning rate and weight decay are 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ffkernels import ops
+from ffkernels.engine.alignment import Alignment, cosine
+from ffkernels.engine.interrupts import interrupt_later
+from ffkernels.engine.learning_rate_mode import require_the_scheduler, tell_of_overwriting
+from ffkernels.engine.optimizer_probe import require_step_sizes, why_rate_means_nothing
+from ffkernels.engine.rate_finding import (
+    KeptRates,
+    base_rates,
+    every_scheduler,
+    rates,
+    scale_learning_rates,
+    set_rates,
+)
+from ffkernels.ops.notices import announce_once
+
+__all__ = ["AutoRate"]
+
+# Three decades below any tuned rate that was seen, so that no first step does harm.
+START = 1e-6
+# Ten steps for six decades; a step too far is undone.
+UP = 4.0
+# Of the strongest alignment: below it curvature is felt, and another ×UP would pass the edge.
+KEEP = 0.6
+# Trims after which they weaken as 1/n: adapting goes on in log-time, and no schedule that falls need end it.
+PACE = 20
+# Of the largest group's base rate: what leads beyond is no training, such as a loss that does not see
+# the weights.
+LOWEST, HIGHEST = 1e-9, 1e3
+
+
+class AutoRate:
+    """What FastForward asks and tells about the learning rate at each step.
+
+    Args:
+        optimizer: its rates are set to start when this is made.
+        scheduler: its schedulers, whose base rates go with them.
+
+    Attributes:
+        rate: the base learning rate of the largest group.
+        rising: whether the rise goes on; no stage runs while it does.
+        trims: how many there have been.
+
+    Raises:
+        ValueError, TypeError: for an optimizer whose update does not scale with lr, one whose rates are all
+            0, or a wrong scheduler.
+    """
+
+    finding, seeking = None, False  # as of LearningRateMode: nothing is searched
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:
+        require_step_sizes(optimizer)
+        self._optimizer, self._schedulers = optimizer, every_scheduler(scheduler, optimizer)
+        self._probed = False
+        self._held: list[tuple[float, Any]] | None = None  # lr and weight decay, in a step without
+        self._begin()
+
+    def _begin(self) -> None:
+        self._given = max(base_rates(self._optimizer, self._schedulers))
+        if not 0 < self._given < math.inf:
+            raise ValueError(
+                f"the largest base learning rate is {self._given:g}: 'auto' takes the ratios of the param "
+                "groups from the optimizer's rates; give it any number above 0"
+            )
+        self._as_given = KeptRates(self._optimizer, self._schedulers)
+        self.rate, self.rising, self.trims = START, True, 0
+        self._moved = False  # whether the last step had a learning rate and was not skipped
+        scale_learning_rates(self._optimizer, self._schedulers, START / self._given)
+        self._expected: list[float] | None = rates(self._optimizer)  # until the next step
+
+    @property
+    def scale(self) -> float:
+        """What learning rates have been multiplied by in all."""
+        return self.rate / self._given
+
+    def look_whether_it_was_overwritten(self) -> None:
+        """While it rises, which is when all of it happens."""
+        self._release()  # after a step that raised
+        expected, self._expected = self._expected, None
+        if expected is not None:
+            tell_of_overwriting(expected, rates(self._optimizer), self.scale)
+
+    def before_alignment(self, table: ops.TensorTable, closure: str) -> None:
+        """Before c is taken and best ← W: look whether lr means anything, and keep W before the last step.
+
+        That is kept in Δ, which is free between stages.
+
+        Raises:
+            ValueError: for a closure, and where the update does not scale with the learning rate.
+            RuntimeError: for a scheduler that was not given.
+        """
+        if closure:
+            raise ValueError(
+                f"learning_rate='auto' needs the gradients before {closure}.step(), which is called with a "
+                "closure that computes them inside: call backward() first and step() without, or choose "
+                "learning_rate='keep'"
+            )
+        require_the_scheduler(self._optimizer, self._schedulers)
+        if not self._probed and self._has_gradients() and any(rates(self._optimizer)):
+            if refused := why_rate_means_nothing(self._optimizer, table.weights):
+                raise ValueError(f"learning_rate='auto': {refused}")
+            self._probed = True
+        if self.rising:
+            torch._foreach_copy_(table.deltas, table.best)  # the arenas as wholes may begin elsewhere
+
+    def before_update(self, table: ops.TensorTable, alignment: Alignment) -> bool:
+        """Take the steps' c and move the rate by it; whether a stage may follow this step."""
+        rose, taken = self.rising, True
+        with interrupt_later():
+            for sums in alignment.take():
+                taken &= self._hear(sums, alignment.strongest, table)
+            if not taken:
+                self._hold()
+        if rose and not self.rising:
+            alignment.begin_interval()  # what vanishing steps had says nothing about a stage
+        return taken and not rose
+
+    def _hear(self, sums: Sequence[float], strongest: float, table: ops.TensorTable) -> bool:
+        """Move by one c. False where the coming step shall change nothing."""
+        if not all(map(math.isfinite, sums)):
+            # A GradScaler gives fused optimizers also gradients that it found to be infinite; they skip.
+            return getattr(self._optimizer, "found_inf", None) is not None or self._back(table)
+        c = cosine(*sums)
+        if c is None:
+            if self.rising and self._moved and sums[1] > 0:
+                self._multiply(UP)
+        elif not self.rising:
+            self._multiply(math.exp(-c / (1.0 + self.trims / PACE)))
+            self.trims += 1
+        elif c < 0 and c <= KEEP * strongest:
+            self._multiply(UP)
+        elif c > 0:
+            return self._back(table)
+        else:
+            self.rising = False
+        return True
+
+    @torch.no_grad()
+    def _back(self, table: ops.TensorTable) -> bool:
+        if self.rising:
+            torch._foreach_copy_(table.weights, table.deltas)
+            torch._foreach_copy_(table.best, table.deltas)
+        self.rising = False
+        self._multiply(1.0 / UP)
+        return False
+
+    def _multiply(self, factor: float) -> None:
+        rate = min(max(self.rate * factor, LOWEST), HIGHEST)
+        if rate in (LOWEST, HIGHEST):
+            announce_once(
+                "auto-rate-bound",
+                f"learning_rate='auto' has come to {rate:g}, its bound, and stays within [{LOWEST:g}, "
+                f"{HIGHEST:g}]: do gradients reach the weights, are they of this loss, and is it finite? "
+                "Otherwise choose a rate with learning_rate='keep'",
+            )
+        scale_learning_rates(self._optimizer, self._schedulers, rate / self.rate)
+        self.rate = rate
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        groups = self._optimizer.param_groups
+        for gradient in (p.grad for group in groups for p in group["params"] if p.grad is not None):
+            gradient.zero_()
+        now = rates(self._optimizer)
+        self._held = [(rate, group.get("weight_decay")) for rate, group in zip(now, groups, strict=True)]
+        set_rates(self._optimizer, [0.0] * len(groups))
+        for group in groups:
+            if group.get("weight_decay") is not None:
+                group["weight_decay"] = 0.0
+
+    def _release(self) -> None:
+        held, self._held = self._held, None
+        if held is None:
+            return
+        set_rates(self._optimizer, [rate for rate, _ in held])
+        for group, (_, decay) in zip(self._optimizer.param_groups, held, strict=True):
+            if decay is not None:
+                group["weight_decay"] = decay
+
+    def after_step(self) -> None:
+        """Give the rates back that were held for the step."""
+        self._release()
+        if self.rising:
+            self._expected = rates(self._optimizer)
+            found_inf = getattr(self._optimizer, "found_inf", None)
+            self._moved = any(self._expected) and not (found_inf is not None and bool(found_inf))
+
+    def _has_gradients(self) -> bool:
+        groups = self._optimizer.param_groups
+        return any(p.grad is not None for group in groups for p in group["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; the learning rates themselves are in the optimizer's and the schedulers' states."""
+        return {
+            "auto_rate": {
+                "given": self._given,
+                "rate": self.rate,
+                "rising": self.rising,
+                "trims": self.trims,
+                "moved": self._moved,
+                "rates": rates(self._optimizer),
+            }
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue, whether the optimizer's state was loaded before this was made, since then, or will be."""
+        saved = state.get("auto_rate")
+        if saved is None:  # of a run with a rate of its own
+            if max(base_rates(self._optimizer, self._schedulers)) != START:
+                self._begin()
+            return
+        if rates(self._optimizer) != saved["rates"] == self._as_given.rates:
+            self._as_given.restore()  # they were there already, and have been set to start
+        self._given, self.rate = float(saved["given"]), float(saved["rate"])
+        self.rising, self.trims = bool(saved["rising"]), int(saved["trims"])
+        self._moved, self._expected = bool(saved["moved"]), None

@@ -1,0 +1,606 @@
+"""FastForwardConfig(learning_rate="auto"): rise, undo and trims by value, in every loop that people write."""
+
+import copy
+import io
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from ffkernels import FastForward, FastForwardConfig
+from ffkernels.engine import alignment as alignment_module
+from ffkernels.engine.auto_rate import HIGHEST, KEEP, LOWEST, PACE, START, UP
+from ffkernels.ops.notices import FFKernelsNotice
+
+AUTO = FastForwardConfig(learning_rate="auto", interval=None)
+CURVATURE = torch.tensor([1.0, 0.3, 3.0, 0.1])
+TARGET = torch.tensor([2.0, -1.0, 0.5, 4.0])
+
+
+class Bowl(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4, dtype=dtype))
+        self.b = nn.Parameter(torch.ones(2, dtype=dtype))
+
+    def loss(self, step=0, noise=0.1):
+        shift = noise * torch.randn(4, generator=torch.Generator().manual_seed(step))
+        return (CURVATURE * (self.w.float() - TARGET + shift) ** 2).sum() + (self.b.float() ** 2).sum()
+
+
+def bowl_loss(model):
+    with torch.no_grad():
+        return float(model.loss(noise=0.0))
+
+
+class Line(nn.Module):
+    """Half of curvature · w²: of one weight the gradient is curvature · w, and SGD's edge lies at 2 / curvature."""
+
+    def __init__(self, curvature, start=1.0):
+        super().__init__()
+        self.curvature = curvature
+        self.w = nn.Parameter(torch.tensor([start], dtype=torch.float32))
+
+    def loss(self):
+        return 0.5 * self.curvature * (self.w**2).sum()
+
+
+def line_loss(model):
+    return float(model.loss().detach())
+
+
+def train(model, optimizer, steps, scheduler=None, first=0, noise=0.1, write=None):
+    """Plain training; per step the cosine by hand, the base rate that it was taken at, and W after it."""
+    seen = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        if write is not None:
+            write(step)
+        model.loss(step, noise).backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        seen.append([p.detach().clone() for p in model.parameters()])
+    return seen
+
+
+def make(config=AUTO, lr=1e-4, kind=torch.optim.Adam, schedule=None, groups=None, **options):
+    model = Bowl()
+    optimizer = kind(groups(model) if groups else model.parameters(), lr=lr, **options)
+    scheduler = schedule(optimizer) if schedule else None
+    return model, optimizer, scheduler, FastForward(model, optimizer, bowl_loss, config, scheduler=scheduler)
+
+
+def auto(ff):
+    return ff._decision.auto
+
+
+def by_hand(cosines):
+    """The base rate after each of these steps' c (None: not known), and which steps were not taken."""
+    rate, rising, strongest, trims, rates, undone = START, True, 0.0, 0, [], []
+    for c in cosines:
+        skipped = False
+        if c is not None and rising:
+            strongest = min(strongest, c)
+            if c < 0 and c <= 0.6 * strongest:
+                rate *= 4
+            else:
+                rising, skipped = False, c > 0
+                rate /= 4 if skipped else 1
+        elif c is not None:
+            rate *= math.exp(-c / (1 + trims / 20))
+            trims += 1
+        rates.append(rate)
+        undone.append(skipped)
+    return rates, undone
+
+
+def followed(ff, model, optimizer, steps, scheduler=None, **options):
+    cosines, rates = [], []
+    for step in range(steps):
+        train(model, optimizer, 1, scheduler, first=step, **options)
+        cosines.append(ff.alignment)
+        rates.append(ff.learning_rate)
+    return cosines, rates
+
+
+def test_the_constants_are_those_that_the_pages_name():
+    assert (START, UP, KEEP, PACE, LOWEST, HIGHEST) == (1e-6, 4.0, 0.6, 20, 1e-9, 1e3)
+
+
+def test_it_begins_far_below_whatever_rate_is_given():
+    for given in (1e-9, 1e-4, 5.0):
+        _, optimizer, _, ff = make(lr=given)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(START)
+        assert ff.learning_rate == START and ff.lr_scale == pytest.approx(START / given)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW])
+def test_the_rate_follows_the_rule_step_by_step(kind):
+    model, optimizer, _, ff = make(kind=kind)
+    cosines, rates = followed(ff, model, optimizer, 60)
+    expected, undone = by_hand(cosines)
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1], rel=1e-12)
+    assert not ff.learning_rate == START and auto(ff).trims >= 40 and sum(undone) <= 1
+    assert bowl_loss(model) < 0.05 * bowl_loss(Bowl())
+
+
+def test_trims_are_the_formula():
+    """c as it comes of a list: three jumps, an end of the rise without an undo, then trims."""
+    cosines = [None, -0.5, -0.6, -0.4, -0.2, -0.3, 0.25, 0.1, -0.05]
+    model, optimizer, _, ff = make()
+    given = iter(cosines[1:])
+    measured = alignment_module.ops.align_
+
+    def align(table, grads, out=None):
+        sums = measured(table, grads, out)
+        sums[0], sums[1], sums[2] = next(given), 1.0, 1.0
+        return sums
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alignment_module.ops, "align_", align)
+        seen, rates = followed(ff, model, optimizer, len(cosines))
+    assert seen == pytest.approx(cosines)
+    top = 64e-6
+    trimmed = list(
+        itertools.accumulate(
+            [-0.3 / 1.0, 0.25 / (1 + 1 / 20), 0.1 / (1 + 2 / 20), -0.05 / (1 + 3 / 20)],
+            lambda rate, part: rate * math.exp(-part),
+            initial=top,
+        )
+    )
+    assert rates == pytest.approx([1e-6, 4e-6, 16e-6, 64e-6, *trimmed], rel=1e-12)
+    assert auto(ff).trims == 4 and not auto(ff).rising
+
+
+@pytest.mark.parametrize("curvature", [1e-2, 0.7, 30.0, 1e4])
+def test_the_rise_ends_within_a_jump_below_the_edge(curvature):
+    """SGD on a parabola converges below 2 / curvature, and is at the bottom in one step at 1 / curvature."""
+    model = Line(curvature)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ff = FastForward(model, optimizer, line_loss, AUTO)
+    before, states = None, []
+    for _ in range(40):
+        optimizer.zero_grad()
+        model.loss().backward()
+        before, w = model.w.item(), ff.learning_rate
+        optimizer.step()
+        states.append((before, model.w.item(), w, ff.learning_rate))
+        if not auto(ff).rising:
+            break
+    assert not auto(ff).rising
+    # c is −1 until a step crosses the bottom; that one is undone.
+    assert 0.25 / curvature <= ff.learning_rate <= 1.0 / curvature
+    assert states[-1][1] == states[-2][0] and states[-2][1] < 0 < states[-2][0]
+
+
+def overshot(kind=torch.optim.AdamW, **options):
+    """A run that has just taken the step too far: everything, with the gradient of the next step there."""
+    model, optimizer, _, ff = make(kind=kind, **options)
+    before = None
+    for step in range(40):
+        kept = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+        optimizer.zero_grad()
+        model.loss(step, 0.0).backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        if not auto(ff).rising:
+            return model, optimizer, ff, before, kept, gradients
+        before = kept
+    raise AssertionError("no rise ended")
+
+
+def test_an_overshoot_is_undone_bit_for_bit():
+    model, optimizer, ff, before, kept, gradients = overshot(weight_decay=0.5)
+    assert ff.alignment > 0
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[0][name]) and not torch.equal(weight, kept[0][name])
+    # The overshot gradient is in no moment: they only decay.
+    for index, (p, gradient) in enumerate(zip(model.parameters(), gradients, strict=True)):
+        old, new = kept[1]["state"][index], optimizer.state[p]
+        assert gradient.abs().max() > 0 and not p.grad.any()
+        assert torch.allclose(new["exp_avg"], 0.9 * old["exp_avg"], rtol=1e-6, atol=0)
+        assert torch.allclose(new["exp_avg_sq"], 0.999 * old["exp_avg_sq"], rtol=1e-6, atol=0)
+    group = optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(ff.learning_rate) and group["weight_decay"] == 0.5
+    assert ff.learning_rate == pytest.approx(kept[1]["param_groups"][0]["lr"] / 4)
+    # The step after has no pair: nothing moved.
+    rate = ff.learning_rate
+    train(model, optimizer, 1, first=99)
+    assert ff.alignment is None and ff.learning_rate == rate and auto(ff).trims == 0
+
+
+def test_decay_that_does_not_go_with_the_rate_does_not_act_either():
+    class Decaying(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.mul_(1 - 1e-6 * group["weight_decay"])
+            return super().step(closure)
+
+    model, _, _, before, _, _ = overshot(Decaying, weight_decay=0.1)
+    assert all(torch.equal(weight, before[0][name]) for name, weight in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_undoes_in_the_rise_and_skips_after_it():
+    model, optimizer, _, ff = make()
+    train(model, optimizer, 4)
+    before = train(model, optimizer, 1, first=4)[0]
+    train(model, optimizer, 1, first=5)
+    assert auto(ff).rising
+    rate = ff.learning_rate
+    optimizer.zero_grad()
+    (model.loss(6) * math.inf).backward()
+    optimizer.step()
+    assert not auto(ff).rising and ff.learning_rate == rate / 4
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    after = train(model, optimizer, 3, first=7)[-1]
+    rate = ff.learning_rate
+    optimizer.zero_grad()
+    (model.loss(10) * math.nan).backward()
+    optimizer.step()
+    assert ff.learning_rate == rate / 4
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), after, strict=True))
+    assert all(v["exp_avg"].isfinite().all() for v in optimizer.state.values())
+
+
+SCHEDULES = {
+    "constant": lambda k: 1.0,
+    "linear": lambda k: max(0.0, 1 - k / 50),
+    "warm-up": lambda k: min(1.0, (k + 1) / 8),
+    "warm-up from 0": lambda k: min(1.0, k / 8),
+    "cosine": lambda k: 0.5 * (1 + math.cos(math.pi * k / 50)),
+}
+
+
+@pytest.mark.parametrize("shape", SCHEDULES.values(), ids=SCHEDULES)
+def test_schedules_keep_their_shape(shape):
+    model, optimizer, scheduler, ff = make(schedule=lambda o: lr_scheduler.LambdaLR(o, shape))
+    cosines, rates = [], []
+    for step in range(40):
+        train(model, optimizer, 1, scheduler, first=step)
+        cosines.append(ff.alignment)
+        rates.append(ff.learning_rate)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1] * shape(step + 1), rel=1e-9)
+    assert rates == pytest.approx(by_hand(cosines)[0], rel=1e-9)
+    assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]] and not auto(ff).rising
+
+
+@pytest.mark.parametrize("shape", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_loop_that_writes_its_rate_times_lr_scale_is_the_same_run(shape):
+    """As the command's own loop does; with a scheduler the same numbers come but for their rounding."""
+    model, optimizer, scheduler, ff = make(schedule=lambda o: lr_scheduler.LambdaLR(o, shape))
+    train(model, optimizer, 30, scheduler)
+    other, alone, _, written = make()
+
+    def write(step):
+        alone.param_groups[0]["lr"] = 1e-4 * shape(step) * written.lr_scale
+
+    train(other, alone, 30, write=write)
+    assert written.learning_rate == pytest.approx(ff.learning_rate, rel=1e-4)
+    for a, b in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 50),
+        lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=60),
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o, 0.1, 1, 5), lr_scheduler.ExponentialLR(o, 0.99)], [5]
+        ),
+    ],
+    ids=["cosine", "one-cycle", "sequential"],
+)
+def test_torchs_schedulers_go_with_it(schedule):
+    model, optimizer, scheduler, ff = make(schedule=schedule)
+    plain = torch.optim.Adam(Bowl().parameters(), lr=1e-4)
+    reference = schedule(plain)
+    for step in range(30):
+        train(model, optimizer, 1, scheduler, first=step)
+        plain.step()
+        reference.step()
+        expected = plain.param_groups[0]["lr"] * ff.lr_scale
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_scheduler_that_was_not_given_is_refused():
+    model = Bowl()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda k: 1.0)
+    FastForward(model, optimizer, bowl_loss, AUTO)
+    with pytest.raises(RuntimeError, match="scheduler=scheduler"):
+        train(model, optimizer, 1, scheduler)
+
+
+def test_a_loop_that_overwrites_the_rate_is_told():
+    model, optimizer, _, ff = make()
+
+    def write(step):
+        optimizer.param_groups[0]["lr"] = 1e-4
+
+    with pytest.warns(FFKernelsNotice, match=r"multiply what you set by FastForward\.lr_scale \(0\.01\)"):
+        train(model, optimizer, 2, write=write)
+
+
+@pytest.mark.parametrize("ratio", [16.0, 10.0, 0.3])
+def test_groups_keep_their_ratios(ratio):
+    model, optimizer, _, ff = make(
+        groups=lambda m: [{"params": [m.w], "lr": 2e-4}, {"params": [m.b], "lr": 2e-4 * ratio}]
+    )
+    for step in range(40):
+        train(model, optimizer, 1, first=step)
+        first, second = (group["lr"] for group in optimizer.param_groups)
+        assert second / first == pytest.approx(ratio, rel=0 if ratio == 16.0 else 1e-13)
+        assert max(first, second) == pytest.approx(ff.learning_rate, rel=1e-12)
+    assert not auto(ff).rising
+
+
+def test_groups_that_are_unfrozen_later_are_taken_along():
+    model = Bowl()
+    model.b.requires_grad_(False)
+    optimizer = torch.optim.Adam([{"params": [model.w]}, {"params": [model.b], "lr": 1e-3}], lr=1e-4)
+    ff = FastForward(model, optimizer, bowl_loss, FastForwardConfig(learning_rate="auto", interval=3))
+    train(model, optimizer, 2)
+    model.b.requires_grad_(True)
+    with pytest.warns(FFKernelsNotice, match="the table was rebuilt"):
+        train(model, optimizer, 28, first=2)
+    assert len(ff._weights) == 2 and not auto(ff).rising and bowl_loss(model) < 5.0
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(10 * optimizer.param_groups[0]["lr"])
+    assert model.b.abs().max() < 0.9
+
+
+def test_a_rate_that_is_a_tensor_keeps_its_address():
+    model = Bowl()
+    rate = torch.tensor(1e-4)
+    groups = [{"params": [model.w]}, {"params": [model.b]}]
+    optimizer = torch.optim.Adam(groups, lr=rate, foreach=False, capturable=False)
+    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    cosines, rates = followed(ff, model, optimizer, 25)
+    assert all(group["lr"] is rate for group in optimizer.param_groups)
+    assert float(rate) == pytest.approx(ff.learning_rate, rel=1e-5) and not auto(ff).rising
+    assert rates == pytest.approx(by_hand(cosines)[0], rel=1e-12)
+
+
+STATES = {"constant": None, "warm-up": lambda o: lr_scheduler.LambdaLR(o, SCHEDULES["warm-up"])}
+
+
+@pytest.mark.parametrize("schedule", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("order", ["after", "before"])
+@pytest.mark.parametrize("at", range(0, 15))
+def test_a_resumed_run_continues_bit_for_bit(at, order, schedule):
+    """States of model, optimizer and scheduler are loaded after FastForward is made, or, as a Trainer does, before."""
+    model, optimizer, scheduler, ff = make(schedule=schedule)
+    train(model, optimizer, at, scheduler)
+    parts = [model, optimizer, scheduler, ff] if scheduler else [model, optimizer, ff]
+    saved = copy.deepcopy([part.state_dict() for part in parts])
+    seen = train(model, optimizer, 20 - at, scheduler, first=at)
+
+    again = Bowl()
+    fresh = torch.optim.Adam(again.parameters(), lr=1e-4)
+    plan = schedule(fresh) if schedule else None
+    others = [again, fresh, plan] if schedule else [again, fresh]
+    if order == "after":
+        other = FastForward(again, fresh, bowl_loss, AUTO, scheduler=plan)
+    for part, state in zip(others, saved[:-1], strict=True):
+        part.load_state_dict(state)
+    if order == "before":
+        other = FastForward(again, fresh, bowl_loss, AUTO, scheduler=plan)
+    file = io.BytesIO()
+    torch.save(saved[-1], file)
+    other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert fresh.param_groups[0]["lr"] == saved[1]["param_groups"][0]["lr"]
+    repeated = train(again, fresh, 20 - at, plan, first=at)
+    for old, new in zip(seen, repeated, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+    assert fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert (other.lr_scale, other.learning_rate) == (ff.lr_scale, ff.learning_rate)
+    assert other.state_dict()["auto_rate"] == ff.state_dict()["auto_rate"] and auto(ff).trims > 3
+
+
+def test_a_run_that_kept_its_rate_begins_to_rise_when_it_is_resumed():
+    model, optimizer, _, ff = make(FastForwardConfig(interval=100))
+    train(model, optimizer, 3)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), ff.state_dict()])
+    again, fresh, _, other = make(FastForwardConfig(interval=100, learning_rate="auto"))
+    with pytest.warns(UserWarning, match="different FastForwardConfig"):
+        for part, state in zip((again, fresh, other), saved, strict=True):
+            part.load_state_dict(state)
+    assert fresh.param_groups[0]["lr"] == pytest.approx(START) and other.lr_scale == pytest.approx(0.01)
+    assert other.optimizer_steps == 3 and auto(other).rising
+
+
+def test_no_stage_runs_while_it_rises():
+    for patience in ("auto", None, 3):
+        model, optimizer, _, ff = make(
+            FastForwardConfig(learning_rate="auto", interval=1, patience=patience, max_tau=8)
+        )
+        rising = []
+        for step in range(30):
+            before = auto(ff).rising
+            train(model, optimizer, 1, first=step)
+            rising.append(before)
+            assert not (ff.stages and before)
+        assert not rising[-1] and rising[0]
+        if patience is None:
+            assert len(ff.stages) == rising.count(False)
+            assert ff._decision.alignment.values == []
+
+
+def test_without_an_interval_there_are_no_stages():
+    model, optimizer, _, ff = make()
+    train(model, optimizer, 40)
+    assert not ff.stages and ff.active and ff._decision.alignment.values == []
+    with pytest.raises(ValueError, match="interval=None: must be an integer of at least 1, or None with"):
+        FastForwardConfig(interval=None)
+
+
+def test_where_c_is_not_known_nothing_happens():
+    model, optimizer, _, ff = make()
+    train(model, optimizer, 3)
+    rate = ff.learning_rate
+    with torch.no_grad():
+        model.w.add_(1.0)  # somebody wrote the weights
+    train(model, optimizer, 1, first=3)
+    assert ff.alignment is None and ff.learning_rate == rate and auto(ff).rising
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()  # no gradient
+    assert ff.alignment is None and ff.learning_rate == rate and auto(ff).rising
+
+
+def test_updates_that_round_away_are_taken_for_far_too_small():
+    """bfloat16 has 8 bits: beside 1, an update below 2⁻⁹ is nothing."""
+    model = Bowl(torch.bfloat16)
+    with torch.no_grad():
+        model.w.fill_(1.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    cosines, rates = followed(ff, model, optimizer, 25, noise=0.0)
+    first = next(i for i, c in enumerate(cosines) if c is not None)
+    assert first > 3 and rates[:first] == pytest.approx([1e-6 * 4.0**i for i in range(first)])
+    assert not auto(ff).rising and 1e-3 < ff.learning_rate < 3.0
+    assert bowl_loss(model) < bowl_loss(Bowl())
+
+
+def test_a_warm_up_from_0_is_no_rounding():
+    model, optimizer, scheduler, ff = make(
+        schedule=lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.0 if k < 4 else 1.0)
+    )
+    train(model, optimizer, 5, scheduler)
+    assert ff.learning_rate == START
+    train(model, optimizer, 1, scheduler, first=5)
+    assert ff.learning_rate == 4 * START
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_loss_scaling_skips(fused):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model = Bowl()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=fused)
+    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    cosines, rates = [], []
+    for step in range(40):
+        optimizer.zero_grad()
+        loss = model.loss(step) * (math.inf if step in (0, 1, 4, 5, 6, 25) else 1.0)
+        scaler.scale(loss).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        rate = ff.learning_rate
+        scaler.step(optimizer)
+        scaler.update()
+        if step in (0, 1, 4, 5, 6, 25):
+            assert ff.learning_rate == rate
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        else:
+            cosines.append(ff.alignment)
+            rates.append(ff.learning_rate)
+    assert rates == pytest.approx(by_hand(cosines)[0], rel=1e-12)
+    assert not auto(ff).rising and bowl_loss(model) < 0.5 * bowl_loss(Bowl())
+    group = optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(ff.learning_rate, rel=1e-12)
+
+
+def test_accumulation_and_clipping_change_nothing_of_the_rule():
+    model, optimizer, _, ff = make()
+    cosines, rates = [], []
+    for step in range(30):
+        optimizer.zero_grad()
+        for part in range(3):
+            (model.loss(3 * step + part) / 3).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        cosines.append(ff.alignment)
+        rates.append(ff.learning_rate)
+    assert rates == pytest.approx(by_hand(cosines)[0], rel=1e-12) and not auto(ff).rising
+
+
+def test_bounds_are_kept_and_said_once():
+    model = Line(1e-9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ff = FastForward(model, optimizer, line_loss, AUTO)
+    with pytest.warns(
+        FFKernelsNotice, match=r"has come to 1000, its bound, and stays within \[1e-09, 1000\]"
+    ):
+        for _ in range(20):
+            optimizer.zero_grad()
+            model.loss().backward()
+            optimizer.step()
+    assert ff.learning_rate == HIGHEST and optimizer.param_groups[0]["lr"] == pytest.approx(1e3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (model.loss() * math.nan).backward()
+        optimizer.step()
+    assert ff.learning_rate == LOWEST and model.w.isfinite().all()
+
+
+class Normalised(torch.optim.SGD):
+    """Steps of a length of its own."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(0.01 * p.grad.sign())
+
+
+def test_optimizers_that_lr_means_nothing_to_are_refused():
+    with pytest.raises(ValueError, match="evaluates the loss several times"):
+        make(kind=torch.optim.LBFGS)
+    model, optimizer, _, ff = make(kind=Normalised)
+    with pytest.raises(
+        ValueError, match=r"'auto': Normalised's update does not scale with its learning rate"
+    ):
+        train(model, optimizer, 1)
+    assert torch.equal(model.w, torch.zeros(4))
+    with pytest.raises(ValueError, match="largest base learning rate is 0"):
+        make(lr=0.0)
+
+
+def test_closures_are_refused():
+    model, optimizer, _, ff = make()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model.loss()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match=r"before Adam\.step\(\), which is called with a closure"):
+        optimizer.step(closure)
+
+
+def test_a_step_that_raises_leaves_the_rate_as_it_was():
+    model, optimizer, ff, *_ = overshot()
+    rate = optimizer.param_groups[0]["lr"]
+    optimizer.zero_grad()
+    (model.loss() * math.nan).backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "_init_group", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    train(model, optimizer, 1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate / 4)
+
+
+@pytest.mark.slow
+def test_on_the_embedded_model_it_needs_no_rate():
+    """60 steps of batch 8: Adam at 1e-4 hardly moves, and 2e-3 … 1e-2 are its good rates."""
+    from ffkernels.training.config import TrainConfig
+    from ffkernels.training.session import open_session
+
+    def loss(**changes):
+        settings = dict(batch_size=8, steps=60, warmup_steps=0, test_examples=200, threads=1)
+        with open_session(TrainConfig(**settings | changes)) as session:
+            for step in range(60):
+                session.step(step)
+            return session.test_loss()
+
+    found = loss(fast_forward=AUTO)
+    assert found < loss(lr=1e-4) - 1.0
+    assert found < loss(lr=1e-3) - 0.1
+    assert loss(fast_forward=AUTO, lr=0.3) == pytest.approx(found, rel=0.02)  # from any start
