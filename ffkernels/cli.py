@@ -161,7 +161,7 @@ def train(
     alpha: options.Alpha = 16.0,
     dropout: options.Dropout = 0.0,
     target_modules: options.TargetModules = None,
-    lr: options.Lr = 1e-4,
+    lr: options.LrOrAuto = "1e-4",
     optimizer: options.Optimizer = "adamw",
     lora_plus_ratio: options.LoraPlusRatio = 16.0,
     schedule: options.Schedule = "constant",
@@ -207,7 +207,10 @@ def train(
     if not fast_forward and (find_lr or resample_validation is not None):
         name = "--find-lr" if find_lr else "--resample-validation"
         raise ValueError(f"{name} is Fast Forward's: leave out --no-fast-forward")
-    config = options.training(ctx, fast_forward=options.stages(ctx) if fast_forward else None)
+    stages = options.stages(ctx) if fast_forward else None
+    if not fast_forward and lr == options.AUTO:
+        stages = options.stages(ctx, interval=None)
+    config = options.training(ctx, fast_forward=stages)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: give one of them")
     log = out / f"{name}.jsonl"

@@ -63,6 +63,8 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         trainer: the Trainer; found by itself when not given.
         from_checkpoint: set by the Trainer when it restores callbacks; not for users.
 
+    With ``learning_rate="auto"`` it logs ``ff/alignment`` and ``ff/learning_rate`` (the largest param group's
+    base rate) whenever the Trainer logs, and with each stage.
     When a learning rate was found it logs ``ff/found_lr`` (the base one) and ``ff/found_lr_scale``.
     After each stage it logs ``ff/tau``, ``ff/val_loss_before``, ``ff/val_loss_after``, ``ff/seconds``,
     ``ff/flops_share`` (of all FLOPs so far, the stages') and ``ff/executor`` (0 eager, 1 step graph, 2 stage
@@ -168,8 +170,15 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             include=self.include,
             exclude=self.exclude,
             defer=True,
-            scheduler=kwargs.get("lr_scheduler") if self.config.learning_rate == "find" else None,
+            scheduler=kwargs.get("lr_scheduler") if self.config.learning_rate != "keep" else None,
         )
+        if self.ff.learning_rate is not None and args.save_strategy == "steps" and state.save_steps == 1:
+            announce_once(
+                "auto-rate-saved-at-each-step",
+                "learning_rate='auto' compares each step with the one before, which a Trainer's checkpoint "
+                "has no place for: with save_steps=1 there is nothing to compare, and the rate stays far "
+                "below any that trains; save more seldom",
+            )
         self.stages, self.finding = self.ff.stages, None
         self._meter = FlopMeter(self.ff.trainable_numel)
         self.stage_flops = {"paper": 0, "measured": 0}
@@ -192,6 +201,8 @@ class FastForwardCallback(TrainerCallback, ExportableState):
                 trainer_access.log(self._trainer, {"ff/found_lr": found.lr, "ff/found_lr_scale": found.scale})
         stage = self.ff.run_due_stage()
         if stage is None:
+            if control.should_log and (moved := self._rate_metrics()):
+                trainer_access.log(self._trainer, moved)
             return
         self._meter.trainable_numel = self.ff.trainable_numel  # another adapter may be active by now
         self._charge(self._meter.stage(stage))
@@ -285,8 +296,15 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             "ff/seconds": stage.seconds,
             "ff/flops_share": self._share(),
             "ff/executor": EXECUTOR_NUMBERS.get(stage.executor, math.nan),
+            **self._rate_metrics(),
         }
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+    def _rate_metrics(self) -> dict[str, float]:
+        """What "auto" goes by, as far as it is known, and where it is."""
+        rate, c = self.ff.learning_rate, self.ff.alignment
+        known = {} if c is None else {"ff/alignment": c}
+        return {} if rate is None else {"ff/learning_rate": rate, **known}
 
     def _totals(self) -> dict[str, float]:
         return {

@@ -46,7 +46,7 @@ class TrainConfig:
         rank, alpha, dropout: the adapter; the other methods have none and do not read them.
         targets: names of the modules that get an adapter, or, with ``"full-attention"``, that train; None
             means the attention projections.
-        lr: the learning rate after warm-up.
+        lr: the learning rate after warm-up. With ``fast_forward.learning_rate="auto"`` it says nothing.
         optimizer: ``"adamw"``, or ``"lora-plus"``: AdamW with a learning rate ``lora_plus_ratio`` times as
             high for the adapters' B matrices (Hayou et al., arXiv 2402.12354).
         weight_decay, beta1, beta2, max_grad_norm: AdamW; ``max_grad_norm=None`` does not clip.
@@ -67,7 +67,8 @@ class TrainConfig:
             last only. A test loss is measured right after every Fast Forward stage as well.
         target_loss: stop as soon as a measured test loss is at most this.
         checkpoint_every: optimizer steps between checkpoints; 0 saves at the end and on Ctrl-C only.
-        fast_forward: when and how to Fast Forward; None trains with the plain optimizer.
+        fast_forward: when and how to Fast Forward; None trains with the plain optimizer. With
+            ``interval=None`` and ``learning_rate="auto"`` it is the plain optimizer at a rate that is found.
         seed: data order, adapter initialisation, dropout, and how the data is split.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, …
         dtype: of the frozen base model; the adapter trains in float32.

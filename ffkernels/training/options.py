@@ -61,6 +61,13 @@ TargetModules = Annotated[
     typer.Option(help="Modules that train, comma-separated (default: attention projections)."),
 ]
 Lr = Annotated[float, typer.Option(help="Learning rate after warm-up.")]
+LrOrAuto = Annotated[
+    str,
+    typer.Option(
+        help="Learning rate after warm-up; or auto: none to choose, it rises from far below and is moved by "
+        "how each gradient agrees with the last update, with or without Fast Forward's stages."
+    ),
+]
 Optimizer = Annotated[
     str, typer.Option(help="adamw, or lora-plus: a higher learning rate for the adapters' B matrices.")
 ]
@@ -124,6 +131,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 # compare's --search: it runs each of them.
 BOTH = "both"
 
+AUTO = "auto"  # --lr, and FastForwardConfig.learning_rate
+
 # Fields whose options are called otherwise.
 OPTION = {"targets": "target_modules", "warmup": "stage_warmup", "learning_rate": "find_lr"}
 
@@ -147,6 +156,10 @@ def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
             values[name] = str(values[name])
     if values.get("targets") is not None:
         values["targets"] = tuple(part.strip() for part in values["targets"].split(","))
+    if values.get("lr") == AUTO:
+        del values["lr"]  # any does: the groups' ratios are what is taken of it
+    elif "lr" in values:
+        values["lr"] = _number(values["lr"])
     if ctx.params.get("preset") is not None:
         values |= {n: value for n, value in preset_values(ctx).items() if n in names}
     config = TrainConfig(**{**values, **fixed})
@@ -172,7 +185,18 @@ def stages(ctx: typer.Context, **fixed: Any) -> FastForwardConfig:
     of_preset = preset_values(ctx).get("fast_forward") if ctx.params.get("preset") is not None else None
     if of_preset is not None:
         values |= {n: getattr(of_preset, n) for n in names if not _given(ctx, n)}
+    if ctx.params.get("lr") == AUTO:
+        if ctx.params.get("find_lr"):
+            raise ValueError("--find-lr: with --lr auto there is no learning rate to find; leave one out")
+        values["learning_rate"] = AUTO
     return FastForwardConfig(**{**values, **fixed})
+
+
+def _number(given: str | float) -> float:
+    try:
+        return float(given)
+    except ValueError:
+        raise ValueError(f"lr={given!r}: must be a number above 0, or auto") from None
 
 
 def _patience(given: str | int) -> str | int | None:

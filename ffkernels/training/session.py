@@ -80,7 +80,7 @@ class Session:
         tokenizer, task, collator: the data; ``collator(examples)`` makes one padded batch.
         trainable, names: the tensors that train and their names in ``model``, in the same order.
         optimizer: every group keeps its ratio to the base learning rate.
-        lr: the base learning rate of the last update.
+        lr: the base learning rate of the last update; with ``learning_rate="auto"`` as that update left it.
         order: ``order(step)`` are the indices into ``task.train`` of that step's batch.
         meter: counts FLOPs where its caller tells it to; a session itself counts nothing.
         test: loss on the test examples, charged to nobody.
@@ -174,12 +174,15 @@ class Session:
     def update(self, step: int) -> None:
         """Optimizer step ``step`` (counted from 0) from the gradients that are there; then they are freed."""
         # Fast Forward may have found a better rate by itself; it says by how much to multiply ours.
-        self.lr = lr = self.learning_rate(step) * getattr(self.ff, "lr_scale", 1.0)
+        scheduled = self.learning_rate(step)
+        self.lr = lr = scheduled * getattr(self.ff, "lr_scale", 1.0)
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
             group["lr"] = lr * ratio
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
         self.optimizer.step()
+        if getattr(self.ff, "learning_rate", None) is not None:
+            self.lr = scheduled * self.ff.lr_scale  # it was moved before the update
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, step: int) -> float:

@@ -220,6 +220,7 @@ def train(
                 optimizer_step=progress.optimizer_steps,
                 train_loss=train_loss,
                 lr=session.lr,
+                **({"alignment": ff.alignment} if getattr(ff, "learning_rate", None) is not None else {}),
                 flops=meter.totals,
                 seconds=progress.clock(),
             )

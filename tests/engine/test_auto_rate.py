@@ -37,7 +37,7 @@ def bowl_loss(model):
 
 
 class Line(nn.Module):
-    """Half of curvature · w²: of one weight the gradient is curvature · w, and SGD's edge lies at 2 / curvature."""
+    """Half of curvature · w²: SGD's edge lies at 2 / curvature."""
 
     def __init__(self, curvature, start=1.0):
         super().__init__()
@@ -320,7 +320,7 @@ def test_a_scheduler_that_was_not_given_is_refused():
 
 
 def test_a_loop_that_overwrites_the_rate_is_told():
-    model, optimizer, _, ff = make()
+    model, optimizer, _, _ff = make()
 
     def write(step):
         optimizer.param_groups[0]["lr"] = 1e-4
@@ -375,7 +375,7 @@ STATES = {"constant": None, "warm-up": lambda o: lr_scheduler.LambdaLR(o, SCHEDU
 @pytest.mark.parametrize("order", ["after", "before"])
 @pytest.mark.parametrize("at", range(0, 15))
 def test_a_resumed_run_continues_bit_for_bit(at, order, schedule):
-    """States of model, optimizer and scheduler are loaded after FastForward is made, or, as a Trainer does, before."""
+    """The states of the others are loaded after FastForward is made, or, as a Trainer does, before."""
     model, optimizer, scheduler, ff = make(schedule=schedule)
     train(model, optimizer, at, scheduler)
     parts = [model, optimizer, scheduler, ff] if scheduler else [model, optimizer, ff]
@@ -468,6 +468,54 @@ def test_updates_that_round_away_are_taken_for_far_too_small():
     assert bowl_loss(model) < bowl_loss(Bowl())
 
 
+@pytest.mark.parametrize("at", [1, 3])
+def test_rounded_updates_are_known_of_after_a_resume(at):
+    def begin():
+        model = Bowl(torch.bfloat16)
+        optimizer = torch.optim.Adam([model.b], lr=1e-4)
+        return model, optimizer, FastForward(model, optimizer, bowl_loss, AUTO)
+
+    model, optimizer, ff = begin()
+    train(model, optimizer, at)
+    again, fresh, other = begin()
+    for part, old in zip((again, fresh, other), (model, optimizer, ff), strict=True):
+        part.load_state_dict(copy.deepcopy(old.state_dict()))
+    train(again, fresh, 1, first=at)
+    assert other.alignment is None and other.learning_rate == 4.0**at * START
+
+
+def test_after_the_rise_c_is_used_one_step_late_where_it_is_read_so(monkeypatch):
+    """As on a GPU; a state saved in between reads what is under way, and keeps it for the next step."""
+
+    def later(sums):
+        kept = sums.tolist()
+        return lambda: kept
+
+    monkeypatch.setattr(alignment_module, "_reads_at_once", lambda device: False)
+    monkeypatch.setattr(alignment_module, "_reading", later)
+    model, optimizer, _, ff = make()
+    rates, known = [], []
+    for step in range(30):
+        train(model, optimizer, 1, first=step)
+        rates.append(ff.learning_rate)
+        known.append(ff.alignment)  # in trims, of the step before
+        if step == 20:
+            saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), ff.state_dict()])
+            assert len(saved[-1]["alignment"]["heard"]) == 1
+    end = next(i for i, rate in enumerate(rates) if i and rate < rates[i - 1])
+    assert known[end] > 0 and rates[:end] == [4.0**i * START for i in range(end)]
+    # The step after the undo has no pair, and the one after that hears of it.
+    assert rates[end] == rates[end + 1] == rates[end + 2]
+    steps = zip(rates[end + 2 :], rates[end + 3 :], known[end + 3 :], strict=False)
+    for n, (old, new, c) in enumerate(steps):
+        assert new == pytest.approx(old * math.exp(-c / (1 + n / 20)), rel=1e-9)
+    again, fresh, _, other = make()
+    for part, state in zip((again, fresh, other), saved, strict=True):
+        part.load_state_dict(state)
+    train(again, fresh, 9, first=21)
+    assert torch.equal(again.w, model.w) and other.learning_rate == ff.learning_rate
+
+
 def test_a_warm_up_from_0_is_no_rounding():
     model, optimizer, scheduler, ff = make(
         schedule=lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.0 if k < 4 else 1.0)
@@ -551,7 +599,7 @@ class Normalised(torch.optim.SGD):
 def test_optimizers_that_lr_means_nothing_to_are_refused():
     with pytest.raises(ValueError, match="evaluates the loss several times"):
         make(kind=torch.optim.LBFGS)
-    model, optimizer, _, ff = make(kind=Normalised)
+    model, optimizer, _, _ff = make(kind=Normalised)
     with pytest.raises(
         ValueError, match=r"'auto': Normalised's update does not scale with its learning rate"
     ):
@@ -562,7 +610,7 @@ def test_optimizers_that_lr_means_nothing_to_are_refused():
 
 
 def test_closures_are_refused():
-    model, optimizer, _, ff = make()
+    model, optimizer, _, _ff = make()
 
     def closure():
         optimizer.zero_grad()
@@ -575,7 +623,7 @@ def test_closures_are_refused():
 
 
 def test_a_step_that_raises_leaves_the_rate_as_it_was():
-    model, optimizer, ff, *_ = overshot()
+    model, optimizer, *_ = overshot()
     rate = optimizer.param_groups[0]["lr"]
     optimizer.zero_grad()
     (model.loss() * math.nan).backward()
@@ -583,8 +631,9 @@ def test_a_step_that_raises_leaves_the_rate_as_it_was():
         patch.setattr(optimizer, "_init_group", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             optimizer.step()
+    before = model.w.detach().clone()
     train(model, optimizer, 1)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate / 4)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate / 4) and not torch.equal(model.w, before)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_file
 
 FIND = FastForwardConfig(learning_rate="find", interval=100)
+AUTO = FastForwardConfig(learning_rate="auto", interval=None)
 EVERY_3 = FastForwardConfig(interval=3, max_tau=16, patience=None)
 COLLATE = partial(collate, pad_token_id=256)
 
@@ -583,6 +584,55 @@ def test_a_learning_rate_is_found_under_the_trainers_scheduler_and_charged(make)
     assert [entry["ff/found_lr"] for entry in logged(trainer, "ff/found_lr")] == [found.lr]
     moves = found.flops - found.evaluations * forward
     assert callback.stage_flops["paper"] == found.flops - moves // 2 and moves > 0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_the_rate_that_nobody_gave_is_logged_and_goes_with_the_trainers_scheduler(make, schedule):
+    callback, rates = FastForwardCallback(config=AUTO), []
+
+    class Rates(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            rates.append((kwargs["lr_scheduler"].get_last_lr()[0], callback.ff.learning_rate))
+
+    options = {"max_steps": 12, "learning_rate": 1e-4, "lr_scheduler_type": schedule, "logging_steps": 2}
+    trainer = make(callback, Rates(), **options)
+    trainer.train()
+    shape = [(12 - step) / 12 if schedule == "linear" else 1.0 for step in range(1, 13)]
+    expected = [rate * factor for (_, rate), factor in zip(rates, shape, strict=True)]
+    assert [rate for rate, _ in rates] == pytest.approx(expected, rel=1e-9)
+    assert [rate for _, rate in rates[:4]] == pytest.approx([1e-6, 4e-6, 16e-6, 64e-6])
+    seen = logged(trainer, "ff/learning_rate")
+    assert [entry["ff/learning_rate"] for entry in seen] == [rate for _, rate in rates[1::2]]
+    assert [entry["step"] for entry in seen] == [2, 4, 6, 8, 10, 12]
+    assert all(-1 < entry["ff/alignment"] < 0 for entry in seen[:2])
+
+
+@pytest.mark.parametrize("cut", [2, 4, 10])
+def test_a_trainer_that_is_resumed_finds_the_rate_where_it_was(make, cut):
+    """It loads the states of optimizer and scheduler before training begins, and FastForward is made."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 14,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 1,
+    }
+    through = FastForwardCallback(config=AUTO)
+    whole = make(through, **options)
+    whole.train()
+    callback = FastForwardCallback(config=AUTO)
+    trainer = make(callback, **options)
+    trainer.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / f"checkpoint-{cut}"))
+    assert equal(weights(trainer), weights(whole))
+    for name in ("ff/learning_rate", "learning_rate"):
+        assert [e[name] for e in logged(trainer, name)] == [e[name] for e in logged(whole, name)]
+    assert max(e["ff/learning_rate"] for e in logged(whole, "ff/learning_rate")) > 50 * 1e-6
+
+
+def test_saving_at_each_step_leaves_nothing_to_compare_and_is_told(make):
+    trainer = make(FastForwardCallback(config=AUTO), save_strategy="steps", save_steps=1, max_steps=2)
+    with pytest.warns(FFKernelsNotice, match="with save_steps=1 there is nothing to compare"):
+        trainer.train()
 
 
 def test_patience_switches_it_off(make):

@@ -96,6 +96,23 @@ def test_find_lr_is_fast_forwards_also_beside_a_preset(context):
     assert (stages.learning_rate, stages.interval) == ("find", 9)
 
 
+def test_no_learning_rate_is_given(context):
+    """auto is the stages' setting, beside a preset too; it needs none of them."""
+    for given in ([], ["--preset", "paper"]):
+        ctx = context("train", *given, "--lr", "auto")
+        assert options.stages(ctx).learning_rate == "auto"
+        assert options.training(ctx).lr == TrainConfig().lr
+    ctx = context("train", "--lr", "auto", "--no-fast-forward")
+    stages = options.stages(ctx, interval=None)
+    assert (stages.learning_rate, stages.interval) == ("auto", None)
+    assert options.training(context("train", "--lr", "3e-3")).lr == 3e-3
+    assert options.stages(context("train", "--lr", "3e-3")).learning_rate == "keep"
+    with pytest.raises(ValueError, match="lr='fast': must be a number above 0, or auto"):
+        options.training(context("train", "--lr", "fast"))
+    with pytest.raises(ValueError, match="--find-lr: with --lr auto there is no"):
+        options.stages(context("train", "--lr", "auto", "--find-lr"))
+
+
 def test_a_pool_of_validation_examples_is_no_smaller_than_a_draw(context):
     config = options.training(context("train", "--resample-validation", "256"))
     assert (config.resample_validation, config.validation_examples, config.held_out_examples) == (

@@ -210,6 +210,30 @@ def test_finding_a_learning_rate_is_charged_and_tested(config):
     assert parts.test_loss == result.test_loss
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("cut", [1, 5, 9])
+def test_without_a_learning_rate_steps_tell_it_and_a_resumed_run_is_the_same(config, schedule, cut):
+    auto = FastForwardConfig(learning_rate="auto", interval=None)
+    config = replace(config, fast_forward=auto, schedule=schedule, warmup_steps=3, steps=12)
+    result = train(replace(config, name="straight"))
+    steps = events(config, "step", "straight")
+    assert [step["alignment"] for step in steps[:1]] == [None] and result.validation_forwards == 0
+    rates = [step["lr"] / config.learning_rate(i, 12) * config.lr for i, step in enumerate(steps)]
+    assert rates[:4] == pytest.approx([1e-6, 4e-6, 16e-6, 64e-6])
+    assert all(step["alignment"] < 0 for step in steps[1:4]) and max(rates) > 1e-3
+
+    interrupted = train(replace(config, name="parts"), on_event=partial(_interrupt, cut))
+    assert interrupted.optimizer_steps == cut
+    train(replace(config, name="parts"), resume=True)
+    assert [s["lr"] for s in events(config, "step", "parts")] == [step["lr"] for step in steps]
+    assert events(config, "test", "parts")[-1]["loss"] == result.test_loss
+
+
+def _interrupt(step, event):
+    if event["event"] == "step" and event["optimizer_step"] == step:
+        raise KeyboardInterrupt
+
+
 def test_a_run_that_was_saved_before_a_setting_of_the_stages_existed_goes_on(config):
     config = replace(config, fast_forward=STAGES)
     saved = config.to_dict()
