@@ -42,9 +42,14 @@ class OptimizerSnapshot:
             _copied({name: value for name, value in group.items() if name != "params"})
             for group in optimizer.param_groups
         ]
+        # ZeroRedundancyOptimizer steps with another one inside, of this rank's share, whose state it is.
+        inner = getattr(optimizer, "optim", None)
+        self._inner = OptimizerSnapshot(inner) if isinstance(inner, torch.optim.Optimizer) else None
 
     @torch.no_grad()
     def restore(self) -> None:
+        if self._inner is not None:
+            self._inner.restore()
         for weight, value in self._weights:
             weight.copy_(value)
         _put_back(self._optimizer.state, self._state)

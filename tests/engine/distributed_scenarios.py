@@ -181,6 +181,7 @@ def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation
         batches = [rows_of(4, seed=50), rows_of(3, length=30, seed=51)]
     loss = ValidationLoss(model, batches)
     ff = FastForward(model, optimizer, loss, FastForwardConfig(**{"interval": 2, "max_tau": 16, **config}))
+    rates = []
     for step in range(steps):
         batch = rows_of(8, seed=step, padded=False)
         share = slice(rank * 8 // size, (rank + 1) * 8 // size)
@@ -191,6 +192,7 @@ def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation
                 p.grad /= size
         optimizer.step()
         optimizer.zero_grad()
+        rates.append(ff.learning_rate)
     measured = float(loss())
     mean, sums = loss.measure()
     assert float(mean) == measured
@@ -202,7 +204,8 @@ def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation
         "taus": [stage.tau for stage in ff.stages],
         "losses": [[loss.hex() for _, loss in stage.losses] for stage in ff.stages],
         "steps": [stage.optimizer_step for stage in ff.stages],
-        "executor": [ff.stages[0].executor, ff.stages[0].executor_reason],
+        "executor": [ff.stages[0].executor, ff.stages[0].executor_reason] if ff.stages else [],
+        "rates": rates,
         "flops": sum(stage.flops for stage in ff.stages),
         "path": loss.path,
         "reason": loss.reason,
@@ -266,6 +269,7 @@ class Run:
             "losses": [[tau, loss] for stage in self.ff.stages for tau, loss in stage.losses],
             "stopped": [stage.stopped_because for stage in self.ff.stages],
             "active": self.ff.active,
+            "rate": self.ff.learning_rate,
         }
 
 

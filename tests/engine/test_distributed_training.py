@@ -1,5 +1,6 @@
 """Fast Forward in several processes, for real over gloo: as one process, or an error on all of them."""
 
+import itertools
 import re
 
 import pytest
@@ -32,6 +33,26 @@ def cases():
 def values(answers):
     assert all("value" in answer for answer in answers), [a.get("trace", a) for a in answers]
     return [answer["value"] for answer in answers]
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2, full fine-tuning", "fsdp2, adapters whole"])
+def test_several_ranks_find_the_learning_rate_of_one_process(in_ranks, way):
+    settings = {**WAYS[way], "learning_rate": "auto", "interval": None, "steps": 16}
+    alone = values(in_ranks(1, "train_lm", seconds=90, **{**settings, "how": "plain"}))[0]
+    ranks = values(in_ranks(2, "train_lm", seconds=90, **settings))
+    for rank in ranks:
+        assert rank["rates"] == ranks[0]["rates"] and rank["weights"] == ranks[0]["weights"], "the same bits"
+        assert rank["rates"] == pytest.approx(alone["rates"], rel=2e-3)
+    assert alone["rates"][:4] == [1e-6, 4e-6, 16e-6, 64e-6] and alone["rates"][-1] > 1e-4
+    jumps = [4, 1, 0.25]
+    assert [new / old for old, new in itertools.pairwise(alone["rates"])][-1] not in jumps, "trims have begun"
+
+
+def test_an_optimizer_that_is_spread_over_ranks_finds_the_same_rate(in_ranks):
+    settings = {"learning_rate": "auto", "interval": None, "steps": 20}
+    whole, spread = (values(in_ranks(2, "slope", zero=zero, **settings)) for zero in (False, True))
+    for rank in spread:
+        assert rank["weights"] == whole[0]["weights"] and rank["rate"] == whole[0]["rate"] > 1e-3
 
 
 @pytest.mark.parametrize(("size", "way", "search"), list(cases()))
