@@ -7,10 +7,13 @@ update (``alignment``) moves it, in every step and without a loss:
                                                 changes nothing; the rise is over
              otherwise                          the rise is over
     trim     rate ← rate · exp(−c / (1 + n / PACE))     n: trims so far
+             where the schedule falls                   min(0, c̄) in place of c, once c̄ has been 0 or above
 
 ``strongest`` is the most negative c so far: that of vanishing steps, which feel no curvature. Schedules keep
 their shape: they multiply the base rate. An update that was rounded away altogether (narrow weights, rates
 far too small) has no c, and counts as c = strongest; where c is not known otherwise nothing happens.
+c̄ = SMOOTH · c̄ + (1 − SMOOTH) · c is the mean of late. A schedule that falls takes the noise out of the steps
+by itself: a peak that the noise of today calls too high is left to it, one that c̄ calls too low is not.
 
 In the step that changes nothing all gradients are zeroed in place, so that the one that the overshot weights
 gave does not enter the optimizer's state, and learning rate and weight decay are 0.
@@ -49,6 +52,8 @@ UP = 4.0
 KEEP = 0.6
 # Trims after which they weaken as 1/n: adapting goes on in log-time, and no schedule that falls need end it.
 PACE = 20
+# About ten steps: an oscillation of period two is gone from the mean, a drift is not.
+SMOOTH = 0.9
 # Of the largest group's base rate: what leads beyond is no training, such as a loss that does not see
 # the weights.
 LOWEST, HIGHEST = 1e-9, 1e3
@@ -89,6 +94,8 @@ class AutoRate:
             )
         self._as_given = KeptRates(self._optimizer, self._schedulers)
         self.rate, self.rising, self.trims = START, True, 0
+        self._mean, self._settled = 0.0, False  # c̄, and whether it has been 0 or above
+        self._shape = math.inf  # what the schedule multiplied the base rate by in the last step
         self._moved = False  # whether the last step had a learning rate and was not skipped
         scale_learning_rates(self._optimizer, self._schedulers, START / self._given)
         self._expected: list[float] | None = rates(self._optimizer)  # until the next step
@@ -132,16 +139,18 @@ class AutoRate:
     def before_update(self, table: ops.TensorTable, alignment: Alignment) -> bool:
         """Take the steps' c and move the rate by it; whether a stage may follow this step."""
         rose, taken = self.rising, True
+        shape = max(rates(self._optimizer)) / self.rate
+        falls, self._shape = shape < self._shape * (1 - 1e-9), shape
         with interrupt_later():
             for sums in alignment.take():
-                taken &= self._hear(sums, alignment.strongest, table)
+                taken &= self._hear(sums, alignment.strongest, table, falls)
             if not taken:
                 self._hold()
         if rose and not self.rising:
             alignment.begin_interval()  # what vanishing steps had says nothing about a stage
         return taken and not rose
 
-    def _hear(self, sums: Sequence[float], strongest: float, table: ops.TensorTable) -> bool:
+    def _hear(self, sums: Sequence[float], strongest: float, table: ops.TensorTable, falls: bool) -> bool:
         """Move by one c. False where the coming step shall change nothing."""
         if not all(map(math.isfinite, sums)):
             # A GradScaler gives fused optimizers also gradients that it found to be infinite; they skip.
@@ -151,7 +160,10 @@ class AutoRate:
             if self.rising and self._moved and sums[1] > 0:
                 self._multiply(UP)
         elif not self.rising:
-            self._multiply(math.exp(-c / (1.0 + self.trims / PACE)))
+            self._mean = SMOOTH * self._mean + (1 - SMOOTH) * c if self.trims else c
+            self._settled |= self._mean >= 0.0
+            pull = min(0.0, self._mean) if falls and self._settled else c
+            self._multiply(math.exp(-pull / (1.0 + self.trims / PACE)))
             self.trims += 1
         elif c < 0 and c <= KEEP * strongest:
             self._multiply(UP)
@@ -223,6 +235,9 @@ class AutoRate:
                 "rate": self.rate,
                 "rising": self.rising,
                 "trims": self.trims,
+                "mean": self._mean,
+                "settled": self._settled,
+                "shape": self._shape,
                 "moved": self._moved,
                 "rates": rates(self._optimizer),
             }
@@ -239,4 +254,6 @@ class AutoRate:
             self._as_given.restore()  # they were there already, and have been set to start
         self._given, self.rate = float(saved["given"]), float(saved["rate"])
         self.rising, self.trims = bool(saved["rising"]), int(saved["trims"])
+        self._mean, self._settled = float(saved["mean"]), bool(saved["settled"])
+        self._shape = float(saved["shape"])
         self._moved, self._expected = bool(saved["moved"]), None

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from ffkernels import FastForward, FastForwardConfig
 from ffkernels.engine import alignment as alignment_module
-from ffkernels.engine.auto_rate import HIGHEST, KEEP, LOWEST, PACE, START, UP
+from ffkernels.engine.auto_rate import HIGHEST, KEEP, LOWEST, PACE, SMOOTH, START, UP
 from ffkernels.ops.notices import FFKernelsNotice
 
 AUTO = FastForwardConfig(learning_rate="auto", interval=None)
@@ -78,10 +78,11 @@ def auto(ff):
     return ff._decision.auto
 
 
-def by_hand(cosines):
+def by_hand(cosines, shape=lambda step: 1.0):
     """The base rate after each of these steps' c (None: not known), and which steps were not taken."""
     rate, rising, strongest, trims, rates, undone = START, True, 0.0, 0, [], []
-    for c in cosines:
+    settled, mean = False, 0.0
+    for step, c in enumerate(cosines):
         skipped = False
         if c is not None and rising:
             strongest = min(strongest, c)
@@ -91,7 +92,10 @@ def by_hand(cosines):
                 rising, skipped = False, c > 0
                 rate /= 4 if skipped else 1
         elif c is not None:
-            rate *= math.exp(-c / (1 + trims / 20))
+            mean = 0.9 * mean + 0.1 * c if trims else c
+            settled = settled or mean >= 0
+            falls = step > 0 and shape(step) < shape(step - 1)
+            rate *= math.exp(-(min(0, mean) if falls and settled else c) / (1 + trims / 20))
             trims += 1
         rates.append(rate)
         undone.append(skipped)
@@ -108,7 +112,8 @@ def followed(ff, model, optimizer, steps, scheduler=None, **options):
 
 
 def test_the_constants_are_those_that_the_pages_name():
-    assert (START, UP, KEEP, PACE, LOWEST, HIGHEST) == (1e-6, 4.0, 0.6, 20, 1e-9, 1e3)
+    assert (START, UP, KEEP, PACE, SMOOTH) == (1e-6, 4.0, 0.6, 20, 0.9)
+    assert (LOWEST, HIGHEST) == (1e-9, 1e3)
 
 
 def test_it_begins_far_below_whatever_rate_is_given():
@@ -155,6 +160,35 @@ def test_trims_are_the_formula():
     )
     assert rates == pytest.approx([1e-6, 4e-6, 16e-6, 64e-6, *trimmed], rel=1e-12)
     assert auto(ff).trims == 4 and not auto(ff).rising
+
+
+def test_a_peak_is_left_to_a_schedule_that_falls_unless_it_is_too_low():
+    """c as it comes of a list, under a rate that falls, but for one step of it."""
+    cosines = [None, -0.5, -0.2, 0.3, 0.4, 0.2, -0.1, -0.9, -0.9, -0.9, -0.9, 0.1]
+    stays = 5
+
+    def shape(step):
+        return 1 - (step - (step >= stays)) / 40
+
+    model, optimizer, scheduler, ff = make(schedule=lambda o: lr_scheduler.LambdaLR(o, shape))
+    given, measured = iter(cosines[1:]), alignment_module.ops.align_
+
+    def align(table, grads, out=None):
+        sums = measured(table, grads, out)
+        sums[0], sums[1], sums[2] = next(given), 1.0, 1.0
+        return sums
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alignment_module.ops, "align_", align)
+        _, rates = followed(ff, model, optimizer, len(cosines), scheduler)
+    peak = 4e-6
+    # The mean is 0.3, 0.31, 0.299, 0.2591, 0.14319, 0.038871, −0.0550161, −0.13951449 and −0.115563041.
+    assert rates[1:5] == pytest.approx([peak] * 4, rel=1e-12)  # 0.3 and 0.4 are above 0
+    assert rates[5] == pytest.approx(peak * math.exp(-0.2 / 1.1), rel=1e-12)  # it did not fall here
+    assert rates[6:9] == pytest.approx([rates[5]] * 3, rel=1e-12)  # −0.9 twice is not yet the mean
+    assert rates[9] == pytest.approx(rates[8] * math.exp(0.0550161 / 1.3), rel=1e-9)
+    assert rates[10] == pytest.approx(rates[9] * math.exp(0.13951449 / 1.35), rel=1e-9)
+    assert rates[11] == pytest.approx(rates[10] * math.exp(0.115563041 / 1.4), rel=1e-9)
 
 
 @pytest.mark.parametrize("curvature", [1e-2, 0.7, 30.0, 1e4])
@@ -267,7 +301,7 @@ def test_schedules_keep_their_shape(shape):
         cosines.append(ff.alignment)
         rates.append(ff.learning_rate)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1] * shape(step + 1), rel=1e-9)
-    assert rates == pytest.approx(by_hand(cosines)[0], rel=1e-9)
+    assert rates == pytest.approx(by_hand(cosines, shape)[0], rel=1e-9)
     assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]] and not auto(ff).rising
 
 
