@@ -160,22 +160,33 @@ def as_list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def step(results: Results) -> str:
-    """Our time for one step with checkpoint, divided by that of what else does the same."""
-    # The newest: the names end with the date.
-    data = results[max(name for name in results if name.startswith("step_cpu"))]
-    head = ["adapter set", "warm: `_foreach_copy_` + `_foreach_add_`", "per-tensor loop"]
-    head += ["state-dict with a thread pool", "cold: `_foreach` pair", "loop", "state-dict"]
+def shares_of_time(results: Results, stem: str, head: list[str], others: list[str]) -> str:
+    """Our time divided by that of each other way, warm and cold, from the newest result of this stem."""
+    data = results[max(name for name in results if name.startswith(stem))]  # the names end with the date
     rows = [
         [name]
         + [
             f"{result['modes'][mode][other]['ours_over_this']:.2f}"
             for mode in ("warm", "cold")
-            for other in ("foreach", "loop", "state_dict")
+            for other in others
         ]
         for name, result in data["adapters"].items()
     ]
     return table(head, rows)
+
+
+def step(results: Results) -> str:
+    """One step with checkpoint."""
+    head = ["adapter set", "warm: `_foreach_copy_` + `_foreach_add_`", "per-tensor loop"]
+    head += ["state-dict with a thread pool", "cold: `_foreach` pair", "loop", "state-dict"]
+    return shares_of_time(results, "step_cpu", head, ["foreach", "loop", "state_dict"])
+
+
+def align(results: Results) -> str:
+    """The sums of an alignment with the checkpoint that it makes."""
+    head = ["adapter set", "warm: `_foreach_*`", "flattened, `torch.dot`", "per-tensor loop"]
+    head += ["cold: `_foreach_*`", "flattened", "loop"]
+    return shares_of_time(results, "align_cpu", head, ["foreach", "flat", "loop"])
 
 
 def peers(results: Results) -> str:
@@ -247,6 +258,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "compare": ("Adam against Fast Forward to the same test loss", "ffkernels compare"),
     "sft": ("TRL's `SFTTrainer` with and without the callback", ""),
     "step_cpu": ("one `step_` with checkpoint, against foreach, a loop and the state-dict way", ""),
+    "align_cpu": ("one `align_`, against foreach, flattened tensors with `torch.dot`, and a loop", ""),
     "ranks": ("validation and stages on 1, 2 and 4 processes, for [distributed.md](distributed.md)", ""),
     "search_on_ranks": (
         "a stage on two processes: shared examples or several τ at once ([distributed.md](distributed.md))",
@@ -296,4 +308,5 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "search-noise": search_noise,
     "sft": sft,
     "step": step,
+    "align": align,
 }
