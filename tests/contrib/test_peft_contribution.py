@@ -166,7 +166,7 @@ def test_same_seed_same_taus_and_the_same_bits(contribution, cold, search):
 
     ours = tiny()
     adam = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=1e-4)
-    config = FastForwardConfig(interval=INTERVAL, search=search, max_tau=24)
+    config = FastForwardConfig(interval=INTERVAL, search=search, max_tau=24, patience=3)
     with FastForward(ours, adam, mean_loss, config) as ff:
         train(ours, adam)
 
