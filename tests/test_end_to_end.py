@@ -194,6 +194,7 @@ def test_one_cell_measured_kept_and_not_measured_again(benchmarks, tmp_path, cap
     assert "other conditions: steps=8 (there 7). Give another --out, or --fresh" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_time_and_ctrl_c_keep_what_was_finished(benchmarks, tmp_path, monkeypatch, capsys):
     rounds, module = benchmarks("end_to_end_rounds"), benchmarks("end_to_end")
     monkeypatch.setattr(benchmarks("end_to_end_plan"), "_probe", lambda comparison: (1.0, 1.0, 1.0))

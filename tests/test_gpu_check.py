@@ -301,6 +301,7 @@ def test_what_took_too_long_leaves_the_rest_its_time(check, tmp_path, monkeypatc
     assert late.run([python("")])["stages"][0]["said"] == "no time was left"
 
 
+@pytest.mark.slow
 def test_a_slow_machine_takes_time_from_the_others_and_no_part_is_lost_with_it(check, tmp_path, monkeypatch):
     monkeypatch.delenv("FFK_DRY", raising=False)
     monkeypatch.setattr(check, "LEAST_SECONDS", 1)

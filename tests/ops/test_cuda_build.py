@@ -68,6 +68,7 @@ def machine_code(library) -> dict[tuple[str, str], tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 @needs_nvcc
 @needs_cuobjdump
 def test_every_kernel_is_there_for_every_architecture(machine_code):
@@ -168,6 +169,7 @@ def test_the_library_brings_its_runtime_along(library):
     assert needed and not [name for name in needed if re.match(r"lib(cuda|cudart|torch|c10)", name)], needed
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_build_cuda_fills_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FFKERNELS_CACHE", str(tmp_path))
@@ -203,6 +205,7 @@ def test_architectures_are_compiled_side_by_side(tmp_path, monkeypatch):
     assert sum(part.startswith("-gencode") for part in command) == 3
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_library_of_other_sources_is_refused(tmp_path, monkeypatch):
     other = tmp_path / "csrc"

@@ -91,7 +91,8 @@ class TestLoss(TrainerCallback):
             control.should_training_stop |= self.target is not None and loss <= self.target
 
 
-@pytest.mark.parametrize("lr", [pytest.param(1e-4, marks=pytest.mark.slow), 3e-4])
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [1e-4, 3e-4])
 def test_it_reaches_the_plain_runs_test_loss_with_40_percent_fewer_flops(make, lr):
     options = {"learning_rate": lr, "max_steps": 24, "per_device_train_batch_size": 32, "max_length": 32}
     plain, costs = TestLoss(), StepFlops()
