@@ -82,6 +82,13 @@ class Alignment:
         """The weights were written since the last step: the next c is not known."""
         self._collect()
         self._whole, self.last = False, None
+        self._sums = None  # the table may be on another device from now on
+
+    def agree(self) -> None:
+        """After a state was loaded: no rank takes a c that another one does not. Collective where sharded."""
+        ranks = self._ranks
+        if ranks is not None and ranks.add(ALIGNMENT, [float(self._whole)])[0] < ranks.size:
+            self.forget()
 
     def take(self) -> list[list[float]]:
         """⟨g, d⟩, ⟨g, g⟩, ⟨d, d⟩ of each step since the last call, where there is a pair and it is read."""
@@ -122,7 +129,12 @@ class Alignment:
             "strongest": self.strongest,
             **({"heard": [list(sums) for sums in self._heard]} if self._heard else {}),
             "before": [best.detach().cpu().clone() for best in table.best] if known else None,
+            **({} if self._ranks is None else {"part": self._part()}),
         }
+
+    def _part(self) -> list[int] | None:
+        """Which of how many shards of the weights this process has."""
+        return None if self._ranks is None else [self._ranks.rank, self._ranks.size]
 
     def load_state_dict(self, state: dict[str, Any], table: ops.TensorTable) -> None:
         """Continue; where ``before`` is missing or of other weights, the next c is not known."""
@@ -134,7 +146,8 @@ class Alignment:
         self.last, self.strongest = state["last"], float(state["strongest"])
         before = state.get("before")
         shapes = [best.shape for best in table.best]
-        if before is not None and [old.shape for old in before] == shapes:
+        mine = state.get("part") == self._part()  # else another rank's, whose shards may have these shapes
+        if before is not None and mine and [old.shape for old in before] == shapes:
             with torch.no_grad():
                 for best, old in zip(table.best, before, strict=True):
                     best.copy_(old)
@@ -162,7 +175,7 @@ def _reading(sums: Tensor) -> Callable[[], Sequence[float]]:
     copy = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
     copy.copy_(sums, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(sums.device))  # of the copy, whatever device is the current one
 
     def read() -> Sequence[float]:
         done.synchronize()

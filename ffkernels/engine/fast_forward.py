@@ -283,6 +283,7 @@ class FastForward:
         self._armed = self._due_now = False
         if self.ranks is not None and self._unconfirmed:
             self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint)
+            self._decision.agree()
             self._unconfirmed = False
         self._rate.look_whether_it_was_overwritten()
         if self._rate.seeking:

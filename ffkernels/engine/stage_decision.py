@@ -121,6 +121,11 @@ class StageDecision:
             self._price.settle()
             self.schedule.after_stage(search, stage.alignment)
 
+    def agree(self) -> None:
+        """At the first step after a state was loaded."""
+        if self.alignment is not None:
+            self.alignment.agree()
+
     def forget_update(self) -> None:
         if self.alignment is not None:
             self.alignment.forget()

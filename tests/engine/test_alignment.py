@@ -227,3 +227,77 @@ def test_on_a_gpu_it_is_read_one_step_later_and_decides_the_same(monkeypatch):
     assert ff._decision.alignment.values == pytest.approx(expected[1:-1], abs=1e-6) and len(waits) == 4
     assert ff._decision.alignment.mean(100) == pytest.approx(sum(expected[1:-1]) / 4, abs=1e-6)
     assert ff._decision.alignment.state_dict(ff._table)["values"] == pytest.approx(expected[1:], abs=1e-6)
+
+
+def test_the_table_may_move_to_another_device():
+    model, optimizer, ff = attached(interval=100)
+    train(model, optimizer, 3)
+    ff._decision.alignment._sums = torch.empty(3, dtype=torch.float64, device="meta")
+    ff.forget_update()  # as the table does when it is made anew
+    train(model, optimizer, 2, first=3)
+    assert len(ff._decision.alignment.values) == 3
+
+
+def test_the_event_that_is_waited_for_is_of_the_stream_that_copies(monkeypatch):
+    """A model on cuda:1 in a process whose current device is cuda:0."""
+    recorded = []
+
+    class Event:
+        def record(self, stream=None):
+            recorded.append(stream)
+
+    class Pinned:
+        def copy_(self, sums, non_blocking):
+            assert non_blocking
+
+    class Sums:
+        device, shape, dtype = torch.device("cuda:1"), (3,), torch.float64
+
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: Pinned())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", str(device)))
+    module._reading(Sums())
+    assert recorded == [("stream of", "cuda:1")]
+
+
+class Shard:
+    """One of two ranks; ``others`` is what the other one adds."""
+
+    def __init__(self, rank, others=0.0):
+        self.rank, self.size, self.others = rank, 2, others
+
+    def add(self, kind, numbers):
+        return [number + self.others for number in numbers]
+
+
+@pytest.mark.parametrize(("rank", "known"), [(0, True), (1, False)])
+def test_a_shards_weights_before_are_taken_by_the_rank_that_saved_them_only(rank, known):
+    """States of one rank may be loaded on all: where shards are equally large, nothing else tells."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    table = ops.TensorTable({"w": weight})
+    saving = Alignment(Shard(0))
+    saving.before_step(table, [weight])
+    saving.after_step(table)
+    loading = Alignment(Shard(rank))
+    loading.load_state_dict(copy.deepcopy(saving.state_dict(table)), table)
+    weight.grad = torch.ones(4)
+    with torch.no_grad():
+        weight.add_(1.0)
+    loading.before_step(table, [weight])
+    assert (loading.last is not None) == known
+
+
+@pytest.mark.parametrize(("others", "known"), [(1.0, True), (0.0, False)])
+def test_no_rank_takes_a_cosine_of_shards_that_another_does_not(others, known):
+    """Else it would wait for the other's sums for good."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    table = ops.TensorTable({"w": weight})
+    alignment = Alignment(Shard(0, others))
+    alignment.before_step(table, [weight])
+    with torch.no_grad():
+        weight.add_(1.0)
+    alignment.after_step(table)
+    alignment.agree()
+    weight.grad = torch.ones(4)
+    alignment.before_step(table, [weight])
+    assert (alignment.last is not None) == known
