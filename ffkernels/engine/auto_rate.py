@@ -81,7 +81,7 @@ class AutoRate:
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:
         require_step_sizes(optimizer)
         self._optimizer, self._schedulers = optimizer, every_scheduler(scheduler, optimizer)
-        self._probed = False
+        self._probed, self._groups = False, len(optimizer.param_groups)
         self._held: list[tuple[float, Any]] | None = None  # lr and weight decay, in a step without
         self._begin()
 
@@ -109,9 +109,20 @@ class AutoRate:
         """While it rises, which is when all of it happens."""
         self._release()  # after a step that raised
         expected, self._expected = self._expected, None
+        if len(self._optimizer.param_groups) > self._groups:
+            return self._take_new_groups()
         # A schedule may do as much as the smaller scales in one step.
         if expected is not None and not 1 / 16 < self.scale < 16:
             tell_of_overwriting(expected, rates(self._optimizer), self.scale)
+
+    def _take_new_groups(self) -> None:
+        """A group of ``add_param_group``: its rate is a ratio to those that the others came with."""
+        groups = self._optimizer.param_groups
+        shared = {id(group["lr"]) for group in groups[: self._groups]}
+        for group in groups[self._groups :]:
+            if not isinstance(group["lr"], torch.Tensor) or id(group["lr"]) not in shared:
+                group["lr"] = group["lr"] * self.scale
+        self._groups = len(groups)
 
     def before_alignment(self, table: ops.TensorTable, closure: str) -> None:
         """Before c is taken and best ← W: look whether lr means anything, and keep W before the last step.
@@ -245,7 +256,7 @@ class AutoRate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, whether the optimizer's state was loaded before this was made, since then, or will be."""
-        saved = state.get("auto_rate")
+        saved, self._groups = state.get("auto_rate"), len(self._optimizer.param_groups)
         if saved is None:  # of a run with a rate of its own
             if max(base_rates(self._optimizer, self._schedulers)) != START:
                 self._begin()

@@ -390,6 +390,22 @@ def test_groups_that_are_unfrozen_later_are_taken_along():
     assert model.b.abs().max() < 0.9
 
 
+@pytest.mark.parametrize("when", [2, 25])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_the_rate_of_a_group_that_is_added_later_is_a_ratio_too(when, tensor):
+    model = Bowl()
+    given = torch.tensor(1e-4, dtype=torch.float64) if tensor else 1e-4
+    optimizer = torch.optim.Adam([model.w], lr=given)
+    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    train(model, optimizer, when)
+    assert auto(ff).rising == (when == 2)
+    optimizer.add_param_group({"params": [model.b], **({} if tensor else {"lr": 1e-3})})
+    train(model, optimizer, 20, first=when)
+    ratio = 1.0 if tensor else 10.0
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(ff.learning_rate, rel=1e-6)
+    assert float(optimizer.param_groups[1]["lr"]) == pytest.approx(ratio * ff.learning_rate, rel=1e-6)
+
+
 def test_a_rate_that_is_a_tensor_keeps_its_address():
     model = Bowl()
     rate = torch.tensor(1e-4)
