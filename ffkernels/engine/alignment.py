@@ -90,6 +90,10 @@ class Alignment:
         if ranks is not None and ranks.add(ALIGNMENT, [float(self._whole)])[0] < ranks.size:
             self.forget()
 
+    @property
+    def sharded(self) -> bool:
+        return self._ranks is not None
+
     def take(self) -> list[list[float]]:
         """⟨g, d⟩, ⟨g, g⟩, ⟨d, d⟩ of each step since the last call, where there is a pair and it is read."""
         heard, self._heard = self._heard, []

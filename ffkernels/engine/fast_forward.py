@@ -296,7 +296,7 @@ class FastForward:
             return
         closure = (args[1:2] or [kwargs.get("closure")])[0] is not None
         start = perf_counter()
-        with telling(self.ranks):
+        with telling(self.ranks if self._decision.exchanges(due) else None):
             if due or self._table.is_stale():
                 self._refuse_late_ranks()
                 self._refresh_table()

@@ -101,6 +101,12 @@ class StageDecision:
         self.alignment.begin_interval()
         return self.schedule.pays(mean, self.alignment.strongest, price)
 
+    def exchanges(self, due: bool) -> bool:
+        """Whether the ranks meet in the coming step. In others one that raises must not wait for the rest."""
+        if self.alignment is not None and self.alignment.sharded:
+            return True
+        return due and not (self.auto is not None and self.auto.rising)
+
     def begin_step(self) -> None:
         """A batch has run, and its step comes."""
         self._price.steps += 1

@@ -301,3 +301,24 @@ def test_no_rank_takes_a_cosine_of_shards_that_another_does_not(others, known):
     weight.grad = torch.ones(4)
     alignment.before_step(table, [weight])
     assert (alignment.last is not None) == known
+
+
+@pytest.mark.parametrize(("first", "told"), [(1, []), (2, ["OutOfMemoryError"])])
+def test_a_rank_that_raises_tells_the_others_only_where_they_listen(monkeypatch, first, told):
+    """In a step without an exchange they are in the next backward by then, and neither ends."""
+
+    class Others:
+        def fail(self, error, forwards=False):
+            heard.append(type(error).__name__)
+
+    def no_room(*args):
+        raise torch.OutOfMemoryError("no room on this rank")
+
+    heard = []
+    model, optimizer, ff = attached(interval=3)
+    train(model, optimizer, first)
+    ff.ranks, ff._unconfirmed = Others(), False
+    monkeypatch.setattr(ops, "align_", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(model, optimizer, 1, first=first)
+    assert heard == told
