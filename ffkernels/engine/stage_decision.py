@@ -30,7 +30,7 @@ from ffkernels.ops.notices import announce_once
 __all__ = ["StageDecision"]
 
 # What states of earlier releases lack.
-NEWER = ("alignment", "last_stage", "tokens", "steps")
+NEWER = ("alignment", "last_stage", "tokens", "steps", "waits")
 
 
 class StageDecision:

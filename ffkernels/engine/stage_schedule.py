@@ -15,6 +15,10 @@ The first says when a stage is worth trying that has not been, or not lately; th
 curvature. m ≥ 0 says that the last step went too far already: no stage. e is what the last stage took, and
 before there was one the fewest that find a step.
 
+Gradients that agree with updates say nothing about held-out examples whose loss rises while training's falls:
+there stages find no step, however often. After two of them in a row 1 interval passes without one, then 3, 7,
+…: of n intervals some log₂ n have a stage that fails.
+
 Where alignment is not known (an optimizer with a closure) a stage runs as long as the last one paid.
 docs/algorithm.md derives it. ``patience`` other than "auto" looks at no alignment: a number ends Fast Forward
 for good after so many stages in a row that found no step (the paper's section 5.1), None runs one at every
@@ -41,6 +45,7 @@ class StageSchedule:
     Attributes:
         failures: stages in a row without a step.
         ended: no stage will run any more.
+        waits: intervals that still pass before ``pays`` looks again.
         last: of the last stage that searched: its τ, its losses and the alignment before it; None before.
     """
 
@@ -51,6 +56,7 @@ class StageSchedule:
             self._patience = PAPERS_PATIENCE  # with the paper's search goes the paper's rule
         self.failures = 0
         self.ended = False
+        self.waits = 0
         self.last: tuple[int, int, float | None] | None = None
 
     @property
@@ -79,13 +85,16 @@ class StageSchedule:
         return not self.ended and past > 0 and past % self._interval == 0
 
     def pays(self, alignment: float | None, strongest: float, price: float) -> bool:
-        """Whether a stage now is expected to gain what it costs.
+        """Whether a stage now is expected to gain what it costs. To be asked once at each interval's end.
 
         Args:
             alignment: the mean c of the interval's second half; None where it is not known.
             strongest: the most negative c so far.
             price: of one validation, in optimizer steps.
         """
+        if self.waits:
+            self.waits -= 1
+            return False
         losses = FEWEST if self.last is None or not self.last[0] else self.last[1]
         return self.expected_tau(alignment, strongest) / 2 >= losses * price
 
@@ -107,15 +116,21 @@ class StageSchedule:
         if search.stopped_because == BASELINE_NOT_FINITE:
             return  # it says nothing about whether a step would have helped
         self.failures = 0 if search.best_tau else self.failures + 1
+        self.waits = 2 ** min(self.failures - 1, 30) - 1 if self.failures else 0
         if isinstance(self._patience, int) and self.failures >= self._patience:
             self.ended = True
         self.last = (search.best_tau, len(search.losses), alignment)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"failures": self.failures, "switched_off": self.ended, "last_stage": self.last}
+        return {
+            "failures": self.failures,
+            "switched_off": self.ended,
+            "last_stage": self.last,
+            "waits": self.waits,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.failures = int(state["failures"])
+        self.failures, self.waits = int(state["failures"]), int(state.get("waits", 0))
         # What ended the saved run goes on where the present rule is another.
         self.ended = bool(state["switched_off"]) and isinstance(self._patience, int)
         last = state.get("last_stage")

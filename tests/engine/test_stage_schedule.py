@@ -79,6 +79,24 @@ def test_a_later_stage_is_held_against_what_the_last_one_took():
     assert not schedule.pays(-0.4, -0.6, 0.3) and schedule.pays(-0.4, -0.6, 0.25)
 
 
+def test_stages_that_fail_in_a_row_come_ever_more_seldom():
+    """However strongly gradients agree: held-out examples may go up while those of training go down."""
+
+    def end_of_interval(schedule, losses):
+        runs = schedule.pays(-0.59, -0.6, 0.3)
+        if runs:
+            schedule.after_stage(searched(losses), -0.59)
+        return runs
+
+    schedule = StageSchedule(FastForwardConfig())
+    ran = [interval for interval in range(100) if end_of_interval(schedule, NOTHING)]
+    assert ran == [0, 1, 3, 7, 15, 31, 63]
+    resumed = StageSchedule(FastForwardConfig())
+    resumed.load_state_dict(schedule.state_dict())
+    later = [interval for interval in range(100, 130) if end_of_interval(resumed, FOUND_8)]
+    assert later == [127, 128, 129]  # one that finds a step ends it
+
+
 def test_a_first_loss_that_is_not_finite_says_nothing():
     schedule = StageSchedule(FastForwardConfig())
     schedule.after_stage(searched(FOUND_8), -0.5)
