@@ -258,7 +258,7 @@ class AutoRate:
         """Continue, whether the optimizer's state was loaded before this was made, since then, or will be."""
         saved, self._groups = state.get("auto_rate"), len(self._optimizer.param_groups)
         if saved is None:  # of a run with a rate of its own
-            if max(base_rates(self._optimizer, self._schedulers)) != START:
+            if not math.isclose(max(base_rates(self._optimizer, self._schedulers)), START):
                 self._begin()
             return
         if rates(self._optimizer) != saved["rates"] == self._as_given.rates:

@@ -466,6 +466,16 @@ def test_a_run_that_kept_its_rate_begins_to_rise_when_it_is_resumed():
     assert other.optimizer_steps == 3 and auto(other).rising
 
 
+def test_a_rate_that_cannot_be_scaled_exactly_is_not_taken_for_another():
+    """Else lr_scale would be 1, and a loop that multiplies by it would train at the rate that was given."""
+    given = 0.0327
+    assert given * (START / given) != START
+    *_, kept = make(FastForwardConfig(), lr=given)
+    *_, ff = make(lr=given)
+    ff.load_state_dict(kept.state_dict())
+    assert ff.lr_scale == pytest.approx(START / given) and ff.learning_rate == START
+
+
 def test_no_stage_runs_while_it_rises():
     for patience in ("auto", None, 3):
         model, optimizer, _, ff = make(
