@@ -107,8 +107,8 @@ MaxTau = Annotated[int, typer.Option(help="Fast Forward steps per stage at most.
 Patience = Annotated[
     str,
     typer.Option(
-        help="auto: a stage at each interval as long as stages pay, and pauses where they do not. A number: "
-        "switch Fast Forward off after so many stages in a row without a step; 0 never does."
+        help="auto: a stage where the agreement of gradients and updates says that it pays. A number: switch "
+        "Fast Forward off after so many stages in a row without a step; 0 never does."
     ),
 ]
 FindLr = Annotated[

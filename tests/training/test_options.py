@@ -47,6 +47,12 @@ def test_the_defaults_of_the_command_line_are_those_of_the_configuration(context
         assert stages == FastForwardConfig(max_tau=1024)
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_says_by_what_a_stage_runs(context, command):
+    (patience,) = [p for p in context(command).command.params if p.name == "patience"]
+    assert "agreement of gradients and updates" in patience.help and "0 never does" in patience.help
+
+
 def test_both_searches_are_no_search_of_one_run(context):
     with pytest.raises(ValueError, match="search='both'"):
         options.stages(context("train", "--search", "both"))
