@@ -54,6 +54,8 @@ KEEP = 0.6
 PACE = 20
 # About ten steps: an oscillation of period two is gone from the mean, a drift is not.
 SMOOTH = 0.9
+# Skipped steps in a row, after which it is not the loss scale that is too high but the rate.
+SKIPS = 4
 # Of the largest group's base rate: what leads beyond is no training, such as a loss that does not see
 # the weights.
 LOWEST, HIGHEST = 1e-9, 1e3
@@ -97,6 +99,10 @@ class AutoRate:
         self._mean, self._settled = 0.0, False  # c̄, and whether it has been 0 or above
         self._shape = math.inf  # what the schedule multiplied the base rate by in the last step
         self._moved = False  # whether the last step had a learning rate and was not skipped
+        self._kept, self._skips = (
+            False,
+            0,
+        )  # whether Δ holds W before a step; steps in a row that were skipped
         scale_learning_rates(self._optimizer, self._schedulers, START / self._given)
         self._expected: list[float] | None = rates(self._optimizer)  # until the next step
 
@@ -144,8 +150,9 @@ class AutoRate:
             if refused := why_rate_means_nothing(self._optimizer, table.weights):
                 raise ValueError(f"learning_rate='auto': {refused}")
             self._probed = True
-        if self.rising:
+        if self.rising and self._moved:  # a step that was skipped has not left what the one before it did
             torch._foreach_copy_(table.deltas, table.best)  # the arenas as wholes may begin elsewhere
+            self._kept = True
 
     def before_update(self, table: ops.TensorTable, alignment: Alignment) -> bool:
         """Take the steps' c and move the rate by it; whether a stage may follow this step."""
@@ -165,7 +172,11 @@ class AutoRate:
         """Move by one c. False where the coming step shall change nothing."""
         if not all(map(math.isfinite, sums)):
             # A GradScaler gives fused optimizers also gradients that it found to be infinite; they skip.
-            return getattr(self._optimizer, "found_inf", None) is not None or self._back(table)
+            if getattr(self._optimizer, "found_inf", None) is None:
+                return self._back(table)
+            self._skips += 1
+            return not (self._kept and self._skips == SKIPS) or self._back(table)
+        self._skips = 0
         c = cosine(*sums)
         if c is None:
             if self.rising and self._moved and sums[1] > 0:
@@ -186,7 +197,7 @@ class AutoRate:
 
     @torch.no_grad()
     def _back(self, table: ops.TensorTable) -> bool:
-        if self.rising:
+        if self.rising and self._kept:
             torch._foreach_copy_(table.weights, table.deltas)
             torch._foreach_copy_(table.best, table.deltas)
         self.rising = False

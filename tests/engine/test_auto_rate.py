@@ -613,6 +613,29 @@ def test_steps_that_loss_scaling_skips(fused):
     assert group["lr"] == pytest.approx(ff.learning_rate, rel=1e-12)
 
 
+def test_an_overshoot_to_infinite_gradients_is_undone_where_a_fused_optimizer_skips():
+    """From the second jump on gradients are infinite, as in float16, at whatever scale, so that it falls."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model = Bowl()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    before = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        overshot = ff.learning_rate > 4e-6 and auto(ff).rising and len(before) >= 3
+        scaler.scale(model.loss(0) * (math.inf if overshot else 1.0)).backward()
+        before.append([p.detach().clone() for p in model.parameters()])
+        scaler.step(optimizer)
+        scaler.update()
+    # Steps at 1e-6, 4e-6 and 16e-6; four are skipped; the fourth puts back to before the last that was taken.
+    assert ff.learning_rate == pytest.approx(4e-6) and not auto(ff).rising
+    assert all(torch.equal(a, b) for a, b in zip(before[7], before[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before[6], before[2], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before[7], strict=True)), (
+        "it goes on"
+    )
+
+
 def test_accumulation_and_clipping_change_nothing_of_the_rule():
     model, optimizer, _, ff = make()
     cosines, rates = [], []
