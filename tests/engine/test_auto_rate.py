@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -134,12 +135,10 @@ def test_the_rate_follows_the_rule_step_by_step(kind):
     assert bowl_loss(model) < 0.05 * bowl_loss(Bowl())
 
 
-def test_trims_are_the_formula():
-    """c as it comes of a list: three jumps, an end of the rise without an undo, then trims."""
-    cosines = [None, -0.5, -0.6, -0.4, -0.2, -0.3, 0.25, 0.1, -0.05]
-    model, optimizer, _, ff = make()
-    given = iter(cosines[1:])
-    measured = alignment_module.ops.align_
+@contextmanager
+def measured_as(cosines):
+    """Every c but the first, which is not known, as it comes of the list."""
+    given, measured = iter(cosines[1:]), alignment_module.ops.align_
 
     def align(table, grads, out=None):
         sums = measured(table, grads, out)
@@ -148,6 +147,14 @@ def test_trims_are_the_formula():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(alignment_module.ops, "align_", align)
+        yield
+
+
+def test_trims_are_the_formula():
+    """c as it comes of a list: three jumps, an end of the rise without an undo, then trims."""
+    cosines = [None, -0.5, -0.6, -0.4, -0.2, -0.3, 0.25, 0.1, -0.05]
+    model, optimizer, _, ff = make()
+    with measured_as(cosines):
         seen, rates = followed(ff, model, optimizer, len(cosines))
     assert seen == pytest.approx(cosines)
     top = 64e-6
@@ -171,15 +178,7 @@ def test_a_peak_is_left_to_a_schedule_that_falls_unless_it_is_too_low():
         return 1 - (step - (step >= stays)) / 40
 
     model, optimizer, scheduler, ff = make(schedule=lambda o: lr_scheduler.LambdaLR(o, shape))
-    given, measured = iter(cosines[1:]), alignment_module.ops.align_
-
-    def align(table, grads, out=None):
-        sums = measured(table, grads, out)
-        sums[0], sums[1], sums[2] = next(given), 1.0, 1.0
-        return sums
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alignment_module.ops, "align_", align)
+    with measured_as(cosines):
         _, rates = followed(ff, model, optimizer, len(cosines), scheduler)
     peak = 4e-6
     # The mean is 0.3, 0.31, 0.299, 0.2591, 0.14319, 0.038871, −0.0550161, −0.13951449 and −0.115563041.
