@@ -39,7 +39,7 @@ demo: install
 
 test: install
 	@mkdir -p $(OUT)/tests
-	$(BIN)/python -m pytest tests -m "not slow" --junitxml $(OUT)/tests/junit.xml
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile --junitxml $(OUT)/tests/junit.xml
 	@echo "The results of every test are in $(OUT)/tests/junit.xml."
 
 test-slow: install
