@@ -100,7 +100,7 @@ class Alignment:
         return heard or []
 
     def begin_interval(self) -> None:
-        self._collect()
+        """What was asked for and is not read yet counts for the new one: nothing waits for it here."""
         self.values = []
 
     def mean(self, of: int) -> float | None:

@@ -91,7 +91,7 @@ class StageDecision:
         if auto is not None and not auto.before_update(table, self.alignment):
             return False
         if not self.schedule.asks_alignment:
-            self.alignment.values = []
+            self.alignment.begin_interval()
             return due
         if not due:
             return False
