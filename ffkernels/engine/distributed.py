@@ -18,12 +18,15 @@ error, or are ended by their launcher.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -104,6 +107,7 @@ class Ranks:
             raise ValueError("this process is not in process_group; make FastForward in those that are")
         self.device = _exchange_device(device, group)
         self.forward_is_collective = False
+        _outlive_the_backends_threads()
 
     @classmethod
     def present(cls, device: torch.device, group: Any = None) -> Ranks | None:
@@ -307,6 +311,17 @@ def together(ranks: Ranks | None, *, forwards: bool = False) -> Iterator[None]:
         yield
         if ranks is not None:
             ranks.exchange(CONSTRUCTION)
+
+
+@cache
+def _outlive_the_backends_threads() -> None:
+    """Let a process that ends right after an exchange give its interpreter's lock away once more.
+
+    gloo's thread lets go of an exchange's tensors a little after the exchange has returned, and takes the
+    lock for that; in an interpreter that is ending, Python ends the thread inside a destructor instead, and
+    the process aborts: "terminate called without an active exception", exit code -6, after all is done.
+    """
+    atexit.register(time.sleep, 0.05)
 
 
 def _exchange_device(device: torch.device, group: Any) -> torch.device:

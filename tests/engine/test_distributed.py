@@ -1,6 +1,8 @@
 """What the ranks tell each other: real processes over gloo, real failures, bounded time."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,3 +126,20 @@ def test_digests_tell_data_apart():
         assert digest([batch | changed]) != digest([batch])
     assert digest([batch, batch]) != digest([batch])
     assert digest(lambda: 1) == digest(lambda: 2), "an address is not a difference"
+
+
+def test_a_process_that_ends_after_an_exchange_waits_once_for_the_backends_threads():
+    script = """
+import atexit, time
+def ended():
+    print(time.perf_counter() - at_the_end)
+atexit.register(ended)  # called last: the pause was registered after it
+import torch, torch.distributed as dist
+from ffkernels.engine.distributed import PRICE, Ranks
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for _ in range(9):
+    Ranks(torch.device("cpu")).exchange(PRICE)
+at_the_end = time.perf_counter()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 0.05 <= float(ended.stdout) < 9 * 0.05
