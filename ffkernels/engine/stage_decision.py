@@ -5,7 +5,8 @@
                                                                                         ``stage_schedule``)
 
 With a ``patience`` that looks at no alignment, best ← W is made at the end of intervals only, unless the
-learning rate is moved by alignment (``auto_rate``).
+learning rate is moved by alignment (``auto_rate``). Ranks that move one tell each other c and the rate at the
+first step, at each step of the rise, and every ``COMPARED`` steps after it: they must be the same.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.distributed import ALIGNMENT, Ranks
 from ffkernels.engine.search import Search
 from ffkernels.engine.stage import Stage
-from ffkernels.engine.stage_price import StagePrice
+from ffkernels.engine.stage_price import SAME_GRADIENTS, StagePrice
 from ffkernels.engine.stage_schedule import StageSchedule
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.ops.notices import announce_once
@@ -122,26 +123,19 @@ class StageDecision:
         return self.schedule.due(step) or self._compares(step)
 
     def _compares(self, step: int) -> bool:
-        """Whether the ranks compare their learning rates: as long as those rise, when c is waited for anyway,
-        and every ``COMPARED`` steps."""
-        return (
-            self._ranks is not None and self.auto is not None and (self.auto.rising or step % COMPARED == 0)
-        )
+        """Whether the ranks compare their learning rates: while they rise, and then every so many steps."""
+        auto = self.auto if self._ranks is not None else None
+        return auto is not None and (auto.rising or step % COMPARED == 0)
 
     def _compare(self) -> None:
-        known = self.alignment.last
-        rows = self._ranks.exchange(
-            ALIGNMENT, math.nan if known is None else known, self.auto.rate, self.auto.trims
-        )
-        self._ranks.agree_on_rows(
-            rows,
-            {
-                "a": "the alignment of their gradients with the last update",
-                "b": 'the learning rate that "auto" came to',
-                "c": "how often it was trimmed",
-            },
-            "every rank must train with the same gradients, as DDP and FSDP2 make them",
-        )
+        c = math.nan if self.alignment.last is None else self.alignment.last
+        names = {
+            "a": "the alignment of their gradients with the last update",
+            "b": 'the learning rate that "auto" came to',
+            "c": "how often it was trimmed",
+        }
+        rows = self._ranks.exchange(ALIGNMENT, c, self.auto.rate, self.auto.trims)
+        self._ranks.agree_on_rows(rows, names, SAME_GRADIENTS)
 
     def begin_step(self) -> None:
         """A batch has run, and its step comes."""

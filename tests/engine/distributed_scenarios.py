@@ -448,7 +448,13 @@ def alone_among_others(rank, size):
     for _ in range(1 + rank):
         model().backward()
         optimizer.step()
-    return [ff.ranks is None, len(ff.stages), ff.stages[0].tau]
+    ff.detach()
+    alone = FastForward(model, optimizer, loss, FastForwardConfig(**AUTO))
+    for _ in range(2 + rank):
+        optimizer.zero_grad()
+        model().backward()
+        optimizer.step()
+    return [ff.ranks is None, len(ff.stages), ff.stages[0].tau, alone.learning_rate]
 
 
 def fsdp_fails(rank, size, how):
