@@ -155,7 +155,6 @@ def train(
     max_tau: options.MaxTau = 1024,
     patience: options.Patience = "auto",
     impl: options.Impl = "auto",
-    find_lr: options.FindLr = False,
     method: options.Method = "lora",
     rank: options.Rank = 8,
     alpha: options.Alpha = 16.0,
@@ -204,9 +203,8 @@ def train(
     from ffkernels.training.progress import ProgressBars, how_it_ended
     from ffkernels.training.trainer import train as run_training
 
-    if not fast_forward and (find_lr or resample_validation is not None):
-        name = "--find-lr" if find_lr else "--resample-validation"
-        raise ValueError(f"{name} is Fast Forward's: leave out --no-fast-forward")
+    if not fast_forward and resample_validation is not None:
+        raise ValueError("--resample-validation is Fast Forward's: leave out --no-fast-forward")
     stages = options.stages(ctx) if fast_forward else None
     if not fast_forward and lr == options.AUTO:
         stages = options.stages(ctx, interval=None)

@@ -13,8 +13,8 @@ not write; they are not copied, but a checksum tells whether that is true.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -85,15 +85,15 @@ def _put_back(values: dict, copied: dict, keep: Sequence[str] = ()) -> None:
 class RunState:
     """A copy of a run: of what trains, the optimizer's state, and the model's small buffers.
 
-    Either ``restore`` or ``keep`` is called, once.
+    ``restore`` is called once.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any] = ()
     ) -> None:
-        self._devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
         self._random = ExitStack()
-        self._random.enter_context(_keep_random_states(self._devices))
+        for device in {p.device for p in model.parameters()} or {torch.device("cpu")}:
+            self._random.enter_context(keep_random_state(device))
         self._wrapped = optimizer
         self._optimizer = OptimizerSnapshot(optimizer)
         self._opt_called = vars(optimizer).get("_opt_called")  # where schedulers note the first step
@@ -133,7 +133,8 @@ class RunState:
             for name, buffer in before.items():
                 if name not in registered or registered[name] is not buffer:
                     registered[name] = buffer
-        self._restore_gradients()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
         for module, training in self._flags:
             module.training = training
         self._random.close()
@@ -141,23 +142,5 @@ class RunState:
         if written:
             raise RuntimeError(
                 f"training wrote {written[0]!r}, a buffer of more than {LARGE:,} elements, which was not "
-                "copied and cannot be put back; with keep_move=True nothing has to be"
+                "copied and cannot be put back"
             )
-
-    def keep(self) -> None:
-        """Let everything stand as it is now, except for the gradients, which are what they were."""
-        self._restore_gradients()
-        with _keep_random_states(self._devices):  # the outer of the two is what stays
-            self._random.close()
-
-    def _restore_gradients(self) -> None:
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-
-
-@contextmanager
-def _keep_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(keep_random_state(device))
-        yield

@@ -113,13 +113,6 @@ class FlopMeter:
             )
         return self.add(Flops(validations + PAPER_MOVE_FLOPS * moved, stage.flops))
 
-    def finding(self, found: StageCost, forward: int) -> Flops:
-        """Add the search for a learning rate: its validations of ``forward`` FLOPs each, and its moves."""
-        moves = found.flops - found.evaluations * forward
-        return self.add(
-            Flops(found.flops - moves + moves // MEASURED_MOVE_FLOPS * PAPER_MOVE_FLOPS, found.flops)
-        )
-
     def state_dict(self) -> dict[str, int]:
         """The totals; shapes are measured again after a resume."""
         return self.totals

@@ -5,7 +5,6 @@ Every line has ``event`` and ``time`` (seconds since the epoch):
     run     name, config, machine, versions        once; a resumed run may write it again
     step    optimizer_step, train_loss, lr, flops, seconds
     stage   what ``Stage.to_dict()`` holds, and run_flops, run_seconds
-    finding what ``Finding.to_dict()`` holds: a learning rate that was found, already in the step's counts
     test    optimizer_step, loss, flops, seconds
     end     optimizer_steps, test_loss, flops, seconds, validation_forwards, stages, stopped_because,
             reached_target
@@ -29,9 +28,9 @@ from typing import Any
 
 from ffkernels.reporting.machine import machine_info, version_info
 
-EVENTS = ("run", "step", "stage", "finding", "test", "end")
+EVENTS = ("run", "step", "stage", "test", "end")
 # Events of which a log has many, and the list in RunLog where they are.
-KEPT = {"step": "steps", "stage": "stages", "finding": "findings", "test": "tests"}
+KEPT = {"step": "steps", "stage": "stages", "test": "tests"}
 # Fields whose strings are strings even when they read "nan".
 TEXTS = frozenset(
     {"event", "name", "config", "machine", "versions", "executor", "executor_reason", "stopped_because"}
@@ -89,7 +88,7 @@ class RunLog:
 
     Attributes:
         name, config, machine, versions: of the last ``run`` event.
-        steps, stages, findings, tests: events; of a resumed run only those that led to its end.
+        steps, stages, tests: events; of a resumed run only those that led to its end.
         end: the ``end`` event; None for a run that is still going or was killed.
         resumes: how often the run was resumed.
         truncated: whether the file ends in an incomplete line, which was left out.
@@ -102,7 +101,6 @@ class RunLog:
     steps: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     tests: list[dict[str, Any]] = field(default_factory=list)
-    findings: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None
     resumes: int = 0
     truncated: bool = False

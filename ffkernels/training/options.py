@@ -111,12 +111,6 @@ Patience = Annotated[
         "Fast Forward off after so many stages in a row without a step; 0 never does."
     ),
 ]
-FindLr = Annotated[
-    bool,
-    typer.Option(
-        "--find-lr", help="Let Fast Forward find the learning rate in the first two steps; --lr is its start."
-    ),
-]
 Impl = Annotated[str, typer.Option(help="What moves the weights: auto, torch, cpp, triton or cuda.")]
 Search = Annotated[str, typer.Option(help="Fast Forward's search: parabolic or linear (the paper's).")]
 Seeds = Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which (0,7 or 7,).")]
@@ -134,7 +128,7 @@ BOTH = "both"
 AUTO = "auto"  # --lr, and FastForwardConfig.learning_rate
 
 # Fields whose options are called otherwise.
-OPTION = {"targets": "target_modules", "warmup": "stage_warmup", "learning_rate": "find_lr"}
+OPTION = {"targets": "target_modules", "warmup": "stage_warmup"}
 
 
 def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
@@ -180,14 +174,10 @@ def stages(ctx: typer.Context, **fixed: Any) -> FastForwardConfig:
     values = {n: ctx.params[OPTION.get(n, n)] for n in names if OPTION.get(n, n) in ctx.params}
     if "patience" in values:
         values["patience"] = _patience(values["patience"])
-    if "learning_rate" in values:
-        values["learning_rate"] = "find" if values["learning_rate"] else "keep"
     of_preset = preset_values(ctx).get("fast_forward") if ctx.params.get("preset") is not None else None
     if of_preset is not None:
         values |= {n: getattr(of_preset, n) for n in names if not _given(ctx, n)}
     if ctx.params.get("lr") == AUTO:
-        if ctx.params.get("find_lr"):
-            raise ValueError("--find-lr: with --lr auto there is no learning rate to find; leave one out")
         values["learning_rate"] = AUTO
     return FastForwardConfig(**{**values, **fixed})
 

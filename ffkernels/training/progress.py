@@ -73,12 +73,6 @@ class ProgressBars:
             self._progress.update(self._task, completed=event["optimizer_step"])
         elif kind == "stage":
             self._progress.update(self._task, note=f"{self._test}  τ = {event['tau']}")
-        elif kind == "finding" and not self.quiet:
-            self.console.print(
-                f"{self._name}: learning rate {event['lr_before']:.3g} → {event['lr']:.3g}, found in "
-                f"{event['evaluations']} validation losses ({event['stopped_because']})",
-                highlight=False,
-            )
         elif kind == "end":
             # A run that stopped early is done: its bar is full at the steps it needed.
             self._progress.update(

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.engine.validation import ValidationLoss
@@ -113,11 +112,9 @@ class Session:
         if attach is not None:
             self.ff = attach(self)
         elif config.fast_forward is not None:
-            settings, scheduler = config.fast_forward, None
-            if settings.learning_rate == "find":
-                # Never stepped: it says what shape ``update`` gives the rate.
-                scheduler = LambdaLR(self.optimizer, lambda step: self.learning_rate(step) / config.lr)
-            self.ff = FastForward(self.model, self.optimizer, self.validation, settings, scheduler=scheduler)
+            stages = config.fast_forward.interval is not None
+            validation = self.validation if stages else None
+            self.ff = FastForward(self.model, self.optimizer, validation, config.fast_forward)
         try:
             if "validation" in vars(self):
                 _ = self.validation.flops  # counted at its first reading: here, outside anybody's clock
@@ -173,7 +170,7 @@ class Session:
 
     def update(self, step: int) -> None:
         """Optimizer step ``step`` (counted from 0) from the gradients that are there; then they are freed."""
-        # Fast Forward may have found a better rate by itself; it says by how much to multiply ours.
+        # Fast Forward may move the rate by itself; it says by how much to multiply ours.
         scheduled = self.learning_rate(step)
         self.lr = lr = scheduled * getattr(self.ff, "lr_scale", 1.0)
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):

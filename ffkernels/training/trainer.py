@@ -10,7 +10,7 @@ What a run is charged for: collating, forward, backward, the optimizer, and ever
 (validation losses, search, weight moves). Making the model, the validation loss's one comparison with the
 model's own (two forwards of at most four or five examples) and Fast Forward's buffers, counting FLOPs, test
 losses, logging and checkpoints are outside the clock. ``total`` is the sum of ``train``, ``validate``,
-``move`` and ``other``. Finding a learning rate counts as validating, in the step that ends the search.
+``move`` and ``other``.
 """
 
 from __future__ import annotations
@@ -204,15 +204,7 @@ def train(
 
             progress.optimizer_steps += 1
             stage = ff.stages[-1] if ff is not None and len(ff.stages) > stages_before else None
-            found = getattr(ff, "finding", None)
-            if found is not None and found.optimizer_step != progress.optimizer_steps:
-                found = None  # of an earlier step
             staged = stage.seconds if stage is not None else 0.0
-            if found is not None:
-                staged += found.seconds
-                progress.charge(validate=found.seconds)
-                progress.validation_forwards += found.evaluations
-                meter.finding(found, session.validation.flops)
             progress.charge(train=end - begin - staged, other=collated - start)
             meter.optimizer_step()
             emit(
@@ -230,10 +222,8 @@ def train(
                 progress.validation_forwards += stage.evaluations
                 meter.stage(stage, moved=getattr(ff, "moved", None))
                 emit("stage", **stage.to_dict(), run_flops=meter.totals, run_seconds=progress.clock())
-            if found is not None:
-                emit("finding", **found.to_dict())
             due = config.evaluate_every and progress.optimizer_steps % config.evaluate_every == 0
-            if stage is not None or found is not None or due or progress.optimizer_steps == steps:
+            if stage is not None or due or progress.optimizer_steps == steps:
                 measure_test_loss()
 
             if reached_target():

@@ -15,7 +15,7 @@ from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.search import LinearSearch
 from ffkernels.reporting.recorder import read_run
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import DataOrder, open_session, prepare_task
+from ffkernels.training.session import DataOrder, prepare_task
 from ffkernels.training.trainer import _interrupt_after_the_step, train
 
 STAGES = FastForwardConfig(interval=4, max_tau=16)
@@ -185,31 +185,6 @@ def test_resume_is_bit_identical(config, cut, method):
     assert stages == [4, 8]
 
 
-def test_finding_a_learning_rate_is_charged_and_tested(config):
-    finding = FastForwardConfig(learning_rate="find", interval=100)
-    found_at = replace(config, name="found", fast_forward=finding)
-    with open_session(found_at) as session:
-        for step in range(2):
-            session.step(step)
-        found, forward = session.ff.finding, session.validation.flops
-    plain, result = train(replace(config, name="plain")), train(found_at)
-    assert not result.stages and found.optimizer_step == 2
-    assert result.validation_forwards == found.evaluations > 4
-    validations = found.evaluations * forward
-    assert result.flops["measured"] - plain.flops["measured"] == found.flops > validations
-    assert result.flops["paper"] - plain.flops["paper"] == validations + (found.flops - validations) // 2
-    (logged,) = read_run(str(result.log)).findings
-    assert logged["lr"] == found.lr and logged["optimizer_step"] == 2
-    assert result.seconds["validate"] == logged["seconds"] > 0 == result.seconds["move"]
-    assert all(step["seconds"]["train"] > 0 for step in events(config, "step", "found"))
-    assert [test["optimizer_step"] for test in events(config, "test", "found")] == [0, 2, 10]
-
-    train(replace(found_at, name="parts", steps=5))
-    parts = train(replace(found_at, name="parts"), resume=True)
-    assert (parts.flops, parts.validation_forwards) == (result.flops, result.validation_forwards)
-    assert parts.test_loss == result.test_loss
-
-
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 @pytest.mark.parametrize("cut", [1, 5, 9])
 def test_without_a_learning_rate_steps_tell_it_and_a_resumed_run_is_the_same(config, schedule, cut):
@@ -237,10 +212,10 @@ def _interrupt(step, event):
 def test_a_run_that_was_saved_before_a_setting_of_the_stages_existed_goes_on(config):
     config = replace(config, fast_forward=STAGES)
     saved = config.to_dict()
-    del saved["fast_forward"]["learning_rate"], saved["fast_forward"]["find_after"]
+    del saved["fast_forward"]["learning_rate"]
     config.check_continues({**saved, "steps": 10}, 10)
     with pytest.raises(ValueError, match="fast_forward="):
-        found = replace(STAGES, learning_rate="find")
+        found = replace(STAGES, learning_rate="auto")
         replace(config, fast_forward=found).check_continues({**saved, "steps": 10}, 10)
 
 
