@@ -3,7 +3,7 @@
 Every line has ``event`` and ``time`` (seconds since the epoch):
 
     run     name, config, machine, versions        once; a resumed run may write it again
-    step    optimizer_step, train_loss, lr, flops, seconds
+    step    optimizer_step, train_loss, lr, flops, seconds; alignment where no learning rate was given
     stage   what ``Stage.to_dict()`` holds, and run_flops, run_seconds
     finding what ``Finding.to_dict()`` holds: a learning rate that was found, already in the step's counts
     test    optimizer_step, loss, flops, seconds
