@@ -101,8 +101,8 @@ def compare(
     """Adam against Fast Forward to the same test loss, in FLOPs and in seconds: the paper's protocol.
 
     Adam runs --steps; its final test loss is the target. Fast Forward runs until it is there, with the
-    paper's linear search and with the parabolic one; then Adam with a tuned learning rate, which is what you
-    would try first.
+    paper's linear search and with the parabolic one; then Adam with no learning rate given, as in train --lr
+    auto; then Adam with a tuned learning rate, which is what you would try first.
     """
     from ffkernels.reporting.machine import command_line
     from ffkernels.training.compare import Comparison, Interrupted

@@ -131,7 +131,7 @@ def test_compare_writes_the_report(invoke, quick, tmp_path):
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     report = json.loads((out / "report.json").read_text())
-    names = ["adam-s0", "linear-s0", "parabolic-s0", "adam-tuned-s0"]
+    names = ["adam-s0", "linear-s0", "parabolic-s0", "auto-s0", "adam-tuned-s0"]
     assert [run["name"] for run in report["runs"]] == names
     assert {"runs", "savings", "machine", "versions", "config"} <= report.keys()
     for entry in report["runs"]:
@@ -153,7 +153,7 @@ def test_compare_runs_peers_beside_ours(invoke, quick, tmp_path):
     result = invoke("compare", *quick, *flags, "--peer", "lora-plus", "--peer", "authors", "--seeds", "3,")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    names = ["adam-s3", "parabolic-s3", "authors-s3", "lora-plus-s3", "adam-tuned-s3"]
+    names = ["adam-s3", "parabolic-s3", "authors-s3", "lora-plus-s3", "auto-s3", "adam-tuned-s3"]
     assert [run["name"] for run in report["runs"]] == names
     assert [entry["name"] for entry in report["savings"]] == names[1:]
     assert report["config"]["peers"] == ["lora-plus", "authors"]

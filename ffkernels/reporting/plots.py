@@ -1,8 +1,9 @@
-"""The report's four pictures. matplotlib is imported when one is drawn, and never opens a window.
+"""The report's pictures. matplotlib is imported when one is drawn, and never opens a window.
 
 test_loss_flops.png     test loss over measured FLOPs
 test_loss_seconds.png   test loss over seconds, everything charged
 tau.png                 τ* of every stage over optimizer steps
+learning_rate.png       of runs without a given one: loss, learning rate and alignment over optimizer steps
 training.png            the loss along the path: optimizer steps and Fast Forward steps told apart
 """
 
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 Event = Mapping[str, Any]  # of a run log
 
 DPI = 150
-# Okabe and Ito's colours and a wine red, which the colour-blind can tell apart; line styles and markers say
-# the same again.
+# Okabe and Ito's colours, a wine red and an indigo, which the colour-blind can tell apart; line styles and
+# markers say the same again.
 STYLES: dict[str, dict[str, Any]] = {
     "adam": {"color": "#4d4d4d", "marker": "o", "linestyle": "-"},
     "linear": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
     "parabolic": {"color": "#0072B2", "marker": "^", "linestyle": "-"},
     "adam-tuned": {"color": "#009E73", "marker": "D", "linestyle": "--"},
+    "auto": {"color": "#332288", "marker": "*", "linestyle": ":"},
     "authors": {"color": "#E69F00", "marker": "P", "linestyle": "-."},
     "peft-prototype": {"color": "#56B4E9", "marker": "X", "linestyle": "-."},
     "lora-plus": {"color": "#882255", "marker": "p", "linestyle": "--"},
@@ -53,6 +55,8 @@ def kind_label(run: Run) -> str:
     labels |= {"authors": "the authors' loop", "peft-prototype": "PEFT's prototype", "lora-plus": "LoRA+"}
     if run.kind == "adam-tuned":
         return "Adam, tuned lr" if run.lr is None else f"Adam, tuned lr {run.lr:g}"
+    if run.auto:
+        return f"{labels.get(run.kind, 'Adam')}, no learning rate given"
     return labels.get(run.kind, run.name)
 
 
@@ -67,6 +71,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
     size, unit = flop_unit(largest)
     tested = any(run.log.tests for run in runs)
     staged = any(run.log.stages for run in runs)
+    moved = [run for run in runs if any("alignment" in step for step in run.log.steps)]
 
     def over_flops(figure: Figure) -> None:
         label = f"training compute ({unit}, measured)"
@@ -79,6 +84,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
         ("test_loss_flops", tested, over_flops),
         ("test_loss_seconds", tested, over_seconds),
         ("tau", staged, lambda figure: _taus(figure, runs)),
+        ("learning_rate", bool(moved), lambda figure: draw_learning_rates(figure, moved)),
         ("training", staged, lambda figure: _training(figure, runs)),
     )
     drawn = {}
@@ -203,6 +209,49 @@ def _taus(figure: Figure, runs: Sequence[Run]) -> None:
     axes.set_xlabel("optimizer step at which the stage ran")
     axes.set_ylabel("τ*: times the update was repeated")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, frameon=False)
+
+
+def draw_learning_rates(figure: Figure, runs: Sequence[Run]) -> None:
+    """How the rates of runs with none given went: loss, rate and alignment, a panel each."""
+    figure.set_size_inches(7.2, 7.0)
+    losses, rates, alignments = figure.subplots(3, sharex=True, height_ratios=(1.3, 1, 1))
+    labelled: set[str] = set()
+    for run in runs:
+        label, style, steps = kind_label(run), style_of(run), run.log.steps
+        line = {"color": style["color"], "linewidth": 1.2, "alpha": _alpha(runs, run)}
+        at = [step["optimizer_step"] for step in steps]
+        tested = [test["optimizer_step"] for test in run.log.tests]
+        test_losses = [test["loss"] for test in run.log.tests]
+        of_tests = losses.plot(tested, test_losses, **line, marker=style["marker"], markersize=5)[0]
+        of_batches = losses.plot(at, [step["train_loss"] for step in steps], **line)[0]
+        of_batches.set_alpha(0.4 * line["alpha"])
+        if label not in labelled:
+            of_tests.set_label(f"{label}: test loss")
+            of_batches.set_label("its batches: training loss")
+            labelled.add(label)
+        rates.plot(at, [_or_nan(step["lr"] or None) for step in steps], **line, drawstyle="steps-mid")
+        alignments.plot(
+            at, [_or_nan(step.get("alignment")) for step in steps], **line, marker=".", markersize=4
+        )
+    for axes, label in (
+        (losses, "loss (nats per token)"),
+        (rates, "learning rate"),
+        (alignments, "alignment"),
+    ):
+        clean_axes(axes)
+        axes.set_ylabel(label)
+    figure.align_ylabels()
+    losses.legend(loc="upper right", fontsize=9, **LEGEND)
+    rates.set_yscale("log")
+    alignments.axhline(0.0, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
+    alignments.set_xlim(left=0)
+    alignments.xaxis.get_major_locator().set_params(integer=True)
+    alignments.set_xlabel("optimizer step")
+
+
+def _or_nan(value: float | None) -> float:
+    """A gap in the line: an alignment that is not known, a rate of 0 on a log axis."""
+    return math.nan if value is None else value
 
 
 def _training(figure: Figure, runs: Sequence[Run]) -> None:

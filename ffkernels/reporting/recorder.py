@@ -3,7 +3,7 @@
 Every line has ``event`` and ``time`` (seconds since the epoch):
 
     run     name, config, machine, versions        once; a resumed run may write it again
-    step    optimizer_step, train_loss, lr, flops, seconds
+    step    optimizer_step, train_loss, lr, flops, seconds; alignment where no learning rate was given
     stage   what ``Stage.to_dict()`` holds, and run_flops, run_seconds
     test    optimizer_step, loss, flops, seconds
     end     optimizer_steps, test_loss, flops, seconds, validation_forwards, stages, stopped_because,

@@ -136,6 +136,11 @@ def _caveats(runs: Sequence[Run], several: Sequence[Spread], tolerance: float) -
     for run in judged:
         if run.reason is not None:
             lines.append(f"{run.name} has no saving: {run.reason}.")
+    if any(run.kind == "auto" for run in runs):
+        lines.append(
+            "“auto” was given no learning rate: each gradient's cosine with the last update moved it. It is "
+            "held to the same test loss."
+        )
     lines += _tuned_lines(runs, several)
     lines.append(
         "FLOPs: “measured” counts the forward and backward that ran; “paper” charges a backward as two "
@@ -179,7 +184,7 @@ def _tuned_lines(runs: Sequence[Run], several: Sequence[Spread]) -> list[str]:
     rates = sorted({f"{run.lr:g}" for run in runs if run.kind == "adam-tuned" and run.lr is not None})
     line = f"Adam at a tuned learning rate ({', '.join(rates)})" if rates else "Adam at a tuned learning rate"
     line += f" saves {_two_shares(tuned)} on the way to the same test loss"
-    names = {kind: f"Fast Forward {kind}" for kind in SEARCHES}
+    names = {kind: f"Fast Forward {kind}" for kind in SEARCHES} | {"auto": "Adam with no learning rate given"}
     rivals = [f"{names.get(kind, kind)} {_two_shares(values)}" for kind, values in saved.items() if values]
     return ["; ".join([line, *rivals]) + "."]
 
@@ -197,11 +202,12 @@ def _differing(of_runs: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _conditions(config: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
-    """The settings to report; Fast Forward's come from a run that has them, which Adam's has not."""
+    """The settings to report; Fast Forward's come from a run that has stages, which Adam's has not."""
     kept = {key: value for key, value in config.items() if key not in NOT_CONDITIONS}
     if isinstance(kept.get("data"), str):
         kept["data"] = Path(kept["data"]).name  # the file, not somebody's folders
-    forward = next((found for run in runs if (found := run.log.config.get("fast_forward"))), None)
+    stages = (run.log.config.get("fast_forward") for run in runs if run.kind != "auto")
+    forward = next(filter(None, stages), None)
     if not kept.get("fast_forward") and isinstance(forward, Mapping):
         kept["fast_forward"] = {key: value for key, value in forward.items() if key != "search"}
     return kept

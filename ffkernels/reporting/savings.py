@@ -5,7 +5,8 @@
 
 A run that never got there saved nothing that could be named: None, with the reason. A negative saving is a
 loss and stands as it is. A run of Adam at another learning rate, its name containing ``tuned``, is held to
-the same target; so are LoRA+ and the peers, other people's Fast Forward loops.
+the same target; so are one without a given learning rate ("auto"), LoRA+ and the peers, other people's Fast
+Forward loops.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ffkernels.reporting.recorder import RunLog
 
 COSTS = ("flops_paper", "flops_measured", "seconds")
 # In the order of a report. A peer's kind is its name, and its place is before LoRA+.
-KINDS = ("adam", "linear", "parabolic", "lora-plus", "adam-tuned", "other")
+KINDS = ("adam", "linear", "parabolic", "lora-plus", "auto", "adam-tuned", "other")
 NOT_JUDGED = ("adam", "other")
 # What a run of a kind may have otherwise than the Adam run it is held to.
 MAY_DIFFER = {"adam-tuned": ("lr",), "lora-plus": ("optimizer",)}
@@ -84,8 +85,13 @@ class Run:
         return self.log.name
 
     @property
+    def auto(self) -> bool:
+        """Whether no learning rate was given: what its settings say of one is then nothing."""
+        return (self.log.config.get("fast_forward") or {}).get("learning_rate") == "auto"
+
+    @property
     def lr(self) -> float | None:
-        return self.log.config.get("lr")
+        return None if self.auto else self.log.config.get("lr")
 
     def entry(self) -> dict[str, Any]:
         """Its entry under ``savings`` in report.json."""
@@ -118,13 +124,15 @@ def kind_of(log: RunLog) -> str:
         if "lora-plus" in name and log.config.get("optimizer") == "lora-plus":
             return "lora-plus"
         return "adam-tuned" if "tuned" in name else "adam"
+    if forward and forward.get("learning_rate") == "auto" and forward.get("interval") is None:
+        return "auto"
     if forward and forward.get("search") in KINDS:
         return forward["search"]
     return next((kind for kind in ("parabolic", "linear") if kind in name), "other")
 
 
 def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
-    """Every run with its saving, in the order Adam, linear, parabolic, peers, LoRA+, tuned, others.
+    """Every run with its saving, in the order Adam, linear, parabolic, peers, LoRA+, auto, tuned, others.
 
     Raises:
         ValueError: when two runs have the same name, or tolerance is not a number ≥ 0.
@@ -229,7 +237,8 @@ def _adam_for(run: Run, adams: Sequence[Run]) -> tuple[Run | None, str | None]:
 
 
 def _differences(run: Run, adam: Run) -> list[str]:
-    mine, other, free = run.log.config, adam.log.config, MAY_DIFFER.get(run.kind, ())
+    mine, other = run.log.config, adam.log.config
+    free = ("lr",) if run.auto else MAY_DIFFER.get(run.kind, ())
     return [k for k in CONDITIONS if k not in free and k in mine and k in other and mine[k] != other[k]]
 
 

@@ -7,6 +7,7 @@ For every seed, with the same data order, adapter initialisation and learning ra
     parabolic-s0    the same with the bracketing search
     authors-s0      the same with a peer, another Fast Forward loop (peers.py); for every peer asked for
     lora-plus-s0    no Fast Forward but LoRA+, until the same test loss; where it is asked for
+    auto-s0         no Fast Forward and no learning rate given, until the same test loss
     adam-tuned-s0   no Fast Forward but a tuned learning rate, until the same test loss: the honest row,
                     because a tuned learning rate is what a user would try first
 
@@ -125,6 +126,11 @@ class Comparison:
             else:
                 raise ValueError(f"peers={self.peers!r}: must be of {', '.join(map(repr, known))}")
 
+    @property
+    def no_rate(self) -> FastForwardConfig:
+        """No stages, and no learning rate to choose."""
+        return FastForwardConfig(interval=None, learning_rate="auto", impl=self.fast_forward.impl)
+
     def adam(self, seed: int) -> TrainConfig:
         return dataclasses.replace(
             self.base, name=f"adam-s{seed}", seed=seed, fast_forward=None, target_loss=None
@@ -193,6 +199,7 @@ def compare(
             else:
                 attach = partial(load_peer(name), interval=comparison.fast_forward.interval)
                 results.append(run(comparison.until(adam, seed, name), attach))
+        results.append(run(comparison.until(adam, seed, "auto", fast_forward=comparison.no_rate)))
         if tuned_lr is None:
             tuned_lr, source = sweep(comparison, adam, seed, run), "sweep"
         results.append(run(comparison.until(adam, seed, "adam-tuned", lr=tuned_lr)))
@@ -224,6 +231,8 @@ def warm_up(comparison: Comparison) -> None:
         for search in comparison.searches:
             stages = dataclasses.replace(ff, search=search)
             _uninterrupted(dataclasses.replace(plain, fast_forward=stages), None)
+        # The second step has an alignment, and the rate rises.
+        _uninterrupted(dataclasses.replace(plain, steps=2, fast_forward=comparison.no_rate), None)
         for name in comparison.peers:
             if name == LORA_PLUS:
                 _uninterrupted(dataclasses.replace(plain, optimizer=LORA_PLUS), None)

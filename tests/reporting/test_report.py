@@ -11,23 +11,25 @@ import sys
 import pytest
 from rich.console import Console
 
-from ffkernels.reporting.plots import accepted, flop_unit, walk
+from ffkernels.reporting.plots import accepted, draw_learning_rates, flop_unit, walk
 from ffkernels.reporting.report import build_report, print_table
 from ffkernels.reporting.savings import compare_runs
 
+ALIGNED = [-0.5, -0.6, 0.1, None, -0.2, -0.1, 0.0]
 TRIED = [(0, 2.0), (1, 1.8), (2, 1.6), (4, 1.9), (3, 1.5)]
-PICTURES = ["test_loss_flops", "test_loss_seconds", "tau", "training"]
+PICTURES = ["test_loss_flops", "test_loss_seconds", "tau", "learning_rate", "training"]
 
 
 @pytest.fixture
 def logs(write_log):
-    """Adam, both searches and the tuned row; Fast Forward saves 1 − 550/2000 of the measured FLOPs."""
+    """Adam and the rows held to it; the parabolic search saves 1 − 550/2000 of the measured FLOPs."""
     return [
         write_log("adam-s0", {0: 3.0, 10: 2.0, 20: 1.0}, seed=0),
         write_log(
             "linear-s0", {0: 3.0, 10: 1.5, 20: 1.2}, seed=0, stages={10: (3, TRIED), 16: (0, [(0, 1.0)])}
         ),
         write_log("parabolic-s0", {0: 3.0, 5: 0.9}, seed=0, stages={5: (3, TRIED)}),
+        write_log("auto-s0", {0: 3.0, 8: 0.8}, seed=0, alignments=[None, *ALIGNED]),
         write_log("adam-tuned-s0", {0: 3.0, 4: 0.9}, seed=0, lr=3e-3),
     ]
 
@@ -41,7 +43,8 @@ def test_report_json_keeps_its_schema(logs, tmp_path):
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     assert data == report.data
     assert list(data) == ["runs", "savings", "machine", "versions", "config"]
-    assert [run["name"] for run in data["runs"]] == ["adam-s0", "linear-s0", "parabolic-s0", "adam-tuned-s0"]
+    names = ["adam-s0", "linear-s0", "parabolic-s0", "auto-s0", "adam-tuned-s0"]
+    assert [run["name"] for run in data["runs"]] == names
     for run in data["runs"]:
         assert shape(run) == {
             "name": str,
@@ -52,14 +55,14 @@ def test_report_json_keeps_its_schema(logs, tmp_path):
             "validation_forwards": int,
             "stages": int,
         }
-    linear, parabolic, tuned = data["savings"]
+    linear, parabolic, auto, tuned = data["savings"]
     assert parabolic == {
         "name": "parabolic-s0",
         "flops_paper": 1 - 800 / 3000,
         "flops_measured": 1 - 550 / 2000,
         "seconds": 1 - 11.25 / 40,
     }
-    assert tuned["flops_measured"] == 0.8
+    assert (auto["flops_measured"], tuned["flops_measured"]) == (0.6, 0.8)
     assert linear["flops_measured"] is None and linear["reason"].startswith("did not reach")
     assert data["machine"] == {"cpu": "toy", "threads": 1}
     assert data["versions"] == {"torch": "2", "git_commit": "abc"}
@@ -124,6 +127,7 @@ def test_markdown_tells_the_whole_story(logs, tmp_path):
     for expected in (
         "lr 0.0001, batch_size 8",
         "| parabolic-s0 | 0.0001 | 5 | 1 | 5 | 0.9000 | 550 | 11.2 | 72.5 % | 73.3 % | 71.9 % |",
+        "| auto-s0 | auto | 8 | 0 | 0 | 0.8000 | 800 | 16.0 | 60.0 % | 60.0 % | 60.0 % |",
         "| linear-s0 | 0.0001 | 20 | 2 | 6 | 1.2000 | 2060 | 41.5 | not reached | – | – |",
         "FLOPs saved, measured",
         "FLOPs saved, paper",
@@ -131,7 +135,9 @@ def test_markdown_tells_the_whole_story(logs, tmp_path):
         "at the same learning rate",
         "linear-s0 has no saving: did not reach test loss 1.0001; the best was 1.2000.",
         "Adam at a tuned learning rate (0.003) saves 80.0 % of the FLOPs (measured) and 80.0 % of the time",
-        "Fast Forward parabolic 72.5 % of the FLOPs (measured) and 71.9 % of the time",
+        "Fast Forward parabolic 72.5 % of the FLOPs (measured) and 71.9 % of the time; "
+        "Adam with no learning rate given 60.0 % of the FLOPs (measured) and 60.0 % of the time.",
+        "“auto” was given no learning rate",
         "| parabolic-s0 | 10.00 | 1.25 | 0.00 | 0.00 | 11.25 |",
         *(f"]({stem}.png)" for stem in PICTURES),
     ):
@@ -170,6 +176,24 @@ def test_the_terminal_table_fits_eighty_columns(logs, tmp_path):
     row = next(line for line in lines if line.startswith("parabolic-s0"))
     assert row.split() == "parabolic-s0 0.0001 5 1 5 0.9000 550 11.2 72.5% 73.3% 71.9%".split()
     assert any("missed" in line for line in lines if line.startswith("linear-s0"))
+
+
+def test_a_rate_that_was_not_given_is_drawn_over_the_steps(logs):
+    from matplotlib.figure import Figure
+
+    figure, runs = Figure(layout="constrained"), compare_runs(logs, 1e-4)
+    draw_learning_rates(figure, [run for run in runs if run.kind == "auto"])
+    losses, rates, alignments = figure.axes
+    steps = list(range(1, 9))
+    drawn = {axes: [line.get_xydata().T.tolist() for line in axes.lines] for axes in figure.axes}
+    assert [steps, [pytest.approx(4.0 - 0.01 * step) for step in steps]] in drawn[losses]
+    assert [[0, 8], [3.0, 0.8]] in drawn[losses]
+    assert drawn[rates] == [[steps, [pytest.approx(1e-4 * step) for step in steps]]]
+    assert rates.get_yscale() == "log"
+    at, cosines = drawn[alignments][0]
+    assert at == steps and [None if math.isnan(c) else c for c in cosines] == [None, *ALIGNED]
+    told = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert told == ["Adam, no learning rate given: test loss", "its batches: training loss"]
 
 
 def test_the_path_of_a_run(logs):
