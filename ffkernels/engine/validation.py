@@ -28,7 +28,7 @@ from ffkernels.engine.causal_lm import CausalLM, FastPathRefused, find_causal_lm
 from ffkernels.engine.digests import digest
 from ffkernels.engine.distributed import Ranks, several_processes, together
 from ffkernels.engine.evaluation_mode import evaluation_mode, keep_random_state
-from ffkernels.engine.flop_counter import count_flops
+from ffkernels.engine.flop_counter import count_flops, say_uncounted
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.parallelism import fsdp_modules, replicas, reshard, training_group, without_broadcasts
 from ffkernels.engine.validation_batches import (
@@ -217,15 +217,18 @@ class ValidationLoss:
 
     @property
     def flops(self) -> int:
-        """Forward FLOPs of one evaluation, measured with `FlopCounterMode` by one more at first access.
+        """Forward FLOPs of one evaluation, measured by one more, run eagerly, at first access.
 
-        Matrix products, convolutions and attention; the CPU's fused attention, which PyTorch's counter
-        does not know, is counted as the GPU's is. Attention counts all query-key pairs of a micro-batch. Of
-        several processes it is this one's share.
+        Matrix products, convolutions and attention, which counts all query-key pairs of a micro-batch. Of
+        several processes it is this one's share. 0, announced, where an evaluation cannot be counted.
         """
         if self._flops is None:
             own = self._loss.local if isinstance(self._loss, SharedLoss) else self._loss
-            self._flops = count_flops(lambda: self.run(own))
+            try:
+                self._flops = count_flops(lambda: self.run(own))
+            except Exception as error:
+                self._flops = 0
+                say_uncounted("the validation loss", error)
         return self._flops
 
     def __call__(self) -> torch.Tensor:

@@ -274,7 +274,8 @@ class FastForwardCallback(TrainerCallback, ExportableState):
 
     @contextmanager
     def _count_batch(self, model: torch.nn.Module, inputs: Any) -> Iterator[None]:
-        with self._step_flops.batch(model, inputs) as cost:
+        beside = trainer_access.other_models(self._trainer, model)
+        with self._step_flops.batch(model, inputs, beside) as cost:
             yield
         self._meter.add(Flops(*cost[0]))
 

@@ -21,6 +21,7 @@ __all__ = [
     "first_examples",
     "is_batch",
     "log",
+    "other_models",
     "wrap_training_step",
 ]
 
@@ -77,6 +78,13 @@ def wrap_training_step(
 
     trainer.training_step = training_step
     return undo
+
+
+def other_models(trainer: Any, model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that a Trainer holds beside the one that it trains, such as a reference model."""
+    own = set(model.modules())
+    held = {id(value): value for value in vars(trainer).values() if isinstance(value, torch.nn.Module)}
+    return [module for module in held.values() if own.isdisjoint(module.modules())]
 
 
 def first_examples(dataset: Any, count: int | None) -> Any:
