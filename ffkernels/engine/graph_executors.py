@@ -25,7 +25,6 @@ from torch.autograd.graph import increment_version
 
 from ffkernels import ops
 from ffkernels.engine import capture_rules, graphs
-from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.executors import StageProgram
 from ffkernels.engine.graph_check import Snapshot, difference, follow
 from ffkernels.engine.interrupts import interrupt_later
@@ -165,9 +164,14 @@ class GraphExecutor:
             # From the second time on Δ = 0, so that the search does not begin, and best = W: a step then sets
             # W to itself. So warming up the body moves nothing.
             prologue()
-            with evaluation_mode(validation.model, table.device):
+            with validation.evaluator.mode():
                 self._build(table.device, prologue, body)
             program.extra_validations += WARM_UPS
+            if written := validation.evaluator.written_buffers:
+                raise graphs.CaptureFailed(
+                    f"the forward writes {', '.join(written[:3])}, which a replay would not put back; let it "
+                    "write them only where self.training is True"
+                )
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(table.best_flats, checkpoint)

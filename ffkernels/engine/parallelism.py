@@ -49,16 +49,17 @@ def without_broadcasts(modules: Sequence[nn.parallel.DistributedDataParallel]) -
     """Forwards of DDP modules send nothing: ranks that run more or fewer of them do not wait for each other.
 
     Also without gradients, the first forward after a training step broadcasts rank 0's buffers, and notes
-    that the next one, of training, need not. In here it does neither.
+    that the next one, of training, need not. In here it does neither. Nor does it prepare for a backward pass
+    where gradients are on.
     """
-    before = [module.require_forward_param_sync for module in modules]
+    before = [(module.require_forward_param_sync, module.require_backward_grad_sync) for module in modules]
     try:
         for module in modules:
-            module.require_forward_param_sync = False
+            module.require_forward_param_sync = module.require_backward_grad_sync = False
         yield
     finally:
-        for module, sync in zip(modules, before, strict=True):
-            module.require_forward_param_sync = sync
+        for module, (forward, backward) in zip(modules, before, strict=True):
+            module.require_forward_param_sync, module.require_backward_grad_sync = forward, backward
 
 
 def training_group(model: nn.Module) -> Any:

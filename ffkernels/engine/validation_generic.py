@@ -20,6 +20,7 @@ from torch import nn
 
 from ffkernels.engine.causal_lm import accepts_argument, unwrap
 from ffkernels.engine.validation_batches import IGNORE
+from ffkernels.engine.validation_gradients import GradientsWhereNeeded
 
 __all__ = ["FunctionLoss", "ModelLoss", "count_targets", "is_loss_function", "size_of"]
 
@@ -70,6 +71,7 @@ class ModelLoss:
         # The forward of data-parallel wrappers would talk to the other ranks, which are not here.
         parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
         self.model = model.module if parallel else model
+        self._run = GradientsWhereNeeded(self.model)
         self.device = device
         for index, batch in enumerate(batches):
             if "labels" not in batch and _names_labels(inner):
@@ -109,6 +111,9 @@ class ModelLoss:
 
     def total(self) -> torch.Tensor:
         """The sum over all targets, 0-dim float64; 0 without batches."""
+        return self._run(self._total)
+
+    def _total(self) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch, weight in zip(self.batches, self.weights, strict=True):
             loss = self._loss(self.model(**batch), batch)
@@ -139,8 +144,12 @@ class FunctionLoss:
 
     def __init__(self, function: Callable[[nn.Module], Any], model: nn.Module, device: torch.device) -> None:
         self.function, self.model, self.device = function, model, device
+        self._run = GradientsWhereNeeded(model)
 
     def __call__(self) -> torch.Tensor:
+        return self._run(self._value)
+
+    def _value(self) -> torch.Tensor:
         loss = self.function(self.model)
         if isinstance(loss, torch.Tensor):
             loss = loss.detach()

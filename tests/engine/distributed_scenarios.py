@@ -317,6 +317,17 @@ def slope_fails(rank, size, who, at, how):
     return outcome
 
 
+def slope_beyond(rank, size, who, how):
+    """The ranks in `who` have no loss where a weight has come far: NaN there, or an exception."""
+
+    def validation(model):
+        if rank in who and float(model.module.w.detach().abs().max()) > 0.02:
+            return torch.linalg.cholesky(-torch.eye(2)).sum() if how == "raise" else float("nan")
+        return model()
+
+    return Run(validation, patience=None, search="linear").attempt(6, rank)
+
+
 def slope_interrupted_between_exchanges(rank, size):
     """Ctrl-C on one rank while weights move: it is delivered after the move, and told with the next loss."""
     from ffkernels import ops
