@@ -44,6 +44,7 @@ def compare(
     source: options.Source = "offline",
     chat_loss: options.ChatLoss = "all",
     data: options.Data = None,
+    test_data: options.TestData = None,
     lr: options.Lr = 1e-4,
     steps: options.Steps = 120,
     epochs: options.Epochs = None,
@@ -142,6 +143,7 @@ def train(
     source: options.Source = "offline",
     chat_loss: options.ChatLoss = "all",
     data: options.Data = None,
+    test_data: options.TestData = None,
     fast_forward: Annotated[
         bool,
         typer.Option(
@@ -235,6 +237,7 @@ def tokens(
     source: options.Source = "offline",
     chat_loss: options.ChatLoss = "all",
     data: options.Data = None,
+    test_data: options.TestData = None,
     max_length: options.MaxLength = 64,
     test_examples: options.TestExamples = 1000,
     validation_examples: options.ValidationExamples = 32,
@@ -255,6 +258,8 @@ def tokens(
         typer.echo(json.dumps(statistics, indent=2))
     else:
         _console().print(token_table(prepared.name, statistics))
+    for remark in prepared.remarks:
+        typer.echo(remark, err=as_json)
 
 
 @app.command()
@@ -322,8 +327,17 @@ def run(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("FFKERNELS_TRACEBACK") or not _users(error):
             raise
-        typer.echo(f"ffkernels: {error}", err=True)
+        typer.echo(f"ffkernels: {_in_options(str(error))}", err=True)
         sys.exit(USER_ERROR)
+
+
+def _in_options(message: str) -> str:
+    """A message that begins with a setting, ``eval_tokens=0``, with the option of that setting."""
+    field, equals, rest = message.partition("=")
+    name = options.OPTION.get(field, field)
+    commands = typer.main.get_command(app).commands.values()
+    option = next((p.opts[0] for command in commands for p in command.params if p.name == name), None)
+    return f"{option}={rest}" if equals and option else message
 
 
 def _show_notices_as_lines() -> None:

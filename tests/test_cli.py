@@ -204,10 +204,20 @@ def test_tokens(invoke, quick):
         (["train", "--attn", "fast"], "attn='fast': must be one of"),
         (["train", "--source", "web"], "source='web': must be one of 'offline', 'hub'"),
         (["train", "--preset", "mine"], "preset 'mine' does not exist"),
-        (["compare", "--peer", "golden"], "peers=('golden',): must be of 'lora-plus'"),
+        (["compare", "--peer", "golden"], "--peer=('golden',): must be of 'lora-plus'"),
         (["compare", "--peer", "lora-plus", "--method", "full"], "optimizer='lora-plus': must be 'adamw'"),
         (["tokens", "--task", "poetry"], "poetry"),
-        (["train", "--lr", "0"], "lr=0.0: must be a number above 0"),
+        (["train", "--lr", "0"], "--lr=0.0: must be a number above 0"),
+        (["train", "--eval-tokens", "0"], "--eval-tokens=0: must be an integer of at least 1 or None"),
+        (["train", "--target-modules", ","], "--target-modules=('', ''): must be module names"),
+        (["train", "--stage-warmup", "-1"], "--stage-warmup=-1: must be an integer of at least 0"),
+        (
+            ["train", "--test-examples", "0", "--target-loss", "2"],
+            "--target-loss=2.0: must be None where test",
+        ),
+        (["train", "--test-data", "x.jsonl"], "--test-data='x.jsonl': must be None without data"),
+        (["compare", "--test-examples", "0"], "--test-examples=0: must be at least 1: the runs are compared"),
+        (["analyze", "loss", "--test-examples", "0"], "--test-examples=0: must be at least 1: an analysis"),
         (["train", "--device", "gpu"], "device='gpu': must be 'auto'"),
         (["train", "--device", "cuda:99"], "device='cuda:99': this torch sees"),
         (["compare", "--seeds", "0"], "seeds='0'"),
@@ -266,3 +276,34 @@ def test_a_missing_command_line_package_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.strip() == "ffkernels: the command line needs typer: pip install 'ffkernels[hf]'"
+
+
+def test_a_run_without_test_examples_says_no_test_loss(invoke, quick, tmp_path):
+    sizes = ["--test-examples", 0, "--steps", 2, "--interval", 2]
+    result = invoke("train", *quick, *sizes)
+    assert result.exit_code == 0, result.output
+    flat = " ".join(result.stdout.split())
+    assert "test loss" not in flat and "all steps done after 2 steps: " in flat
+    events = [json.loads(line) for line in (tmp_path / "out" / "run.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events] == ["run", "step", "step", "stage", "end"]
+    assert (events[-1]["test_loss"], events[0]["tokens"]["test"]["examples"]) == ("nan", 0)
+    result = invoke("report", tmp_path / "out" / "run.jsonl", "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+
+
+def test_what_is_left_out_is_said_once(invoke, quick, sums, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "1+1=", "completion": "2."}\n{"prompt": "9+9=", "completion": " "}\n')
+    flags = ["--test-data", other, "--batch-size", 512, "--max-length", 64, "--steps", 1]
+    result = invoke("train", *quick, *flags)
+    flat = " ".join(result.stdout.split())
+    assert (
+        "Left out of sums.jsonl: 1 line of which a test example is equal. Left out of other.jsonl: 1" in flat
+    )
+    assert "A batch of 512 is larger than the 95 training examples" in flat
+    assert result.exit_code == 0 and flat.count("Left out of other.jsonl") == 1
+    logged = json.loads((tmp_path / "out" / "run.jsonl").read_text().splitlines()[0])
+    assert len(logged["remarks"]) == 3 and logged["tokens"]["test"]["examples"] == 1
+    sizes = ["--validation-examples", 4, "--max-length", 64]
+    told = invoke("tokens", "--data", sums, "--test-data", other, *sizes, "--json")
+    assert json.loads(told.stdout)["test"]["examples"] == 1 and "Left out of other.jsonl" in told.stderr

@@ -2,7 +2,7 @@
 
 Every line has ``event`` and ``time`` (seconds since the epoch):
 
-    run     name, config, machine, versions        once; a resumed run may write it again
+    run     name, config, machine, versions, tokens, remarks    once; a resumed run may write it again
     step    optimizer_step, train_loss, lr, flops, seconds
     stage   what ``Stage.to_dict()`` holds, and run_flops, run_seconds
     finding what ``Finding.to_dict()`` holds: a learning rate that was found, already in the step's counts
@@ -34,7 +34,8 @@ EVENTS = ("run", "step", "stage", "finding", "test", "end")
 KEPT = {"step": "steps", "stage": "stages", "finding": "findings", "test": "tests"}
 # Fields whose strings are strings even when they read "nan".
 TEXTS = frozenset(
-    {"event", "name", "config", "machine", "versions", "executor", "executor_reason", "stopped_because"}
+    {"event", "name", "config", "machine", "versions", "remarks"}
+    | {"executor", "executor_reason", "stopped_because"}
 )
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 

@@ -95,6 +95,8 @@ class Comparison:
                 f"searches={self.searches!r}: must be of {', '.join(map(repr, SEARCHES))}, one or more"
             )
         self._check_peers()
+        if self.base.test_examples == 0:
+            raise ValueError("test_examples=0: must be at least 1: the runs are compared at a test loss")
         if self.tuned_lr is not None and not 0 < self.tuned_lr < math.inf:
             raise ValueError(f"tuned_lr={self.tuned_lr!r}: must be a number above 0 or None")
         if self.tuned_lr is not None and self.sweep:

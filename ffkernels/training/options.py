@@ -44,7 +44,14 @@ ChatLoss = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(help="JSONL file with text, prompt/response or messages lines, instead of --task."),
+    typer.Option(
+        help="File of JSON lines, instead of --task: text; prompt and response or completion; messages; "
+        "ShareGPT's conversations; Alpaca's instruction, input, output."
+    ),
+]
+TestData = Annotated[
+    Path | None,
+    typer.Option(help="With --data: the file that is tested on, --test-examples of it at most."),
 ]
 Method = Annotated[
     str,
@@ -91,7 +98,8 @@ EvalTokens = Annotated[
     ),
 ]
 TestExamples = Annotated[
-    int, typer.Option(help="Held-out examples for the test loss, which is charged to nobody.")
+    int,
+    typer.Option(help="Held-out examples for the test loss, which is charged to nobody; 0: none."),
 ]
 ValidationExamples = Annotated[int, typer.Option(help="Held-out examples Fast Forward searches with.")]
 ResampleValidation = Annotated[
@@ -135,6 +143,7 @@ AUTO = "auto"  # --lr, and FastForwardConfig.learning_rate
 
 # Fields whose options are called otherwise.
 OPTION = {"targets": "target_modules", "warmup": "stage_warmup", "learning_rate": "find_lr"}
+OPTION |= {"peers": "peer", "searches": "search"}
 
 
 def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
@@ -151,7 +160,7 @@ def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
 
     names = [field.name for field in fields(TrainConfig) if field.name != "fast_forward"]
     values = {n: ctx.params[OPTION.get(n, n)] for n in names if OPTION.get(n, n) in ctx.params}
-    for name in ("out", "data"):
+    for name in ("out", "data", "test_data"):
         if values.get(name) is not None:
             values[name] = str(values[name])
     if values.get("targets") is not None:

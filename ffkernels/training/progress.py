@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -41,6 +42,7 @@ class ProgressBars:
         self._transformers = no_progress_bars(not self._live)
         self._task: Any = None
         self._name, self._steps, self._test = "", 0, ""
+        self._told: set[str] = set()
 
     def __enter__(self) -> ProgressBars:
         self._transformers.__enter__()
@@ -65,6 +67,8 @@ class ProgressBars:
             self._steps = event["config"]["steps"]
             if self.tokens and not self.quiet:
                 self.console.print(f"{self._name}: {token_line(event['tokens'])}", highlight=False)
+            for remark in event["remarks"]:
+                self._tell(remark)
             self._progress.update(self._task, total=self._steps)
         elif kind == "test":
             self._test = f"test loss {event['loss']:.4f}"
@@ -86,10 +90,21 @@ class ProgressBars:
             )
             if not self._live and not self.quiet:
                 self.console.print(
-                    f"{self._name}: {event['stopped_because']} after {event['optimizer_steps']} steps, "
-                    f"test loss {event['test_loss']:.4f}, {event['seconds']['total']:.1f} s",
+                    f"{self._name}: {event['stopped_because']} after {event['optimizer_steps']} steps,"
+                    f"{_test_loss(event['test_loss'])} {event['seconds']['total']:.1f} s",
                     highlight=False,
                 )
+
+    def _tell(self, remark: str) -> None:
+        """Once, also where several runs share the data."""
+        if not self.quiet and remark not in self._told:
+            self._told.add(remark)
+            self.console.print(remark, highlight=False, markup=False)
+
+
+def _test_loss(loss: float) -> str:
+    """Nothing where none was measured."""
+    return "" if math.isnan(loss) else f" test loss {loss:.4f},"
 
 
 def token_line(statistics: dict[str, dict[str, Any]]) -> str:
@@ -122,7 +137,7 @@ def token_table(name: str, statistics: dict[str, dict[str, Any]]) -> Table:
 def how_it_ended(result: RunResult, method: str = "lora") -> list[str]:
     """A finished run in lines: why it ended, what it cost, where its files are."""
     lines = [
-        f"{result.stopped_because} after {result.optimizer_steps} steps: test loss {result.test_loss:.4f}, "
+        f"{result.stopped_because} after {result.optimizer_steps} steps:{_test_loss(result.test_loss)} "
         f"{result.seconds['total']:.1f} s, {result.flops['measured']:.3g} FLOPs (measured)"
     ]
     if result.stopped_because == NOT_FINITE:

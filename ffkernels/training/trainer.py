@@ -141,6 +141,8 @@ def train(
                     interrupt.wanted = True
 
         def measure_test_loss() -> None:
+            if session.test is None:
+                return
             progress.test_loss = session.test_loss()
             progress.tested_at = progress.optimizer_steps
             emit(
@@ -176,6 +178,7 @@ def train(
             machine=machine_info(),
             versions=version_info(),
             tokens=session.task.statistics(),
+            remarks=session.remarks,
             **resumed,
         )
         if saved is None:
