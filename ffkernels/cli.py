@@ -203,6 +203,7 @@ def train(
     quiet: options.Quiet = False,
 ) -> None:
     """Fine-tune, by default an adapter and with Fast Forward; writes OUT/NAME.jsonl and OUT/NAME/."""
+    from ffkernels.training.checkpoint import on_disk
     from ffkernels.training.progress import ProgressBars, how_it_ended
     from ffkernels.training.trainer import train as run_training
 
@@ -216,12 +217,16 @@ def train(
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: give one of them")
     log = out / f"{name}.jsonl"
-    if log.exists() and not resume and not overwrite:
+    if log.exists() and log.stat().st_size and not resume and not overwrite:
         raise ValueError(f"{log} exists: --resume goes on, --overwrite replaces it, or take another --name")
     console = _console()
     with ProgressBars(console, quiet, tokens=True) as bars:
         bars.start(config)
-        result = run_training(config, resume=resume, on_event=bars.event)
+        try:
+            result = run_training(config, resume=resume, on_event=bars.event)
+        except KeyboardInterrupt:  # the second, or one before the first step
+            typer.echo(f"Ended at once. {on_disk(out / name)}")
+            raise typer.Exit(INTERRUPTED) from None
     for line in how_it_ended(result, config.method):
         typer.echo(line)
     if result.interrupted:

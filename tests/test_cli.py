@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -307,3 +308,43 @@ def test_what_is_left_out_is_said_once(invoke, quick, sums, tmp_path):
     sizes = ["--validation-examples", 4, "--max-length", 64]
     told = invoke("tokens", "--data", sums, "--test-data", other, *sizes, "--json")
     assert json.loads(told.stdout)["test"]["examples"] == 1 and "Left out of other.jsonl" in told.stderr
+
+
+def test_ctrl_c_in_a_stage_says_what_comes_and_a_second_what_is_kept(invoke, quick, tmp_path, monkeypatch):
+    pressed = []
+
+    def run(self, program):
+        for _ in range(pressed[0]):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("ffkernels.engine.executors.EagerExecutor.run", run)
+    flags = [
+        "--steps",
+        4,
+        "--interval",
+        2,
+        "--patience",
+        0,
+        "--checkpoint-every",
+        1,
+        "--name",
+        "c",
+        "--quiet",
+    ]
+    pressed[:] = [2]
+    result = invoke("train", *quick, *flags)
+    flat = " ".join(result.stdout.split())
+    assert result.exit_code == 130
+    assert (
+        "Ctrl-C: c ends after this Fast Forward stage and is saved; a second Ctrl-C ends it at once" in flat
+    )
+    folder = re.sub(r"\s", "", str(tmp_path / "out" / "c"))
+    assert (
+        f"Endedatonce.Thestateafterstep1isin{folder}:goon" in re.sub(r"\s", "", flat) and "--resume" in flat
+    )
+    pressed[:] = [1]
+    result = invoke("train", *quick, *flags, "--resume")
+    assert result.exit_code == 130 and "interrupted after 2 steps" in result.stdout
+    pressed[:] = [2]
+    result = invoke("train", *quick, *flags, "--checkpoint-every", 0, "--name", "d")
+    assert "Ended at once. Nothing is saved that this run could go on from." in result.stdout

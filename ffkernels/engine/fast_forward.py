@@ -92,7 +92,7 @@ class FastForward:
         ranks: the processes that run each stage together; None in a job of one.
         active: False after as many stages in a row without a step as ``patience`` says, or after
             ``detach()``.
-        on_stage: optional callable, called with each finished ``Stage``.
+        on_stage_begins, on_stage: optional callables, called before each stage, and with it when it ended.
 
     Raises:
         ValueError: when no trainable parameter is left to move, or validation is of another model.
@@ -125,6 +125,7 @@ class FastForward:
         self.stages: list[Stage] = []
         self.optimizer_steps = 0
         self.on_stage: Callable[[Stage], None] | None = None
+        self.on_stage_begins: Callable[[], None] | None = None
         self._executor: Ladder | RankExecutor | None = None
         self._table: ops.TensorTable | None = None
         self._signature: tuple = ()
@@ -363,6 +364,8 @@ class FastForward:
             program.stopped_because = WEIGHTS_CHANGED
             return self._finish(stage, program)
         try:
+            if self.on_stage_begins is not None:
+                self.on_stage_begins()
             executor.run(program)
             self._decision.after_stage(stage, program.search)
             if self._decision.schedule.ended:

@@ -31,6 +31,7 @@ import torch
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.search import SEARCHES
 from ffkernels.ops.notices import FFKernelsNotice
+from ffkernels.reporting.exclusive import alone_in
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.peers import load_peer, peer_names
 from ffkernels.training.session import Attach
@@ -165,6 +166,7 @@ def compare(
     Raises:
         Interrupted: after Ctrl-C, when the present run has been closed.
         ValueError: when Adam diverged, so that there is no test loss to reach.
+        RuntimeError: when another comparison is writing into the same folder.
     """
     base = comparison.base
 
@@ -175,6 +177,12 @@ def compare(
 
     if base.threads is not None:
         torch.set_num_threads(base.threads)
+    with alone_in(base.out):
+        return _compare(comparison, run)
+
+
+def _compare(comparison: Comparison, run: Callable[..., RunResult]) -> tuple[list[RunResult], dict[str, Any]]:
+    base = comparison.base
     warm_up(comparison)
     results = []
     tuned_lr, source = _tuned_lr(comparison)

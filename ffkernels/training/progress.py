@@ -75,6 +75,12 @@ class ProgressBars:
             self._progress.update(self._task, completed=event["optimizer_step"], note=self._test)
         elif kind == "step":
             self._progress.update(self._task, completed=event["optimizer_step"])
+        elif kind == "stage_begins":
+            self._progress.update(self._task, note=f"{self._test}  Fast Forward stage …")
+        elif kind == "interrupt":
+            what = "Fast Forward stage" if event["in_stage"] else "step"
+            how = "and is saved; a second Ctrl-C ends it at once, unsaved" if event["save"] else ""
+            self.console.print(f"Ctrl-C: {self._name} ends after this {what} {how}".rstrip(), highlight=False)
         elif kind == "stage":
             self._progress.update(self._task, note=f"{self._test}  τ = {event['tau']}")
         elif kind == "finding" and not self.quiet:
