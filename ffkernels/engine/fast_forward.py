@@ -165,7 +165,9 @@ class FastForward:
         require_same_model(validation, weights)
         wanted, device = self.config.executor, self._table.device
         sharded = any(hasattr(weight, "placements") for weight in weights.values())
-        self._decision = StageDecision(self.config, self.model, self.validation, self.ranks, sharded)
+        self._decision = StageDecision(
+            self.config, self.model, self.optimizer, self.validation, self.ranks, sharded
+        )
         if self.ranks is None:
             self._executor = Ladder(wanted, self.validation, device)
         else:
@@ -292,7 +294,7 @@ class FastForward:
             self._rate.before_step(self._table)
             return
         self._decision.begin_step()
-        due = self._decision.schedule.due(self.optimizer_steps + 1)
+        due = self._decision.due(self.optimizer_steps + 1)
         if not due and self._decision.alignment is None:
             return
         closure = (args[1:2] or [kwargs.get("closure")])[0] is not None

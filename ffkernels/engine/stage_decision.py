@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ffkernels import ops
@@ -20,6 +21,7 @@ from ffkernels.engine.alignment import Alignment
 from ffkernels.engine.auto_rate import AutoRate
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.distributed import Ranks
+from ffkernels.engine.faded_rate import FadedRate
 from ffkernels.engine.search import Search
 from ffkernels.engine.stage import Stage
 from ffkernels.engine.stage_price import StagePrice
@@ -30,7 +32,7 @@ from ffkernels.ops.notices import announce_once
 __all__ = ["StageDecision"]
 
 # What states of earlier releases lack.
-NEWER = ("alignment", "last_stage", "tokens", "steps", "waits")
+NEWER = ("alignment", "last_stage", "tokens", "steps", "waits", "highest_rate")
 
 
 class StageDecision:
@@ -50,6 +52,7 @@ class StageDecision:
         self,
         config: FastForwardConfig,
         model: nn.Module,
+        optimizer: torch.optim.Optimizer,
         validation: ValidationLoss,
         ranks: Ranks | None,
         sharded: bool,
@@ -59,9 +62,15 @@ class StageDecision:
         asked, auto = self.schedule.asks_alignment, config.learning_rate == "auto"
         self.alignment = Alignment(ranks if sharded else None, heard=auto) if asked or auto else None
         self.auto: AutoRate | None = None
+        self._rate = FadedRate(optimizer)
         self._price = StagePrice(model, validation, asked)
         self.hooks = self._price.hooks
         self._expected: tuple[float | None, float | None] = (None, None)
+
+    def due(self, step: int) -> bool:
+        """Whether a stage may follow optimizer step ``step``, counted from 1; asked before every step."""
+        due = self.schedule.due(step)
+        return not self._rate.look(due) and due
 
     def before_step(
         self, table: ops.TensorTable, weights: Sequence[nn.Parameter], due: bool, closure: str
@@ -138,10 +147,16 @@ class StageDecision:
 
     def state_dict(self, table: ops.TensorTable | None) -> dict[str, Any]:
         aligned = {} if self.alignment is None else {"alignment": self.alignment.state_dict(table)}
-        return {**self.schedule.state_dict(), **self._price.state_dict(), **aligned}
+        return {
+            **self.schedule.state_dict(),
+            **self._price.state_dict(),
+            **self._rate.state_dict(),
+            **aligned,
+        }
 
     def load_state_dict(self, state: dict[str, Any], table: ops.TensorTable) -> None:
         self.schedule.load_state_dict(state)
         self._price.load_state_dict(state)
+        self._rate.load_state_dict(state)
         if self.alignment is not None and state.get("alignment"):
             self.alignment.load_state_dict(state["alignment"], table)
