@@ -28,6 +28,7 @@ CONDITIONS = (
     "model",
     "task",
     "data",
+    "test_data",
     "method",
     "rank",
     "alpha",
