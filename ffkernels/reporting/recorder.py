@@ -2,13 +2,16 @@
 
 Every line has ``event`` and ``time`` (seconds since the epoch):
 
-    run     name, config, machine, versions, tokens, remarks    once; a resumed run may write it again
+    run     name, config, machine, versions        once; a resumed run may write it again
     step    optimizer_step, train_loss, lr, flops, seconds
     stage   what ``Stage.to_dict()`` holds, and run_flops, run_seconds
     finding what ``Finding.to_dict()`` holds: a learning rate that was found, already in the step's counts
     test    optimizer_step, loss, flops, seconds
     end     optimizer_steps, test_loss, flops, seconds, validation_forwards, stages, stopped_because,
             reached_target
+
+``train`` writes into ``run`` also ``tokens`` (``Task.statistics``) and ``remarks`` (``Session.remarks``), and
+into ``end`` what the test losses took, ``test_seconds``, which are in no other number.
 
 ``flops`` is ``{"paper", "measured"}`` and ``seconds`` is ``{"train", "validate", "move", "other",
 "total"}``, both counted from the start of the run. JSON has no NaN and no infinity: they are written as the

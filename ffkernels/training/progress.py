@@ -6,7 +6,14 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ffkernels.training.config import ADAPTERS, TrainConfig
@@ -36,6 +43,8 @@ class ProgressBars:
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
+            TextColumn("left at most"),
+            TimeRemainingColumn(),
             console=console,
             disable=not self._live,
         )
@@ -97,7 +106,8 @@ class ProgressBars:
             if not self._live and not self.quiet:
                 self.console.print(
                     f"{self._name}: {event['stopped_because']} after {event['optimizer_steps']} steps,"
-                    f"{_test_loss(event['test_loss'])} {event['seconds']['total']:.1f} s",
+                    f"{_test_loss(event['test_loss'])} {event['seconds']['total']:.1f} s, and "
+                    f"{event['test_seconds']:.1f} s for test losses",
                     highlight=False,
                 )
 

@@ -46,7 +46,8 @@ SPLIT = ("train", "validate", "move", "other")
 
 @dataclass
 class RunResult:
-    """How a run ended. ``test_loss`` is of the final weights; after Ctrl-C, the last that was measured.
+    """How a run ended. ``test_loss`` is of the final weights; after Ctrl-C, the last that was measured. What
+    all test losses took, ``test_seconds``, is charged to nobody: it is not in ``seconds``.
 
     ``ctrl_c`` says that Ctrl-C came, also in the last step, when there was nothing left to interrupt.
     """
@@ -63,6 +64,7 @@ class RunResult:
     log: Path
     folder: Path
     ctrl_c: bool = False
+    test_seconds: float = 0.0
 
     @property
     def interrupted(self) -> bool:
@@ -77,6 +79,7 @@ class Progress:
     test_loss: float = math.nan
     tested_at: int = -1
     validation_forwards: int = 0
+    test_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPLIT, 0.0))
 
     def charge(self, **seconds: float) -> None:
@@ -165,7 +168,9 @@ def train(
         def measure_test_loss() -> None:
             if session.test is None:
                 return
+            begin = perf_counter()
             progress.test_loss = session.test_loss()
+            progress.test_seconds += perf_counter() - begin
             progress.tested_at = progress.optimizer_steps
             emit(
                 "test",
@@ -297,6 +302,7 @@ def train(
             log=log,
             folder=folder,
             ctrl_c=interrupt.wanted,
+            test_seconds=progress.test_seconds,
         )
         emit(
             "end",
@@ -308,6 +314,7 @@ def train(
             stages=len(result.stages),
             stopped_because=result.stopped_because,
             reached_target=result.reached_target,
+            test_seconds=result.test_seconds,
         )
         refuse_unwritten()
     return result
