@@ -82,7 +82,8 @@ def compare(
         float | None,
         typer.Option(
             help="Learning rate of the tuned Adam row (default: for tiny as measured, 1e-2 on instruction, "
-            "2e-2 on the others; 3e-3 for other models; --sweep where whole weights train)."
+            "2e-2 on the others; for other models, data and adapters 3e-3, a row called untuned; where whole "
+            "weights train --sweep)."
         ),
     ] = None,
     sweep: Annotated[
@@ -103,7 +104,7 @@ def compare(
 
     Adam runs --steps; its final test loss is the target. Fast Forward runs until it is there, with the
     paper's linear search and with the parabolic one; then Adam with a tuned learning rate, which is what you
-    would try first.
+    would try first: see --tuned-lr and --sweep.
     """
     from ffkernels.reporting.machine import command_line
     from ffkernels.training.compare import Comparison, Interrupted

@@ -132,7 +132,7 @@ def test_compare_writes_the_report(invoke, quick, tmp_path):
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     report = json.loads((out / "report.json").read_text())
-    names = ["adam-s0", "linear-s0", "parabolic-s0", "adam-tuned-s0"]
+    names = ["adam-s0", "linear-s0", "parabolic-s0", "adam-untuned-s0"]
     assert [run["name"] for run in report["runs"]] == names
     assert {"runs", "savings", "machine", "versions", "config"} <= report.keys()
     for entry in report["runs"]:
@@ -143,7 +143,13 @@ def test_compare_writes_the_report(invoke, quick, tmp_path):
     for saving in report["savings"]:
         assert saving.keys() >= {"name", "flops_paper", "flops_measured", "seconds"}
     assert report["config"]["seeds"] == [0] and report["config"]["tuned_lr"] > 0
-    assert (out / "report.md").is_file() and list(out.glob("*.png"))
+    text = (out / "report.md").read_text()
+    assert ", data sums.jsonl, " in text and "task " not in text.split("\n## ")[0]
+    assert "Adam at another learning rate (0.003), a usual one that nobody tuned" in text
+    assert "data" in report["config"] and "task" not in report["config"]
+    took = [json.loads((out / f"{n}.jsonl").read_text().splitlines()[-1])["test_seconds"] for n in names]
+    assert min(took) > 0 and f"The test losses took {sum(took):.1f} s beside them." in text
+    assert "s for test losses" in result.stdout and list(out.glob("*.png"))
     assert all((out / f"{name}.jsonl").is_file() for name in names)
     last = re.sub(r"\s+", "", result.stdout.strip().splitlines()[-1])
     assert f"reportisin{out}" in last
@@ -154,7 +160,7 @@ def test_compare_runs_peers_beside_ours(invoke, quick, tmp_path):
     result = invoke("compare", *quick, *flags, "--peer", "lora-plus", "--peer", "authors", "--seeds", "3,")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    names = ["adam-s3", "parabolic-s3", "authors-s3", "lora-plus-s3", "adam-tuned-s3"]
+    names = ["adam-s3", "parabolic-s3", "authors-s3", "lora-plus-s3", "adam-untuned-s3"]
     assert [run["name"] for run in report["runs"]] == names
     assert [entry["name"] for entry in report["savings"]] == names[1:]
     assert report["config"]["peers"] == ["lora-plus", "authors"]
