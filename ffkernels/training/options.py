@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="Settings of the paper's authors: authors-MODEL-TASK, of pythia-1.4b, -2.8b, -6.9b or llama3-8b "
-        "and medical, instruction or chat. Options that are given as well win over them."
+        help="Settings of the authors' script, authors-MODEL-TASK, or the paper's tables, paper-MODEL-TASK: "
+        "of pythia-1.4b, -2.8b, -6.9b or llama3-8b and medical, instruction or chat. Options that are given "
+        "as well win over them."
     ),
 ]
 Model = Annotated[
