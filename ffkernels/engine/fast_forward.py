@@ -92,7 +92,7 @@ class FastForward:
         before_ranks: it was made before the job had a process group of several.
         active: False after as many stages in a row without a step as ``patience`` says, or after
             ``detach()``.
-        on_stage: optional callable, called with each finished ``Stage``.
+        on_stage_begins, on_stage: optional callables, called before each stage, and with it when it ended.
 
     Raises:
         ValueError: when no trainable parameter is left to move, or validation is missing or of another model.
@@ -125,6 +125,7 @@ class FastForward:
         self.stages: list[Stage] = []
         self.optimizer_steps = 0
         self.on_stage: Callable[[Stage], None] | None = None
+        self.on_stage_begins: Callable[[], None] | None = None
         self._executor: Ladder | RankExecutor | None = None
         self._decision: StageDecision | None = None
         self._table: ops.TensorTable | None = None
@@ -174,7 +175,9 @@ class FastForward:
             require_same_model(validation, weights)
         wanted, device = self.config.executor, self._table.device
         sharded = any(hasattr(weight, "placements") for weight in weights.values())
-        self._decision = StageDecision(self.config, self.model, self.validation, self.ranks, sharded)
+        self._decision = StageDecision(
+            self.config, self.model, self.optimizer, self.validation, self.ranks, sharded
+        )
         if validation is not None and self.ranks is None:
             self._executor = Ladder(wanted, validation, device)
         elif validation is not None:
@@ -295,19 +298,17 @@ class FastForward:
             self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint)
             self._decision.agree()
             self._unconfirmed = False
-        self._decision.begin_step()
-        step = self.optimizer_steps + 1
-        due = self._decision.schedule.due(step)
+        due = self._decision.begin_step(self.optimizer_steps + 1)
         if not due and self._decision.alignment is None:
             return
         closure = (args[1:2] or [kwargs.get("closure")])[0] is not None
         start = perf_counter()
-        with telling(self.ranks if self._decision.exchanges(step) else None):
+        with telling(self.ranks if self._decision.exchanges else None):
             self._refuse_late_ranks()
             if due or self._table.is_stale():
                 self._refresh_table()
             name = type(self.optimizer).__name__ if closure else ""
-            self._armed = self._decision.before_step(self._table, self._weights, step, name)
+            self._armed = self._decision.before_step(self._table, self._weights, name)
         self._checkpoint_seconds = perf_counter() - start
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -366,6 +367,8 @@ class FastForward:
             program.stopped_because = WEIGHTS_CHANGED
             return self._finish(stage, program)
         try:
+            if self.on_stage_begins is not None:
+                self.on_stage_begins()
             executor.run(program)
             self._decision.after_stage(stage, program.search)
             if self._decision.schedule.ended:

@@ -1,7 +1,7 @@
 """Find a learning rate before training: some steps of ``learning_rate="auto"``, which are then taken back.
 
-    finding = find_learning_rate(model, optimizer, batches)
-    finding.apply(optimizer, scheduler)
+finding = find_learning_rate(model, optimizer, batches)
+finding.apply(optimizer, scheduler)
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ CONDITIONS = (
     "model",
     "task",
     "data",
+    "test_data",
     "method",
     "rank",
     "alpha",

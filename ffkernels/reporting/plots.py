@@ -37,6 +37,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "lora-plus": {"color": "#882255", "marker": "p", "linestyle": "--"},
     "other": {"color": "#CC79A7", "marker": "v", "linestyle": "-."},
 }
+# Of runs of one kind with other settings: the first has its kind's.
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 SGD = {"color": STYLES["adam"]["color"], "marker": "o", "linestyle": "none", "markersize": 3.5}
 LEGEND = {"frameon": True, "edgecolor": "none", "facecolor": "white", "framealpha": 0.85}
 TEXT = "#333333"
@@ -50,7 +52,14 @@ def flop_unit(largest: float) -> tuple[float, str]:
 
 
 def kind_label(run: Run) -> str:
-    """What a run is called in pictures and tables."""
+    """What a run is called in pictures: its kind, and what tells it from others of that."""
+    if run.kind == "adam-tuned" and not run.tuned and run.lr is not None:
+        return f"Adam, lr {run.lr:g} (not tuned)"
+    return f"{_kind_label(run)}, {run.variant}" if run.variant else _kind_label(run)
+
+
+def _kind_label(run: Run) -> str:
+    """What runs of a kind are called."""
     labels = {"adam": "Adam", "linear": "Fast Forward, linear", "parabolic": "Fast Forward, parabolic"}
     labels |= {"authors": "the authors' loop", "peft-prototype": "PEFT's prototype", "lora-plus": "LoRA+"}
     if run.kind == "adam-tuned":
@@ -61,8 +70,15 @@ def kind_label(run: Run) -> str:
 
 
 def style_of(run: Run) -> dict[str, Any]:
-    """Colour, marker and line style of a run; peers that have none of their own share one."""
-    return STYLES.get(run.kind, STYLES["other"])
+    """Colour, marker and line style of a run; peers that have none of their own share one.
+
+    Runs of a kind with other settings have its colour and marker, and lines of their own.
+    """
+    style = STYLES.get(run.kind, STYLES["other"])
+    if run.variant_number == 0:
+        return style
+    lines = [line for line in LINES if line != style["linestyle"]]
+    return {**style, "linestyle": lines[(run.variant_number - 1) % len(lines)]}
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
@@ -142,7 +158,7 @@ def _test_loss(
             linewidth=1.6,
             marker=style["marker"],
             markersize=6,
-            label=None if label in labelled else label + _saved(runs, run.kind, cost),
+            label=None if label in labelled else label + _saved(runs, run.group, cost),
             zorder=3,
         )
         labelled.add(label)
@@ -154,9 +170,9 @@ def _test_loss(
     axes.legend(loc="upper right", **LEGEND)
 
 
-def _saved(runs: Sequence[Run], kind: str, cost: str) -> str:
-    """What the runs of a kind saved, for the legend; nothing where one of them has no number."""
-    values = [run.saved and run.saved[cost] for run in runs if run.kind == kind]
+def _saved(runs: Sequence[Run], group: str, cost: str) -> str:
+    """What the runs of a group saved, for the legend; nothing where one of them has no number."""
+    values = [run.saved and run.saved[cost] for run in runs if run.group == group]
     if not values or None in values:
         return ""
     share = f"{100 * median(values):.0f} %".replace("-", "−")
@@ -257,13 +273,13 @@ def _or_nan(value: float | None) -> float:
 def _training(figure: Figure, runs: Sequence[Run]) -> None:
     shown: list[Run] = []
     for run in runs:
-        if run.log.stages and run.kind not in {other.kind for other in shown}:
+        if run.log.stages and run.group not in {other.group for other in shown}:
             shown.append(run)
     figure.set_size_inches(7.2, 1.2 + 3.0 * len(shown))
     panels = figure.subplots(len(shown), sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, run in zip(panels, shown, strict=True):
         draw_walk(axes, style_of(run), run.log.steps, run.log.stages)
-        several = len([r for r in runs if r.kind == run.kind]) > 1
+        several = len([r for r in runs if r.group == run.group]) > 1
         axes.set_title(kind_label(run) + (f" ({run.name})" if several else ""), loc="left")
     panels[-1].set_xlim(left=0)
     panels[-1].set_xlabel(PATH)
@@ -274,7 +290,9 @@ def draw_walk(axes: Axes, style: Mapping[str, Any], steps: Sequence[Event], stag
     clean_axes(axes)
     sgd, forwards = walk(steps, stages)
     axes.plot(*zip(*sgd, strict=True), **SGD, label="optimizer step: training loss of its batch")
-    for number, points in enumerate(forwards):
+    # A stage that stayed at τ = 0 has one loss, which fell nowhere.
+    stayed = [points[0] for points in forwards if len(points) == 1]
+    for number, points in enumerate(points for points in forwards if len(points) > 1):
         axes.plot(
             *zip(*points, strict=True),
             color=style["color"],
@@ -282,6 +300,15 @@ def draw_walk(axes: Axes, style: Mapping[str, Any], steps: Sequence[Event], stag
             markersize=2.0 if len(points) > 30 else 4.0,  # so many would merge
             linewidth=1.2,
             label="Fast Forward step: validation loss, where it fell" if number == 0 else None,
+        )
+    if stayed:
+        axes.plot(
+            *zip(*stayed, strict=True),
+            color=style["color"],
+            marker=style["marker"],
+            markerfacecolor="none",
+            linestyle="none",
+            label="stage without a step (τ = 0): validation loss",
         )
     axes.set_ylabel("loss (nats per token)")
     axes.legend(loc="upper right", fontsize=9, **LEGEND)
@@ -320,7 +347,7 @@ def accepted(stage: Event) -> list[tuple[int, float]]:
 
 def _alpha(runs: Sequence[Run], run: Run) -> float:
     """Lines of several seeds are drawn over each other, lighter."""
-    return 1.0 if sum(other.kind == run.kind for other in runs) == 1 else 0.55
+    return 1.0 if sum(other.group == run.group for other in runs) == 1 else 0.55
 
 
 def clean_axes(axes: Axes) -> None:

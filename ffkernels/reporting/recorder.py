@@ -9,6 +9,9 @@ Every line has ``event`` and ``time`` (seconds since the epoch):
     end     optimizer_steps, test_loss, flops, seconds, validation_forwards, stages, stopped_because,
             reached_target
 
+``train`` writes into ``run`` also ``tokens`` (``Task.statistics``) and ``remarks`` (``Session.remarks``), and
+into ``end`` what the test losses took, ``test_seconds``, which are in no other number.
+
 ``flops`` is ``{"paper", "measured"}`` and ``seconds`` is ``{"train", "validate", "move", "other",
 "total"}``, both counted from the start of the run. JSON has no NaN and no infinity: they are written as the
 strings ``"nan"``, ``"inf"`` and ``"-inf"``, and ``read_run`` makes floats of them again, everywhere but in
@@ -26,6 +29,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ffkernels.reporting.exclusive import lock
 from ffkernels.reporting.machine import machine_info, version_info
 
 EVENTS = ("run", "step", "stage", "test", "end")
@@ -33,7 +37,8 @@ EVENTS = ("run", "step", "stage", "test", "end")
 KEPT = {"step": "steps", "stage": "stages", "test": "tests"}
 # Fields whose strings are strings even when they read "nan".
 TEXTS = frozenset(
-    {"event", "name", "config", "machine", "versions", "executor", "executor_reason", "stopped_because"}
+    {"event", "name", "config", "machine", "versions", "remarks"}
+    | {"executor", "executor_reason", "stopped_because"}
 )
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -41,19 +46,27 @@ NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class Recorder:
     """Writes a run log, one flushed line per event; a context manager.
 
-    Each line is a single write, so a run that is killed leaves at most one incomplete line, the last.
+    Each line is a single write, so a run that is killed leaves at most one incomplete line, the last. The log
+    is locked from the beginning and touched by the first event only.
 
     Args:
         path: the file, by habit ``<name>.jsonl``; missing folders are made. append: go on with an existing
         log (a resumed run) instead of replacing it; an incomplete last line goes.
+
+    Raises:
+        RuntimeError: when another run is writing the log.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if append and self.path.exists():
-            _complete_last_line(self.path)
-        self._file = open(self.path, "ab" if append else "wb", buffering=0)
+        self._append, self._begun, self._made = append, False, not self.path.exists()
+        self._file = open(self.path, "ab", buffering=0)
+        try:
+            lock(self._file.fileno(), self.path)
+        except BaseException:
+            self._file.close()
+            raise
 
     def write(self, event: str, **fields: Any) -> None:
         """Write one event. Fields are numbers, strings, lists, mappings, dataclasses, paths, 0-dim tensors.
@@ -68,11 +81,26 @@ class Recorder:
         record = {"event": event, "time": round(time.time(), 3), **fields}
         line = json.dumps(_encode(record), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
         data = memoryview(line.encode() + b"\n")
-        while data:  # an unbuffered write may stop short when the disk is full, and then raises the next time
-            data = data[self._file.write(data) :]
+        try:
+            self._begin()
+            while data:  # an unbuffered write may stop short when the disk is full, and raises the next time
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _begin(self) -> None:
+        if self._begun:
+            return
+        if self._append:
+            _complete_last_line(self.path)
+        elif self._file.tell():
+            self._file.truncate(0)
+        self._begun = True
 
     def close(self) -> None:
-        """Close the file; closing twice is fine."""
+        """Close the file, which goes where it was made for nothing; closing twice is fine."""
+        if self._made and not self._begun and not self._file.closed:
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
     def __enter__(self) -> Recorder:

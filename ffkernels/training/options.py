@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="Settings of the paper's authors: authors-MODEL-TASK, of pythia-1.4b, -2.8b, -6.9b or llama3-8b "
-        "and medical, instruction or chat. Options that are given as well win over them."
+        help="Settings of the authors' script, authors-MODEL-TASK, or the paper's tables, paper-MODEL-TASK: "
+        "of pythia-1.4b, -2.8b, -6.9b or llama3-8b and medical, instruction or chat. Options that are given "
+        "as well win over them."
     ),
 ]
 Model = Annotated[
@@ -44,7 +45,14 @@ ChatLoss = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(help="JSONL file with text, prompt/response or messages lines, instead of --task."),
+    typer.Option(
+        help="File of JSON lines, instead of --task: text; prompt and response or completion; messages; "
+        "ShareGPT's conversations; Alpaca's instruction, input, output."
+    ),
+]
+TestData = Annotated[
+    Path | None,
+    typer.Option(help="With --data: the file that is tested on, --test-examples of it at most."),
 ]
 Method = Annotated[
     str,
@@ -91,7 +99,8 @@ EvalTokens = Annotated[
     ),
 ]
 TestExamples = Annotated[
-    int, typer.Option(help="Held-out examples for the test loss, which is charged to nobody.")
+    int,
+    typer.Option(help="Held-out examples for the test loss, which is charged to nobody; 0: none."),
 ]
 ValidationExamples = Annotated[int, typer.Option(help="Held-out examples Fast Forward searches with.")]
 ResampleValidation = Annotated[
@@ -128,7 +137,7 @@ BOTH = "both"
 AUTO = "auto"  # --lr, and FastForwardConfig.learning_rate
 
 # Fields whose options are called otherwise.
-OPTION = {"targets": "target_modules", "warmup": "stage_warmup"}
+OPTION = {"targets": "target_modules", "warmup": "stage_warmup", "peers": "peer", "searches": "search"}
 
 
 def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
@@ -145,7 +154,7 @@ def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
 
     names = [field.name for field in fields(TrainConfig) if field.name != "fast_forward"]
     values = {n: ctx.params[OPTION.get(n, n)] for n in names if OPTION.get(n, n) in ctx.params}
-    for name in ("out", "data"):
+    for name in ("out", "data", "test_data"):
         if values.get(name) is not None:
             values[name] = str(values[name])
     if values.get("targets") is not None:

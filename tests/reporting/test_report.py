@@ -11,7 +11,15 @@ import sys
 import pytest
 from rich.console import Console
 
-from ffkernels.reporting.plots import accepted, draw_learning_rates, flop_unit, walk
+from ffkernels.reporting.plots import (
+    accepted,
+    draw_learning_rates,
+    draw_walk,
+    flop_unit,
+    kind_label,
+    style_of,
+    walk,
+)
 from ffkernels.reporting.report import build_report, print_table
 from ffkernels.reporting.savings import compare_runs
 
@@ -226,3 +234,85 @@ def test_importing_draws_in_neither_matplotlib_nor_rich():
     code = "import sys, ffkernels.reporting.report; print({'matplotlib', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_rate_that_nobody_tuned_is_called_that(write_log, tmp_path):
+    logs = [write_log("adam-s0", {0: 3.0, 20: 1.0}), write_log("adam-untuned-s0", {4: 0.9}, lr=3e-3)]
+    report = build_report(logs, tmp_path)
+    assert [kind_label(run) for run in report.runs] == ["Adam", "Adam, lr 0.003 (not tuned)"]
+    assert report.data["savings"][0]["flops_measured"] == 0.8
+    (line,) = (caveat for caveat in report.caveats if caveat.startswith("Adam at"))
+    assert line.startswith(
+        "Adam at another learning rate (0.003), a usual one that nobody tuned, saves 80.0 %"
+    )
+    assert "uned learning rate (" not in line
+
+
+def test_a_data_file_stands_in_place_of_a_task(write_log, tmp_path):
+    task = {"task": "instruction", "source": "offline", "chat_loss": "all"}
+    file = {"data": "/home/me/own.jsonl", "test_data": "/home/me/held.jsonl"}
+    config = build_report([write_log("adam", {5: 1.0}, **task, **file)], tmp_path).data["config"]
+    assert config == {"lr": 1e-4, "batch_size": 8, "data": "own.jsonl", "test_data": "held.jsonl"}
+    first = (tmp_path / "report.md").read_text().split("## ")[0]
+    assert "data own.jsonl, test_data held.jsonl" in first and "task" not in first
+    assert (
+        build_report([write_log("plain", {5: 1.0}, **task)], tmp_path).data["config"]["task"] == "instruction"
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "variants"),
+    [
+        ({"lr": 1e-4}, {"lr": 1e-3}, ("lr 0.0001", "lr 0.001")),
+        ({"batch_size": 8}, {"batch_size": 16}, ("batch_size 8", "batch_size 16")),
+        ({"data": "/a/x.jsonl"}, {"data": "/b/y.jsonl"}, ("data x.jsonl", "data y.jsonl")),
+        (
+            {"fast_forward": {"search": "linear", "interval": 3}, "rank": 8},
+            {"fast_forward": {"search": "linear", "interval": 6}, "rank": 4},
+            ("rank 8, interval 3", "rank 4, interval 6"),
+        ),
+        ({"seed": 0}, {"seed": 1}, ("", "")),
+        ({"new": 1}, {}, ("", "")),
+    ],
+)
+def test_runs_of_a_kind_are_told_apart(write_log, one, other, variants):
+    runs = compare_runs([write_log("linear-a", {5: 1.0}, **one), write_log("linear-b", {5: 1.0}, **other)], 0)
+    assert tuple(run.variant for run in runs) == variants
+    title = "Fast Forward, linear"
+    assert [kind_label(run) for run in runs] == [f"{title}, {v}" if v else title for v in variants]
+    lines = [style_of(run)["linestyle"] for run in runs]
+    assert (lines[0] == lines[1]) == (variants[0] == variants[1]) and lines[0] == "-"
+    assert len({style_of(run)["color"] for run in runs}) == 1
+
+
+def test_medians_are_of_runs_that_differ_in_their_seed_only(write_log, tmp_path):
+    logs = [write_log(f"adam-s{seed}", {20: 1.0}, seed=seed) for seed in range(2)]
+    for rank, steps in ((4, 5), (8, 15)):
+        logs += [
+            write_log(f"linear-r{rank}-s{seed}", {steps: 1.0}, seed=seed, rank=rank) for seed in range(2)
+        ]
+    found = {spread.kind: spread.median for spread in build_report(logs, tmp_path).spreads}
+    assert {kind: median["flops_measured"] for kind, median in found.items()} == {
+        "linear, rank 4": 0.75,
+        "linear, rank 8": 0.25,
+    }
+
+
+def test_a_stage_that_stayed_is_not_drawn_as_one_that_fell(logs):
+    from matplotlib.figure import Figure
+
+    run = next(run for run in compare_runs(logs, 1e-4) if run.name == "linear-s0")
+    axes = Figure().add_subplot()
+    draw_walk(axes, style_of(run), run.log.steps, run.log.stages)
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert drawn["Fast Forward step: validation loss, where it fell"] == [
+        [10, 2],
+        [11, 1.8],
+        [12, 1.6],
+        [13, 1.5],
+    ]
+    assert drawn["stage without a step (τ = 0): validation loss"] == [[19, 1.0]]
+    only = Figure().add_subplot()
+    draw_walk(only, style_of(run), run.log.steps, run.log.stages[1:])
+    labels = [line.get_label() for line in only.get_lines()]
+    assert len(labels) == 2 and not any("fell" in label for label in labels)

@@ -157,14 +157,14 @@ def test_a_peer_has_to_be_one(comparison, monkeypatch):
 
 
 def test_where_the_tuned_rate_comes_from(comparison):
-    base = replace(comparison.base, model="tiny", data=None)
+    base = replace(comparison.base, model="tiny", data=None, rank=8)
     table = replace(comparison, tuned_lr=None, base=base)
     assert module._tuned_lr(table) == (1e-2, "table")
     assert module._tuned_lr(replace(table, base=replace(base, task="chat"))) == (2e-2, "table")
-    lr, source = module._tuned_lr(replace(comparison, tuned_lr=None))
-    assert lr > 0 and "not measured" in source
-    hub = replace(table, base=replace(base, source="hub"))
-    assert "not measured" in module._tuned_lr(hub)[1]
+    untuned = (3e-3, "a usual value, not measured for this model and task")
+    assert module._tuned_lr(replace(comparison, tuned_lr=None)) == untuned
+    for other in ({"source": "hub"}, {"rank": 64}, {"method": "dora"}, {"optimizer": "lora-plus"}):
+        assert module._tuned_lr(replace(table, base=replace(base, **other))) == untuned
     full = replace(table, base=replace(base, method="full"))
     assert module._tuned_lr(full) == (None, "sweep")
 

@@ -137,6 +137,7 @@ def test_seeds_are_a_count_or_a_list():
             seeds_of(text)
 
 
+@pytest.mark.filterwarnings("ignore:the paper's table leaves")
 def test_every_preset_is_a_training_run(monkeypatch):
     from ffkernels.training.presets import PRESETS, preset
 

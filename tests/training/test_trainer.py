@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -141,7 +142,8 @@ def test_a_run_learns_counts_and_saves(config, small):
     assert result.validation_forwards == sum(len(s.losses) for s in result.stages) > 2
     assert result.flops["measured"] > 0 and result.flops["paper"] > 0
     assert result.stopped_because == "all steps done" and result.reached_target is None
-    assert seen == [e["event"] for e in map(json.loads, result.log.read_text().splitlines())]
+    logged = [e["event"] for e in map(json.loads, result.log.read_text().splitlines())]
+    assert [event for event in seen if event != "stage_begins"] == logged
     assert seen[0] == "run" and seen[-1] == "end" and seen.count("step") == 10
 
     first = json.loads(result.log.read_text().splitlines()[0])
@@ -405,3 +407,108 @@ def test_a_second_signal_ends_at_once():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# Files and interrupts
+
+
+def test_two_runs_of_one_name_do_not_write_one_log(config):
+    seen = []
+
+    def start_another(event):
+        if event["event"] == "step" and event["optimizer_step"] == 2:
+            for resume in (False, True):
+                with pytest.raises(RuntimeError, match=r"another run is writing .*run\.jsonl"):
+                    train(config, resume=resume)
+            seen.append(True)
+
+    assert train(replace(config, steps=3), on_event=start_another).optimizer_steps == 3 and seen
+    assert [e["optimizer_step"] for e in events(config, "step")] == [1, 2, 3]
+
+
+@contextmanager
+def little_space(limit):
+    """Files cannot grow beyond ``limit`` bytes, which libraries take as they take a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_space_for_the_state_keeps_the_last_one_and_the_adapter(config):
+    config = replace(config, checkpoint_every=2)
+    train(replace(config, steps=2))
+    folder = Path(config.out) / "run"
+    state_file, adapter_file = folder / "state.pt", folder / "adapter_model.safetensors"
+    before, adapter = state_file.read_bytes(), adapter_file.read_bytes()
+    assert len(before) > 2 * len(adapter)
+    with little_space(int(1.5 * len(adapter))), pytest.raises(OSError) as error:
+        train(config, resume=True)
+    told = str(error.value)
+    assert told.startswith(f"{state_file} cannot be written: ")
+    assert told.endswith(
+        f"The state after step 2 is in {config.out}/run: go on with the same command and --resume."
+    )
+    assert state_file.read_bytes() == before
+    assert adapter_file.read_bytes() != adapter
+    assert not [path.name for path in folder.glob("*writing*")]
+    assert read_run(f"{config.out}/run.jsonl").end is None
+    train(config, resume=True)
+    train(replace(config, name="straight"))
+    assert_same_run(config, "straight", "run")
+
+
+def test_no_space_for_the_log_saves_the_weights(config):
+    full = []
+
+    def stop(event):
+        if event["event"] == "step" and event["optimizer_step"] == 3:
+            full.append(little_space(Path(f"{config.out}/run.jsonl").stat().st_size))
+            full[0].__enter__()
+        elif full and event["event"] == "step":
+            full.pop().__exit__(None, None, None)
+
+    with pytest.raises(OSError, match=r"run\.jsonl'\. The state after step 4 is in .*run: go on .*--resume"):
+        train(config, on_event=stop)
+    assert len(events(config, "step")) == 3 and read_run(f"{config.out}/run.jsonl").end is None
+    train(config, resume=True)
+    train(replace(config, name="straight"))
+    for part in ("weights", "optimizer", "meter"):
+        assert_same(state(config, "run")[part], state(config, "straight")[part])
+
+
+def test_the_state_is_saved_before_the_log_has_its_end(config):
+    seen = []
+
+    def saved(event):
+        if event["event"] == "end":
+            seen.append(state(config)["progress"]["optimizer_steps"])
+
+    train(replace(config, steps=2), on_event=saved)
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("at", ["stage_begins", "step"])
+def test_ctrl_c_says_at_once_what_comes(config, at):
+    config = replace(config, fast_forward=replace(STAGES, patience=None))
+    seen = []
+
+    def interrupt(event):
+        seen.append(event["event"])
+        if event["event"] == "interrupt":
+            assert event == {"event": "interrupt", "in_stage": at == "stage_begins", "save": True}
+        if event["event"] == at and event["optimizer_step"] == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    result = train(config, on_event=interrupt)
+    assert result.interrupted and result.optimizer_steps == 4
+    order = seen[seen.index("stage_begins") :]
+    expected = ["stage_begins", "interrupt", "step", "stage", "test", "end"]
+    if at == "step":
+        expected = ["stage_begins", "step", "interrupt", "stage", "test", "end"]
+    assert order == expected
+    logged = [json.loads(line)["event"] for line in result.log.read_text().splitlines()]
+    assert "interrupt" not in logged and "stage_begins" not in logged
