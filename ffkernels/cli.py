@@ -124,7 +124,7 @@ def compare(
         check_every=check_every,
     )
     console = _console()
-    with ProgressBars(console, quiet) as bars:
+    with ProgressBars(console, quiet, tokens=True) as bars:
         try:
             results, protocol = run_comparison(comparison, on_run=bars.start, on_event=bars.event)
         except Interrupted as error:

@@ -74,8 +74,8 @@ class ProgressBars:
         kind = event["event"]
         if kind == "run":
             self._steps = event["config"]["steps"]
-            if self.tokens and not self.quiet:
-                self.console.print(f"{self._name}: {token_line(event['tokens'])}", highlight=False)
+            if self.tokens:
+                self._tell(token_line(event["tokens"]), f"{self._name}: ")
             for remark in event["remarks"]:
                 self._tell(remark)
             self._progress.update(self._task, total=self._steps)
@@ -105,11 +105,11 @@ class ProgressBars:
                     highlight=False,
                 )
 
-    def _tell(self, remark: str) -> None:
+    def _tell(self, remark: str, whose: str = "") -> None:
         """Once, also where several runs share the data."""
         if not self.quiet and remark not in self._told:
             self._told.add(remark)
-            self.console.print(remark, highlight=False, markup=False)
+            self.console.print(whose + remark, highlight=False, markup=False)
 
 
 def _test_loss(loss: float) -> str:
