@@ -145,7 +145,8 @@ class FastForward:
         if self.config.learning_rate == "auto":
             self._decision.auto = AutoRate(self.optimizer, scheduler)
         self._hooks = on_step(self.optimizer, self._before_step, self._after_step) + self._decision.hooks
-        self._hooks += self.validation.evaluator.listen(self.model)
+        if self.validation is not None:
+            self._hooks += self.validation.evaluator.listen(self.model)
         _attached[self.optimizer] = weakref.ref(self)
 
     def _prepare(self, optimizer: Any, validation: ValidationLoss | Any) -> dict[str, Any]:
