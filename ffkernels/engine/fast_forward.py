@@ -27,17 +27,20 @@ from ffkernels.engine.distributed import Ranks, several_processes, telling, toge
 from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
 from ffkernels.engine.ladder import Ladder
 from ffkernels.engine.learning_rate_mode import LearningRateMode
+from ffkernels.engine.optimizer_rehearsal import refuse_pulling_back
 from ffkernels.engine.parallelism import training_group, why_refused
 from ffkernels.engine.rank_executor import RankExecutor
 from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.search import make_search
 from ffkernels.engine.stage import INTERRUPTED, Stage, next_start
 from ffkernels.engine.stage_decision import NEWER, StageDecision
+from ffkernels.engine.stage_watch import StageWatch, StepWatch
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_pool import draw_for_stage
 from ffkernels.engine.weights import (
     NameFilter,
+    follow,
     local_tensors,
     require_same_model,
     signature,
@@ -45,7 +48,6 @@ from ffkernels.engine.weights import (
     trainable_weights,
     unwrap_optimizer,
 )
-from ffkernels.ops.notices import announce_once
 
 __all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
 
@@ -144,6 +146,7 @@ class FastForward:
         else:
             self._rate = LearningRateMode(self.config, self.ranks, self.validation, self.optimizer, scheduler)
         self._hooks = on_step(self.optimizer, self._before_step, self._after_step) + self._decision.hooks
+        self._hooks += StepWatch(self.optimizer, self._weights).hooks
         _attached[self.optimizer] = weakref.ref(self)
 
     def _prepare(self, optimizer: Any, validation: ValidationLoss | Any) -> dict[str, Any]:
@@ -159,12 +162,15 @@ class FastForward:
         if not isinstance(validation, ValidationLoss):
             validation = ValidationLoss(self.model, validation)
         self.validation = validation
+        if self.config.interval is not None:
+            refuse_pulling_back(optimizer)
         self._refuse_late_ranks()
         weights = self._refresh_table()
         require_same_model(validation, weights)
         wanted, device = self.config.executor, self._table.device
         sharded = any(hasattr(weight, "placements") for weight in weights.values())
         self._decision = StageDecision(self.config, self.model, self.validation, self.ranks, sharded)
+        self._watch = StageWatch(optimizer, self._decision.schedule, self.ranks if sharded else None)
         if self.ranks is None:
             self._executor = Ladder(wanted, self.validation, device)
         else:
@@ -278,6 +284,7 @@ class FastForward:
             draw_for_stage(self.validation, max(0, len(self.stages) - 1))
         self._armed = self._due_now = False
         self._unconfirmed = True
+        self._watch.after_stage(0)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._armed = self._due_now = False
@@ -291,6 +298,7 @@ class FastForward:
             self._rate.before_step(self._table)
             return
         self._decision.begin_step()
+        self._watch.before_step(self._table)
         due = self._decision.schedule.due(self.optimizer_steps + 1)
         if not due and self._decision.alignment is None:
             return
@@ -309,8 +317,9 @@ class FastForward:
         if self._rate.seeking:
             self._rate.after_step(self._table, self.optimizer_steps)
             return
+        self._watch.after_step(self._table)
         self._decision.after_step(self._table)
-        self._due_now, self._armed = self._armed, False
+        self._due_now, self._armed = self._armed and not self._decision.schedule.ended, False
         if not self.defer:
             self.run_due_stage()
 
@@ -328,20 +337,17 @@ class FastForward:
         return self.stages[-1]
 
     def _refresh_table(self) -> dict[str, nn.Parameter]:
-        """Make the table anew when the trainable tensors are not those it points at. Returns those."""
+        """Follow trainable tensors to other memory, or make the table anew for others. Returns those."""
         weights = trainable_weights(self.model, self.optimizer, self.include, self.exclude)
         now = signature(weights)
         if self._table is not None and now == self._signature:
             return weights
-        if self._table is not None:
-            announce_once(
-                f"weights-changed-{id(self)}",
-                "the trainable parameters changed since the last Fast Forward stage (an adapter was "
-                "switched, added or moved); the table was rebuilt for the present ones",
-            )
-        self._table = None  # free the old arenas first
         if self._executor is not None:
-            self._executor.close()  # a capture holds on to them
+            self._executor.close()  # a capture holds on to the memory
+        if self._table is not None and follow(self._table, self._signature, weights):
+            self._signature = now
+            return weights
+        self._table = None  # free the old arenas first
         tell_of_rounding(weights)
         self._table = ops.TensorTable(local_tensors(weights), impl=self.config.impl)
         self._signature, self._weights = now, list(weights.values())
@@ -356,7 +362,7 @@ class FastForward:
         search = make_search(self.config.search, self.config.max_tau, next_start(self.stages))
         program = StageProgram(table, self.validation, search)
         stage.draw = draw_for_stage(self.validation, len(self.stages))
-        stale = table.is_stale()
+        stale = table.is_stale() and not table.follow()
         if self.ranks is not None:
             stale = self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint, stale)
         if stale:
@@ -380,6 +386,7 @@ class FastForward:
         stage.validate_seconds = program.validate_seconds
         stage.move_seconds = program.move_seconds + self._checkpoint_seconds
         stage.seconds = program.clock.seconds() + self._checkpoint_seconds
+        self._watch.after_stage(stage.tau)
         # Recorded before its FLOPs: their first reading runs the validation and may be interrupted.
         self.stages.append(stage)
         try:
