@@ -26,8 +26,11 @@ from torch import Tensor, nn
 
 from ffkernels import ops
 from ffkernels.engine.distributed import ALIGNMENT, Ranks
+from ffkernels.ops.notices import announce_once
 
 __all__ = ["Alignment", "cosine"]
+
+WRITTEN = 3  # steps in a row
 
 
 class Alignment:
@@ -50,6 +53,7 @@ class Alignment:
         self.values: list[float] = []
         self.last: float | None = None
         self.strongest = 0.0
+        self._written = 0  # steps before which somebody else wrote the weights, since c was known
         self._whole = False  # best holds the weights before the last step
         self._versions: list[int] | None = None  # of the weights after the last step; None is any
         self._sums: Tensor | None = None
@@ -66,10 +70,20 @@ class Alignment:
             at_once: wait for c, also on a GPU.
         """
         self._collect()
-        if not self._whole or self._versions not in (None, _versions(table)):
+        written = self._whole and self._versions not in (None, _versions(table))
+        if written or not self._whole:
             self.last = None
+            self._written += written
+            if self._written == WRITTEN:
+                announce_once(
+                    "alignment-written",
+                    "the weights are written between optimizer steps, so that it is not "
+                    "known whether the last update still helps: stages run as long as the last one paid, and "
+                    'a rate of learning_rate="auto" does not move',
+                )
             ops.checkpoint_(table)
             return
+        self._written = 0
         self._sums = ops.align_(table, [_gradient(weight) for weight in weights], self._sums)
         self._read = _reading(self._sums)
         if at_once or _reads_at_once(table.device) or self._ranks is not None:

@@ -43,6 +43,7 @@ __all__ = [
     "Ranks",
     "RanksDisagree",
     "Row",
+    "refuse_late_ranks",
     "several_processes",
     "telling",
     "together",
@@ -302,6 +303,15 @@ class Ranks:
 def several_processes(group: Any = None) -> bool:
     """Whether this job has a process group, or this group, of more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) != 1
+
+
+def refuse_late_ranks(made: Any) -> None:
+    """Refuse to go on with what was made ``before_ranks``, where there are several by now."""
+    if made.before_ranks and several_processes():
+        raise RuntimeError(
+            "this job became one of several processes after its ValidationLoss or FastForward was made: "
+            "each rank would go its own way; call init_process_group (or make the Accelerator) first"
+        )
 
 
 @contextmanager

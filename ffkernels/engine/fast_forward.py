@@ -23,19 +23,22 @@ from ffkernels.engine.auto_rate import AutoRate
 from ffkernels.engine.causal_lm import model_device
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.digests import digest
-from ffkernels.engine.distributed import Ranks, several_processes, telling, together
+from ffkernels.engine.distributed import Ranks, refuse_late_ranks, several_processes, telling, together
 from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
 from ffkernels.engine.ladder import Ladder
+from ffkernels.engine.optimizer_rehearsal import refuse_pulling_back
 from ffkernels.engine.parallelism import training_group, why_refused
 from ffkernels.engine.rank_executor import RankExecutor
 from ffkernels.engine.search import make_search
 from ffkernels.engine.stage import INTERRUPTED, Stage, next_start
 from ffkernels.engine.stage_decision import NEWER, StageDecision
+from ffkernels.engine.stage_watch import StageWatch, StepWatch
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_pool import draw_for_stage
 from ffkernels.engine.weights import (
     NameFilter,
+    follow,
     local_tensors,
     require_same_model,
     signature,
@@ -43,7 +46,6 @@ from ffkernels.engine.weights import (
     trainable_weights,
     unwrap_optimizer,
 )
-from ffkernels.ops.notices import announce_once
 
 __all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
 
@@ -145,6 +147,7 @@ class FastForward:
         if self.config.learning_rate == "auto":
             self._decision.auto = AutoRate(self.optimizer, scheduler)
         self._hooks = on_step(self.optimizer, self._before_step, self._after_step) + self._decision.hooks
+        self._hooks += StepWatch(self.optimizer, self._weights).hooks
         if self.validation is not None:
             self._hooks += self.validation.evaluator.listen(self.model)
         _attached[self.optimizer] = weakref.ref(self)
@@ -170,15 +173,17 @@ class FastForward:
         elif not isinstance(validation, ValidationLoss):
             validation = ValidationLoss(self.model, validation)
         self.validation = validation
-        self._refuse_late_ranks()
+        refuse_late_ranks(self if validation is None else validation)
         weights = self._refresh_table()
         if validation is not None:
+            refuse_pulling_back(optimizer)
             require_same_model(validation, weights)
         wanted, device = self.config.executor, self._table.device
         sharded = any(hasattr(weight, "placements") for weight in weights.values())
         self._decision = StageDecision(
             self.config, self.model, self.optimizer, self.validation, self.ranks, sharded
         )
+        self._watch = StageWatch(optimizer, self._decision.schedule, self.ranks if sharded else None)
         if validation is not None and self.ranks is None:
             self._executor = Ladder(wanted, validation, device)
         elif validation is not None:
@@ -192,14 +197,6 @@ class FastForward:
             "the optimizer": type(self.optimizer).__name__,
             "defer": self.defer,
         }
-
-    def _refuse_late_ranks(self) -> None:
-        made = self if self.validation is None else self.validation
-        if made.before_ranks and several_processes():
-            raise RuntimeError(
-                "this job became one of several processes after its ValidationLoss or FastForward was made: "
-                "each rank would go its own way; call init_process_group (or make the Accelerator) first"
-            )
 
     @property
     def active(self) -> bool:
@@ -292,6 +289,7 @@ class FastForward:
             draw_for_stage(self.validation, max(0, len(self.stages) - 1))
         self._armed = self._due_now = False
         self._unconfirmed = True
+        self._watch.after_stage(0)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._armed = self._due_now = False
@@ -299,13 +297,14 @@ class FastForward:
             self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint)
             self._decision.agree()
             self._unconfirmed = False
+        self._watch.before_step(self._table)
         due = self._decision.begin_step(self.optimizer_steps + 1)
         if not due and self._decision.alignment is None:
             return
         closure = (args[1:2] or [kwargs.get("closure")])[0] is not None
         start = perf_counter()
         with telling(self.ranks if self._decision.exchanges else None):
-            self._refuse_late_ranks()
+            refuse_late_ranks(self if self.validation is None else self.validation)
             if due or self._table.is_stale():
                 self._refresh_table()
             name = type(self.optimizer).__name__ if closure else ""
@@ -314,8 +313,9 @@ class FastForward:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.optimizer_steps += 1
+        self._watch.after_step(self._table)
         self._decision.after_step(self._table)
-        self._due_now, self._armed = self._armed, False
+        self._due_now, self._armed = self._armed and not self._decision.schedule.ended, False
         if not self.defer:
             self.run_due_stage()
 
@@ -333,20 +333,17 @@ class FastForward:
         return self.stages[-1]
 
     def _refresh_table(self) -> dict[str, nn.Parameter]:
-        """Make the table anew when the trainable tensors are not those it points at. Returns those."""
+        """Follow trainable tensors to other memory, or make the table anew for others. Returns those."""
         weights = trainable_weights(self.model, self.optimizer, self.include, self.exclude)
         now = signature(weights)
         if self._table is not None and now == self._signature:
             return weights
-        if self._table is not None:
-            announce_once(
-                f"weights-changed-{id(self)}",
-                "the trainable parameters changed since the last Fast Forward stage (an adapter was "
-                "switched, added or moved); the table was rebuilt for the present ones",
-            )
-        self._table = None  # free the old arenas first
         if self._executor is not None:
-            self._executor.close()  # a capture holds on to them
+            self._executor.close()  # a capture holds on to the memory
+        if self._table is not None and follow(self._table, self._signature, weights):
+            self._signature = now
+            return weights
+        self._table = None  # free the old arenas first
         tell_of_rounding(weights)
         self._table = ops.TensorTable(local_tensors(weights), impl=self.config.impl)
         self._signature, self._weights = now, list(weights.values())
@@ -361,7 +358,7 @@ class FastForward:
         search = make_search(self.config.search, self.config.max_tau, next_start(self.stages))
         program = StageProgram(table, self.validation, search)
         stage.draw = draw_for_stage(self.validation, len(self.stages))
-        stale = table.is_stale()
+        stale = table.is_stale() and not table.follow()
         if self.ranks is not None:
             stale = self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint, stale)
         if stale:
@@ -387,6 +384,7 @@ class FastForward:
         stage.validate_seconds = program.validate_seconds
         stage.move_seconds = program.move_seconds + self._checkpoint_seconds
         stage.seconds = program.clock.seconds() + self._checkpoint_seconds
+        self._watch.after_stage(stage.tau)
         # Recorded before its FLOPs: their first reading runs the validation and may be interrupted.
         self.stages.append(stage)
         try:

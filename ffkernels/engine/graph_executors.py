@@ -62,6 +62,7 @@ class GraphExecutor:
         self.fault: str | None = None
         self._held: list[Any] = []
         self._table: ops.TensorTable | None = None
+        self._plan: Any = None  # where its weights lay
         self._validation: Any = None
         self._state: Any = None
         self._search: tuple = ()
@@ -91,7 +92,7 @@ class GraphExecutor:
     def close(self) -> None:
         """Give the graphs and their memory back; a later stage would record again. Idempotent."""
         held, self._held = self._held, []
-        self._table = self._validation = self._state = None
+        self._table = self._plan = self._validation = self._state = None
         self._proved = False
         for graph in reversed(held):
             graph.close()
@@ -102,7 +103,8 @@ class GraphExecutor:
         other = "it had been given back"
         if self._held:
             same = {
-                "the table of the weights that move": self._table is program.table,
+                "the table of the weights that move": self._table is program.table
+                and self._plan is program.table.plan,
                 "the validation loss": self._validation is program.validation,
                 "the search": self._search == search,
             }
@@ -148,7 +150,7 @@ class GraphExecutor:
         state = self._state = decide.DecideState(search.name, search.max_tau, table.device, rows)
         self._counts = None
         # Held, so that what it validates keeps its addresses as long as the graph has them.
-        self._table, self._validation = table, validation
+        self._table, self._plan, self._validation = table, table.plan, validation
         decide.prepare(state, with_condition=self.loops)
 
         def prologue(handle: int | None = None) -> None:

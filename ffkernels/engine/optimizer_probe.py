@@ -46,16 +46,17 @@ def require_step_sizes(optimizer: torch.optim.Optimizer) -> None:
             "Rprop's steps are as long as lr at the first only, and then of lengths of their own; a rate can "
             "be found for optimizers such as torch.optim.AdamW"
         )
+    settings = {p for cls in type(optimizer).__mro__ for p in inspect.signature(cls.__init__).parameters}
     for index, group in enumerate(optimizer.param_groups):
-        if "d" in group:
+        if "d" in group and "d" not in settings:  # Adafactor has a setting of this name
             raise ValueError(
                 f"{name} estimates its step size itself (param_groups[{index}] has 'd'): lr is a factor on "
                 "that, usually left at 1. Find a learning rate for an optimizer without, such as AdamW"
             )
         if not isinstance(group.get("lr"), float | int | Tensor):
             raise ValueError(
-                f"{name} has lr={group.get('lr')!r} in param_groups[{index}]: it makes its own (Adafactor "
-                "with relative_step=True); give it a number and switch that off"
+                f"{name} has lr={group.get('lr')!r} in param_groups[{index}], which is no number to move: "
+                "give it one" + (" and relative_step=False" if group.get("relative_step") else "")
             )
 
 

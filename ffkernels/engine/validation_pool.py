@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffkernels.engine.batch_rows import placeholder_ids, rows_of
 from ffkernels.engine.causal_lm import FastPathRefused, model_device
 from ffkernels.engine.distributed import Ranks, together
 from ffkernels.engine.evaluation_mode import keep_random_state
@@ -91,7 +92,7 @@ class ValidationPool(ValidationLoss):
             raise ValueError(f"seed={seed!r}: must be an integer of at least 0")
         ranks = Ranks.present(device, process_group or training_group(model))
         with together(ranks):
-            self._prepare_pool(pool, collator, size, seed, device)
+            self._prepare_pool(model, pool, collator, size, seed, device)
         super().__init__(
             model,
             self._places or [self._pool[i] for i in self._indices(0)],
@@ -105,11 +106,17 @@ class ValidationPool(ValidationLoss):
         self.draw(0)
 
     def _prepare_pool(
-        self, pool: Any, collator: Callable[..., Any] | None, size: int, seed: int, device: torch.device
+        self,
+        model: nn.Module,
+        pool: Any,
+        collator: Callable[..., Any] | None,
+        size: int,
+        seed: int,
+        device: torch.device,
     ) -> None:
         """Read the pool, cut it into strata, and make what takes up as much as any draw."""
         with keep_random_state(device):
-            self._pool, self._items = _read(pool, collator)
+            self._pool, self._items = _read(pool, collator, placeholder_ids(model))
         self._collator = collator
         examples = [_example(row) for row in self._pool]
         kept = [i for i, example in enumerate(examples) if example is not None]
@@ -171,31 +178,19 @@ def _pick(stratum: Sequence[int], number: int, seed: int, place: int) -> int:
     return stratum[int(torch.randperm(len(stratum), generator=generator)[index])]
 
 
-def _read(pool: Any, collator: Callable[..., Any] | None) -> tuple[list[Batch], list[Any]]:
+def _read(
+    pool: Any, collator: Callable[..., Any] | None, placeholders: dict[str, int]
+) -> tuple[list[Batch], list[Any]]:
     """The pool as batches of one row, and the examples that a collator made them of."""
     if is_loss_function(pool):
         raise TypeError("the pool is a callable, which has no examples: pass batches or a dataset")
     if collator is None:
-        return [row for batch in read_batches(pool, None, 1) for row in _taken_apart(batch)], []
+        return [row for batch in read_batches(pool, None, 1) for row in rows_of(batch, placeholders)], []
     items = [pool[i] for i in range(len(pool))] if hasattr(pool, "__getitem__") else list(pool)
     batches = [read_batches([item], collator, 1)[0] for item in items]
-    if any(len(_taken_apart(batch)) != 1 for batch in batches):
+    if any(len(rows_of(batch, {})) != 1 for batch in batches):
         raise ValueError("the collator makes several rows of one example: pass the pool as batches")
     return batches, items
-
-
-def _taken_apart(batch: Batch) -> list[Batch]:
-    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim > 0]
-    count = len(batch.get("input_ids", tensors[0] if tensors else ()))
-    return [
-        {
-            key: value[i : i + 1]
-            if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == count
-            else value
-            for key, value in batch.items()
-        }
-        for i in range(count)
-    ]
 
 
 def _example(row: Batch) -> Example | int | None:

@@ -317,13 +317,35 @@ class TensorTable:
         with torch.inference_mode(False), torch.no_grad():
             self.delta_flats, self.deltas = _arena(self.weights, self.device)
             self.best_flats, self.best = _arena(self.weights, self.device)
-            chunk = GPU_CHUNK if self.impl == "triton" else None
-            self.plan = make_plan(self.weights, self.deltas, self.best, self.names, chunk=chunk)
-            self.plan.impl = self.impl
+            self._lay_out()
             if self.weights:
                 torch._foreach_copy_(self.best, self.weights)
+
+    def _lay_out(self) -> None:
+        chunk = GPU_CHUNK if self.impl == "triton" else None
+        self.plan = make_plan(self.weights, self.deltas, self.best, self.names, chunk=chunk)
+        self.plan.impl = self.impl
         self._identity = self._look()
         self._addresses = [weight.data_ptr() for weight in self.weights]
+
+    def follow(self, weights: Sequence[Tensor] | None = None) -> bool:
+        """Go on with the same weights where they lie now; Δ and best keep their values.
+
+        Args:
+            weights: in the table's order, where they are other tensors.
+
+        Returns:
+            False, and nothing is changed, where shapes, dtypes or devices are not those of before.
+        """
+        weights = self.weights if weights is None else list(weights)
+        if [(w.shape, w.dtype, w.device) for w in weights] != [
+            (b.shape, b.dtype, b.device) for b in self.best
+        ]:
+            return False
+        self.weights = weights
+        with torch.inference_mode(False):
+            self._lay_out()
+        return True
 
     def _look(self) -> list[tuple]:
         return [(w.data_ptr(), w.shape, w.dtype, w.stride()) for w in self.weights]

@@ -98,7 +98,9 @@ class ProgressBars:
                 self._task, completed=event["optimizer_steps"], total=event["optimizer_steps"]
             )
             if not self._live and not self.quiet:
-                tests = f", and {event['test_seconds']:.1f} s for test losses" if event["test_seconds"] else ""
+                tests = (
+                    f", and {event['test_seconds']:.1f} s for test losses" if event["test_seconds"] else ""
+                )
                 self.console.print(
                     f"{self._name}: {event['stopped_because']} after {event['optimizer_steps']} steps,"
                     f"{_test_loss(event['test_loss'])} {event['seconds']['total']:.1f} s{tests}",
