@@ -151,14 +151,42 @@ def test_the_steps_ratios_are_those_of_the_result_file():
         assert f"| {name} | {' | '.join(ratios)} |" in README
 
 
-def test_that_no_stage_runs_at_a_tuned_learning_rate_is_in_the_result_file():
-    report = load("compare_tiny_tuned_lr_batch16_2026-11-29.json")
+@pytest.mark.parametrize(("batch", "steps"), [(64, 120), (16, 240)])
+def test_that_no_stage_runs_at_a_tuned_learning_rate_is_in_the_result_file(batch, steps):
+    report = load(f"compare_tiny_tuned_lr_batch{batch}_2026-11-29.json")
     config = report["config"]
-    assert (config["lr"], config["batch_size"], config["steps"]) == (1e-2, 16, 240)
+    assert (config["lr"], config["batch_size"], config["steps"]) == (1e-2, batch, steps)
     runs = {run["name"]: run for run in report["runs"]}
     for seed in range(3):
         adam, ours = (runs[f"{name}-s{seed}"] for name in ("adam", "parabolic"))
         assert ours["stages"] == ours["validation_forwards"] == 0
         step = adam["flops"]["measured"] / adam["optimizer_steps"]
         assert ours["flops"]["measured"] == pytest.approx(step * ours["optimizer_steps"], rel=1e-2)
-    assert "at 1e-2 none ran in 240 steps of batch 16, with three seeds" in " ".join(README.split())
+    said = "at 1e-2 none ran in 120 steps of batch 64 or 240 of batch 16, with three seeds"
+    assert said in " ".join(README.split())
+
+
+def test_where_no_learning_rate_is_worse_than_one_is_said():
+    doc = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    runs = {
+        name: {run["name"]: run for run in load(f"compare_tiny_{name}_2026-11-29.json")["runs"]}
+        for name in ("batch64", "batch16", "tuned_lr_batch64", "tuned_lr_batch16")
+    }
+    for name in ("batch64", "batch16"):
+        for seed in range(3):
+            auto, tuned = (runs[name][f"{kind}-s{seed}"] for kind in ("auto", "adam-tuned"))
+            assert auto["optimizer_steps"] == 15
+            assert 2 < auto["flops"]["measured"] / tuned["flops"]["measured"] < 3
+    assert "its rise takes ten of 15 steps, and it needs more than twice the FLOPs of the tuned rate" in doc
+    above = [
+        runs["tuned_lr_batch64"][f"auto-s{seed}"]["test_loss"]
+        / runs["tuned_lr_batch64"][f"adam-s{seed}"]["test_loss"]
+        - 1
+        for seed in range(3)
+    ]
+    missed = sum(share > 1e-3 for share in above)
+    assert missed == 2 and "with two seeds of three" in doc
+    worst = f"ends {100 * max(above):.1f} % above"
+    assert worst in doc and worst in " ".join(README.split())
+    steps = [runs["tuned_lr_batch16"][f"auto-s{seed}"]["optimizer_steps"] for seed in range(3)]
+    assert f"it is there after {min(steps)} to {max(steps)} of 240" in doc
