@@ -64,9 +64,9 @@ class Place:
         run, observe = GraphExecutor.run, Search.observe
         know, start_at = DecideState.know, DecideState.start_at
 
-        def noted(search, tau, loss, sure=True):
+        def noted(search, tau, loss, sure=True, computed=True):
             vars(search).setdefault("verdicts", []).append(bool(sure))
-            observe(search, tau, loss, sure)
+            observe(search, tau, loss, sure, computed)
 
         def run_twice(executor, program):
             table, search, start = program.table, program.search, Snapshot(program.table)

@@ -206,7 +206,8 @@ def test_ctrl_c_waits_until_modes_are_put_back(at, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_layer_that_eval_mode_would_spoil_stays_in_training():
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_eval_mode_would_spoil_is_in_training(training):
     class PacksItsWeightForInference(nn.Linear):
         """As bitsandbytes' Linear4bit on a CPU with AVX512-BF16."""
 
@@ -222,12 +223,13 @@ def test_a_layer_that_eval_mode_would_spoil_stays_in_training():
             return super().forward(x)
 
     model = nn.Sequential(PacksItsWeightForInference(True), PacksItsWeightForInference(False), nn.Dropout())
+    model.train(training)
     loss = ValidationLoss(model, lambda model: model(torch.ones(2, 3)).sum())
     seen = []
     model[2].register_forward_hook(lambda *_: seen.append([module.training for module in model]))
     first = loss()
     assert torch.equal(first, loss())
     assert seen == [[True, False, False]] * 2
-    assert all(module.training for module in model.modules())
-    model(torch.ones(2, 3)).sum().backward()
+    assert all(module.training is training for module in model.modules())
+    model.train()(torch.ones(2, 3)).sum().backward()
     assert model[0].weight.grad is not None

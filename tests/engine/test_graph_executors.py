@@ -620,10 +620,10 @@ def test_verdicts_on_rises_are_those_of_the_host_also_on_exchanged_examples(
     """In bfloat16 some rises are noise. Fewer examples come, in place: nothing is captured anew."""
     observe, verdicts, found = Search.observe, {"eager": [], name: []}, {}
 
-    def seen(search, tau, loss, sure=True):
+    def seen(search, tau, loss, sure=True, computed=True):
         if search.losses and loss >= search.best_loss:
             verdicts[executor].append(sure)
-        observe(search, tau, loss, sure)
+        observe(search, tau, loss, sure, computed)
 
     monkeypatch.setattr(Search, "observe", seen)
     monkeypatch.setattr("ffkernels.engine.significance.LEVEL", 0.9)  # of random examples little is proved

@@ -271,7 +271,7 @@ def test_resume_refuses_what_it_cannot_continue(config):
 class NeverBetter(LinearSearch):
     """Sees a loss that rises with τ, whatever the model says."""
 
-    def observe(self, tau, loss, sure=True):
+    def observe(self, tau, loss, sure=True, computed=True):
         super().observe(tau, float(tau))
 
 
