@@ -30,8 +30,11 @@ from ffkernels.engine.validation_batches import (
     IGNORE,
     Example,
     check_causal_batches,
+    chosen_rows,
+    items_of,
     read_batches,
     read_examples,
+    rows_of,
 )
 from ffkernels.engine.validation_generic import is_loss_function
 
@@ -177,7 +180,7 @@ def _read(pool: Any, collator: Callable[..., Any] | None) -> tuple[list[Batch], 
         raise TypeError("the pool is a callable, which has no examples: pass batches or a dataset")
     if collator is None:
         return [row for batch in read_batches(pool, None, 1) for row in _taken_apart(batch)], []
-    items = [pool[i] for i in range(len(pool))] if hasattr(pool, "__getitem__") else list(pool)
+    items = items_of(pool)
     batches = [read_batches([item], collator, 1)[0] for item in items]
     if any(len(_taken_apart(batch)) != 1 for batch in batches):
         raise ValueError("the collator makes several rows of one example: pass the pool as batches")
@@ -185,27 +188,30 @@ def _read(pool: Any, collator: Callable[..., Any] | None) -> tuple[list[Batch], 
 
 
 def _taken_apart(batch: Batch) -> list[Batch]:
-    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim > 0]
-    count = len(batch.get("input_ids", tensors[0] if tensors else ()))
-    return [
-        {
-            key: value[i : i + 1]
-            if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == count
-            else value
-            for key, value in batch.items()
-        }
-        for i in range(count)
-    ]
+    rows = rows_of(batch)
+    if rows == 1:
+        return [batch]
+    apart = [chosen_rows(batch, [row]) for row in range(rows)]
+    if apart and apart[0] is None:
+        others = sorted(
+            k for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim and len(v) != rows
+        )
+        raise ValueError(
+            f"a batch of {rows} examples cannot be taken apart: {', '.join(others)} has not as many rows; "
+            "pass the pool as examples with collator="
+        )
+    return apart
 
 
 def _example(row: Batch) -> Example | int | None:
     """The row as the fast path reads it, None where it has nothing to score; else its number of tokens."""
     try:
         return next(iter(read_examples([row])), None)
-    except (FastPathRefused, KeyError):
+    except FastPathRefused:
         ids, mask = row.get("input_ids"), row.get("attention_mask")
-        counted = mask.sum() if mask is not None else ids.shape[-1] if ids is not None else 0
-        return int(counted)
+        if isinstance(mask, torch.Tensor):
+            return int(mask.sum())
+        return ids.shape[-1] if isinstance(ids, torch.Tensor) else 0
 
 
 def _order(example: Example | int) -> tuple[int, int]:
