@@ -64,6 +64,8 @@ class ValidationPool(ValidationLoss):
             ``collator``, which then makes a batch of each one, once. Rows with nothing to score are left out.
         size: examples per draw.
         seed: of the draws.
+        batch_size: examples of one batch where the generic path makes batches of a draw with ``collator``;
+            by default as many as ``micro_batch_tokens`` allows.
 
     Attributes:
         drawn: the number of the present draw.
@@ -86,6 +88,7 @@ class ValidationPool(ValidationLoss):
         micro_batch_tokens: int | None = None,
         check: bool = True,
         process_group: Any = None,
+        batch_size: int | None = None,
     ) -> None:
         device = model_device(model)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -94,7 +97,7 @@ class ValidationPool(ValidationLoss):
             raise ValueError(f"seed={seed!r}: must be an integer of at least 0")
         ranks = Ranks.present(device, process_group or training_group(model))
         with together(ranks):
-            self._prepare_pool(pool, collator, size, seed, device)
+            self._prepare_pool(pool, collator, size, seed, device, batch_size)
         super().__init__(
             model,
             self._places or [self._pool[i] for i in self._indices(0)],
@@ -108,12 +111,18 @@ class ValidationPool(ValidationLoss):
         self.draw(0)
 
     def _prepare_pool(
-        self, pool: Any, collator: Callable[..., Any] | None, size: int, seed: int, device: torch.device
+        self,
+        pool: Any,
+        collator: Callable[..., Any] | None,
+        size: int,
+        seed: int,
+        device: torch.device,
+        batch_size: int | None,
     ) -> None:
         """Read the pool, cut it into strata, and make what takes up as much as any draw."""
         with keep_random_state(device):
             self._pool, self._items = _read(pool, collator)
-        self._collator = collator
+        self._collator, self._batch_size = collator, batch_size
         examples = [_example(row) for row in self._pool]
         kept = [i for i, example in enumerate(examples) if example is not None]
         if len(kept) < size:
@@ -143,7 +152,7 @@ class ValidationPool(ValidationLoss):
         in_place = False
         self.follow()
         if self.path == "generic" and self._collator is not None:  # it makes batches of several
-            self.swap_batch([self._items[i] for i in drawn], self._collator)
+            self._swap_collated([self._items[i] for i in drawn])
         elif self.ranks is None and self._places is not None:
             in_place = self._swap_in_place(rows)
             if not in_place:  # places were made for one draw, when the model went to another device
@@ -153,6 +162,15 @@ class ValidationPool(ValidationLoss):
             self.swap_batch(rows)
         self.drawn = number
         return in_place
+
+    def _swap_collated(self, items: list[Any]) -> None:
+        if self._batch_size is None:
+            self.swap_batch(items, self._collator)
+            return
+        groups = [items[i : i + self._batch_size] for i in range(0, len(items), self._batch_size)]
+        with keep_random_state(self._device):
+            batches = [self._collator(group) for group in groups]
+        self.swap_batch(batches)
 
     def _indices(self, number: int) -> list[int]:
         """Which rows of the pool draw ``number`` has, one of each stratum, from short to long."""
