@@ -65,7 +65,12 @@ def make_validation(
         )
     own = TrainerLoss(trainer, data)
     validation = ValidationLoss(model, own)
-    validation.run(partial(own.of_batch, model, 0))
+    try:
+        validation.run(partial(own.of_batch, model, 0))
+    except (torch.OutOfMemoryError, NoEvaluationLoss):
+        raise
+    except Exception as error:
+        raise own.none(f"raised {type(error).__name__}: {error}") from error
     return validation
 
 
@@ -92,6 +97,10 @@ def loss_of_its_own(trainer: Any) -> str | None:
     )
 
 
+class NoEvaluationLoss(ValueError):
+    """A Trainer's evaluation gives no loss."""
+
+
 class TrainerLoss:
     """``loss_fn(model)``: the mean of a Trainer's evaluation loss over examples.
 
@@ -116,12 +125,18 @@ class TrainerLoss:
             batch = _copied(self.data.batches[index])
             loss, *_ = self.trainer.prediction_step(model, batch, prediction_loss_only=True)
         if loss is None:
-            raise ValueError(
-                f"{_name(self.trainer)} has no eval_loss for batches with {sorted(batch)} and label_names="
-                f"{self.trainer.label_names}; name the labels in TrainingArguments(label_names=[...]), or "
-                "pass a callable loss_fn(model) as validation="
-            )
+            raise self.none("gave none")
         return loss.detach().double().mean()
+
+    def none(self, why: str) -> ValueError:
+        """The error that there is no loss, to be raised."""
+        batch = self.data.batches[0]
+        return NoEvaluationLoss(
+            f"{_name(self.trainer)} has no eval_loss: its prediction_step {why}, for batches with "
+            f"{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__} and label_names="
+            f"{self.trainer.label_names}. Name the labels in TrainingArguments(label_names=[...]), or pass a "
+            "function loss_fn(model) as validation="
+        )
 
 
 def _evaluates_otherwise(trainer: Any) -> str | None:
