@@ -10,7 +10,7 @@ OUT    ?= runs
 
 help:
 	@echo "make install    .venv with the pinned versions of constraints.txt and this package, its C++ core built"
-	@echo "make demo       Adam against Fast Forward on the embedded model, about 2 minutes; writes runs/demo/"
+	@echo "make demo       Adam, Fast Forward, and Adam with no learning rate given, about 2 minutes; writes runs/demo/"
 	@echo "make test       the test suite, without the tests marked slow"
 	@echo "make test-slow  the tests marked slow: four processes, longer runs in a Trainer"
 	@echo "make test-all   both"

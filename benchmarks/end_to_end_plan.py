@@ -26,9 +26,9 @@ TUNED = "tuned"
 # The bracketing search first: where time runs out inside a round, the paper's own search is the one to miss.
 SEARCHES = ("parabolic", "linear")
 # A round's work in Adam runs, and its test losses: a first guess, from the embedded model, on which linear
-# costs 0.7 of Adam, parabolic 0.2 to 0.5 and tuned Adam 0.1. A sweep tries each rate for as long as the best
-# one needs.
-ROUND_STEPS, ROUND_TESTS = 2.2, 35
+# costs 0.7 of Adam, parabolic 0.2 to 0.5, tuned Adam 0.1 and "auto" 0.2. A sweep tries each rate for as long
+# as the best one needs.
+ROUND_STEPS, ROUND_TESTS = 2.4, 43
 SWEEP_STEPS, SWEEP_TESTS = 0.06, 3
 
 
@@ -135,7 +135,7 @@ class Forecast:
             self._work[key] = _probe(comparison)
         step, test, start = self._work[key]
         tests = ROUND_TESTS if base.evaluate_every else ROUND_TESTS // 2
-        total = ROUND_STEPS * base.steps * step + tests * test + 4 * start
+        total = ROUND_STEPS * base.steps * step + tests * test + 5 * start
         if comparison.sweep:
             each = SWEEP_STEPS * base.steps * step + SWEEP_TESTS * test + start
             total += len(SWEEP) * each

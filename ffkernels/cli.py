@@ -44,6 +44,7 @@ def compare(
     source: options.Source = "offline",
     chat_loss: options.ChatLoss = "all",
     data: options.Data = None,
+    test_data: options.TestData = None,
     lr: options.Lr = 1e-4,
     steps: options.Steps = 120,
     epochs: options.Epochs = None,
@@ -81,7 +82,8 @@ def compare(
         float | None,
         typer.Option(
             help="Learning rate of the tuned Adam row (default: for tiny as measured, 1e-2 on instruction, "
-            "2e-2 on the others; 3e-3 for other models; --sweep where whole weights train)."
+            "2e-2 on the others; for other models, data and adapters 3e-3, a row called untuned; where whole "
+            "weights train --sweep)."
         ),
     ] = None,
     sweep: Annotated[
@@ -101,8 +103,8 @@ def compare(
     """Adam against Fast Forward to the same test loss, in FLOPs and in seconds: the paper's protocol.
 
     Adam runs --steps; its final test loss is the target. Fast Forward runs until it is there, with the
-    paper's linear search and with the parabolic one; then Adam with a tuned learning rate, which is what you
-    would try first.
+    paper's linear search and with the parabolic one; then Adam with no learning rate given, as in train --lr
+    auto; then Adam with a tuned learning rate, which is what you would try first: see --tuned-lr and --sweep.
     """
     from ffkernels.reporting.machine import command_line
     from ffkernels.training.compare import Comparison, Interrupted
@@ -122,7 +124,7 @@ def compare(
         check_every=check_every,
     )
     console = _console()
-    with ProgressBars(console, quiet) as bars:
+    with ProgressBars(console, quiet, tokens=True) as bars:
         try:
             results, protocol = run_comparison(comparison, on_run=bars.start, on_event=bars.event)
         except Interrupted as error:
@@ -142,6 +144,7 @@ def train(
     source: options.Source = "offline",
     chat_loss: options.ChatLoss = "all",
     data: options.Data = None,
+    test_data: options.TestData = None,
     fast_forward: Annotated[
         bool,
         typer.Option(
@@ -155,7 +158,6 @@ def train(
     max_tau: options.MaxTau = 1024,
     patience: options.Patience = "auto",
     impl: options.Impl = "auto",
-    find_lr: options.FindLr = False,
     method: options.Method = "lora",
     rank: options.Rank = 8,
     alpha: options.Alpha = 16.0,
@@ -201,12 +203,12 @@ def train(
     quiet: options.Quiet = False,
 ) -> None:
     """Fine-tune, by default an adapter and with Fast Forward; writes OUT/NAME.jsonl and OUT/NAME/."""
+    from ffkernels.training.checkpoint import on_disk
     from ffkernels.training.progress import ProgressBars, how_it_ended
     from ffkernels.training.trainer import train as run_training
 
-    if not fast_forward and (find_lr or resample_validation is not None):
-        name = "--find-lr" if find_lr else "--resample-validation"
-        raise ValueError(f"{name} is Fast Forward's: leave out --no-fast-forward")
+    if not fast_forward and resample_validation is not None:
+        raise ValueError("--resample-validation is Fast Forward's: leave out --no-fast-forward")
     stages = options.stages(ctx) if fast_forward else None
     if not fast_forward and lr == options.AUTO:
         stages = options.stages(ctx, interval=None)
@@ -214,12 +216,16 @@ def train(
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: give one of them")
     log = out / f"{name}.jsonl"
-    if log.exists() and not resume and not overwrite:
+    if log.exists() and log.stat().st_size and not resume and not overwrite:
         raise ValueError(f"{log} exists: --resume goes on, --overwrite replaces it, or take another --name")
     console = _console()
     with ProgressBars(console, quiet, tokens=True) as bars:
         bars.start(config)
-        result = run_training(config, resume=resume, on_event=bars.event)
+        try:
+            result = run_training(config, resume=resume, on_event=bars.event)
+        except KeyboardInterrupt:  # the second, or one before the first step
+            typer.echo(f"Ended at once. {on_disk(out / name)}")
+            raise typer.Exit(INTERRUPTED) from None
     for line in how_it_ended(result, config.method):
         typer.echo(line)
     if result.interrupted:
@@ -235,6 +241,7 @@ def tokens(
     source: options.Source = "offline",
     chat_loss: options.ChatLoss = "all",
     data: options.Data = None,
+    test_data: options.TestData = None,
     max_length: options.MaxLength = 64,
     test_examples: options.TestExamples = 1000,
     validation_examples: options.ValidationExamples = 32,
@@ -255,6 +262,8 @@ def tokens(
         typer.echo(json.dumps(statistics, indent=2))
     else:
         _console().print(token_table(prepared.name, statistics))
+    for remark in prepared.remarks:
+        typer.echo(remark, err=as_json)
 
 
 @app.command()
@@ -322,8 +331,17 @@ def run(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("FFKERNELS_TRACEBACK") or not _users(error):
             raise
-        typer.echo(f"ffkernels: {error}", err=True)
+        typer.echo(f"ffkernels: {_in_options(str(error))}", err=True)
         sys.exit(USER_ERROR)
+
+
+def _in_options(message: str) -> str:
+    """A message that begins with a setting, ``eval_tokens=0``, with the option of that setting."""
+    field, equals, rest = message.partition("=")
+    name = options.OPTION.get(field, field)
+    commands = typer.main.get_command(app).commands.values()
+    option = next((p.opts[0] for command in commands for p in command.params if p.name == name), None)
+    return f"{option}={rest}" if equals and option else message
 
 
 def _show_notices_as_lines() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -131,7 +132,7 @@ def test_compare_writes_the_report(invoke, quick, tmp_path):
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     report = json.loads((out / "report.json").read_text())
-    names = ["adam-s0", "linear-s0", "parabolic-s0", "adam-tuned-s0"]
+    names = ["adam-s0", "linear-s0", "parabolic-s0", "auto-s0", "adam-untuned-s0"]
     assert [run["name"] for run in report["runs"]] == names
     assert {"runs", "savings", "machine", "versions", "config"} <= report.keys()
     for entry in report["runs"]:
@@ -142,7 +143,16 @@ def test_compare_writes_the_report(invoke, quick, tmp_path):
     for saving in report["savings"]:
         assert saving.keys() >= {"name", "flops_paper", "flops_measured", "seconds"}
     assert report["config"]["seeds"] == [0] and report["config"]["tuned_lr"] > 0
-    assert (out / "report.md").is_file() and list(out.glob("*.png"))
+    text = (out / "report.md").read_text()
+    assert ", data sums.jsonl, " in text and "task " not in text.split("\n## ")[0]
+    assert "Adam at another learning rate (0.003), a usual one that nobody tuned" in text
+    assert "data" in report["config"] and "task" not in report["config"]
+    took = [json.loads((out / f"{n}.jsonl").read_text().splitlines()[-1])["test_seconds"] for n in names]
+    assert min(took) > 0 and f"The test losses took {sum(took):.1f} s beside them." in text
+    assert " ".join(result.stdout.split()).count("adam-s0: 88 training examples;") == 1
+    assert (
+        result.stdout.count("% cut") == 1 and "s for test losses" in result.stdout and list(out.glob("*.png"))
+    )
     assert all((out / f"{name}.jsonl").is_file() for name in names)
     last = re.sub(r"\s+", "", result.stdout.strip().splitlines()[-1])
     assert f"reportisin{out}" in last
@@ -153,7 +163,7 @@ def test_compare_runs_peers_beside_ours(invoke, quick, tmp_path):
     result = invoke("compare", *quick, *flags, "--peer", "lora-plus", "--peer", "authors", "--seeds", "3,")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    names = ["adam-s3", "parabolic-s3", "authors-s3", "lora-plus-s3", "adam-tuned-s3"]
+    names = ["adam-s3", "parabolic-s3", "authors-s3", "lora-plus-s3", "auto-s3", "adam-untuned-s3"]
     assert [run["name"] for run in report["runs"]] == names
     assert [entry["name"] for entry in report["savings"]] == names[1:]
     assert report["config"]["peers"] == ["lora-plus", "authors"]
@@ -204,10 +214,20 @@ def test_tokens(invoke, quick):
         (["train", "--attn", "fast"], "attn='fast': must be one of"),
         (["train", "--source", "web"], "source='web': must be one of 'offline', 'hub'"),
         (["train", "--preset", "mine"], "preset 'mine' does not exist"),
-        (["compare", "--peer", "golden"], "peers=('golden',): must be of 'lora-plus'"),
+        (["compare", "--peer", "golden"], "--peer=('golden',): must be of 'lora-plus'"),
         (["compare", "--peer", "lora-plus", "--method", "full"], "optimizer='lora-plus': must be 'adamw'"),
         (["tokens", "--task", "poetry"], "poetry"),
-        (["train", "--lr", "0"], "lr=0.0: must be a number above 0"),
+        (["train", "--lr", "0"], "--lr=0.0: must be a number above 0"),
+        (["train", "--eval-tokens", "0"], "--eval-tokens=0: must be an integer of at least 1 or None"),
+        (["train", "--target-modules", ","], "--target-modules=('', ''): must be module names"),
+        (["train", "--stage-warmup", "-1"], "--stage-warmup=-1: must be an integer of at least 0"),
+        (
+            ["train", "--test-examples", "0", "--target-loss", "2"],
+            "--target-loss=2.0: must be None where test",
+        ),
+        (["train", "--test-data", "x.jsonl"], "--test-data='x.jsonl': must be None without data"),
+        (["compare", "--test-examples", "0"], "--test-examples=0: must be at least 1: the runs are compared"),
+        (["analyze", "loss", "--test-examples", "0"], "--test-examples=0: must be at least 1: an analysis"),
         (["train", "--device", "gpu"], "device='gpu': must be 'auto'"),
         (["train", "--device", "cuda:99"], "device='cuda:99': this torch sees"),
         (["compare", "--seeds", "0"], "seeds='0'"),
@@ -266,3 +286,74 @@ def test_a_missing_command_line_package_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.strip() == "ffkernels: the command line needs typer: pip install 'ffkernels[hf]'"
+
+
+def test_a_run_without_test_examples_says_no_test_loss(invoke, quick, tmp_path):
+    sizes = ["--test-examples", 0, "--steps", 2, "--interval", 2]
+    result = invoke("train", *quick, *sizes)
+    assert result.exit_code == 0, result.output
+    flat = " ".join(result.stdout.split())
+    assert "test loss" not in flat and "all steps done after 2 steps: " in flat
+    events = [json.loads(line) for line in (tmp_path / "out" / "run.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events] == ["run", "step", "step", "stage", "end"]
+    assert (events[-1]["test_loss"], events[0]["tokens"]["test"]["examples"]) == ("nan", 0)
+    result = invoke("report", tmp_path / "out" / "run.jsonl", "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+
+
+def test_what_is_left_out_is_said_once(invoke, quick, sums, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "1+1=", "completion": "2."}\n{"prompt": "9+9=", "completion": " "}\n')
+    flags = ["--test-data", other, "--batch-size", 512, "--max-length", 64, "--steps", 1]
+    result = invoke("train", *quick, *flags)
+    flat = " ".join(result.stdout.split())
+    assert (
+        "Left out of sums.jsonl: 1 line of which a test example is equal. Left out of other.jsonl: 1" in flat
+    )
+    assert "A batch of 512 is larger than the 95 training examples" in flat
+    assert result.exit_code == 0 and flat.count("Left out of other.jsonl") == 1
+    logged = json.loads((tmp_path / "out" / "run.jsonl").read_text().splitlines()[0])
+    assert len(logged["remarks"]) == 3 and logged["tokens"]["test"]["examples"] == 1
+    sizes = ["--validation-examples", 4, "--max-length", 64]
+    told = invoke("tokens", "--data", sums, "--test-data", other, *sizes, "--json")
+    assert json.loads(told.stdout)["test"]["examples"] == 1 and "Left out of other.jsonl" in told.stderr
+
+
+def test_ctrl_c_in_a_stage_says_what_comes_and_a_second_what_is_kept(invoke, quick, tmp_path, monkeypatch):
+    pressed = []
+
+    def run(self, program):
+        for _ in range(pressed[0]):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("ffkernels.engine.executors.EagerExecutor.run", run)
+    flags = [
+        "--steps",
+        4,
+        "--interval",
+        2,
+        "--patience",
+        0,
+        "--checkpoint-every",
+        1,
+        "--name",
+        "c",
+        "--quiet",
+    ]
+    pressed[:] = [2]
+    result = invoke("train", *quick, *flags)
+    flat = " ".join(result.stdout.split())
+    assert result.exit_code == 130
+    assert (
+        "Ctrl-C: c ends after this Fast Forward stage and is saved; a second Ctrl-C ends it at once" in flat
+    )
+    folder = re.sub(r"\s", "", str(tmp_path / "out" / "c"))
+    assert (
+        f"Endedatonce.Thestateafterstep1isin{folder}:goon" in re.sub(r"\s", "", flat) and "--resume" in flat
+    )
+    pressed[:] = [1]
+    result = invoke("train", *quick, *flags, "--resume")
+    assert result.exit_code == 130 and "interrupted after 2 steps" in result.stdout
+    pressed[:] = [2]
+    result = invoke("train", *quick, *flags, "--checkpoint-every", 0, "--name", "d")
+    assert "Ended at once. Nothing is saved that this run could go on from." in result.stdout

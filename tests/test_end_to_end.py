@@ -174,7 +174,7 @@ def test_one_cell_measured_kept_and_not_measured_again(benchmarks, tmp_path, cap
     assert (cell["name"], cell["lr"]) == ("instruction lora lr=3e-4 batch=8", 3e-4)
     (one,) = cell["rounds"]
     runs = {run["kind"]: run for run in one["runs"]}
-    assert set(runs) == {"adam", "parabolic", "linear", "adam-tuned"} and one["complete"]
+    assert set(runs) == {"adam", "parabolic", "linear", "auto", "adam-tuned"} and one["complete"]
     assert runs["adam"]["optimizer_steps"] == 7 and runs["adam"]["taus"] == []
     step, flops, _, loss = runs["adam"]["curve"][-1]
     assert (step, flops) == (7, runs["adam"]["flops"]["measured"])
@@ -183,7 +183,7 @@ def test_one_cell_measured_kept_and_not_measured_again(benchmarks, tmp_path, cap
     assert runs["parabolic"]["taus"][0][0] == 6
     spent = runs["parabolic"]["flops"]["measured"] / runs["adam"]["flops"]["measured"]
     assert saved["parabolic-s0"]["flops_measured"] == pytest.approx(1 - spent)
-    assert len(cell["spreads"]) == 3
+    assert len(cell["spreads"]) == 4
 
     before = out.read_text(encoding="utf-8")
     assert main([*SMALL, "--out", str(out), "--list"]) == 0

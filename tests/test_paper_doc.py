@@ -14,7 +14,7 @@ from typer.main import get_command
 from ffkernels.cli import app
 from ffkernels.training import options
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.presets import PRESETS, preset
+from ffkernels.training.presets import BLANK, PRESETS, TABLES, preset
 
 DOC = (Path(__file__).resolve().parents[1] / "docs" / "coming-from-the-paper.md").read_text(encoding="utf-8")
 AUTHORS = {
@@ -110,4 +110,13 @@ def test_the_long_command_is_the_preset_and_the_authors_default():
 
 
 def test_presets_that_are_named_exist():
-    assert set(re.findall(r"authors-[a-z0-9.-]+", DOC)) <= set(PRESETS)
+    named = set(re.findall(r"(?:authors|paper)-(?:pythia|llama)[a-z0-9.-]+", DOC))
+    assert len(named) > 2 and named <= set(PRESETS)
+
+
+def test_the_tables_in_the_documents_are_the_presets():
+    tasks = (Path(__file__).resolve().parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for task, (lr, batch_size, rank, micro_batches) in TABLES.items():
+        micro = ["blank" if of is BLANK else str(of) for of in micro_batches.values()]
+        cells = [task, f"{lr:.0e}".replace("e-0", "e-"), str(batch_size), str(rank), *micro]
+        assert f"\n| {' | '.join(cells)} |\n" in tasks

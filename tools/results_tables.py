@@ -18,6 +18,7 @@ LABELS = {
     "adam": "Adam",
     "linear": "Fast Forward, `linear` (the paper's)",
     "parabolic": "Fast Forward, `parabolic`",
+    "auto": "Adam, no learning rate given",
     "adam-tuned": "Adam, tuned lr",
     "authors": "the authors' loop",
     "authors-32": "the same, validation in one batch",

@@ -38,6 +38,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "source": (options.Source, "offline"),
     "chat_loss": (options.ChatLoss, "all"),
     "data": (options.Data, None),
+    "test_data": (options.TestData, None),
     "method": (options.Method, "lora"),
     "rank": (options.Rank, 8),
     "alpha": (options.Alpha, 16.0),
@@ -108,7 +109,10 @@ def settings(ctx: typer.Context) -> TrainConfig:
         ValueError: naming the field, the value and what is allowed.
     """
     fixed = {} if "patience" in ctx.params else {"patience": None}
-    return options.training(ctx, fast_forward=options.stages(ctx, **fixed))
+    config = options.training(ctx, fast_forward=options.stages(ctx, **fixed))
+    if config.test_examples == 0:
+        raise ValueError("test_examples=0: must be at least 1: an analysis measures test losses")
+    return config
 
 
 def integers(text: str, option: str, low: int = 1) -> tuple[int, ...]:

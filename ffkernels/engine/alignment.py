@@ -26,8 +26,11 @@ from torch import Tensor, nn
 
 from ffkernels import ops
 from ffkernels.engine.distributed import ALIGNMENT, Ranks
+from ffkernels.ops.notices import announce_once
 
 __all__ = ["Alignment", "cosine"]
+
+WRITTEN = 3  # steps in a row
 
 
 class Alignment:
@@ -36,19 +39,21 @@ class Alignment:
     Args:
         ranks: those that hold a shard of the weights each; None where this process holds them whole.
         heard: somebody takes the sums of every step, see ``take``.
+        kept: how many values are.
 
     Attributes:
-        values: c of the steps since ``begin_interval``, as far as it is known; newest last.
+        values: the latest c of the steps since ``begin_interval``, as far as it is known; newest last.
         last: the newest c; None where it is not known.
         strongest: the most negative c so far; 0 before there was one below 0.
     """
 
-    def __init__(self, ranks: Ranks | None = None, *, heard: bool = False) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks | None = None, *, heard: bool = False, kept: int = 1) -> None:
+        self._ranks, self._kept = ranks, kept
         self._heard: list[list[float]] | None = [] if heard else None
         self.values: list[float] = []
         self.last: float | None = None
         self.strongest = 0.0
+        self._written = 0  # steps before which somebody else wrote the weights, since c was known
         self._whole = False  # best holds the weights before the last step
         self._versions: list[int] | None = None  # of the weights after the last step; None is any
         self._sums: Tensor | None = None
@@ -65,10 +70,20 @@ class Alignment:
             at_once: wait for c, also on a GPU.
         """
         self._collect()
-        if not self._whole or self._versions not in (None, _versions(table)):
+        written = self._whole and self._versions not in (None, _versions(table))
+        if written or not self._whole:
             self.last = None
+            self._written += written
+            if self._written == WRITTEN:
+                announce_once(
+                    "alignment-written",
+                    "the weights are written between optimizer steps, so that it is not "
+                    "known whether the last update still helps: stages run as long as the last one paid, and "
+                    'a rate of learning_rate="auto" does not move',
+                )
             ops.checkpoint_(table)
             return
+        self._written = 0
         self._sums = ops.align_(table, [_gradient(weight) for weight in weights], self._sums)
         self._read = _reading(self._sums)
         if at_once or _reads_at_once(table.device) or self._ranks is not None:
@@ -103,10 +118,9 @@ class Alignment:
         """What was asked for and is not read yet counts for the new one: nothing waits for it here."""
         self.values = []
 
-    def mean(self, of: int) -> float | None:
-        """The mean of the last ``of`` values of the interval; None where there is none."""
-        latest = self.values[-of:]
-        return math.fsum(latest) / len(latest) if latest else None
+    def mean(self) -> float | None:
+        """The mean of the values; None where there is none."""
+        return math.fsum(self.values) / len(self.values) if self.values else None
 
     def _collect(self) -> None:
         """Note the c that was asked for last, where that has not happened."""
@@ -121,6 +135,7 @@ class Alignment:
         self.last = cosine(*sums)
         if self.last is not None:
             self.values.append(self.last)
+            del self.values[: -self._kept]
             self.strongest = min(self.strongest, self.last)
 
     def state_dict(self, table: ops.TensorTable | None) -> dict[str, Any]:
@@ -146,7 +161,7 @@ class Alignment:
         self.forget()
         if self._heard is not None:
             self._heard = [list(sums) for sums in state.get("heard", ())]
-        self.values = [float(c) for c in state["values"]]
+        self.values = [float(c) for c in state["values"]][-self._kept :]
         self.last, self.strongest = state["last"], float(state["strongest"])
         before = state.get("before")
         shapes = [best.shape for best in table.best]

@@ -30,15 +30,16 @@ import torch
 from ffkernels import ops
 from ffkernels.engine.alignment import Alignment, cosine
 from ffkernels.engine.interrupts import interrupt_later
-from ffkernels.engine.learning_rate_mode import require_the_scheduler, tell_of_overwriting
 from ffkernels.engine.optimizer_probe import require_step_sizes, why_rate_means_nothing
-from ffkernels.engine.rate_finding import (
+from ffkernels.engine.scheduled_rates import (
     KeptRates,
     base_rates,
     every_scheduler,
     rates,
+    require_the_scheduler,
     scale_learning_rates,
     set_rates,
+    tell_of_overwriting,
 )
 from ffkernels.ops.notices import announce_once
 
@@ -78,8 +79,6 @@ class AutoRate:
             0, or a wrong scheduler.
     """
 
-    finding, seeking = None, False  # as of LearningRateMode: nothing is searched
-
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:
         require_step_sizes(optimizer)
         self._optimizer, self._schedulers = optimizer, every_scheduler(scheduler, optimizer)
@@ -99,10 +98,8 @@ class AutoRate:
         self._mean, self._settled = 0.0, False  # c̄, and whether it has been 0 or above
         self._shape = math.inf  # what the schedule multiplied the base rate by in the last step
         self._moved = False  # whether the last step had a learning rate and was not skipped
-        self._kept, self._skips = (
-            False,
-            0,
-        )  # whether Δ holds W before a step; steps in a row that were skipped
+        self._kept = False  # whether Δ holds W before a step
+        self._skips = 0  # steps in a row that were skipped
         scale_learning_rates(self._optimizer, self._schedulers, START / self._given)
         self._expected: list[float] | None = rates(self._optimizer)  # until the next step
 

@@ -181,10 +181,12 @@ def _frozen(value: Any) -> Any:
 
 def _autocast_state(validation: ValidationLoss) -> tuple:
     kind = validation.device.type
-    enabled = torch.is_autocast_enabled(kind)
+    active = (
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else validation.evaluator.autocast
+    )
     wrapped = find_autocast(validation.causal_lm.wrappers) if validation.causal_lm is not None else None
     return (
-        torch.get_autocast_dtype(kind) if enabled else None,
+        active,
         wrapped.fast_dtype if wrapped is not None and wrapped._enabled else None,
     )
 

@@ -130,7 +130,8 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
     for wrapper in wrappers:
         _refuse_peft(wrapper)
     for module in (*wrappers, inner) if through is None else ():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(getattr(hook, "is_harmless_before_a_bypassed_forward", False) for hook in hooks):
             raise FastPathRefused(f"forward hooks on {type(module).__name__} would be skipped")
 
     config = getattr(inner, "config", None)

@@ -8,7 +8,7 @@ from typing import Any
 from ffkernels.engine.search import MAX_TAU_LIMIT, SEARCHES
 
 EXECUTORS = ("auto", "eager", "step_graph", "stage_graph")
-LEARNING_RATES = ("keep", "auto", "find")
+LEARNING_RATES = ("keep", "auto")
 PAPERS_PATIENCE = 3  # section 5.1
 IMPLS = ("auto", "torch", "cpp", "triton", "cuda")
 
@@ -19,7 +19,7 @@ class FastForwardConfig:
 
     Args:
         interval: optimizer steps from one stage to the next (the paper's T_interval = 6). None, with
-            ``learning_rate="auto"``: no stages, only the learning rate.
+            ``learning_rate="auto"``: no stages, only the learning rate, and no validation.
         warmup: optimizer steps before the first interval begins; the first stage follows step ``warmup +
             interval``.
         search: ``"parabolic"`` (doubling bracket and parabola vertices, some 13 validations in a first stage
@@ -34,13 +34,9 @@ class FastForwardConfig:
             step; ``"stage_graph"``, the whole stage as one launch; ``"auto"`` takes the fastest that works
             here and pays.
         impl: which implementation moves the weights; ``"auto"`` takes the fastest that works here.
-        learning_rate: ``"keep"``; ``"auto"``: there is no learning rate to choose, those of the optimizer's
-            groups say their ratios only, and the alignment of gradients and updates moves them at each step
-            (``auto_rate``); stages begin when it has risen; or ``"find"``: once, after the first
-            ``find_after`` optimizer steps, search the multiple of the last update with the lowest validation
-            loss, stay there, and multiply every learning rate accordingly (``FastForward.finding``). Stages
-            begin after that.
-        find_after: optimizer steps, of which the last one's update is searched for the learning rate.
+        learning_rate: ``"keep"``; or ``"auto"``: there is no learning rate to choose, those of the
+            optimizer's groups say their ratios only, and the alignment of gradients and updates moves them at
+            each step (``auto_rate``); stages begin when it has risen.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
@@ -54,7 +50,6 @@ class FastForwardConfig:
     executor: str = "auto"
     impl: str = "auto"
     learning_rate: str = "keep"
-    find_after: int = 2
 
     def __post_init__(self) -> None:
         self._choice("learning_rate", LEARNING_RATES)
@@ -67,7 +62,6 @@ class FastForwardConfig:
         self._choice("search", tuple(SEARCHES))
         self._choice("executor", EXECUTORS)
         self._choice("impl", IMPLS)
-        self._integer("find_after", 1)
 
     def _integer(self, field: str, low: int, high: int | None = None, others: str = "") -> None:
         value = getattr(self, field)

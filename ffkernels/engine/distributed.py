@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from ffkernels.engine.interrupts import interrupt_later
+from ffkernels.engine.trial import NoLoss, comes_of_weights, say_there_is_none
 from ffkernels.engine.validation_examples import read_together
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Ranks",
     "RanksDisagree",
     "Row",
+    "refuse_late_ranks",
     "several_processes",
     "telling",
     "together",
@@ -63,6 +65,7 @@ _WHAT = {
 _ROW = struct.Struct("<iiddq")
 _WORDS = struct.Struct("<4q")  # the same 32 bytes as the integers in which they travel
 _HEAD = 4
+_RAISED = -1  # in place of whether there are sums
 ROOM = 32  # a shard with more examples sends the rest in a second message
 ROW_BYTES = _ROW.size + 8 * ROOM
 
@@ -98,6 +101,8 @@ class Ranks:
         rank, size: this process's number in the group, and how many there are.
         forward_is_collective: the model's forward itself waits for the other ranks (FSDP). A rank that
             raises inside it cannot tell the others, who wait there.
+        forgiving: where a measurement raises what may come of the weights, there is no loss, and that is
+            ``NoLoss`` on every rank. Not where ``forward_is_collective``.
     """
 
     def __init__(self, device: torch.device, group: Any = None) -> None:
@@ -106,7 +111,7 @@ class Ranks:
         if self.rank < 0:
             raise ValueError("this process is not in process_group; make FastForward in those that are")
         self.device = _exchange_device(device, group)
-        self.forward_is_collective = False
+        self.forward_is_collective = self.forgiving = False
         _outlive_the_backends_threads()
 
     @classmethod
@@ -145,7 +150,8 @@ class Ranks:
     def mean(self, measure: Callable[[], tuple[Any, float]]) -> float:
         """Σ totals / Σ weights over the ranks, of what ``measure()`` returns on each: (total, weight).
 
-        The same float on every rank. What ``measure`` raises is raised here, and as ``RankFailed`` elsewhere.
+        The same float on every rank. What ``measure`` raises is raised here, and as ``RankFailed`` elsewhere,
+        unless ``forgiving`` says otherwise.
         """
         return self.mean_with_sums(lambda: (*measure(), None), ())[0]
 
@@ -162,23 +168,32 @@ class Ranks:
         Returns:
             the mean and the sums; None in their place where a rank sends none.
         """
+        more = max(shares, default=0) - ROOM
         try:
             total, weight, sums = measure()
             total, numbers = read_together(total, sums)
+            sent = int(numbers is not None)
         except BaseException as error:
-            self.fail(error, forwards=True)
-            raise
-        more = max(shares, default=0) - ROOM
+            if not self._forgives(error):
+                self.fail(error, forwards=True)
+                raise
+            say_there_is_none(error)
+            total, weight, numbers, sent = math.nan, 0.0, None, _RAISED
         # Between two messages that belong together nobody may leave.
         with interrupt_later() if more > 0 else nullcontext():
-            mine = Row(LOSS, False, total, weight, int(numbers is not None))
-            rows, beside = self._exchange(mine, numbers or ())
+            rows, beside = self._exchange(Row(LOSS, False, total, weight, sent), numbers or ())
+            if any(row.c == _RAISED for row in rows):
+                raise NoLoss("a rank has no loss at these weights")
             mean = _sum(row.a for row in rows) / _sum(row.b for row in rows)
             if not all(row.c for row in rows):
                 return mean, None
             if more > 0:
                 beside = torch.cat([beside, self._gather_numbers(numbers[ROOM:], more)], 1)
         return mean, torch.cat([theirs[:n] for theirs, n in zip(beside, shares, strict=True)]).tolist()
+
+    def _forgives(self, error: BaseException) -> bool:
+        told = isinstance(error, (RankFailed, RanksDisagree, dist.DistError))
+        return self.forgiving and not self.forward_is_collective and not told and comes_of_weights(error)
 
     def fail(self, error: BaseException, *, forwards: bool = False) -> None:
         """Tell the others at their next exchange that this rank ends with ``error``. Once per error.
@@ -288,6 +303,15 @@ class Ranks:
 def several_processes(group: Any = None) -> bool:
     """Whether this job has a process group, or this group, of more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) != 1
+
+
+def refuse_late_ranks(made: Any) -> None:
+    """Refuse to go on with what was made ``before_ranks``, where there are several by now."""
+    if made.before_ranks and several_processes():
+        raise RuntimeError(
+            "this job became one of several processes after its ValidationLoss or FastForward was made: "
+            "each rank would go its own way; call init_process_group (or make the Accelerator) first"
+        )
 
 
 @contextmanager

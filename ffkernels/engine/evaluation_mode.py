@@ -1,10 +1,10 @@
 """Evaluate a model as if nobody had: eval mode, no grad, and every bit of state put back.
 
-Inside the context all modules have `training = False`, gradients are off, an active autocast context stays
-active but without its cache, and PEFT's DoRA norm cache is off: both caches would keep values computed from
-weights that have moved since. Afterwards, also when an exception passes through, each module has its own
-`training` flag again and the random generators (CPU, the model's device, Python, NumPy when imported)
-stand where they stood.
+Inside the context all modules have `training = False`, gradients are off, an active autocast context, or else
+the one that training's forward had, is active without its cache, and PEFT's DoRA norm cache is off: both
+caches would keep values computed from weights that have moved since. Afterwards, also when an exception
+passes through, each module has its own `training` flag again, the random generators (CPU, the model's device,
+Python, NumPy when imported, those of the loss's own) stand where they stood, and buffers hold what they held.
 
 `torch.no_grad` and not `inference_mode`: a buffer built lazily in here must stay usable for autograd later.
 """
@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from ffkernels.engine.buffers import WrittenBuffers
+from ffkernels.engine.generators import keep_generators
 from ffkernels.engine.interrupts import interrupt_later
 
-__all__ = ["evaluation_mode", "keep_random_state", "uncached_autocast"]
+__all__ = ["evaluation_mode", "is_evaluating", "keep_random_state", "uncached_autocast"]
+
+_evaluations = 0  # that are going on
 
 
 @contextmanager
@@ -53,16 +57,17 @@ def _accelerator_generator(device: torch.device) -> Any:
 
 
 @contextmanager
-def uncached_autocast(device_type: str) -> Iterator[None]:
+def uncached_autocast(device_type: str, otherwise: torch.dtype | None = None) -> Iterator[None]:
     """Keep the caller's autocast for `device_type`, if one is active, but not what its cache holds.
 
     Casts of weights that have moved since are stale. An autocast opened further inside brings its own
     cache, which is cleared only with the outermost context: so the cache is emptied on both sides.
+    Where none is active, one to the dtype `otherwise` is, if given.
     """
-    if not torch.is_autocast_enabled(device_type):
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else otherwise
+    if dtype is None:
         yield
         return
-    dtype = torch.get_autocast_dtype(device_type)
     torch.clear_autocast_cache()
     try:
         with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
@@ -92,9 +97,11 @@ def _all_modules_in_eval(model: nn.Module) -> Iterator[None]:
     try:
         for module, training in flags:
             # bitsandbytes packs a 4-bit weight for inference at its first use in eval mode on such a CPU, for
-            # good: no gradient would come through it any more. The layer has no other use for the flag.
-            if training and not vars(module).get("support_avx512bf16_for_cpu"):
-                _set_training(module, False)
+            # good: no gradient would come through it any more. The layer has no other use for the flag, and
+            # `from_pretrained` leaves it in eval mode.
+            wanted = bool(vars(module).get("support_avx512bf16_for_cpu"))
+            if training != wanted:
+                _set_training(module, wanted)
         yield
     finally:
         for module, training in flags:
@@ -112,16 +119,47 @@ def _set_training(module: nn.Module, training: bool) -> None:
         module.training = training
 
 
+def is_evaluating() -> bool:
+    """Whether an evaluation is going on."""
+    return _evaluations > 0
+
+
 @contextmanager
-def evaluation_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Everything above at once. Ctrl-C waits while state is changed or put back."""
+def _counted() -> Iterator[None]:
+    global _evaluations
+    _evaluations += 1
+    try:
+        yield
+    finally:
+        _evaluations -= 1
+
+
+@contextmanager
+def evaluation_mode(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    autocast: torch.dtype | None = None,
+    generators: Sequence[Any] = (),
+    buffers: WrittenBuffers | None = None,
+) -> Iterator[None]:
+    """Everything above at once. Ctrl-C waits while state is changed or put back.
+
+    Args:
+        autocast: what to cast to where no autocast is active; None for nothing.
+        generators: random generators beside the global ones.
+        buffers: what earlier evaluations of this model wrote.
+    """
     with ExitStack() as stack:
         try:
             with interrupt_later():
+                stack.enter_context(_counted())
                 stack.enter_context(keep_random_state(device))
+                stack.enter_context(keep_generators(generators))
+                stack.enter_context((buffers or WrittenBuffers()).put_back(model))
                 stack.enter_context(_all_modules_in_eval(model))
                 stack.enter_context(torch.no_grad())
-                stack.enter_context(uncached_autocast(device.type))
+                stack.enter_context(uncached_autocast(device.type, autocast))
                 stack.enter_context(_without_dora_cache())
             yield
         finally:

@@ -5,7 +5,8 @@
                 base = accept ? W : best ; best ← base ; W ← base + k·Δ
 
 S are the losses by example, where the validation has them; without them every rise counts
-(``significance``). ``StageProgram`` says what a stage is made of; an executor runs it, from the prologue on.
+(``significance``). A validation that raises, once one has worked, counts as NaN (``trial``). ``StageProgram``
+says what a stage is made of; an executor runs it, from the prologue on.
 ``EagerExecutor`` is the plain loop on the host, correct on every device and the truth for every faster one.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,7 @@ from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.search import LinearSearch, Search, make_search
 from ffkernels.engine.significance import Rises
 from ffkernels.engine.stage_clock import Lag, StageClock
+from ffkernels.engine.trial import comes_of_weights, say_there_is_none
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_examples import read_together
 
@@ -122,6 +124,7 @@ class EagerExecutor:
     """The host decides after every validation: one device-to-host read of the loss per Fast Forward step."""
 
     name = "eager"
+    _worked = False  # whether any validation has given a loss: before, what it raises is the loss's own fault
 
     def run(self, program: StageProgram) -> None:
         """Run the stage; W ends bit-equal to the best validated weights, also when something raises."""
@@ -144,14 +147,21 @@ class EagerExecutor:
                 labelled.before_head = lag.mark
             while (tau := search.propose()) is not None:
                 start = perf_counter()
-                measured = (program.validation(), None) if counts is None else program.validation.measure()
-                behind = lag.is_behind()
-                prepared = perf_counter()
-                loss, sums = read_together(*measured)
+                try:
+                    measured = self.measure(program, counts)
+                    behind = lag.is_behind()
+                    prepared = perf_counter()
+                    loss, sums = read_together(*measured)
+                    self._worked = computed = True
+                except Exception as error:
+                    if not self.forgives(error):
+                        raise
+                    loss, sums, computed = math.nan, None, False
+                    behind, prepared = None, perf_counter()
                 validated = perf_counter()
                 # Nothing may interrupt from the decision to the end of the move: half a move has no undo.
                 with interrupt_later():
-                    search.observe(tau, loss, rises.sure(loss, sums))
+                    search.observe(tau, loss, rises.sure(loss, sums), computed)
                     if search.accepted:
                         base = tau
                     following = search.propose()
@@ -169,6 +179,17 @@ class EagerExecutor:
         finally:
             if labelled is not None:
                 labelled.before_head = None
+
+    def measure(self, program: StageProgram, counts: list[int] | None) -> tuple[Any, torch.Tensor | None]:
+        """The loss, and S where there are ``counts``."""
+        return (program.validation(), None) if counts is None else program.validation.measure()
+
+    def forgives(self, error: Exception) -> bool:
+        """Whether a validation that raised this counts as NaN; says so once."""
+        forgiven = self._worked and comes_of_weights(error)
+        if forgiven:
+            say_there_is_none(error)
+        return forgiven
 
     def largest_update(self, table: ops.TensorTable) -> float:
         """max |Δ|, which says whether there is anything to search."""

@@ -23,21 +23,22 @@ from ffkernels.engine.auto_rate import AutoRate
 from ffkernels.engine.causal_lm import model_device
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.digests import digest
-from ffkernels.engine.distributed import Ranks, several_processes, telling, together
+from ffkernels.engine.distributed import Ranks, refuse_late_ranks, several_processes, telling, together
 from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
 from ffkernels.engine.ladder import Ladder
-from ffkernels.engine.learning_rate_mode import LearningRateMode
+from ffkernels.engine.optimizer_rehearsal import refuse_pulling_back
 from ffkernels.engine.parallelism import training_group, why_refused
 from ffkernels.engine.rank_executor import RankExecutor
-from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.search import make_search
 from ffkernels.engine.stage import INTERRUPTED, Stage, next_start
 from ffkernels.engine.stage_decision import NEWER, StageDecision
+from ffkernels.engine.stage_watch import StageWatch, StepWatch
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_pool import draw_for_stage
 from ffkernels.engine.weights import (
     NameFilter,
+    follow,
     local_tensors,
     require_same_model,
     signature,
@@ -45,7 +46,6 @@ from ffkernels.engine.weights import (
     trainable_weights,
     unwrap_optimizer,
 )
-from ffkernels.ops.notices import announce_once
 
 __all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
 
@@ -73,29 +73,31 @@ class FastForward:
         optimizer: its optimizer, or a wrapper that keeps it as ``.optimizer``; the hooks sit on the inner
             one.
         validation: a ``ValidationLoss``, or what makes one: batches or a callable ``loss_fn(model)``. Of a
-            ``ValidationPool``, other examples are drawn before each stage.
+            ``ValidationPool``, other examples are drawn before each stage. With ``config.interval=None``
+            nothing is validated, and of a ``ValidationLoss`` only its process group is looked at.
         config: when and how; see ``FastForwardConfig``.
         include, exclude: narrow the moved tensors by name (predicate, regular expression or several).
         defer: do not run a stage inside ``optimizer.step()``; it waits for ``run_due_stage()``. For loops
-            that call back later, when the gradients are freed. A learning rate is found inside in any case.
-        scheduler: the optimizer's scheduler or several, for ``learning_rate="auto"`` and ``"find"``: what is
-            found becomes their base learning rate, around which they keep their shape.
+            that call back later, when the gradients are freed.
+        scheduler: the optimizer's scheduler or several, for ``learning_rate="auto"``, which moves their base
+            learning rate; around it they keep their shape.
 
     Attributes:
         stages: list of ``Stage``, one per stage.
-        finding: what ``learning_rate="find"`` found; None before.
         alignment: cosine of the newest gradient and the last update; None where it is not known.
         learning_rate: with "auto", the largest group's base rate as it is now; else None.
-        lr_scale: what found learning rates have been multiplied by. For loops that write ``group["lr"]`` at
-            each step: they have to write their own times this, and to make the optimizer with the base rate.
+        rising: with "auto", whether it is still rising from far below; no stage runs while it does.
+        lr_scale: what "auto" has multiplied learning rates by. For loops that write ``group["lr"]`` at each
+            step: they have to write their own times this, and to make the optimizer with the base rate.
         optimizer_steps: optimizer steps seen.
         ranks: the processes that run each stage together; None in a job of one.
+        before_ranks: it was made before the job had a process group of several.
         active: False after as many stages in a row without a step as ``patience`` says, or after
             ``detach()``.
-        on_stage: optional callable, called with each finished ``Stage``.
+        on_stage_begins, on_stage: optional callables, called before each stage, and with it when it ended.
 
     Raises:
-        ValueError: when no trainable parameter is left to move, or validation is of another model.
+        ValueError: when no trainable parameter is left to move, or validation is missing or of another model.
         TypeError: when optimizer or model is not one.
         RuntimeError: when the optimizer already carries a FastForward, when the weights are spread over
             processes in a way that cannot be moved (DeepSpeed ZeRO, FSDP1, tensor parallelism), or when a
@@ -107,7 +109,7 @@ class FastForward:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        validation: ValidationLoss | Any,
+        validation: ValidationLoss | Any = None,
         config: FastForwardConfig | None = None,
         *,
         include: NameFilter | None = None,
@@ -125,7 +127,9 @@ class FastForward:
         self.stages: list[Stage] = []
         self.optimizer_steps = 0
         self.on_stage: Callable[[Stage], None] | None = None
+        self.on_stage_begins: Callable[[], None] | None = None
         self._executor: Ladder | RankExecutor | None = None
+        self._decision: StageDecision | None = None
         self._table: ops.TensorTable | None = None
         self._signature: tuple = ()
         self._weights: list[nn.Parameter] = []  # of the table's tensors
@@ -133,6 +137,7 @@ class FastForward:
         self._unconfirmed = True  # that all ranks start from the same state
         self._checkpoint_seconds = 0.0
         self._hooks: list[Any] = []
+        self.before_ranks = not several_processes()
         given = isinstance(validation, ValidationLoss)
         self.ranks = validation.ranks if given else Ranks.present(model_device(model), training_group(model))
         with together(self.ranks):
@@ -140,10 +145,11 @@ class FastForward:
         if self.ranks is not None:
             self.ranks.agree(facts, "make the same FastForward on every rank")
         if self.config.learning_rate == "auto":
-            self._rate = self._decision.auto = AutoRate(self.optimizer, scheduler)
-        else:
-            self._rate = LearningRateMode(self.config, self.ranks, self.validation, self.optimizer, scheduler)
+            self._decision.auto = AutoRate(self.optimizer, scheduler)
         self._hooks = on_step(self.optimizer, self._before_step, self._after_step) + self._decision.hooks
+        self._hooks += StepWatch(self.optimizer, self._weights).hooks
+        if self.validation is not None:
+            self._hooks += self.validation.evaluator.listen(self.model)
         _attached[self.optimizer] = weakref.ref(self)
 
     def _prepare(self, optimizer: Any, validation: ValidationLoss | Any) -> dict[str, Any]:
@@ -156,19 +162,32 @@ class FastForward:
             raise RuntimeError(
                 "this optimizer already carries a FastForward; call its detach() before attaching another"
             )
-        if not isinstance(validation, ValidationLoss):
+        if self.config.interval is None:
+            validation = None
+        elif validation is None:
+            raise ValueError(
+                f"validation=None: stages every {self.config.interval} steps search by a validation loss; "
+                "pass batches of some 32 examples that are not trained on, or a loss_fn(model). Without "
+                'stages, FastForwardConfig(learning_rate="auto", interval=None) needs none'
+            )
+        elif not isinstance(validation, ValidationLoss):
             validation = ValidationLoss(self.model, validation)
         self.validation = validation
-        self._refuse_late_ranks()
+        refuse_late_ranks(self if validation is None else validation)
         weights = self._refresh_table()
-        require_same_model(validation, weights)
+        if validation is not None:
+            refuse_pulling_back(optimizer)
+            require_same_model(validation, weights)
         wanted, device = self.config.executor, self._table.device
         sharded = any(hasattr(weight, "placements") for weight in weights.values())
-        self._decision = StageDecision(self.config, self.model, self.validation, self.ranks, sharded)
-        if self.ranks is None:
-            self._executor = Ladder(wanted, self.validation, device)
-        else:
-            self._executor = RankExecutor(wanted, self.validation, device, sharded=sharded)
+        self._decision = StageDecision(
+            self.config, self.model, self.optimizer, self.validation, self.ranks, sharded
+        )
+        self._watch = StageWatch(optimizer, self._decision.schedule, self.ranks if sharded else None)
+        if validation is not None and self.ranks is None:
+            self._executor = Ladder(wanted, validation, device)
+        elif validation is not None:
+            self._executor = RankExecutor(wanted, validation, device, sharded=sharded)
         return {
             **{f"FastForwardConfig.{name}": value for name, value in self.config.to_dict().items()},
             "the trainable parameters (number, hash of names and shapes)": [
@@ -179,28 +198,21 @@ class FastForward:
             "defer": self.defer,
         }
 
-    def _refuse_late_ranks(self) -> None:
-        if self.validation.before_ranks and several_processes():
-            raise RuntimeError(
-                "this job became one of several processes after its ValidationLoss or FastForward was made: "
-                "each rank would choose its own τ; call init_process_group (or make the Accelerator) first"
-            )
-
     @property
     def active(self) -> bool:
         return bool(self._hooks) and not self._decision.schedule.ended
 
     @property
-    def finding(self) -> Finding | None:
-        return self._rate.finding
-
-    @property
     def lr_scale(self) -> float:
-        return self._rate.scale
+        return 1.0 if self._decision.auto is None else self._decision.auto.scale
 
     @property
     def learning_rate(self) -> float | None:
         return None if self._decision.auto is None else self._decision.auto.rate
+
+    @property
+    def rising(self) -> bool:
+        return self._decision.auto is not None and self._decision.auto.rising
 
     @property
     def alignment(self) -> float | None:
@@ -219,7 +231,8 @@ class FastForward:
         self._table, self._weights, self._armed, self._due_now = None, [], False, False
         if attached(self.optimizer) is self:  # else another has been attached since
             del _attached[self.optimizer]
-        self._executor.close()
+        if self._executor is not None:
+            self._executor.close()
 
     def __enter__(self) -> FastForward:
         return self
@@ -246,7 +259,6 @@ class FastForward:
             "optimizer_steps": self.optimizer_steps,
             "stages": [stage.to_dict() for stage in self.stages],
             **self._decision.state_dict(self._table),
-            **self._rate.state_dict(),
         }
 
     def forget_update(self) -> None:
@@ -258,7 +270,7 @@ class FastForward:
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             version = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"not a FastForward state of version {STATE_VERSION}: got {version!r}")
-        missing = sorted(self.state_dict().keys() - state.keys() - {"learning_rate", "auto_rate", *NEWER})
+        missing = sorted(self.state_dict().keys() - state.keys() - {*NEWER})
         if missing:
             raise ValueError(f"the FastForward state is incomplete: {', '.join(missing)} missing")
         mine = self.config.to_dict()
@@ -273,11 +285,11 @@ class FastForward:
         self._refresh_table()
         self._decision.load_state_dict(state, self._table)
         self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
-        self._rate.load_state_dict(state)
         if self.ranks is None:  # there each draws together with the others, at its next stage
             draw_for_stage(self.validation, max(0, len(self.stages) - 1))
         self._armed = self._due_now = False
         self._unconfirmed = True
+        self._watch.after_stage(0)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._armed = self._due_now = False
@@ -285,32 +297,25 @@ class FastForward:
             self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint)
             self._decision.agree()
             self._unconfirmed = False
-        self._rate.look_whether_it_was_overwritten()
-        if self._rate.seeking:
-            self._refresh_table()
-            self._rate.before_step(self._table)
-            return
-        self._decision.begin_step()
-        due = self._decision.schedule.due(self.optimizer_steps + 1)
+        self._watch.before_step(self._table)
+        due = self._decision.begin_step(self.optimizer_steps + 1)
         if not due and self._decision.alignment is None:
             return
         closure = (args[1:2] or [kwargs.get("closure")])[0] is not None
         start = perf_counter()
-        with telling(self.ranks if self._decision.exchanges(due) else None):
+        with telling(self.ranks if self._decision.exchanges else None):
+            refuse_late_ranks(self if self.validation is None else self.validation)
             if due or self._table.is_stale():
-                self._refuse_late_ranks()
                 self._refresh_table()
             name = type(self.optimizer).__name__ if closure else ""
-            self._armed = self._decision.before_step(self._table, self._weights, due, name)
+            self._armed = self._decision.before_step(self._table, self._weights, name)
         self._checkpoint_seconds = perf_counter() - start
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.optimizer_steps += 1
-        if self._rate.seeking:
-            self._rate.after_step(self._table, self.optimizer_steps)
-            return
+        self._watch.after_step(self._table)
         self._decision.after_step(self._table)
-        self._due_now, self._armed = self._armed, False
+        self._due_now, self._armed = self._armed and not self._decision.schedule.ended, False
         if not self.defer:
             self.run_due_stage()
 
@@ -328,24 +333,21 @@ class FastForward:
         return self.stages[-1]
 
     def _refresh_table(self) -> dict[str, nn.Parameter]:
-        """Make the table anew when the trainable tensors are not those it points at. Returns those."""
+        """Follow trainable tensors to other memory, or make the table anew for others. Returns those."""
         weights = trainable_weights(self.model, self.optimizer, self.include, self.exclude)
         now = signature(weights)
         if self._table is not None and now == self._signature:
             return weights
-        if self._table is not None:
-            announce_once(
-                f"weights-changed-{id(self)}",
-                "the trainable parameters changed since the last Fast Forward stage (an adapter was "
-                "switched, added or moved); the table was rebuilt for the present ones",
-            )
-        self._table = None  # free the old arenas first
         if self._executor is not None:
-            self._executor.close()  # a capture holds on to them
+            self._executor.close()  # a capture holds on to the memory
+        if self._table is not None and follow(self._table, self._signature, weights):
+            self._signature = now
+            return weights
+        self._table = None  # free the old arenas first
         tell_of_rounding(weights)
         self._table = ops.TensorTable(local_tensors(weights), impl=self.config.impl)
         self._signature, self._weights = now, list(weights.values())
-        if self._executor is not None:
+        if self._decision is not None:
             self._decision.forget_update()
         return weights
 
@@ -356,13 +358,15 @@ class FastForward:
         search = make_search(self.config.search, self.config.max_tau, next_start(self.stages))
         program = StageProgram(table, self.validation, search)
         stage.draw = draw_for_stage(self.validation, len(self.stages))
-        stale = table.is_stale()
+        stale = table.is_stale() and not table.follow()
         if self.ranks is not None:
             stale = self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint, stale)
         if stale:
             program.stopped_because = WEIGHTS_CHANGED
             return self._finish(stage, program)
         try:
+            if self.on_stage_begins is not None:
+                self.on_stage_begins()
             executor.run(program)
             self._decision.after_stage(stage, program.search)
             if self._decision.schedule.ended:
@@ -380,6 +384,7 @@ class FastForward:
         stage.validate_seconds = program.validate_seconds
         stage.move_seconds = program.move_seconds + self._checkpoint_seconds
         stage.seconds = program.clock.seconds() + self._checkpoint_seconds
+        self._watch.after_stage(stage.tau)
         # Recorded before its FLOPs: their first reading runs the validation and may be interrupted.
         self.stages.append(stage)
         try:

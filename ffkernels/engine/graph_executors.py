@@ -25,7 +25,6 @@ from torch.autograd.graph import increment_version
 
 from ffkernels import ops
 from ffkernels.engine import capture_rules, graphs
-from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.engine.executors import StageProgram
 from ffkernels.engine.graph_check import Snapshot, difference, follow
 from ffkernels.engine.interrupts import interrupt_later
@@ -63,6 +62,7 @@ class GraphExecutor:
         self.fault: str | None = None
         self._held: list[Any] = []
         self._table: ops.TensorTable | None = None
+        self._plan: Any = None  # where its weights lay
         self._validation: Any = None
         self._state: Any = None
         self._search: tuple = ()
@@ -92,7 +92,7 @@ class GraphExecutor:
     def close(self) -> None:
         """Give the graphs and their memory back; a later stage would record again. Idempotent."""
         held, self._held = self._held, []
-        self._table = self._validation = self._state = None
+        self._table = self._plan = self._validation = self._state = None
         self._proved = False
         for graph in reversed(held):
             graph.close()
@@ -103,7 +103,8 @@ class GraphExecutor:
         other = "it had been given back"
         if self._held:
             same = {
-                "the table of the weights that move": self._table is program.table,
+                "the table of the weights that move": self._table is program.table
+                and self._plan is program.table.plan,
                 "the validation loss": self._validation is program.validation,
                 "the search": self._search == search,
             }
@@ -149,7 +150,7 @@ class GraphExecutor:
         state = self._state = decide.DecideState(search.name, search.max_tau, table.device, rows)
         self._counts = None
         # Held, so that what it validates keeps its addresses as long as the graph has them.
-        self._table, self._validation = table, validation
+        self._table, self._plan, self._validation = table, table.plan, validation
         decide.prepare(state, with_condition=self.loops)
 
         def prologue(handle: int | None = None) -> None:
@@ -165,9 +166,14 @@ class GraphExecutor:
             # From the second time on Δ = 0, so that the search does not begin, and best = W: a step then sets
             # W to itself. So warming up the body moves nothing.
             prologue()
-            with evaluation_mode(validation.model, table.device):
+            with validation.evaluator.mode():
                 self._build(table.device, prologue, body)
             program.extra_validations += WARM_UPS
+            if written := validation.evaluator.written_buffers:
+                raise graphs.CaptureFailed(
+                    f"the forward writes {', '.join(written[:3])}, which a replay would not put back; let it "
+                    "write them only where self.training is True"
+                )
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(table.best_flats, checkpoint)

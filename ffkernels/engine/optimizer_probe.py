@@ -2,10 +2,10 @@
 
     Δ(2·lr) = 2·Δ(lr)        one step, the same gradients, the same state
 
-What a line search along an update says about the learning rate is true only then. Adam, AdamW, SGD with
-momentum and Lion pass. Optimizers that choose their step size themselves do not pass, or change it later by
-what they see: those that keep an estimate of the distance in their groups (``d``: Prodigy, D-Adaptation) are
-refused by it.
+Only then does it mean something for the learning rate whether an update was too short or too long. Adam,
+AdamW, SGD with momentum and Lion pass. Optimizers that choose their step size themselves do not pass, or
+change it later by what they see: those that keep an estimate of the distance in their groups (``d``: Prodigy,
+D-Adaptation) are refused by it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from torch import Tensor
 from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.run_state import OptimizerSnapshot
-from ffkernels.ops.notices import announce_once
 
-__all__ = ["require_step_sizes", "tell_about_momentum", "why_rate_means_nothing"]
+__all__ = ["require_step_sizes", "why_rate_means_nothing"]
 
 _TOLERANCE = 0.02
 
@@ -42,16 +41,22 @@ def require_step_sizes(optimizer: torch.optim.Optimizer) -> None:
             f"{name} evaluates the loss several times in a step and has a line search of its own; a learning "
             "rate can be found for optimizers of one gradient a step, such as torch.optim.AdamW"
         )
+    if isinstance(optimizer, torch.optim.Rprop):
+        raise ValueError(
+            "Rprop's steps are as long as lr at the first only, and then of lengths of their own; a rate can "
+            "be found for optimizers such as torch.optim.AdamW"
+        )
+    settings = {p for cls in type(optimizer).__mro__ for p in inspect.signature(cls.__init__).parameters}
     for index, group in enumerate(optimizer.param_groups):
-        if "d" in group:
+        if "d" in group and "d" not in settings:  # Adafactor has a setting of this name
             raise ValueError(
                 f"{name} estimates its step size itself (param_groups[{index}] has 'd'): lr is a factor on "
                 "that, usually left at 1. Find a learning rate for an optimizer without, such as AdamW"
             )
         if not isinstance(group.get("lr"), float | int | Tensor):
             raise ValueError(
-                f"{name} has lr={group.get('lr')!r} in param_groups[{index}]: it makes its own (Adafactor "
-                "with relative_step=True); give it a number and switch that off"
+                f"{name} has lr={group.get('lr')!r} in param_groups[{index}], which is no number to move: "
+                "give it one" + (" and relative_step=False" if group.get("relative_step") else "")
             )
 
 
@@ -94,28 +99,8 @@ def why_rate_means_nothing(optimizer: torch.optim.Optimizer, weights: Sequence[T
     return (
         f"{type(optimizer).__name__}'s update does not scale with its learning rate: with twice the lr the "
         f"same step is {ratio:.3g} times as long, off twice the update by {wrong / (twice or wrong):.0%}: "
-        "a line search along it says nothing about lr. Adam, AdamW, SGD and Lion scale"
+        "what steps do says nothing about lr. Adam, AdamW, SGD and Lion scale"
     )
-
-
-def tell_about_momentum(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Say that a rate found after so many steps without a velocity before them is too high, where it is.
-
-    SGD's updates grow to 1/(1 − μ) times the first one.
-    """
-    if not isinstance(optimizer, torch.optim.SGD):
-        return
-    group = optimizer.param_groups[0]
-    momentum = 0.0 if group["dampening"] else float(group["momentum"])
-    reached = 1.0 - momentum**steps
-    if reached < 0.5 and momentum < 1:
-        announce_once(
-            "find-learning-rate-momentum",
-            f"SGD with momentum={momentum:g}: after {steps} steps an update has only {reached:.0%} "
-            "of the length that it grows to, and the learning rate found for it is too high by the "
-            f"inverse; search a later update: {math.ceil(math.log(0.1) / math.log(momentum))} steps "
-            "(find_learning_rate(after=…), FastForwardConfig(find_after=…)), or divide what was found",
-        )
 
 
 @contextmanager

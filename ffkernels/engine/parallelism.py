@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from ffkernels.engine.optimizer_wrappers import optimizer_chain
+
 __all__ = ["fsdp_modules", "replicas", "reshard", "training_group", "why_refused", "without_broadcasts"]
 
 _INSTEAD = "train with DDP or FSDP2 (torch.distributed.fsdp.fully_shard)"
@@ -49,16 +51,17 @@ def without_broadcasts(modules: Sequence[nn.parallel.DistributedDataParallel]) -
     """Forwards of DDP modules send nothing: ranks that run more or fewer of them do not wait for each other.
 
     Also without gradients, the first forward after a training step broadcasts rank 0's buffers, and notes
-    that the next one, of training, need not. In here it does neither.
+    that the next one, of training, need not. In here it does neither. Nor does it prepare for a backward pass
+    where gradients are on.
     """
-    before = [module.require_forward_param_sync for module in modules]
+    before = [(module.require_forward_param_sync, module.require_backward_grad_sync) for module in modules]
     try:
         for module in modules:
-            module.require_forward_param_sync = False
+            module.require_forward_param_sync = module.require_backward_grad_sync = False
         yield
     finally:
-        for module, sync in zip(modules, before, strict=True):
-            module.require_forward_param_sync = sync
+        for module, (forward, backward) in zip(modules, before, strict=True):
+            module.require_forward_param_sync, module.require_backward_grad_sync = forward, backward
 
 
 def training_group(model: nn.Module) -> Any:
@@ -77,24 +80,16 @@ def _deepspeed(model: nn.Module, optimizer: object) -> str | None:
             "DeepSpeed ZeRO-3 keeps no weights in the model between steps, only partitions that it gathers "
             f"for each layer's forward; {_INSTEAD}"
         )
-    for wrapper in _optimizer_chain(optimizer):
+    for wrapper in optimizer_chain(optimizer):
         module, name = type(wrapper).__module__, type(wrapper).__name__
         # Its fp16 and bf16 optimizers and those of ZeRO; DeepSpeed's plain optimizers live in deepspeed.ops.
         if module.startswith("deepspeed.runtime"):
             return (
-                f"{name} of DeepSpeed (ZeRO-1, ZeRO-2, fp16, bf16) trains its own float32 copy of weights "
-                "and overwrites the model's with it at every step, which would undo what Fast Forward moved; "
+                f"{name} of DeepSpeed trains its own float32 copy of weights and overwrites the model's with "
+                "it at every step, which would undo what Fast Forward moved; "
                 f"{_INSTEAD}, or DeepSpeed with zero_optimization.stage 0 in float32"
             )
     return None
-
-
-def _optimizer_chain(optimizer: object) -> list[object]:
-    chain: list[object] = []
-    while optimizer is not None and all(optimizer is not seen for seen in chain):
-        chain.append(optimizer)
-        optimizer = getattr(optimizer, "optimizer", None)
-    return chain
 
 
 def _fsdp1(model: nn.Module) -> str | None:

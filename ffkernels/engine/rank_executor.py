@@ -11,6 +11,7 @@ at the start of the next stage: Δ and W are compared there bit for bit, by chec
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from ffkernels.engine.digests import checksum, digest
 from ffkernels.engine.distributed import DECISION, UPDATE, telling
 from ffkernels.engine.executors import EagerExecutor, StageProgram
 from ffkernels.engine.ladder import NO_LAUNCHES
+from ffkernels.engine.trial import NoLoss
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.ops.notices import announce_once
 
@@ -64,6 +66,16 @@ class RankExecutor(EagerExecutor):
         with telling(self.ranks, forwards=True):
             super().run(program)
             self._agree(program)
+
+    def measure(self, program: StageProgram, counts: list[int] | None) -> tuple[Any, torch.Tensor | None]:
+        self.ranks.forgiving = self._worked
+        try:
+            return super().measure(program, counts)
+        finally:
+            self.ranks.forgiving = False
+
+    def forgives(self, error: Exception) -> bool:
+        return isinstance(error, NoLoss)
 
     def largest_update(self, table: ops.TensorTable) -> float:
         mine = ops.delta_absmax(table)

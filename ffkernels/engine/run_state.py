@@ -13,8 +13,8 @@ not write; they are not copied, but a checksum tells whether that is true.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -31,69 +31,77 @@ LARGE = 1 << 20  # elements
 class OptimizerSnapshot:
     """A copy of what an optimizer trains and of all it knows; ``restore``, as often as needed, puts it back.
 
-    What did not exist is removed. Memory: a copy of the weights and of the state.
+    It knows its state, its groups, and what it keeps in attributes. What did not exist is removed. Memory: a
+    copy of the weights and of the state.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
         self._weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-        self._state = _copied(optimizer.state)
-        self._groups = [
-            _copied({name: value for name, value in group.items() if name != "params"})
-            for group in optimizer.param_groups
-        ]
-        # ZeroRedundancyOptimizer steps with another one inside, of this rank's share, whose state it is.
-        inner = getattr(optimizer, "optim", None)
-        self._inner = OptimizerSnapshot(inner) if isinstance(inner, torch.optim.Optimizer) else None
+        self._rest = _kept(optimizer, {id(weight) for weight, _ in self._weights})
 
     @torch.no_grad()
     def restore(self) -> None:
-        if self._inner is not None:
-            self._inner.restore()
         for weight, value in self._weights:
             weight.copy_(value)
-        _put_back(self._optimizer.state, self._state)
-        for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
-            _put_back(group, settings, keep=("params",))
+        self._rest()
 
 
-def _copied(values: dict) -> dict:
-    """For each entry itself and its copy, or the same of its own entries where it is a dict."""
-    return {
-        name: _copied(value)
-        if isinstance(value, dict)
-        else (value, value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value))
-        for name, value in values.items()
-    }
+def _kept(value: Any, known: set[int]) -> Callable[[], Any]:
+    """What returns this very value as it is now; objects other than data and optimizers are let be.
+
+    ``known``: the ids of what is put back elsewhere.
+    """
+    if id(value) in known:
+        return lambda: value
+    if isinstance(value, Tensor):
+        copied = value.detach().clone()
+        return lambda: (value.detach().copy_(copied), value)[1]
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: (value.set_state(state), value)[1]
+    if isinstance(value, tuple):
+        items = [_kept(item, known) for item in value]
+        return lambda: ([item() for item in items], value)[1]
+    # An optimizer may have another one inside: ZeroRedundancyOptimizer that of this rank's share.
+    entries = vars(value) if isinstance(value, torch.optim.Optimizer) else value
+    if not isinstance(entries, (dict, list)):
+        return lambda: value
+    known.add(id(value))
+    if isinstance(entries, list):
+        items = [_kept(item, known) for item in entries]
+
+        def put_back() -> Any:
+            entries[:] = [item() for item in items]
+            return value
+
+        return put_back
+    named = {name: _kept(entry, known) for name, entry in entries.items() if not _is_hooks(name)}
+
+    def put_back() -> Any:
+        for name in [name for name in entries if name not in named and not _is_hooks(name)]:
+            del entries[name]
+        entries.update((name, entry()) for name, entry in named.items())
+        return value
+
+    return put_back
 
 
-def _put_back(values: dict, copied: dict, keep: Sequence[str] = ()) -> None:
-    for name in [name for name in values if name not in copied and name not in keep]:
-        del values[name]
-    for name, kept in copied.items():
-        if isinstance(kept, dict):
-            _put_back(values.setdefault(name, {}), kept)
-            continue
-        original, value = kept
-        if isinstance(original, Tensor):
-            original.detach().copy_(value)
-            values[name] = original
-        else:
-            values[name] = copy.deepcopy(value)
+def _is_hooks(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith("_optimizer_")
 
 
 class RunState:
     """A copy of a run: of what trains, the optimizer's state, and the model's small buffers.
 
-    Either ``restore`` or ``keep`` is called, once.
+    ``restore`` is called once.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any] = ()
     ) -> None:
-        self._devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
         self._random = ExitStack()
-        self._random.enter_context(_keep_random_states(self._devices))
+        for device in {p.device for p in model.parameters()} or {torch.device("cpu")}:
+            self._random.enter_context(keep_random_state(device))
         self._wrapped = optimizer
         self._optimizer = OptimizerSnapshot(optimizer)
         self._opt_called = vars(optimizer).get("_opt_called")  # where schedulers note the first step
@@ -133,7 +141,8 @@ class RunState:
             for name, buffer in before.items():
                 if name not in registered or registered[name] is not buffer:
                     registered[name] = buffer
-        self._restore_gradients()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
         for module, training in self._flags:
             module.training = training
         self._random.close()
@@ -141,23 +150,5 @@ class RunState:
         if written:
             raise RuntimeError(
                 f"training wrote {written[0]!r}, a buffer of more than {LARGE:,} elements, which was not "
-                "copied and cannot be put back; with keep_move=True nothing has to be"
+                "copied and cannot be put back"
             )
-
-    def keep(self) -> None:
-        """Let everything stand as it is now, except for the gradients, which are what they were."""
-        self._restore_gradients()
-        with _keep_random_states(self._devices):  # the outer of the two is what stays
-            self._random.close()
-
-    def _restore_gradients(self) -> None:
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-
-
-@contextmanager
-def _keep_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(keep_random_state(device))
-        yield

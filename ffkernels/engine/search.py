@@ -20,8 +20,10 @@ loss: never one that is worse than τ = 0.
 Whether a rise is sure is for the caller to say (``significance``). Where every one is, no noise is seen, and
 doubling ends at the first.
 
-A non-finite loss counts as +inf. All decisions are taken in float64 in a fixed order of operations, so
-that the device twin of these machines can make identical choices.
+A non-finite loss counts as +inf. Where there was none, as it cannot be computed of such weights, a parabolic
+search does not come closer than half way from then on: the training steps that follow would be the ones to
+go over. All decisions are taken in float64 in a fixed order of operations, so that the device twin of these
+machines can make identical choices.
 
 Source of the linear search: Rahamim et al., "Fast Forwarding Low-Rank Training", EMNLP 2024, arXiv
 2409.04206.
@@ -79,12 +81,13 @@ class Search:
         """The τ to measure next, or None when the search has ended. Asking twice changes nothing."""
         return None if self.stopped_because else self._next
 
-    def observe(self, tau: int, loss: float, sure: bool = True) -> None:
+    def observe(self, tau: int, loss: float, sure: bool = True, computed: bool = True) -> None:
         """Report the validation loss at the proposed τ.
 
         Args:
             sure: where ``loss`` is not below ``best_loss``, whether that is a real rise, not noise. A loss
                 that is not finite is one always. Not looked at otherwise, nor by ``LinearSearch``.
+            computed: whether there was a loss at all, else ``loss`` is NaN.
 
         Raises:
             RuntimeError: when the search has ended.
@@ -110,6 +113,8 @@ class Search:
         self.accepted = loss < self.best_loss
         if self.accepted:
             self.best_tau, self.best_loss = tau, loss
+        if not computed and tau > self.best_tau:
+            tau = max(self.best_tau, tau // 2) + 1
         self._advance(tau, loss, sure)
 
     def _advance(self, tau: int, loss: float, sure: bool) -> None:

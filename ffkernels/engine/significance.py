@@ -165,12 +165,12 @@ class Rises:
 
         Args:
             loss: the mean loss, Σ S_i / Σ n_i.
-            sums: S_i, as many as ``tokens``; not looked at where those are None.
+            sums: S_i, as many as ``tokens``; not looked at where those are None or the loss is not finite.
 
         Raises:
             ValueError: when there are ``tokens`` and no sums.
         """
-        if self.tokens is not None and sums is None:
+        if self.tokens is not None and sums is None and math.isfinite(loss):
             raise ValueError("a loss without its sums by example, in a search that was given their tokens")
         self.seen += 1
         loss = loss if math.isfinite(loss) else math.inf

@@ -26,7 +26,9 @@ from ffkernels.engine.distributed import PRICE, Ranks
 from ffkernels.engine.token_count import TokenCount, input_embedding
 from ffkernels.engine.validation import ValidationLoss
 
-__all__ = ["StagePrice"]
+__all__ = ["SAME_GRADIENTS", "StagePrice"]
+
+SAME_GRADIENTS = "every rank must train with the same gradients, as DDP and FSDP2 make them"
 
 
 class StagePrice:
@@ -68,7 +70,7 @@ class StagePrice:
             ranks.agree_on_rows(
                 rows,
                 {"b": "the alignment of their gradients with the last update"},
-                "every rank must train with the same gradients, as DDP and FSDP2 make them",
+                SAME_GRADIENTS,
             )
             trained = sum(row.a for row in rows)
         validated = self._validation.computed_tokens

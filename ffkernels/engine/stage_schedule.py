@@ -45,6 +45,7 @@ class StageSchedule:
     Attributes:
         failures: stages in a row without a step.
         ended: no stage will run any more.
+        undone: since what stages move does not stay (``stage_watch``).
         waits: intervals that still pass before ``pays`` looks again.
         last: of the last stage that searched: its τ, its losses and the alignment before it; None before.
     """
@@ -55,7 +56,7 @@ class StageSchedule:
         if self._patience == "auto" and config.search == "linear":
             self._patience = PAPERS_PATIENCE  # with the paper's search goes the paper's rule
         self.failures = 0
-        self.ended = False
+        self.ended = self.undone = False
         self.waits = 0
         self.last: tuple[int, int, float | None] | None = None
 
@@ -121,10 +122,14 @@ class StageSchedule:
             self.ended = True
         self.last = (search.best_tau, len(search.losses), alignment)
 
+    def end(self) -> None:
+        """What a stage moves is undone: there shall be none."""
+        self.ended = self.undone = True
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "failures": self.failures,
-            "switched_off": self.ended,
+            "switched_off": "undone" if self.undone else self.ended,
             "last_stage": self.last,
             "waits": self.waits,
         }
@@ -132,6 +137,7 @@ class StageSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.failures, self.waits = int(state["failures"]), int(state.get("waits", 0))
         # What ended the saved run goes on where the present rule is another.
-        self.ended = bool(state["switched_off"]) and isinstance(self._patience, int)
+        self.undone = state["switched_off"] == "undone"
+        self.ended = self.undone or (bool(state["switched_off"]) and isinstance(self._patience, int))
         last = state.get("last_stage")
         self.last = None if last is None else (int(last[0]), int(last[1]), last[2])

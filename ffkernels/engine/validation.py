@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +26,11 @@ from torch import nn
 from ffkernels.engine.causal_lm import CausalLM, FastPathRefused, find_causal_lm, model_device, unwrap
 from ffkernels.engine.digests import digest
 from ffkernels.engine.distributed import Ranks, several_processes, together
-from ffkernels.engine.evaluation_mode import evaluation_mode, keep_random_state
-from ffkernels.engine.flop_counter import count_flops
+from ffkernels.engine.evaluation_mode import keep_random_state, uncached_autocast
+from ffkernels.engine.evaluator import Evaluator
+from ffkernels.engine.flop_counter import count_flops, say_uncounted
 from ffkernels.engine.interrupts import interrupt_later
-from ffkernels.engine.parallelism import fsdp_modules, replicas, reshard, training_group, without_broadcasts
+from ffkernels.engine.parallelism import training_group
 from ffkernels.engine.validation_batches import (
     Example,
     check_causal_batches,
@@ -56,9 +56,12 @@ __all__ = ["ValidationLoss"]
 class ValidationLoss:
     """Calling it returns the loss of the model's weights as they are, a 0-dim float64 tensor on its device.
 
-    A call leaves no trace: per-module train/eval flags, grad mode, random generators, gradients and
+    A call leaves no trace: per-module train/eval flags, grad mode, random generators, buffers, gradients and
     autocast's cache are as before, also when it raises. Nothing of the weights is kept between calls. The
     model must not be restructured (adapters added or removed, wrapped anew) during the life of this object.
+
+    It runs under the autocast that is active; where none is, under that of the last training forward, which a
+    FastForward listens for, and before there was one, under that in which it was made.
 
     In a job of several processes, making and calling it is collective: on every rank, with the same whole set
     of examples on each, which the ranks share among themselves. What a callable returns is averaged over the
@@ -84,6 +87,7 @@ class ValidationLoss:
         version: rises whenever the tensors that an evaluation reads its examples from are made anew.
         tokens: targets the mean runs over; 0 for a callable.
         ranks: the processes that share the examples; None where it is one.
+        evaluator: runs it.
         before_ranks: it was made before the job had a process group of several.
 
     Raises:
@@ -107,7 +111,7 @@ class ValidationLoss:
         self.model = model
         self.path, self.reason = "generic", ""
         self.examples = self.tokens = self.version = 0
-        self._fsdp, self._replicas = fsdp_modules(model), replicas(model)
+        self.evaluator = Evaluator(model, self._device, batches if is_loss_function(batches) else None)
         self._check, self._process_group = check, process_group
         self._flops: int | None = None
         self._lm: CausalLM | None = None
@@ -117,7 +121,7 @@ class ValidationLoss:
         self.before_ranks = not several_processes()
         self.ranks = Ranks.present(self._device, process_group or training_group(model))
         if self.ranks is not None:
-            self.ranks.forward_is_collective = bool(self._fsdp)
+            self.ranks.forward_is_collective = self.evaluator.is_collective
         with together(self.ranks):
             self._read(batches, collator)
         if self.ranks is not None:
@@ -152,8 +156,8 @@ class ValidationLoss:
         if self.path != "callable":
             self._choose_path(check)
         if self.path == "generic" and self._mean is None:
-            ask = partial(ask_model, self.model, self._batches, self._device, self.reason)
-            self._mean = self.run(ask)
+            run = self.evaluator.run_first
+            self._mean = ask_model(self.model, self._batches, self._device, self.reason, run)
         self._loss: Callable[[], torch.Tensor] = self._build()
         if self.path == "callable":
             return
@@ -214,15 +218,18 @@ class ValidationLoss:
 
     @property
     def flops(self) -> int:
-        """Forward FLOPs of one evaluation, measured with `FlopCounterMode` by one more at first access.
+        """Forward FLOPs of one evaluation, measured by one more, run eagerly, at first access.
 
-        Matrix products, convolutions and attention; the CPU's fused attention, which PyTorch's counter
-        does not know, is counted as the GPU's is. Attention counts all query-key pairs of a micro-batch. Of
-        several processes it is this one's share.
+        Matrix products, convolutions and attention, which counts all query-key pairs of a micro-batch. Of
+        several processes it is this one's share. 0, announced, where an evaluation cannot be counted.
         """
         if self._flops is None:
             own = self._loss.local if isinstance(self._loss, SharedLoss) else self._loss
-            self._flops = count_flops(lambda: self.run(own))
+            try:
+                self._flops = count_flops(lambda: self.run(own))
+            except Exception as error:
+                self._flops = 0
+                say_uncounted("the validation loss", error)
         return self._flops
 
     def __call__(self) -> torch.Tensor:
@@ -231,7 +238,7 @@ class ValidationLoss:
 
     def evaluate(self) -> torch.Tensor:
         """The forward alone, for callers that hold the model in `evaluation_mode` themselves."""
-        return self._resharded(self._loss)
+        return self.evaluator.forward(self._loss)
 
     def measure(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The loss, the number that calling this gives, and what it is the mean of, from one forward.
@@ -249,23 +256,11 @@ class ValidationLoss:
         """As `measure`, and the forward alone, as `evaluate`."""
         if self.example_tokens is None:
             return self.evaluate(), None
-        return self._resharded(self._loss.measure)
+        return self.evaluator.forward(self._loss.measure)
 
     def run(self, measure: Callable[[], Any]) -> Any:
         """Call ``measure`` as the loss itself is: in evaluation mode, and leaving no trace."""
-        with evaluation_mode(self.model, self._device):
-            return self._resharded(measure)
-
-    def _resharded(self, measure: Callable[[], Any]) -> Any:
-        """Under FSDP2: with parameters gathered anew, and given back. Under DDP: without its broadcasts."""
-        if not self._fsdp:
-            with without_broadcasts(self._replicas):
-                return measure()
-        reshard(self._fsdp)
-        try:
-            return measure()
-        finally:
-            reshard(self._fsdp)
+        return self.evaluator.run(measure)
 
     def swap_batch(self, batches: Any, collator: Callable[..., Any] | None = None) -> bool:
         """Validate on other examples from now on.
@@ -297,17 +292,18 @@ class ValidationLoss:
                 batches, collator = read_batches(batches, collator, self._max_tokens), None
             if self._swap_in_place(batches):
                 return True
-        fresh = ValidationLoss(
-            self.model,
-            batches,
-            collator=collator,
-            micro_batch_tokens=self._max_tokens,
-            check=self._check,
-            process_group=self._process_group,
-            _mean=self._mean,
-        )
+        with uncached_autocast(self._device.type, self.evaluator.autocast):
+            fresh = ValidationLoss(
+                self.model,
+                batches,
+                collator=collator,
+                micro_batch_tokens=self._max_tokens,
+                check=self._check,
+                process_group=self._process_group,
+                _mean=self._mean,
+            )
         with interrupt_later():
-            vars(self).update(vars(fresh), version=self.version + 1)
+            vars(self).update(vars(fresh), version=self.version + 1, evaluator=self.evaluator)
         return False
 
     def _swap_in_place(self, batches: list[dict[str, Any]]) -> bool:
@@ -344,18 +340,25 @@ class ValidationLoss:
         self.path, self.reason = "fast", "a causal language model on plain batches"
         self._lm, self._rows = lm, rows
         if check and rows:
-            candidates = [replace(lm, given_mask=True), lm] if could_be_given_a_mask(lm) else [lm]
-            with evaluation_mode(self.model, self._device):
-                for self._lm in candidates:
-                    compare = partial(disagreement, self._lm, self.model, rows, self._device)
-                    difference = self._resharded(compare)
-                    if difference is None:
-                        break
+            difference = self._disagreement(lm, rows)
             if difference is not None:
                 self.path, self.reason = "generic", difference
                 self._lm, self._rows = None, []
             else:
                 self.reason += ", equal to the model's own loss"
+
+    def _disagreement(self, lm: CausalLM, rows: list[Example]) -> str | None:
+        """Why the fast path must not be used; None where it may be, as ``_lm`` then says."""
+        candidates = [replace(lm, given_mask=True), lm] if could_be_given_a_mask(lm) else [lm]
+
+        def compare() -> str | None:
+            for self._lm in candidates:
+                difference = disagreement(self._lm, self.model, rows, self._device)
+                if difference is None:
+                    break
+            return difference
+
+        return self.evaluator.run_first(compare)
 
     def _build(self) -> Callable[[], torch.Tensor]:
         ranks, device = self.ranks, self._device
@@ -379,7 +382,7 @@ class ValidationLoss:
         device = model_device(self.model)
         if device == self._device and (self._lm is None or self._lm.is_current()):
             return
-        self._device = device
+        self._device = self.evaluator.device = device
         if self.path == "callable":
             self._loss = self._build()
             return

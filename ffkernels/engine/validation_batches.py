@@ -26,12 +26,12 @@ __all__ = [
     "Example",
     "check_causal_batches",
     "chosen_rows",
+    "count_rows",
     "items_of",
     "micro_batch_limit",
     "on_device",
     "read_batches",
     "read_examples",
-    "rows_of",
 ]
 
 IGNORE = -100
@@ -128,12 +128,12 @@ def _read_batch(item: Any, index: int, *, collated: bool) -> dict[str, Any]:
         elif not isinstance(value, torch.Tensor):
             with suppress(TypeError, ValueError, RuntimeError):  # rows of many lengths, dicts of boxes
                 batch[key] = torch.as_tensor(value)
-    if rows_of(batch) == 0:
+    if count_rows(batch) == 0:
         raise ValueError(f"validation batch {index} has no rows")
     return batch
 
 
-def rows_of(batch: Mapping[str, Any]) -> int:
+def count_rows(batch: Mapping[str, Any]) -> int:
     """How many examples a batch has: as many as it has labels, else rows of token ids or of what comes first.
 
     In what comes first there may be more of them: the answers to one question, the patches of all images.
@@ -147,7 +147,7 @@ def rows_of(batch: Mapping[str, Any]) -> int:
 
 def chosen_rows(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
     """Some rows of a batch, in this order; None where a tensor has another number of rows."""
-    count, chosen = rows_of(batch), {}
+    count, chosen = count_rows(batch), {}
     for key, value in batch.items():
         if isinstance(value, torch.Tensor) and value.ndim > 0:
             if len(value) != count:

@@ -9,13 +9,15 @@ are (`validation_mean`). It is also asked once whether it has a loss for such ba
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ffkernels.engine.causal_lm import accepts_argument, unwrap
-from ffkernels.engine.validation_batches import IGNORE, chosen_rows, on_device, rows_of
+from ffkernels.engine.validation_batches import IGNORE, chosen_rows, count_rows, on_device
+from ffkernels.engine.validation_gradients import GradientsWhereNeeded
 from ffkernels.engine.validation_mean import Mean, ask_mean
 
 __all__ = ["FunctionLoss", "ModelLoss", "ask_model", "is_loss_function", "size_of"]
@@ -64,26 +66,37 @@ class ModelCall:
         raise ValueError(f"it returned no loss but {found}")
 
 
-def ask_model(model: nn.Module, batches: Sequence[dict[str, Any]], device: torch.device, reason: str) -> Mean:
+def ask_model(
+    model: nn.Module,
+    batches: Sequence[dict[str, Any]],
+    device: torch.device,
+    reason: str,
+    run: Callable[[Callable[[], torch.Tensor]], torch.Tensor],
+) -> Mean:
     """Run the model once on one batch of each kind, and find out what its loss is the mean of.
 
     Args:
-        model: in evaluation mode.
         reason: why it is not on the fast path.
+        run: calls each forward, in evaluation mode.
 
     Raises:
         ValueError: when it returns no loss for such a batch, or raises.
     """
     call = ModelCall(model, device)
-    by_rows = sorted(range(len(batches)), key=lambda index: rows_of(batches[index]))
+    gradients = GradientsWhereNeeded(call.model)
+
+    def loss_of(batch: Mapping[str, Any]) -> torch.Tensor:
+        return run(partial(gradients, partial(call, call.prepared(batch)))).detach()
+
+    by_rows = sorted(range(len(batches)), key=lambda index: count_rows(batches[index]))
     for index in {tuple(sorted(map(str, batches[index]))): index for index in by_rows}.values():
         batch = batches[index]
         try:
-            call(call.prepared(batch))
+            loss_of(batch)
             # One row's prediction may have no dimension either; that of two has.
-            twice = None if call.named or rows_of(batch) > 1 else chosen_rows(batch, [0, 0])
+            twice = None if call.named or count_rows(batch) > 1 else chosen_rows(batch, [0, 0])
             if twice is not None:
-                call(call.prepared(twice))
+                loss_of(twice)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -99,7 +112,7 @@ def ask_model(model: nn.Module, batches: Sequence[dict[str, Any]], device: torch
     segments = any(getattr(batch.get("labels"), "ndim", 0) == 3 for batch in batches)
     ignored = getattr(config, "semantic_loss_ignore_index", IGNORE) if segments else IGNORE
     return ask_mean(
-        lambda batch: call(call.prepared(batch)),
+        loss_of,
         batches,
         shifted=guess and not getattr(config, "is_encoder_decoder", False),
         ignored=ignored,
@@ -120,6 +133,7 @@ class ModelLoss:
         mean: Mean | None = None,
     ) -> None:
         self.call, self.device = ModelCall(model, device), device
+        self._run = GradientsWhereNeeded(self.call.model)
         weighed = [(batch, *(mean or Mean()).weigh(batch)) for batch in batches]
         self._use([(self.call.prepared(batch), *weight) for batch, *weight in weighed if weight[1]])
         self.for_company: list[dict[str, Any]] = []
@@ -128,7 +142,7 @@ class ModelLoss:
         """Run these batches, each with what its loss is multiplied by and how many targets that adds up."""
         self.weighed = list(weighed)
         self.scored = sum(count for _, _, count in weighed)
-        self.rows = sum(rows_of(batch) for batch in self.batches)
+        self.rows = sum(count_rows(batch) for batch in self.batches)
 
     @property
     def batches(self) -> list[dict[str, Any]]:
@@ -149,6 +163,9 @@ class ModelLoss:
 
     def total(self) -> torch.Tensor:
         """The sum over all targets, 0-dim float64; 0 without batches."""
+        return self._run(self._total)
+
+    def _total(self) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch, factor, _ in self.weighed:
             total += self.call(batch).detach().to(self.device, torch.float64).reshape(()) * factor
@@ -162,8 +179,12 @@ class FunctionLoss:
 
     def __init__(self, function: Callable[[nn.Module], Any], model: nn.Module, device: torch.device) -> None:
         self.function, self.model, self.device = function, model, device
+        self._run = GradientsWhereNeeded(model)
 
     def __call__(self) -> torch.Tensor:
+        return self._run(self._value)
+
+    def _value(self) -> torch.Tensor:
         loss = self.function(self.model)
         if isinstance(loss, torch.Tensor):
             loss = loss.detach()

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ffkernels.engine.validation_batches import IGNORE, chosen_rows, rows_of
+from ffkernels.engine.validation_batches import IGNORE, chosen_rows, count_rows
 
 __all__ = ["Mean", "ask_mean"]
 
@@ -47,12 +47,12 @@ class Mean:
 
     def weigh(self, batch: Batch) -> tuple[int, int]:
         """What a batch's loss is multiplied by, and how many things are then added up in it."""
-        count = rows_of(batch) if self.over != "targets" else self.targets(batch)
+        count = count_rows(batch) if self.over != "targets" else self.targets(batch)
         return (1, count) if self.over == "sum" else (count, count)
 
     def targets(self, batch: Batch) -> int:
         """How many labels count: of those that are no integers, one in a row."""
-        return int(self.counted(batch["labels"]).sum()) if _has_integers(batch) else rows_of(batch)
+        return int(self.counted(batch["labels"]).sum()) if _has_integers(batch) else count_rows(batch)
 
     def counted(self, labels: torch.Tensor) -> torch.Tensor:
         """Which labels count, bool of their shape."""

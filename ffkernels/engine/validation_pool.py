@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffkernels.engine.batch_rows import placeholder_ids, rows_of
 from ffkernels.engine.causal_lm import FastPathRefused, model_device
 from ffkernels.engine.distributed import Ranks, together
 from ffkernels.engine.evaluation_mode import keep_random_state
@@ -30,11 +31,10 @@ from ffkernels.engine.validation_batches import (
     IGNORE,
     Example,
     check_causal_batches,
-    chosen_rows,
+    count_rows,
     items_of,
     read_batches,
     read_examples,
-    rows_of,
 )
 from ffkernels.engine.validation_generic import is_loss_function
 
@@ -97,7 +97,7 @@ class ValidationPool(ValidationLoss):
             raise ValueError(f"seed={seed!r}: must be an integer of at least 0")
         ranks = Ranks.present(device, process_group or training_group(model))
         with together(ranks):
-            self._prepare_pool(pool, collator, size, seed, device, batch_size)
+            self._prepare_pool(model, pool, collator, size, seed, device, batch_size)
         super().__init__(
             model,
             self._places or [self._pool[i] for i in self._indices(0)],
@@ -112,6 +112,7 @@ class ValidationPool(ValidationLoss):
 
     def _prepare_pool(
         self,
+        model: nn.Module,
         pool: Any,
         collator: Callable[..., Any] | None,
         size: int,
@@ -121,7 +122,7 @@ class ValidationPool(ValidationLoss):
     ) -> None:
         """Read the pool, cut it into strata, and make what takes up as much as any draw."""
         with keep_random_state(device):
-            self._pool, self._items = _read(pool, collator)
+            self._pool, self._items = _read(pool, collator, placeholder_ids(model))
         self._collator, self._batch_size = collator, batch_size
         examples = [_example(row) for row in self._pool]
         kept = [i for i, example in enumerate(examples) if example is not None]
@@ -192,33 +193,19 @@ def _pick(stratum: Sequence[int], number: int, seed: int, place: int) -> int:
     return stratum[int(torch.randperm(len(stratum), generator=generator)[index])]
 
 
-def _read(pool: Any, collator: Callable[..., Any] | None) -> tuple[list[Batch], list[Any]]:
+def _read(
+    pool: Any, collator: Callable[..., Any] | None, placeholders: dict[str, int]
+) -> tuple[list[Batch], list[Any]]:
     """The pool as batches of one row, and the examples that a collator made them of."""
     if is_loss_function(pool):
         raise TypeError("the pool is a callable, which has no examples: pass batches or a dataset")
     if collator is None:
-        return [row for batch in read_batches(pool, None, 1) for row in _taken_apart(batch)], []
+        return [row for batch in read_batches(pool, None, 1) for row in rows_of(batch, placeholders)], []
     items = items_of(pool)
     batches = [read_batches([item], collator, 1)[0] for item in items]
-    if any(len(_taken_apart(batch)) != 1 for batch in batches):
+    if any(count_rows(batch) != 1 for batch in batches):
         raise ValueError("the collator makes several rows of one example: pass the pool as batches")
     return batches, items
-
-
-def _taken_apart(batch: Batch) -> list[Batch]:
-    rows = rows_of(batch)
-    if rows == 1:
-        return [batch]
-    apart = [chosen_rows(batch, [row]) for row in range(rows)]
-    if apart and apart[0] is None:
-        others = sorted(
-            k for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim and len(v) != rows
-        )
-        raise ValueError(
-            f"a batch of {rows} examples cannot be taken apart: {', '.join(others)} has not as many rows; "
-            "pass the pool as examples with collator="
-        )
-    return apart
 
 
 def _example(row: Batch) -> Example | int | None:

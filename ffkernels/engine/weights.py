@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffkernels.engine.optimizer_wrappers import optimizer_chain, parts, refuse_own_weights
 from ffkernels.engine.parallelism import fsdp_modules, reshard
+from ffkernels.ops import TensorTable
 from ffkernels.ops.notices import announce_once
 
 NameFilter = Callable[[str], bool] | str | Iterable[str]
@@ -25,36 +27,32 @@ _COUNTS = re.compile(r"(^|\.)ranknum(\.|$)")
 
 
 def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
-    """The torch optimizer whose ``step`` really runs, out of wrappers that keep it as ``.optimizer``.
+    """The torch optimizer whose ``step`` really runs, out of wrappers (``optimizer_wrappers``).
 
     Raises:
-        TypeError: when no torch optimizer is inside.
-        ValueError: when the one inside keeps weights of its own, which a stage cannot move.
+        TypeError: when no torch optimizer is inside, or one that has no hooks.
+        ValueError: when one on the way says that it keeps weights of its own, which a stage cannot move.
     """
-    # A wrapper may itself be a torch.optim.Optimizer, and wrappers may be stacked; `seen` ends a circle.
-    seen = {id(optimizer)}
-    while (inner := getattr(optimizer, "optimizer", None)) is not None and id(inner) not in seen:
-        optimizer = inner
-        seen.add(id(inner))
-    if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
-        raise ValueError(
-            f"{type(optimizer).__name__} has train() and eval() modes, as schedule-free optimizers have: "
-            "while it trains, the model holds one mixture of two weight sequences and is evaluated with "
-            "another. Fast Forward would move the model's and leave the optimizer's behind; use an optimizer "
-            "without modes, such as torch.optim.AdamW"
+    chain = optimizer_chain(optimizer) or [optimizer]
+    refuse_own_weights(chain)
+    inner, name = chain[-1], type(chain[-1]).__name__
+    if not isinstance(inner, torch.optim.Optimizer):
+        several = parts(inner)
+        cure = (
+            f", which holds {len(several)} of them ({', '.join(type(part).__name__ for part in several)}): "
+            "make one FastForward for each, or one optimizer class whose step() calls theirs"
+            if several
+            else ""
         )
-    if getattr(optimizer, "master_weights", None) is True:
-        raise ValueError(
-            f"{type(optimizer).__name__} has master_weights=True: it trains float32 copies and overwrites "
-            "the model's weights with them at each step, whatever Fast Forward moved; keep trainable weights "
-            "in float32 and leave master_weights off"
-        )
-    if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            "optimizer must be a torch.optim.Optimizer or wrap one as .optimizer, "
-            f"got {type(optimizer).__name__}"
+            f"optimizer must be a torch.optim.Optimizer or wrap one as .optimizer, got {name}{cure}"
         )
-    return optimizer
+    if not hasattr(inner, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{name} is a torch.optim.Optimizer without hooks on its step, since its __init__ does not call "
+            "torch.optim.Optimizer.__init__(self, params, defaults); let it do so"
+        )
+    return inner
 
 
 def trainable_weights(
@@ -85,10 +83,9 @@ def trainable_weights(
     weights = {name: p for name, p in trainable.items() if id(p) in updated}
     if not weights:
         raise ValueError(
-            f"none of the model's {len(trainable)} trainable parameters is in the optimizer's param_groups; "
-            "make the optimizer from this model's parameters (after adding adapters or moving the model). An "
-            "optimizer that trains copies of its own (DeepSpeed ZeRO, CPU offload) would overwrite what Fast "
-            "Forward moves"
+            f"none of the model's {len(trainable)} trainable parameters is in the optimizer's param_groups "
+            f"({type(optimizer).__name__}, {len(updated)} other tensors); give the optimizer whose step() "
+            "updates them, made after the model was moved and adapters were added"
         )
     weights = _each_memory_once(_without_counts(weights))
     wanted, unwanted = _matcher(include, "include"), _matcher(exclude, "exclude")
@@ -104,8 +101,8 @@ def trainable_weights(
         )
     if not any(p.numel() for p in kept.values()):
         raise ValueError(
-            f"all {len(kept)} trainable parameters are empty on this process, as DeepSpeed ZeRO-3 and FSDP "
-            "leave them between steps; Fast Forward moves whole weights: use DDP or FSDP2 (fully_shard)"
+            f"all {len(kept)} trainable parameters are empty on this process between steps, and Fast Forward "
+            "moves whole weights: keep them whole there, or use DDP or FSDP2 (fully_shard)"
         )
     return kept
 
@@ -183,6 +180,35 @@ def signature(weights: dict[str, nn.Parameter]) -> tuple:
         (name, id(weights[name]), t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)
         for name, t in local_tensors(weights).items()
     )
+
+
+def follow(table: TensorTable, before: tuple, weights: dict[str, nn.Parameter]) -> bool:
+    """Take a table along to the weights whose signature was ``before``, where only their memory is another.
+
+    Else it is said what changed.
+    """
+    now = signature(weights)
+
+    def but_address(entry: tuple) -> tuple:
+        return entry[:2] + entry[3:]
+
+    if list(map(but_address, now)) == list(map(but_address, before)):
+        return table.follow(list(local_tensors(weights).values()))
+    old, new = {entry[0]: entry for entry in before}, {entry[0]: entry for entry in now}
+    shared = [name for name in new if name in old]
+    changes = {
+        "new": [name for name in new if name not in old],
+        "gone": [name for name in old if name not in new],
+        "another parameter": [name for name in shared if old[name][1] != new[name][1]],
+        "of another shape, dtype or device": [name for name in shared if old[name][3:] != new[name][3:]],
+    }
+    told = [f"{len(names)} {what}, such as {names[0]!r}" for what, names in changes.items() if names]
+    announce_once(
+        f"weights-changed-{id(table)}",
+        "the trainable parameters changed since the last Fast Forward stage "
+        f"({'; '.join(told) or 'in another order'}); the table was rebuilt for the present ones",
+    )
+    return False
 
 
 def tell_of_rounding(weights: Mapping[str, Tensor]) -> None:

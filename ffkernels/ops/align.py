@@ -51,8 +51,8 @@ def align_(weights, grads, *args, **kwargs):
     """⟨g,d⟩, ⟨g,g⟩, ⟨d,d⟩ with d = W − best ; best ← W
 
     `grads` has one dense gradient for each weight, of its shape and on its device, in float32, bfloat16,
-    float16 or float64 whatever the weight's dtype, or None. They may lie elsewhere in every call, and need
-    not be contiguous, which costs a copy.
+    float16 or float64 whatever the weight's dtype, or None. They may lie elsewhere in every call. One that
+    does not have its weight's strides costs a copy.
 
     Returns float64 (3,) on the weights' device, `out` where that is given; nothing waits for a GPU.
 

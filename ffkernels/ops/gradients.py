@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ffkernels.ops.layout import empty_alike, lie_alike
 from ffkernels.ops.table import DTYPE_CODES, SUM_BLOCK, Group, Plan, check_dense, names_of
 
 # Rows whose sums are added up together, by the program that is the last of them to end.
@@ -36,17 +37,18 @@ def _check_gradient(name: str, weight: Tensor, gradient: Tensor) -> None:
         raise ValueError(f"{name} is on {gradient.device}, the weight on {weight.device}; they must match")
 
 
-def _look(gradient: Tensor | None) -> tuple | None:
-    """Its address and all that a check depends on; last, whether its memory holds its values one by one."""
+def _look(weight: Tensor, gradient: Tensor | None) -> tuple | None:
+    """Its address and all that a check depends on; last, whether it lies in memory as its weight does."""
     if gradient is None:
         return None
-    at = gradient.data_ptr()
-    plain = gradient.is_contiguous() and not gradient.is_neg() and at % gradient.element_size() == 0
-    return at, type(gradient), gradient.dtype, gradient.shape, gradient.device, plain
+    at, shape = gradient.data_ptr(), gradient.shape
+    alike = shape == weight.shape and lie_alike(weight, gradient)
+    plain = alike and not gradient.is_neg() and at % gradient.element_size() == 0
+    return at, type(gradient), gradient.dtype, shape, gradient.device, plain
 
 
-def _copy(gradient: Tensor) -> Tensor:
-    return gradient.detach().clone(memory_format=torch.contiguous_format)
+def _copy(weight: Tensor, gradient: Tensor) -> Tensor:
+    return empty_alike(weight, gradient.dtype).copy_(gradient.detach())
 
 
 class Gradients:
@@ -79,7 +81,7 @@ class Gradients:
     def find(
         self, names: Sequence[str] | None, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """The gradients, checked and contiguous, with their addresses in `table`.
+        """The gradients, checked and lying in memory as the weights do, with their addresses in `table`.
 
         They must be kept until the kernel that reads them has been launched.
         """
@@ -94,14 +96,15 @@ class Gradients:
                 " where there is no gradient"
             )
         try:
-            looks = [_look(gradient) for gradient in gradients]
+            looks = list(map(_look, weights, gradients))
         except (AttributeError, RuntimeError, NotImplementedError):
             looks = [()] * len(gradients)  # something that is no plain tensor: the checks say what
         if looks != self._seen:
             self._seen = None
             self._check(names, weights, gradients, looks)
             plain = [g is None or (look and look[-1]) for g, look in zip(gradients, looks, strict=True)]
-            gradients = [g if ok else _copy(g) for g, ok in zip(gradients, plain, strict=True)]
+            copied = zip(weights, gradients, plain, strict=True)
+            gradients = [gradient if ok else _copy(weight, gradient) for weight, gradient, ok in copied]
             if self._for_kernels:
                 self._write(gradients)
             self._seen = looks if all(plain) else None  # a copy lies elsewhere each time
@@ -127,7 +130,8 @@ class Gradients:
             raise RuntimeError(
                 "gradients lie elsewhere than in the call before, or there was none, while a CUDA graph is"
                 " being captured, which needs a copy that a graph cannot hold; call once with these gradients"
-                " before the capture, and keep them there: contiguous, and zero_grad(set_to_none=False)"
+                " before the capture, and keep them there: with the weights' strides, and"
+                " zero_grad(set_to_none=False)"
             )
 
     def _write(self, gradients: list[Tensor | None]) -> None:

@@ -46,7 +46,7 @@ def _kernels(impl: str) -> ModuleType:
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> tuple:
-    return tuple((t.data_ptr(), t.shape, t.dtype, t.device, t.is_contiguous(), t.is_neg()) for t in tensors)
+    return tuple((t.data_ptr(), t.shape, t.dtype, t.device, t.stride(), t.is_neg()) for t in tensors)
 
 
 def _plan_for(

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ffkernels.ops.layout import pieces
 from ffkernels.ops.table import DTYPE_CODES, SUM_BLOCK
 
 # Elements of which align_ holds the products at a time, in float64.
@@ -94,6 +96,7 @@ def align_(
     d is rounded to float32, to float64 for float64 weights; products and sums are float64. The order of
     the additions is that of csrc/align_cpu.cpp. In a block of 1,024 elements: the 8 vectors of each of 16
     runs, the runs, then the 8 lanes by halves. After that the blocks of one dtype by halves, and the dtypes.
+    Elements follow each other as they do in memory, for all that belongs to one weight in the same order.
     """
     total = torch.zeros_like(out)
     for dtype in DTYPE_CODES:
@@ -101,16 +104,15 @@ def align_(
         for weight, grad, base in zip(weights, grads, best, strict=True):
             if weight.dtype != dtype:
                 continue
-            for start in range(0, weight.numel(), _AT_ONCE):
-                sides = (
-                    side if side is None else side.reshape(-1)[start : start + _AT_ONCE]
-                    for side in (weight, grad, base)
-                )
-                waiting.append(_products(*sides))
-                held += waiting[-1].shape[1]
-                if held >= _AT_ONCE:
-                    sums.append(_block_sums(torch.cat(waiting, 1)))
-                    waiting, held = [], 0
+            sides = (repeat(None) if side is None else pieces(side) for side in (weight, grad, base))
+            for piece in zip(*sides, strict=False):
+                for start in range(0, piece[0].numel(), _AT_ONCE):
+                    cut = (side if side is None else side[start : start + _AT_ONCE] for side in piece)
+                    waiting.append(_products(*cut))
+                    held += waiting[-1].shape[1]
+                    if held >= _AT_ONCE:
+                        sums.append(_block_sums(torch.cat(waiting, 1)))
+                        waiting, held = [], 0
         if waiting:
             sums.append(_block_sums(torch.cat(waiting, 1)))
         if sums:

@@ -2,9 +2,10 @@
 
 A row holds the addresses of one chunk in W, Δ and best and its element count; a group holds the rows of one
 storage dtype. Kernels walk rows, so one call moves any number of tensors of any sizes. Beside each row stands
-its place, for what has addresses of its own that change: gradients. Δ and best live in
-flat arenas of the table, one per dtype, in which each tensor starts on a 128-byte boundary: a chunk's
-alignment is then decided by its weight alone.
+its place, for what has addresses of its own that change: gradients. Δ and best live in flat arenas of the
+table, one per dtype, in which each tensor starts on a 128-byte boundary and lies as its weight does: a
+chunk's alignment is then decided by its weight alone. Chunks are pieces of memory (``layout``), so the order
+of a tensor's dimensions does not show in them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ffkernels.ops.layout import lie_alike, runs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # As the kernels number them. Only an alignment computes in float64, the moves do not.
@@ -36,7 +39,8 @@ class Group:
     The rows are on the plan's device: one launch over them moves the whole group. Rows of misaligned tensors
     stand among the others; a kernel tests the addresses of its row and takes the wide or the narrow path.
     `places`, int64 [chunks, 3], says of each row which of the plan's tensors it is of, at which of that
-    tensor's elements it starts, and which of the group's blocks of `SUM_BLOCK` elements is its first.
+    tensor's elements it starts, in the order of its memory, and which of the group's blocks of `SUM_BLOCK`
+    elements is its first.
     """
 
     dtype: torch.dtype
@@ -87,13 +91,13 @@ def chunk_rows(
     return torch.stack(columns, 1).contiguous()
 
 
-def chunk_places(members: Sequence[int], numels: Sequence[int], chunk: int) -> Tensor:
-    """The places of the same rows; `members` are the tensors' indices in the plan."""
+def chunk_places(members: Sequence[int], starts: Sequence[int], numels: Sequence[int], chunk: int) -> Tensor:
+    """The places of the same rows; `members` are the tensors' indices in the plan, `starts` where in them."""
     sizes, tensor, start = _cut(numels, chunk)
     blocks = (sizes + SUM_BLOCK - 1) // SUM_BLOCK
     first = (torch.cumsum(blocks, 0) - blocks)[tensor]
-    of_plan = torch.tensor(members, dtype=torch.int64, device="cpu")[tensor]
-    return torch.stack([of_plan, start, first + start // SUM_BLOCK], 1).contiguous()
+    of_plan, within = (torch.tensor(x, dtype=torch.int64, device="cpu")[tensor] for x in (members, starts))
+    return torch.stack([of_plan, within + start, first + start // SUM_BLOCK], 1).contiguous()
 
 
 def check_dense(name: str, tensor: Any) -> None:
@@ -127,11 +131,13 @@ def _check_tensor(name: str, tensor: Any, dtypes: Sequence[torch.dtype] = DTYPES
             f"{name} is a view whose memory holds the negative of its values (such as `.conj().imag`); pass"
             " `.resolve_neg()` of it"
         )
-    if not tensor.is_contiguous():
+    try:
+        runs(tensor)
+    except ValueError as reason:
         raise ValueError(
-            f"{name} is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()}); make the"
-            " parameter from a `.contiguous()` tensor"
-        )
+            f"{name} is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()}): {reason};"
+            " make the parameter from a `.contiguous()` tensor"
+        ) from None
     if tensor.numel() and tensor.data_ptr() % tensor.element_size():
         raise ValueError(
             f"{name} does not start on a multiple of its element size ({tensor.element_size()} bytes);"
@@ -140,7 +146,13 @@ def _check_tensor(name: str, tensor: Any, dtypes: Sequence[torch.dtype] = DTYPES
 
 
 def _check_overlap(named: Iterable[tuple[str, Tensor]]) -> None:
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in named if t.numel())
+    spans = []
+    for name, tensor in named:
+        length, starts = runs(tensor)
+        for start in starts:
+            at = tensor.data_ptr() + start * tensor.element_size()
+            spans.append((at, at + length * tensor.element_size(), name))
+    spans.sort()
     for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end:
             raise ValueError(
@@ -167,6 +179,11 @@ def _check_twin(name: str, tensor: Tensor, weight_name: str, weight: Tensor) -> 
         raise ValueError(
             f"{name} is {tuple(tensor.shape)} {tensor.dtype} but {weight_name} is {tuple(weight.shape)}"
             f" {weight.dtype}; they must match"
+        )
+    if not lie_alike(tensor, weight):
+        raise ValueError(
+            f"{name} has strides {tensor.stride()} but {weight_name} {weight.stride()}; they must match, as"
+            " those of `torch.empty_strided(weight.shape, weight.stride())` do"
         )
 
 
@@ -208,16 +225,16 @@ def make_plan(
         members = [i for i, weight in enumerate(weights) if weight.dtype == dtype and weight.numel()]
         if not members:
             continue
-        numels = [weights[i].numel() for i in members]
-        rows = chunk_rows(
-            [weights[i].data_ptr() for i in members],
-            [deltas[i].data_ptr() if deltas is not None else 0 for i in members],
-            [best[i].data_ptr() for i in members],
-            numels,
-            dtype.itemsize,
-            chunk,
+        found = [
+            (i, start, length) for i in members for length, starts in [runs(weights[i])] for start in starts
+        ]
+        members, starts, numels = zip(*found, strict=True)
+        w, delta, base = (
+            [0 if side is None else side[i].data_ptr() + start * dtype.itemsize for i, start, _ in found]
+            for side in (weights, deltas, best)
         )
-        parts.append(Group(dtype, rows, chunk_places(members, numels, chunk)))
+        rows = chunk_rows(w, delta, base, numels, dtype.itemsize, chunk)
+        parts.append(Group(dtype, rows, chunk_places(members, starts, numels, chunk)))
     return Plan(device, sum(weight.numel() for weight in weights), _groups(parts, device))
 
 
@@ -269,13 +286,14 @@ def _arena(weights: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor
         for i, weight in enumerate(weights):
             if weight.dtype == dtype:
                 starts[i] = end
-                end += -(-weight.numel() // step) * step
+                length, within = runs(weight)
+                end += -(-(within[-1] + length) // step) * step if within else 0
         # Room to start on a boundary even where the allocator promises less than ALIGNMENT.
         memory = torch.zeros(end + step, dtype=dtype, device=device)
         skip = (-memory.data_ptr() % ALIGNMENT) // dtype.itemsize
         flats.append(memory)
         for i, start in starts.items():
-            views[i] = memory[skip + start : skip + start + weights[i].numel()].view(weights[i].shape)
+            views[i] = memory.as_strided(weights[i].shape, weights[i].stride(), skip + start)
     return flats, views  # type: ignore[return-value]
 
 
@@ -299,16 +317,38 @@ class TensorTable:
         with torch.inference_mode(False), torch.no_grad():
             self.delta_flats, self.deltas = _arena(self.weights, self.device)
             self.best_flats, self.best = _arena(self.weights, self.device)
-            chunk = GPU_CHUNK if self.impl == "triton" else None
-            self.plan = make_plan(self.weights, self.deltas, self.best, self.names, chunk=chunk)
-            self.plan.impl = self.impl
+            self._lay_out()
             if self.weights:
                 torch._foreach_copy_(self.best, self.weights)
+
+    def _lay_out(self) -> None:
+        chunk = GPU_CHUNK if self.impl == "triton" else None
+        self.plan = make_plan(self.weights, self.deltas, self.best, self.names, chunk=chunk)
+        self.plan.impl = self.impl
         self._identity = self._look()
         self._addresses = [weight.data_ptr() for weight in self.weights]
 
+    def follow(self, weights: Sequence[Tensor] | None = None) -> bool:
+        """Go on with the same weights where they lie now; Δ and best keep their values.
+
+        Args:
+            weights: in the table's order, where they are other tensors.
+
+        Returns:
+            False, and nothing is changed, where shapes, dtypes or devices are not those of before.
+        """
+        weights = self.weights if weights is None else list(weights)
+        if [(w.shape, w.dtype, w.device) for w in weights] != [
+            (b.shape, b.dtype, b.device) for b in self.best
+        ]:
+            return False
+        self.weights = weights
+        with torch.inference_mode(False):
+            self._lay_out()
+        return True
+
     def _look(self) -> list[tuple]:
-        return [(w.data_ptr(), w.shape, w.dtype, w.is_contiguous()) for w in self.weights]
+        return [(w.data_ptr(), w.shape, w.dtype, w.stride()) for w in self.weights]
 
     @property
     def numel(self) -> int:

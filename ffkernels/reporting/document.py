@@ -20,6 +20,8 @@ CAPTIONS = {
     "test_loss_flops": "Test loss over training compute (measured FLOPs); the mark is where a run ended.",
     "test_loss_seconds": "Test loss over training time; the mark is where a run ended.",
     "tau": "How far each Fast Forward stage went.",
+    "learning_rate": "Runs with no learning rate given: loss, rate, and the cosine of each gradient with "
+    "the last update, which moves it.",
     "training": "The loss along the path: a stage repeats the last optimizer step's update τ* times. "
     "Optimizer steps show the loss of their training batch, Fast Forward's steps that of the validation set.",
 }
@@ -28,6 +30,7 @@ CONDITIONS = (
     "model",
     "task",
     "data",
+    "test_data",
     "method",
     "rank",
     "alpha",
@@ -53,7 +56,7 @@ def runs_table(runs: Sequence[Run], several: Sequence[Spread]) -> tuple[list[str
         row = run.row
         cells = [
             run.name,
-            "" if run.lr is None else f"{run.lr:g}",
+            "auto" if run.auto else "" if run.lr is None else f"{run.lr:g}",
             str(row["optimizer_steps"]),
             str(row["stages"]),
             str(row["validation_forwards"]),

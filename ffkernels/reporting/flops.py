@@ -9,23 +9,22 @@
 *Paper* is the convention of the Fast Forward paper: a backward pass is charged as two forwards. With LoRA
 it costs little more than one, because the frozen weights need no weight gradients; so the paper's
 convention makes training dearer than it is and flatters Fast Forward, whose validations are forwards only.
-*Measured* runs PyTorch's FLOP counter over the real forward and backward. Whoever quotes a saving should
+*Measured* counts the products of a real forward and backward. Whoever quotes a saving should
 quote it in *measured*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from ffkernels.engine.apart import apart
 from ffkernels.engine.flop_counter import count_flops, counter
-from ffkernels.engine.token_count import uncounted
 
-__all__ = ["FlopMeter", "Flops", "count_flops"]
+__all__ = ["FlopMeter", "Flops", "count_flops", "flops_of", "shapes"]
 
 # Adam per weight: two moments, two bias corrections, a square root, a division and the update.
 ADAM_FLOPS = 12
@@ -88,9 +87,11 @@ class FlopMeter:
             batch: its inputs; the cost is measured once per combination of tensor shapes and dtypes.
             loss_fn: ``loss_fn(model, batch) -> scalar``; ``model(**batch).loss`` when not given.
         """
-        key = _shapes(batch)
+        key = shapes(batch)
         if key not in self._batches:
-            self._batches[key] = _measure(model, batch, loss_fn or _own_loss)
+            loss = loss_fn or _own_loss
+            with torch.enable_grad():
+                self._batches[key] = flops_of(model, lambda: loss(model, batch))
         return self.add(self._batches[key])
 
     def optimizer_step(self) -> Flops:
@@ -112,13 +113,6 @@ class FlopMeter:
                 "weights in all; the meter's trainable_numel must be FastForward's"
             )
         return self.add(Flops(validations + PAPER_MOVE_FLOPS * moved, stage.flops))
-
-    def finding(self, found: StageCost, forward: int) -> Flops:
-        """Add the search for a learning rate: its validations of ``forward`` FLOPs each, and its moves."""
-        moves = found.flops - found.evaluations * forward
-        return self.add(
-            Flops(found.flops - moves + moves // MEASURED_MOVE_FLOPS * PAPER_MOVE_FLOPS, found.flops)
-        )
 
     def state_dict(self) -> dict[str, int]:
         """The totals; shapes are measured again after a resume."""
@@ -149,52 +143,28 @@ def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return loss
 
 
-def _measure(model: nn.Module, batch: Any, loss_fn: LossFn) -> Flops:
-    with _untouched(model), uncounted(), torch.enable_grad(), counter() as counted:
-        loss = loss_fn(model, batch)
-        forward = int(counted.get_total_flops())
-        if loss.requires_grad:
-            # Not autograd.grad(): through reentrant checkpointing it finds no gradients and counts nothing.
-            loss.backward()
-        measured = int(counted.get_total_flops())
-    return Flops(3 * forward, measured)
+def flops_of(model: nn.Module, forward: Callable[[], torch.Tensor | None]) -> Flops:
+    """What one pass costs: ``forward``, and the backward pass from what it returns, if that takes gradients.
+
+    They run apart from the model's training, which they leave as it was.
+    """
+    with apart(model), counter() as counted:
+        result = forward()
+        before = counted.total
+        if result is None or not result.requires_grad:
+            return Flops(before, before)
+        # Not autograd.grad(): through reentrant checkpointing it finds no gradients and counts nothing.
+        result.backward()
+        # The paper charges a backward pass as two forwards.
+        return Flops(3 * before, counted.total)
 
 
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward and a backward pass change: gradients, running sums, torch's random numbers."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    grads = [p.grad for p in weights]
-    # Optimizers that step inside the backward pass sit in these hooks.
-    hooks = [(p._post_accumulate_grad_hooks, dict(p._post_accumulate_grad_hooks or {})) for p in weights]
-    # Integer buffers of more than one element are quantised weights: never written, and maybe large.
-    buffers = [b for b in model.buffers() if b.is_floating_point() or b.dim() == 0]
-    before = [buffer.detach().clone() for buffer in buffers]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            for weight, (own, _) in zip(weights, hooks, strict=True):
-                weight.grad = None
-                if own:
-                    own.clear()
-            yield
-        finally:
-            for weight, grad, (own, saved) in zip(weights, grads, hooks, strict=True):
-                weight.grad = grad
-                if saved:
-                    own.update(saved)
-            with torch.no_grad():
-                for buffer, saved in zip(buffers, before, strict=True):
-                    if not torch.equal(buffer, saved):
-                        buffer.copy_(saved)
-
-
-def _shapes(batch: Any) -> Any:
-    """The tensor shapes and dtypes in ``batch``, hashable."""
+def shapes(batch: Any) -> Any:
+    """The shapes and dtypes of the tensors in ``batch``, hashable."""
     if isinstance(batch, torch.Tensor):
         return tuple(batch.shape), batch.dtype
     if isinstance(batch, Mapping):
-        return tuple(sorted((str(name), _shapes(value)) for name, value in batch.items()))
+        return tuple(sorted((str(name), shapes(value)) for name, value in batch.items()))
     if isinstance(batch, (list, tuple)):
-        return tuple(_shapes(value) for value in batch)
+        return tuple(shapes(value) for value in batch)
     return type(batch).__name__

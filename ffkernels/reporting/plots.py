@@ -1,8 +1,9 @@
-"""The report's four pictures. matplotlib is imported when one is drawn, and never opens a window.
+"""The report's pictures. matplotlib is imported when one is drawn, and never opens a window.
 
 test_loss_flops.png     test loss over measured FLOPs
 test_loss_seconds.png   test loss over seconds, everything charged
 tau.png                 τ* of every stage over optimizer steps
+learning_rate.png       of runs without a given one: loss, learning rate and alignment over optimizer steps
 training.png            the loss along the path: optimizer steps and Fast Forward steps told apart
 """
 
@@ -23,18 +24,21 @@ if TYPE_CHECKING:
 Event = Mapping[str, Any]  # of a run log
 
 DPI = 150
-# Okabe and Ito's colours and a wine red, which the colour-blind can tell apart; line styles and markers say
-# the same again.
+# Okabe and Ito's colours, a wine red and an indigo, which the colour-blind can tell apart; line styles and
+# markers say the same again.
 STYLES: dict[str, dict[str, Any]] = {
     "adam": {"color": "#4d4d4d", "marker": "o", "linestyle": "-"},
     "linear": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
     "parabolic": {"color": "#0072B2", "marker": "^", "linestyle": "-"},
     "adam-tuned": {"color": "#009E73", "marker": "D", "linestyle": "--"},
+    "auto": {"color": "#332288", "marker": "*", "linestyle": ":"},
     "authors": {"color": "#E69F00", "marker": "P", "linestyle": "-."},
     "peft-prototype": {"color": "#56B4E9", "marker": "X", "linestyle": "-."},
     "lora-plus": {"color": "#882255", "marker": "p", "linestyle": "--"},
     "other": {"color": "#CC79A7", "marker": "v", "linestyle": "-."},
 }
+# Of runs of one kind with other settings: the first has its kind's.
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 SGD = {"color": STYLES["adam"]["color"], "marker": "o", "linestyle": "none", "markersize": 3.5}
 LEGEND = {"frameon": True, "edgecolor": "none", "facecolor": "white", "framealpha": 0.85}
 TEXT = "#333333"
@@ -48,17 +52,33 @@ def flop_unit(largest: float) -> tuple[float, str]:
 
 
 def kind_label(run: Run) -> str:
-    """What a run is called in pictures and tables."""
+    """What a run is called in pictures: its kind, and what tells it from others of that."""
+    if run.kind == "adam-tuned" and not run.tuned and run.lr is not None:
+        return f"Adam, lr {run.lr:g} (not tuned)"
+    return f"{_kind_label(run)}, {run.variant}" if run.variant else _kind_label(run)
+
+
+def _kind_label(run: Run) -> str:
+    """What runs of a kind are called."""
     labels = {"adam": "Adam", "linear": "Fast Forward, linear", "parabolic": "Fast Forward, parabolic"}
     labels |= {"authors": "the authors' loop", "peft-prototype": "PEFT's prototype", "lora-plus": "LoRA+"}
     if run.kind == "adam-tuned":
         return "Adam, tuned lr" if run.lr is None else f"Adam, tuned lr {run.lr:g}"
+    if run.auto:
+        return f"{labels.get(run.kind, 'Adam')}, no learning rate given"
     return labels.get(run.kind, run.name)
 
 
 def style_of(run: Run) -> dict[str, Any]:
-    """Colour, marker and line style of a run; peers that have none of their own share one."""
-    return STYLES.get(run.kind, STYLES["other"])
+    """Colour, marker and line style of a run; peers that have none of their own share one.
+
+    Runs of a kind with other settings have its colour and marker, and lines of their own.
+    """
+    style = STYLES.get(run.kind, STYLES["other"])
+    if run.variant_number == 0:
+        return style
+    lines = [line for line in LINES if line != style["linestyle"]]
+    return {**style, "linestyle": lines[(run.variant_number - 1) % len(lines)]}
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
@@ -67,6 +87,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
     size, unit = flop_unit(largest)
     tested = any(run.log.tests for run in runs)
     staged = any(run.log.stages for run in runs)
+    moved = [run for run in runs if any("alignment" in step for step in run.log.steps)]
 
     def over_flops(figure: Figure) -> None:
         label = f"training compute ({unit}, measured)"
@@ -79,6 +100,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> dict[str, Path]:
         ("test_loss_flops", tested, over_flops),
         ("test_loss_seconds", tested, over_seconds),
         ("tau", staged, lambda figure: _taus(figure, runs)),
+        ("learning_rate", bool(moved), lambda figure: draw_learning_rates(figure, moved)),
         ("training", staged, lambda figure: _training(figure, runs)),
     )
     drawn = {}
@@ -136,7 +158,7 @@ def _test_loss(
             linewidth=1.6,
             marker=style["marker"],
             markersize=6,
-            label=None if label in labelled else label + _saved(runs, run.kind, cost),
+            label=None if label in labelled else label + _saved(runs, run.group, cost),
             zorder=3,
         )
         labelled.add(label)
@@ -148,9 +170,9 @@ def _test_loss(
     axes.legend(loc="upper right", **LEGEND)
 
 
-def _saved(runs: Sequence[Run], kind: str, cost: str) -> str:
-    """What the runs of a kind saved, for the legend; nothing where one of them has no number."""
-    values = [run.saved and run.saved[cost] for run in runs if run.kind == kind]
+def _saved(runs: Sequence[Run], group: str, cost: str) -> str:
+    """What the runs of a group saved, for the legend; nothing where one of them has no number."""
+    values = [run.saved and run.saved[cost] for run in runs if run.group == group]
     if not values or None in values:
         return ""
     share = f"{100 * median(values):.0f} %".replace("-", "−")
@@ -205,16 +227,59 @@ def _taus(figure: Figure, runs: Sequence[Run]) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, frameon=False)
 
 
+def draw_learning_rates(figure: Figure, runs: Sequence[Run]) -> None:
+    """How the rates of runs with none given went: loss, rate and alignment, a panel each."""
+    figure.set_size_inches(7.2, 7.0)
+    losses, rates, alignments = figure.subplots(3, sharex=True, height_ratios=(1.3, 1, 1))
+    labelled: set[str] = set()
+    for run in runs:
+        label, style, steps = kind_label(run), style_of(run), run.log.steps
+        line = {"color": style["color"], "linewidth": 1.2, "alpha": _alpha(runs, run)}
+        at = [step["optimizer_step"] for step in steps]
+        tested = [test["optimizer_step"] for test in run.log.tests]
+        test_losses = [test["loss"] for test in run.log.tests]
+        of_tests = losses.plot(tested, test_losses, **line, marker=style["marker"], markersize=5)[0]
+        of_batches = losses.plot(at, [step["train_loss"] for step in steps], **line)[0]
+        of_batches.set_alpha(0.4 * line["alpha"])
+        if label not in labelled:
+            of_tests.set_label(f"{label}: test loss")
+            of_batches.set_label("its batches: training loss")
+            labelled.add(label)
+        rates.plot(at, [_or_nan(step["lr"] or None) for step in steps], **line, drawstyle="steps-mid")
+        alignments.plot(
+            at, [_or_nan(step.get("alignment")) for step in steps], **line, marker=".", markersize=4
+        )
+    for axes, label in (
+        (losses, "loss (nats per token)"),
+        (rates, "learning rate"),
+        (alignments, "alignment"),
+    ):
+        clean_axes(axes)
+        axes.set_ylabel(label)
+    figure.align_ylabels()
+    losses.legend(loc="upper right", fontsize=9, **LEGEND)
+    rates.set_yscale("log")
+    alignments.axhline(0.0, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
+    alignments.set_xlim(left=0)
+    alignments.xaxis.get_major_locator().set_params(integer=True)
+    alignments.set_xlabel("optimizer step")
+
+
+def _or_nan(value: float | None) -> float:
+    """A gap in the line: an alignment that is not known, a rate of 0 on a log axis."""
+    return math.nan if value is None else value
+
+
 def _training(figure: Figure, runs: Sequence[Run]) -> None:
     shown: list[Run] = []
     for run in runs:
-        if run.log.stages and run.kind not in {other.kind for other in shown}:
+        if run.log.stages and run.group not in {other.group for other in shown}:
             shown.append(run)
     figure.set_size_inches(7.2, 1.2 + 3.0 * len(shown))
     panels = figure.subplots(len(shown), sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, run in zip(panels, shown, strict=True):
         draw_walk(axes, style_of(run), run.log.steps, run.log.stages)
-        several = len([r for r in runs if r.kind == run.kind]) > 1
+        several = len([r for r in runs if r.group == run.group]) > 1
         axes.set_title(kind_label(run) + (f" ({run.name})" if several else ""), loc="left")
     panels[-1].set_xlim(left=0)
     panels[-1].set_xlabel(PATH)
@@ -225,7 +290,9 @@ def draw_walk(axes: Axes, style: Mapping[str, Any], steps: Sequence[Event], stag
     clean_axes(axes)
     sgd, forwards = walk(steps, stages)
     axes.plot(*zip(*sgd, strict=True), **SGD, label="optimizer step: training loss of its batch")
-    for number, points in enumerate(forwards):
+    # A stage that stayed at τ = 0 has one loss, which fell nowhere.
+    stayed = [points[0] for points in forwards if len(points) == 1]
+    for number, points in enumerate(points for points in forwards if len(points) > 1):
         axes.plot(
             *zip(*points, strict=True),
             color=style["color"],
@@ -233,6 +300,15 @@ def draw_walk(axes: Axes, style: Mapping[str, Any], steps: Sequence[Event], stag
             markersize=2.0 if len(points) > 30 else 4.0,  # so many would merge
             linewidth=1.2,
             label="Fast Forward step: validation loss, where it fell" if number == 0 else None,
+        )
+    if stayed:
+        axes.plot(
+            *zip(*stayed, strict=True),
+            color=style["color"],
+            marker=style["marker"],
+            markerfacecolor="none",
+            linestyle="none",
+            label="stage without a step (τ = 0): validation loss",
         )
     axes.set_ylabel("loss (nats per token)")
     axes.legend(loc="upper right", fontsize=9, **LEGEND)
@@ -271,7 +347,7 @@ def accepted(stage: Event) -> list[tuple[int, float]]:
 
 def _alpha(runs: Sequence[Run], run: Run) -> float:
     """Lines of several seeds are drawn over each other, lighter."""
-    return 1.0 if sum(other.kind == run.kind for other in runs) == 1 else 0.55
+    return 1.0 if sum(other.group == run.group for other in runs) == 1 else 0.55
 
 
 def clean_axes(axes: Axes) -> None:

@@ -3,12 +3,14 @@
 Every line has ``event`` and ``time`` (seconds since the epoch):
 
     run     name, config, machine, versions        once; a resumed run may write it again
-    step    optimizer_step, train_loss, lr, flops, seconds
+    step    optimizer_step, train_loss, lr, flops, seconds; alignment where no learning rate was given
     stage   what ``Stage.to_dict()`` holds, and run_flops, run_seconds
-    finding what ``Finding.to_dict()`` holds: a learning rate that was found, already in the step's counts
     test    optimizer_step, loss, flops, seconds
     end     optimizer_steps, test_loss, flops, seconds, validation_forwards, stages, stopped_because,
             reached_target
+
+``train`` writes into ``run`` also ``tokens`` (``Task.statistics``) and ``remarks`` (``Session.remarks``), and
+into ``end`` what the test losses took, ``test_seconds``, which are in no other number.
 
 ``flops`` is ``{"paper", "measured"}`` and ``seconds`` is ``{"train", "validate", "move", "other",
 "total"}``, both counted from the start of the run. JSON has no NaN and no infinity: they are written as the
@@ -27,14 +29,16 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ffkernels.reporting.exclusive import lock
 from ffkernels.reporting.machine import machine_info, version_info
 
-EVENTS = ("run", "step", "stage", "finding", "test", "end")
+EVENTS = ("run", "step", "stage", "test", "end")
 # Events of which a log has many, and the list in RunLog where they are.
-KEPT = {"step": "steps", "stage": "stages", "finding": "findings", "test": "tests"}
+KEPT = {"step": "steps", "stage": "stages", "test": "tests"}
 # Fields whose strings are strings even when they read "nan".
 TEXTS = frozenset(
-    {"event", "name", "config", "machine", "versions", "executor", "executor_reason", "stopped_because"}
+    {"event", "name", "config", "machine", "versions", "remarks"}
+    | {"executor", "executor_reason", "stopped_because"}
 )
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -42,19 +46,27 @@ NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class Recorder:
     """Writes a run log, one flushed line per event; a context manager.
 
-    Each line is a single write, so a run that is killed leaves at most one incomplete line, the last.
+    Each line is a single write, so a run that is killed leaves at most one incomplete line, the last. The log
+    is locked from the beginning and touched by the first event only.
 
     Args:
         path: the file, by habit ``<name>.jsonl``; missing folders are made. append: go on with an existing
         log (a resumed run) instead of replacing it; an incomplete last line goes.
+
+    Raises:
+        RuntimeError: when another run is writing the log.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if append and self.path.exists():
-            _complete_last_line(self.path)
-        self._file = open(self.path, "ab" if append else "wb", buffering=0)
+        self._append, self._begun, self._made = append, False, not self.path.exists()
+        self._file = open(self.path, "ab", buffering=0)
+        try:
+            lock(self._file.fileno(), self.path)
+        except BaseException:
+            self._file.close()
+            raise
 
     def write(self, event: str, **fields: Any) -> None:
         """Write one event. Fields are numbers, strings, lists, mappings, dataclasses, paths, 0-dim tensors.
@@ -69,11 +81,26 @@ class Recorder:
         record = {"event": event, "time": round(time.time(), 3), **fields}
         line = json.dumps(_encode(record), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
         data = memoryview(line.encode() + b"\n")
-        while data:  # an unbuffered write may stop short when the disk is full, and then raises the next time
-            data = data[self._file.write(data) :]
+        try:
+            self._begin()
+            while data:  # an unbuffered write may stop short when the disk is full, and raises the next time
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _begin(self) -> None:
+        if self._begun:
+            return
+        if self._append:
+            _complete_last_line(self.path)
+        elif self._file.tell():
+            self._file.truncate(0)
+        self._begun = True
 
     def close(self) -> None:
-        """Close the file; closing twice is fine."""
+        """Close the file, which goes where it was made for nothing; closing twice is fine."""
+        if self._made and not self._begun and not self._file.closed:
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
     def __enter__(self) -> Recorder:
@@ -89,7 +116,7 @@ class RunLog:
 
     Attributes:
         name, config, machine, versions: of the last ``run`` event.
-        steps, stages, findings, tests: events; of a resumed run only those that led to its end.
+        steps, stages, tests: events; of a resumed run only those that led to its end.
         end: the ``end`` event; None for a run that is still going or was killed.
         resumes: how often the run was resumed.
         truncated: whether the file ends in an incomplete line, which was left out.
@@ -102,7 +129,6 @@ class RunLog:
     steps: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     tests: list[dict[str, Any]] = field(default_factory=list)
-    findings: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None
     resumes: int = 0
     truncated: bool = False

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_TOLERANCE = 1e-4
 # Where the files of a run lie says nothing about the run.
 NOT_CONDITIONS = ("name", "out", "target_loss")
+OF_TASKS = ("task", "source", "chat_loss")  # with a file in its place nothing reads them
 
 
 @dataclass
@@ -136,14 +137,21 @@ def _caveats(runs: Sequence[Run], several: Sequence[Spread], tolerance: float) -
     for run in judged:
         if run.reason is not None:
             lines.append(f"{run.name} has no saving: {run.reason}.")
+    if any(run.kind == "auto" for run in runs):
+        lines.append(
+            "“auto” was given no learning rate: each gradient's cosine with the last update moved it. It is "
+            "held to the same test loss."
+        )
     lines += _tuned_lines(runs, several)
     lines.append(
         "FLOPs: “measured” counts the forward and backward that ran; “paper” charges a backward as two "
         "forwards, more than it costs where base weights are frozen, and so flatters Fast Forward."
     )
+    tests = sum(run.log.end.get("test_seconds", 0.0) for run in runs if run.log.end is not None)
     lines.append(
         "Seconds hold training and everything Fast Forward does (validation, search, weight moves); loading, "
         "logging and test losses are charged to nobody."
+        + (f" The test losses took {tests:.1f} s beside them." if tests else "")
     )
     for run in runs:
         lines += _run_lines(run)
@@ -172,14 +180,17 @@ def _tuned_lines(runs: Sequence[Run], several: Sequence[Spread]) -> list[str]:
     saved = {spread.kind: spread.median for spread in several}
     for run in runs:
         if run.saved is not None and run.reason is None:
-            saved.setdefault(run.kind, run.saved)
+            saved.setdefault(run.group, run.saved)
     tuned = saved.pop("adam-tuned", None)
     if tuned is None:
         return []
-    rates = sorted({f"{run.lr:g}" for run in runs if run.kind == "adam-tuned" and run.lr is not None})
+    of_kind = [run for run in runs if run.kind == "adam-tuned"]
+    rates = sorted({f"{run.lr:g}" for run in of_kind if run.lr is not None})
     line = f"Adam at a tuned learning rate ({', '.join(rates)})" if rates else "Adam at a tuned learning rate"
+    if not all(run.tuned for run in of_kind):
+        line = f"Adam at another learning rate ({', '.join(rates)}), a usual one that nobody tuned,"
     line += f" saves {_two_shares(tuned)} on the way to the same test loss"
-    names = {kind: f"Fast Forward {kind}" for kind in SEARCHES}
+    names = {kind: f"Fast Forward {kind}" for kind in SEARCHES} | {"auto": "Adam with no learning rate given"}
     rivals = [f"{names.get(kind, kind)} {_two_shares(values)}" for kind, values in saved.items() if values]
     return ["; ".join([line, *rivals]) + "."]
 
@@ -197,11 +208,16 @@ def _differing(of_runs: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _conditions(config: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
-    """The settings to report; Fast Forward's come from a run that has them, which Adam's has not."""
+    """The settings to report; Fast Forward's come from a run that has stages, which Adam's has not."""
     kept = {key: value for key, value in config.items() if key not in NOT_CONDITIONS}
+    if kept.get("data"):
+        kept = {key: value for key, value in kept.items() if key not in OF_TASKS}
+    if isinstance(kept.get("test_data"), str):
+        kept["test_data"] = Path(kept["test_data"]).name
     if isinstance(kept.get("data"), str):
         kept["data"] = Path(kept["data"]).name  # the file, not somebody's folders
-    forward = next((found for run in runs if (found := run.log.config.get("fast_forward"))), None)
+    stages = (run.log.config.get("fast_forward") for run in runs if run.kind != "auto")
+    forward = next(filter(None, stages), None)
     if not kept.get("fast_forward") and isinstance(forward, Mapping):
         kept["fast_forward"] = {key: value for key, value in forward.items() if key != "search"}
     return kept

@@ -5,7 +5,8 @@
 
 A run that never got there saved nothing that could be named: None, with the reason. A negative saving is a
 loss and stands as it is. A run of Adam at another learning rate, its name containing ``tuned``, is held to
-the same target; so are LoRA+ and the peers, other people's Fast Forward loops.
+the same target; so are one without a given learning rate ("auto"), LoRA+ and the peers, other people's Fast
+Forward loops.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,7 +23,7 @@ from ffkernels.reporting.recorder import RunLog
 
 COSTS = ("flops_paper", "flops_measured", "seconds")
 # In the order of a report. A peer's kind is its name, and its place is before LoRA+.
-KINDS = ("adam", "linear", "parabolic", "lora-plus", "adam-tuned", "other")
+KINDS = ("adam", "linear", "parabolic", "lora-plus", "auto", "adam-tuned", "other")
 NOT_JUDGED = ("adam", "other")
 # What a run of a kind may have otherwise than the Adam run it is held to.
 MAY_DIFFER = {"adam-tuned": ("lr",), "lora-plus": ("optimizer",)}
@@ -35,6 +37,7 @@ CONDITIONS = (
     "source",
     "chat_loss",
     "data",
+    "test_data",
     "method",
     "rank",
     "alpha",
@@ -68,6 +71,8 @@ class Run:
         reached_at: the event of the first test loss at or below the target.
         saved: fractions by name (``COSTS``); None for an Adam run.
         reason: why ``saved`` holds no numbers.
+        variant: what tells it from other runs of its kind but its seed, such as ``"lr 0.001"``; else empty.
+        variant_number: of those in the report, counted from 0.
     """
 
     log: RunLog
@@ -78,14 +83,31 @@ class Run:
     reached_at: dict[str, Any] | None = None
     saved: dict[str, float | None] | None = None
     reason: str | None = None
+    variant: str = ""
+    variant_number: int = 0
+
+    @property
+    def tuned(self) -> bool:
+        """Whether its rate was tuned, where its kind says so; `compare` may not have one that was."""
+        return self.kind == "adam-tuned" and "untuned" not in self.name
+
+    @property
+    def group(self) -> str:
+        """Its kind, and what tells it from others of that: runs of one group differ in their seed only."""
+        return f"{self.kind}, {self.variant}" if self.variant else self.kind
 
     @property
     def name(self) -> str:
         return self.log.name
 
     @property
+    def auto(self) -> bool:
+        """Whether no learning rate was given: what its settings say of one is then nothing."""
+        return (self.log.config.get("fast_forward") or {}).get("learning_rate") == "auto"
+
+    @property
     def lr(self) -> float | None:
-        return self.log.config.get("lr")
+        return None if self.auto else self.log.config.get("lr")
 
     def entry(self) -> dict[str, Any]:
         """Its entry under ``savings`` in report.json."""
@@ -118,13 +140,15 @@ def kind_of(log: RunLog) -> str:
         if "lora-plus" in name and log.config.get("optimizer") == "lora-plus":
             return "lora-plus"
         return "adam-tuned" if "tuned" in name else "adam"
+    if forward and forward.get("learning_rate") == "auto" and forward.get("interval") is None:
+        return "auto"
     if forward and forward.get("search") in KINDS:
         return forward["search"]
     return next((kind for kind in ("parabolic", "linear") if kind in name), "other")
 
 
 def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
-    """Every run with its saving, in the order Adam, linear, parabolic, peers, LoRA+, tuned, others.
+    """Every run with its saving, in the order Adam, linear, parabolic, peers, LoRA+, auto, tuned, others.
 
     Raises:
         ValueError: when two runs have the same name, or tolerance is not a number ≥ 0.
@@ -136,6 +160,7 @@ def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
         raise ValueError(f"several runs are named {', '.join(twice)}; rename them or report them separately")
     runs = [Run(log, kind_of(log), _row(log)) for log in logs]
     runs.sort(key=lambda run: (_place(run.kind), _natural(run.name)))
+    _tell_apart(runs)
     adams = [run for run in runs if run.kind == "adam"]
     for run in adams:
         if run.log.end is not None and _finite(run.row["test_loss"]):
@@ -148,10 +173,10 @@ def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
 
 
 def spreads(runs: Sequence[Run]) -> list[Spread]:
-    """Median and range per kind that has two or more runs."""
+    """Median and range per group that has two or more runs."""
     found = []
-    for kind in dict.fromkeys(run.kind for run in runs if run.kind not in NOT_JUDGED):
-        same = [run for run in runs if run.kind == kind]
+    for kind in dict.fromkeys(run.group for run in runs if run.kind not in NOT_JUDGED):
+        same = [run for run in runs if run.group == kind]
         missing = [run for run in same if run.reason is not None]
         if len(same) < 2:
             continue
@@ -228,8 +253,37 @@ def _adam_for(run: Run, adams: Sequence[Run]) -> tuple[Run | None, str | None]:
     return None, "no Adam run under the same conditions"
 
 
+def _tell_apart(runs: Sequence[Run]) -> None:
+    """Name in each run the settings in which runs of its kind differ."""
+    for kind in {run.kind for run in runs} - {"other"}:
+        same = [run for run in runs if run.kind == kind]
+        settings = [_settings(run) for run in same]
+        names = dict.fromkeys(name for one in settings for name in one)
+        differing = [n for n in names if len({repr(one[n]) for one in settings if n in one}) > 1]
+        variants: dict[str, int] = {}
+        for run, one in zip(same, settings, strict=True):
+            run.variant = ", ".join(f"{name} {_short(one[name])}" for name in differing if name in one)
+            run.variant_number = variants.setdefault(run.variant, len(variants))
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What could tell a run from others of its kind; of the tuned one the rate is in its name already."""
+    config, forward = run.log.config, run.log.config.get("fast_forward")
+    free = {"seed", "lr"} if run.kind == "adam-tuned" or run.lr is None else {"seed"}
+    own = {key: config[key] for key in CONDITIONS if key in config and key not in free}
+    stages = {key: value for key, value in forward.items() if key != "search"} if forward else {}
+    return {**own, **stages}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str):
+        return Path(value).name  # of a file, not somebody's folders
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _differences(run: Run, adam: Run) -> list[str]:
-    mine, other, free = run.log.config, adam.log.config, MAY_DIFFER.get(run.kind, ())
+    mine, other = run.log.config, adam.log.config
+    free = ("lr",) if run.auto else MAY_DIFFER.get(run.kind, ())
     return [k for k in CONDITIONS if k not in free and k in mine and k in other and mine[k] != other[k]]
 
 

@@ -24,7 +24,6 @@ import torch
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.fast_forward import FastForward, Stage
-from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_generic import is_loss_function
 from ffkernels.engine.weights import NameFilter
@@ -55,7 +54,8 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         validation: where the validation loss comes from. None: the first ``examples`` of the Trainer's
             ``eval_dataset``. Or a dataset or list of examples (all, batched as the Trainer evaluates), a
             list or DataLoader of batches, a callable ``loss_fn(model)``, a ``ValidationLoss``.
-        config: when stages run and how they search.
+        config: when stages run and how they search. With ``interval=None`` there are none, and nothing to
+            validate on is needed.
         examples: how many examples are taken of ``eval_dataset``.
         pool: draw the ``examples`` anew before each stage (``ValidationPool``), from the first so many of
             ``eval_dataset`` or of the dataset that ``validation`` is; None validates on the same in each.
@@ -69,7 +69,6 @@ class FastForwardCallback(TrainerCallback, ExportableState):
 
     With ``learning_rate="auto"`` it logs ``ff/alignment`` and ``ff/learning_rate`` (the largest param group's
     base rate) whenever the Trainer logs, and with each stage.
-    When a learning rate was found it logs ``ff/found_lr`` (the base one) and ``ff/found_lr_scale``.
     After each stage it logs ``ff/tau``, ``ff/val_loss_before``, ``ff/val_loss_after``, ``ff/seconds``,
     ``ff/flops_share`` (of all FLOPs so far, the stages') and ``ff/executor`` (0 eager, 1 step graph, 2 stage
     graph); at the end of training ``ff/stages``, ``ff/flops_measured`` and ``ff/flops_paper`` (all FLOPs, in
@@ -84,7 +83,6 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         stages: every ``Stage`` so far; stays readable after training.
         flops: ``{"paper": …, "measured": …}`` of the run so far, stages included.
         stage_flops: the stages' part of it.
-        finding: what ``learning_rate="find"`` found, else None; stays readable after training.
 
     Raises (when training begins):
         ValueError: when there is nothing to validate on, or no loss for it.
@@ -133,7 +131,6 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         self.trainer = trainer
         self.ff: FastForward | None = None
         self.stages: list[Stage] = []
-        self.finding: Finding | None = None
         self.stage_flops = {"paper": 0, "measured": 0}
         self.saved: dict[str, Any] = {}
         self._trainer: Any = None
@@ -168,7 +165,8 @@ class FastForwardCallback(TrainerCallback, ExportableState):
                 "FastForwardCallback(..., trainer=trainer)"
             )
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        validation = self._make_validation(trainer, model, args.seed)
+        stages = self.config.interval is not None
+        validation = self._make_validation(trainer, model, args.seed) if stages else None
         self.ff = FastForward(
             model,
             optimizer,
@@ -186,7 +184,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
                 "has no place for: with save_steps=1 there is nothing to compare, and the rate stays far "
                 "below any that trains; save more seldom",
             )
-        self.stages, self.finding = self.ff.stages, None
+        self.stages = self.ff.stages
         self._meter = FlopMeter(self.ff.trainable_numel)
         self.stage_flops = {"paper": 0, "measured": 0}
         self._restore(state)
@@ -201,23 +199,15 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         if self.ff.optimizer_steps > self._steps_charged:  # else loss scaling skipped it
             self._steps_charged = self.ff.optimizer_steps
             self._meter.optimizer_step()
-            found = self.ff.finding
-            if found is not None and found.optimizer_step == self.ff.optimizer_steps:
-                self.finding = found
-                self._charge(self._meter.finding(found, self.ff.validation.flops))
-                trainer_access.log(self._trainer, {"ff/found_lr": found.lr, "ff/found_lr_scale": found.scale})
         stage = self.ff.run_due_stage()
         if stage is None:
             if control.should_log and (moved := self._rate_metrics()):
                 trainer_access.log(self._trainer, moved)
             return
         self._meter.trainable_numel = self.ff.trainable_numel  # another adapter may be active by now
-        self._charge(self._meter.stage(stage))
-        trainer_access.log(self._trainer, self._stage_metrics(stage))
-
-    def _charge(self, cost: Flops) -> None:
-        for convention, flops in cost._asdict().items():
+        for convention, flops in self._meter.stage(stage)._asdict().items():
             self.stage_flops[convention] += flops
+        trainer_access.log(self._trainer, self._stage_metrics(stage))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         # Of all logs only the training's last has the Trainer's total in the history; in `logs` itself a
@@ -280,13 +270,14 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             )
             return
         self.ff.load_state_dict(saved["fast_forward"])
-        self.stages, self.finding = self.ff.stages, self.ff.finding
+        self.stages = self.ff.stages
         self._meter.load_state_dict(saved["flops"])
         self.stage_flops = dict(saved["stage_flops"])
 
     @contextmanager
     def _count_batch(self, model: torch.nn.Module, inputs: Any) -> Iterator[None]:
-        with self._step_flops.batch(model, inputs) as cost:
+        beside = trainer_access.other_models(self._trainer, model)
+        with self._step_flops.batch(model, inputs, beside) as cost:
             yield
         self._meter.add(Flops(*cost[0]))
 

@@ -16,13 +16,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["load_state", "save_model", "save_state", "state_path"]
+__all__ = ["load_state", "on_disk", "save_model", "save_state", "state_path"]
 
 STATE_VERSION = 1
 
@@ -35,7 +37,7 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
     """Write a PEFT model's adapter files into ``folder``; of another model the whole, with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     adapter = hasattr(model, "peft_config")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as writing:
+    with _named(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as writing:
         if adapter:
             model.save_pretrained(writing)
         else:
@@ -73,7 +75,7 @@ def save_state(
     target = state_path(folder)
     writing = target.with_suffix(".pt.writing")
     try:
-        with open(writing, "wb") as file:
+        with _named(target), open(writing, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -81,6 +83,29 @@ def save_state(
     finally:
         writing.unlink(missing_ok=True)
     return target
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Libraries say of a full disk what they like, without the file."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        said = cause.strerror if isinstance(cause, OSError) and cause.strerror else error
+        raise OSError(f"{path} cannot be written: {said}") from error
+
+
+def on_disk(folder: Path) -> str:
+    """What a run that has ended too early can go on from, in a sentence."""
+    try:
+        state = torch.load(state_path(folder), map_location="cpu", weights_only=True, mmap=True)
+        step = state["progress"]["optimizer_steps"]
+    except Exception:  # none, or one that ``load_state`` will complain about
+        return "Nothing is saved that this run could go on from."
+    return f"The state after step {step} is in {folder}: go on with the same command and --resume."
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -7,8 +7,10 @@ For every seed, with the same data order, adapter initialisation and learning ra
     parabolic-s0    the same with the bracketing search
     authors-s0      the same with a peer, another Fast Forward loop (peers.py); for every peer asked for
     lora-plus-s0    no Fast Forward but LoRA+, until the same test loss; where it is asked for
+    auto-s0         no Fast Forward and no learning rate given, until the same test loss
     adam-tuned-s0   no Fast Forward but a tuned learning rate, until the same test loss: the honest row,
-                    because a tuned learning rate is what a user would try first
+                    because a tuned learning rate is what a user would try first; adam-untuned-s0 where
+                    nothing is known of the model and task: a usual rate
 
 All runs share one process, after throwaway runs through every code path, the peers' too, so that first-use
 costs fall on none of them. The tuned learning rate is an option, the outcome of a sweep, or a number
@@ -31,6 +33,7 @@ import torch
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.search import SEARCHES
 from ffkernels.ops.notices import FFKernelsNotice
+from ffkernels.reporting.exclusive import alone_in
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.peers import load_peer, peer_names
 from ffkernels.training.session import Attach
@@ -48,7 +51,10 @@ TUNED_LR = {
     ("tiny", "medical"): 2e-2,
     ("tiny", "chat"): 2e-2,
 }
+# Settings that these were measured with the defaults of.
+MEASURED_WITH = ("data", "source", "chat_loss", "method", "rank", "alpha", "targets", "optimizer")
 FALLBACK_TUNED_LR = 3e-3
+UNTUNED = "a usual value, not measured for this model and task"
 # The likely ones first: the least number of steps found bounds the length of all later runs.
 SWEEP = (1e-2, 5e-3, 2e-2, 3e-3, 2e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 
@@ -95,6 +101,8 @@ class Comparison:
                 f"searches={self.searches!r}: must be of {', '.join(map(repr, SEARCHES))}, one or more"
             )
         self._check_peers()
+        if self.base.test_examples == 0:
+            raise ValueError("test_examples=0: must be at least 1: the runs are compared at a test loss")
         if self.tuned_lr is not None and not 0 < self.tuned_lr < math.inf:
             raise ValueError(f"tuned_lr={self.tuned_lr!r}: must be a number above 0 or None")
         if self.tuned_lr is not None and self.sweep:
@@ -124,6 +132,11 @@ class Comparison:
                     raise RuntimeError(str(error)) from error
             else:
                 raise ValueError(f"peers={self.peers!r}: must be of {', '.join(map(repr, known))}")
+
+    @property
+    def no_rate(self) -> FastForwardConfig:
+        """No stages, and no learning rate to choose."""
+        return FastForwardConfig(interval=None, learning_rate="auto", impl=self.fast_forward.impl)
 
     def adam(self, seed: int) -> TrainConfig:
         return dataclasses.replace(
@@ -163,6 +176,7 @@ def compare(
     Raises:
         Interrupted: after Ctrl-C, when the present run has been closed.
         ValueError: when Adam diverged, so that there is no test loss to reach.
+        RuntimeError: when another comparison is writing into the same folder.
     """
     base = comparison.base
 
@@ -173,6 +187,12 @@ def compare(
 
     if base.threads is not None:
         torch.set_num_threads(base.threads)
+    with alone_in(base.out):
+        return _compare(comparison, run)
+
+
+def _compare(comparison: Comparison, run: Callable[..., RunResult]) -> tuple[list[RunResult], dict[str, Any]]:
+    base = comparison.base
     warm_up(comparison)
     results = []
     tuned_lr, source = _tuned_lr(comparison)
@@ -193,9 +213,11 @@ def compare(
             else:
                 attach = partial(load_peer(name), interval=comparison.fast_forward.interval)
                 results.append(run(comparison.until(adam, seed, name), attach))
+        results.append(run(comparison.until(adam, seed, "auto", fast_forward=comparison.no_rate)))
         if tuned_lr is None:
             tuned_lr, source = sweep(comparison, adam, seed, run), "sweep"
-        results.append(run(comparison.until(adam, seed, "adam-tuned", lr=tuned_lr)))
+        name = "adam-untuned" if source == UNTUNED else "adam-tuned"
+        results.append(run(comparison.until(adam, seed, name, lr=tuned_lr)))
     protocol = {
         "seeds": list(comparison.seeds),
         "searches": list(comparison.searches),
@@ -224,6 +246,8 @@ def warm_up(comparison: Comparison) -> None:
         for search in comparison.searches:
             stages = dataclasses.replace(ff, search=search)
             _uninterrupted(dataclasses.replace(plain, fast_forward=stages), None)
+        # The second step has an alignment, and the rate rises.
+        _uninterrupted(dataclasses.replace(plain, steps=2, fast_forward=comparison.no_rate), None)
         for name in comparison.peers:
             if name == LORA_PLUS:
                 _uninterrupted(dataclasses.replace(plain, optimizer=LORA_PLUS), None)
@@ -264,11 +288,12 @@ def _tuned_lr(comparison: Comparison) -> tuple[float | None, str]:
     base = comparison.base
     if base.method not in ADAPTERS:
         return None, "sweep"  # nothing is known of whole models, whose best rates lie far apart
-    ours = base.data is None and base.source == "offline"
-    known = TUNED_LR.get((base.model, base.task)) if ours else None
+    ours = TrainConfig()
+    alike = all(getattr(base, name) == getattr(ours, name) for name in MEASURED_WITH)
+    known = TUNED_LR.get((base.model, base.task)) if alike else None
     if known is not None:
         return known, "table"
-    return FALLBACK_TUNED_LR, "a usual value, not measured for this model and task"
+    return FALLBACK_TUNED_LR, UNTUNED
 
 
 def _uninterrupted(config: TrainConfig, on_event: OnEvent | None, attach: Attach | None = None) -> RunResult:

@@ -40,7 +40,8 @@ class TrainConfig:
             paper's data sets, from the Hugging Face hub).
         chat_loss: what counts of the chat task's conversations: ``"all"`` tokens, as with the paper's
             authors, or only what the ``"assistant"`` says.
-        data: a JSONL file with ``text``, ``prompt``/``response`` or ``messages`` lines.
+        data: a file of JSON lines in any form of ``records.py``, instead of a task.
+        test_data: a file of the same kind whose examples, ``test_examples`` at most, are tested on.
         method: ``"lora"`` or ``"dora"`` train an adapter; ``"full"`` trains every weight and
             ``"full-attention"`` the attention projections' own weights, both in float32.
         rank, alpha, dropout: the adapter; the other methods have none and do not read them.
@@ -59,8 +60,8 @@ class TrainConfig:
         max_length: tokens per example at most.
         eval_tokens: padded tokens per forward of the test and validation losses at most, which bounds their
             memory and changes no loss but for rounding; None takes ValidationLoss's own numbers.
-        test_examples, validation_examples: sizes of the held-out sets. The test loss is only measured; the
-            validation loss is what Fast Forward sees.
+        test_examples, validation_examples: sizes of the held-out sets. The test loss is only measured, with 0
+            not even that; the validation loss is what Fast Forward sees.
         resample_validation: draw the validation examples anew before each Fast Forward stage, from so many
             that are held out instead of them; None searches on the same in every stage.
         evaluate_every: optimizer steps between test losses; 0 measures before the first step and after the
@@ -86,6 +87,7 @@ class TrainConfig:
     source: str = "offline"
     chat_loss: str = "all"
     data: str | None = None
+    test_data: str | None = None
     method: str = "lora"
     rank: int = 8
     alpha: float = 16
@@ -125,8 +127,10 @@ class TrainConfig:
                 isinstance(getattr(self, name), str | os.PathLike) and str(getattr(self, name)),
                 "a text",
             )
-        readable = self.data is None or (isinstance(self.data, str | os.PathLike) and str(self.data))
-        self._require("data", readable, "a text or None")
+        for name in ("data", "test_data"):
+            path = getattr(self, name)
+            readable = path is None or (isinstance(path, str | os.PathLike) and str(path))
+            self._require(name, readable, "a text or None")
         plain = (
             isinstance(self.name, str)
             and self.name
@@ -134,7 +138,7 @@ class TrainConfig:
             and self.name[0] != "."
         )
         self._require("name", plain, 'a file name without / \\ : * ? " < > | and without a leading dot')
-        for name in ("rank", "batch_size", "steps", "test_examples", "validation_examples"):
+        for name in ("rank", "batch_size", "steps", "validation_examples"):
             self._integer(name, 1)
         for name in ("micro_batch_size", "eval_tokens", "threads"):
             self._integer(name, 1, optional=True)
@@ -143,8 +147,14 @@ class TrainConfig:
         allowed = f"an integer of at least validation_examples={least}, or None"
         self._require("resample_validation", pool is None or counted, allowed)
         self._integer("max_length", 4)
-        for name in ("warmup_steps", "evaluate_every", "checkpoint_every", "seed"):
+        for name in ("test_examples", "warmup_steps", "evaluate_every", "checkpoint_every", "seed"):
             self._integer(name, 0)
+        unread = self.data is None or not self.test_examples
+        self._require(
+            "test_data",
+            self.test_data is None or not unread,
+            "None without data, and where test_examples is 0",
+        )
         for name in ("lr", "alpha"):
             self._number(name, lambda x: x > 0, "a number above 0")
         self._number("weight_decay", lambda x: x >= 0, "a number of at least 0")
@@ -153,6 +163,9 @@ class TrainConfig:
         for name in ("max_grad_norm", "epochs"):
             self._number(name, lambda x: x > 0, "a number above 0", optional=True)
         self._number("target_loss", lambda x: True, "a number", optional=True)
+        self._require(
+            "target_loss", self.test_examples or self.target_loss is None, "None where test_examples is 0"
+        )
         self._number("lora_plus_ratio", lambda x: x >= 1, "a number of at least 1")
         for name, allowed in (
             ("method", METHODS),

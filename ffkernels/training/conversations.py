@@ -10,12 +10,12 @@ their own, the same in every conversation, and learning it by heart is no progre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ffkernels.training.examples import Segment
-
-ROLES = ("system", "user", "assistant")
+from ffkernels.training.turns import NothingToLearn, is_counted, turns
 
 PLAIN, MARKED = "plain", "marked"
 
@@ -26,94 +26,103 @@ PROBE = "\x00content\x00"
 
 
 def conversation(
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     tokenizer: Any,
     where: str,
     *,
     counted: str = "assistant",
     fallback: str = PLAIN,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Segment, ...]:
-    """The segments of ``messages`` ({'role', 'content'} each): all counted, or what the assistant says.
+    """The segments of ``messages``, in any form of ``turns``: all counted, or what the assistant says.
 
     ``where`` says in errors which conversation it is; ``fallback`` (PLAIN or MARKED) is the format for a
-    tokenizer without a chat template.
+    tokenizer without a chat template. A template is told of ``tools``, as functions' JSON schemas.
+
+    Raises:
+        ValueError: when it is not a conversation, or the template refuses it.
+        NothingToLearn: when all that the assistant says is white space.
     """
-    _check(messages, where, counted)
+    messages = turns(messages, where)
+    if counted == "assistant":
+        _check(messages, where)
     if getattr(tokenizer, "chat_template", None) is not None:
-        split = _after_preamble if counted == "all" else _templated
-        return _merged(split(messages, tokenizer, where))
+        template = _Template(tokenizer, where, tools)
+        return _merged((_after_preamble if counted == "all" else _templated)(messages, template))
     marked = fallback == MARKED
     spans = _marked(messages, getattr(tokenizer, "eos_token", None)) if marked else _plain(messages)
     return _merged((text, kept or counted == "all") for text, kept in spans)
 
 
-def _check(messages: Any, where: str, counted: str) -> None:
-    if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(f"{where}: 'messages' must be a list of at least one {{'role', 'content'}}.")
-    for turn, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"{where}: messages[{turn}] must be an object with 'role' and 'content'.")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise ValueError(
-                    f"{where}: messages[{turn}] needs a string {key!r}; it has {sorted(message)}."
-                )
-        if message["role"] not in ROLES:
-            raise ValueError(
-                f"{where}: messages[{turn}] has the role {message['role']!r}; allowed are {', '.join(ROLES)}."
-            )
-    if counted == "assistant" and not any(m["role"] == "assistant" and m["content"] for m in messages):
+def _check(messages: Sequence[Mapping[str, Any]], where: str) -> None:
+    spoken = [m for m in messages if is_counted(m)]
+    if not spoken:
         raise ValueError(f"{where}: no turn of the assistant, so there is nothing to learn from it.")
+    if not any(_said(m).strip() for m in spoken):
+        raise NothingToLearn(f"{where}: the assistant says nothing, so there is nothing to learn from it.")
 
 
-def _plain(messages: Iterable[dict[str, str]]) -> Iterator[Segment]:
+def _said(message: Mapping[str, Any]) -> str:
+    """What a turn says where no template writes its tool calls: them as JSON, a line each."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([message["content"], *calls] if message["content"] else calls)
+
+
+def _plain(messages: Iterable[Mapping[str, Any]]) -> Iterator[Segment]:
     for message in messages:
         yield f"{message['role'].capitalize()}: ", False
-        yield f"{message['content']}\n", message["role"] == "assistant"
+        yield f"{_said(message)}\n", is_counted(message)
 
 
-def _marked(messages: Sequence[dict[str, str]], end: str | None) -> Iterator[Segment]:
+def _marked(messages: Sequence[Mapping[str, Any]], end: str | None) -> Iterator[Segment]:
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": ""}, *messages]
     for message in messages:
         yield f"<|{message['role']}|>\n", False
-        yield f"{message['content']}{end or ''}\n", message["role"] == "assistant"
+        yield f"{_said(message)}{end or ''}\n", is_counted(message)
 
 
-def _after_preamble(
-    messages: Sequence[dict[str, str]], tokenizer: Any, where: str
-) -> tuple[Segment, Segment]:
+class _Template:
+    """The tokenizer's chat template; what it raises is told with the line."""
+
+    def __init__(self, tokenizer: Any, where: str, tools: Sequence[Mapping[str, Any]] | None) -> None:
+        self._tokenizer, self.where = tokenizer, where
+        self._tools = {"tools": list(tools)} if tools else {}
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]], header: bool = False) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=header, **self._tools
+            )
+        except Exception as error:  # jinja's, of templates that refuse a role or an order of roles
+            raise ValueError(f"{self.where}: the tokenizer's chat template refuses it ({error}).") from error
+
+
+def _after_preamble(messages: Sequence[Mapping[str, Any]], template: _Template) -> tuple[Segment, Segment]:
     """The rendered conversation, cut where its first content begins."""
     probe = [{**messages[0], "content": PROBE}, *messages[1:]]
-    preamble, found, _ = _rendered(probe, tokenizer, where).partition(PROBE)
-    text = _rendered(messages, tokenizer, where)
+    preamble, found, _ = template(probe).partition(PROBE)
+    text = template(messages)
     begin = len(preamble) if found and text.startswith(preamble) else 0
     return (text[:begin], False), (text[begin:], True)
 
 
-def _templated(messages: Sequence[dict[str, str]], tokenizer: Any, where: str) -> Iterator[Segment]:
+def _templated(messages: Sequence[Mapping[str, Any]], template: _Template) -> Iterator[Segment]:
     """What each turn adds to the rendered conversation; the assistant's header belongs to the prompt."""
     done = ""
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if not is_counted(message):
             continue
-        before = _rendered(messages[:turn], tokenizer, where, header=True) if turn else done
-        after = _rendered(messages[: turn + 1], tokenizer, where)
+        before = template(messages[:turn], header=True) if turn else done
+        after = template(messages[: turn + 1])
         if not before.startswith(done) or not after.startswith(before):
             raise ValueError(
-                f"{where}: the tokenizer's chat template rewrites earlier turns, so messages[{turn}] "
-                "cannot be told from its prompt. Give `prompt` and `response` instead."
+                f"{template.where}: the tokenizer's chat template rewrites earlier turns, so "
+                f"messages[{turn}] cannot be told from its prompt. Give `prompt` and `response` instead."
             )
         yield before[len(done) :], False
         yield after[len(before) :], True
         done = after
-
-
-def _rendered(messages: Sequence[dict[str, str]], tokenizer: Any, where: str, header: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=header)
-    except Exception as error:  # jinja's, of templates that refuse a role or an order of roles
-        raise ValueError(f"{where}: the tokenizer's chat template refuses it ({error}).") from error
 
 
 def _merged(spans: Iterable[Segment]) -> tuple[Segment, ...]:

@@ -145,11 +145,15 @@ def load_splits(
         taken += 1
     rest = order[taken:] if shared else _shuffled(len(train_rows), seed)
     if len(held_out) < needed or not rest:
-        why = " Longer ones are left out here, as the authors do: raise max_length." * source.drop_long
+        why = (
+            " Longer ones are left out here, as the authors do: raise max_length (--max-length)."
+            * source.drop_long
+        )
         raise ValueError(
             f"{source.repository} has {len(held_out)} different examples that fit, of {len(held_rows)}; "
             f"{test_examples} test and {validation_examples} validation examples leave none to train on. "
-            f"Ask for fewer of them.{why}{refused}"
+            "Lower test_examples (--test-examples) or validation_examples (--validation-examples)."
+            f"{why}{refused}"
         )
 
     def train_example(row: int) -> Example | None:

@@ -1,22 +1,28 @@
-"""One's own data: JSON lines with `text`, or `prompt` and `response`, or `messages`; also compressed.
+"""One's own data: JSON lines, or one JSON array, of the records of ``records.py``; also compressed.
 
-A line becomes segments (text, counted): the loss counts a `text` whole, of a pair only the `response`, of a
-conversation only what the assistant says.
+Bad lines are reported together. What is not read, and what is read in one of several ways, is counted in a
+``Counter`` under ``EMPTY`` and ``SEVERAL``.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ffkernels.training.conversations import conversation
 from ffkernels.training.examples import Segment
+from ffkernels.training.records import ALLOWED, forms_of, segments_of
+from ffkernels.training.turns import NothingToLearn
 
-ALLOWED = "`text`, or `prompt` and `response`, or `messages`"
+EMPTY, SEVERAL = "empty", "several forms"
+
+SHOWN = 10  # bad lines of a file
+
+BOM = b"\xef\xbb\xbf"
 
 # Modules of the standard library that a Python may have been built without: imported when needed.
 COMPRESSED = {".xz": "lzma", ".gz": "gzip", ".bz2": "bz2"}
@@ -27,19 +33,56 @@ def task_name(path: Path) -> str:
     return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
 
 
-def read_lines(path: Path, tokenizer: Any) -> Iterator[tuple[Segment, ...]]:
-    """The segments of each line; empty lines are passed over, a bad one is a ValueError that says where."""
+def read_lines(path: Path, tokenizer: Any, counts: Counter[str]) -> Iterator[tuple[Segment, ...]]:
+    """The segments of each line with something to learn; empty lines are passed over.
+
+    Raises:
+        ValueError: when all has been read, with the first ten bad lines and their number.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a JSONL file whose lines have {ALLOWED}.")
+    bad: list[str] = []
+    found = 0
     with _opened(path) as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
+        for where, record in _records(lines, path):
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error}).") from error
-            if line.strip():
-                yield _segments(line, where, tokenizer)
+                if isinstance(record, bytes):
+                    record = _parsed(record, where)
+                segments = segments_of(record, tokenizer, where)
+            except NothingToLearn:
+                counts[EMPTY] += 1
+            except ValueError as error:
+                found += 1
+                if found <= SHOWN:
+                    bad.append(str(error))
+            else:
+                counts[SEVERAL] += len(forms_of(record)) > 1
+                yield segments
+    if found == 1:
+        raise ValueError(bad[0])
+    if bad:
+        more = [f"… and {found - SHOWN} more."] if found > SHOWN else []
+        raise ValueError("\n  ".join([f"{path}: {found} lines cannot be read:", *bad, *more]))
+
+
+def _records(lines: Iterable[bytes], path: Path) -> Iterator[tuple[str, Any]]:
+    """(where it is, line) of each line that is not empty; (where, item) of a file that is one array."""
+    filled = ((number, line) for number, line in enumerate(lines, start=1) if line.removeprefix(BOM).strip())
+    for place, (number, line) in enumerate(filled):
+        if place == 0 and line.removeprefix(BOM).lstrip().startswith(b"["):
+            array = _parsed(b"".join([line, *(line for _, line in filled)]), str(path))
+            yield from ((f"{path}, item {item}", record) for item, record in enumerate(array, start=1))
+            return
+        yield f"{path}, line {number}", line
+
+
+def _parsed(raw: bytes, where: str) -> Any:
+    try:
+        return json.loads(raw.removeprefix(BOM).decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}).") from error
+    except (ValueError, RecursionError) as error:  # also of numbers and nestings that Python does not read
+        raise ValueError(f"{where}: not JSON ({error}).") from error
 
 
 @contextmanager
@@ -65,38 +108,3 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             f"{path} cannot be decompressed: damaged, cut short, or not what its ending {path.suffix} says "
             f"({error})."
         ) from error
-
-
-def _segments(line: str, where: str, tokenizer: Any) -> tuple[Segment, ...]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}).") from error
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}: a JSON {type(record).__name__}; each line must be an object with {ALLOWED}."
-        )
-    if "messages" in record:
-        return conversation(record["messages"], tokenizer, where)
-    if "prompt" in record or "response" in record:
-        prompt, response = (_string(record, key, where) for key in ("prompt", "response"))
-        return (prompt, False), (_filled(response, "response", where), True)
-    if "text" in record:
-        return ((_filled(_string(record, "text", where), "text", where), True),)
-    raise ValueError(f"{where}: has the keys {sorted(record)}; needed are {ALLOWED}.")
-
-
-def _string(record: dict[str, Any], key: str, where: str) -> str:
-    if key not in record:
-        raise ValueError(
-            f"{where}: the key {key!r} is missing; it has {sorted(record)}, needed are {ALLOWED}."
-        )
-    if not isinstance(record[key], str):
-        raise ValueError(f"{where}: {key!r} must be a string, not {type(record[key]).__name__}.")
-    return record[key]
-
-
-def _filled(text: str, key: str, where: str) -> str:
-    if not text:
-        raise ValueError(f"{where}: {key!r} is empty, so there is nothing to learn from it.")
-    return text

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="Settings of the paper's authors: authors-MODEL-TASK, of pythia-1.4b, -2.8b, -6.9b or llama3-8b "
-        "and medical, instruction or chat. Options that are given as well win over them."
+        help="Settings of the authors' script, authors-MODEL-TASK, or the paper's tables, paper-MODEL-TASK: "
+        "of pythia-1.4b, -2.8b, -6.9b or llama3-8b and medical, instruction or chat. Options that are given "
+        "as well win over them."
     ),
 ]
 Model = Annotated[
@@ -44,7 +45,14 @@ ChatLoss = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(help="JSONL file with text, prompt/response or messages lines, instead of --task."),
+    typer.Option(
+        help="File of JSON lines, instead of --task: text; prompt and response or completion; messages; "
+        "ShareGPT's conversations; Alpaca's instruction, input, output."
+    ),
+]
+TestData = Annotated[
+    Path | None,
+    typer.Option(help="With --data: the file that is tested on, --test-examples of it at most."),
 ]
 Method = Annotated[
     str,
@@ -91,7 +99,8 @@ EvalTokens = Annotated[
     ),
 ]
 TestExamples = Annotated[
-    int, typer.Option(help="Held-out examples for the test loss, which is charged to nobody.")
+    int,
+    typer.Option(help="Held-out examples for the test loss, which is charged to nobody; 0: none."),
 ]
 ValidationExamples = Annotated[int, typer.Option(help="Held-out examples Fast Forward searches with.")]
 ResampleValidation = Annotated[
@@ -111,12 +120,6 @@ Patience = Annotated[
         "Fast Forward off after so many stages in a row without a step; 0 never does."
     ),
 ]
-FindLr = Annotated[
-    bool,
-    typer.Option(
-        "--find-lr", help="Let Fast Forward find the learning rate in the first two steps; --lr is its start."
-    ),
-]
 Impl = Annotated[str, typer.Option(help="What moves the weights: auto, torch, cpp, triton or cuda.")]
 Search = Annotated[str, typer.Option(help="Fast Forward's search: parabolic or linear (the paper's).")]
 Seeds = Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which (0,7 or 7,).")]
@@ -134,7 +137,7 @@ BOTH = "both"
 AUTO = "auto"  # --lr, and FastForwardConfig.learning_rate
 
 # Fields whose options are called otherwise.
-OPTION = {"targets": "target_modules", "warmup": "stage_warmup", "learning_rate": "find_lr"}
+OPTION = {"targets": "target_modules", "warmup": "stage_warmup", "peers": "peer", "searches": "search"}
 
 
 def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
@@ -151,7 +154,7 @@ def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
 
     names = [field.name for field in fields(TrainConfig) if field.name != "fast_forward"]
     values = {n: ctx.params[OPTION.get(n, n)] for n in names if OPTION.get(n, n) in ctx.params}
-    for name in ("out", "data"):
+    for name in ("out", "data", "test_data"):
         if values.get(name) is not None:
             values[name] = str(values[name])
     if values.get("targets") is not None:
@@ -180,14 +183,10 @@ def stages(ctx: typer.Context, **fixed: Any) -> FastForwardConfig:
     values = {n: ctx.params[OPTION.get(n, n)] for n in names if OPTION.get(n, n) in ctx.params}
     if "patience" in values:
         values["patience"] = _patience(values["patience"])
-    if "learning_rate" in values:
-        values["learning_rate"] = "find" if values["learning_rate"] else "keep"
     of_preset = preset_values(ctx).get("fast_forward") if ctx.params.get("preset") is not None else None
     if of_preset is not None:
         values |= {n: getattr(of_preset, n) for n in names if not _given(ctx, n)}
     if ctx.params.get("lr") == AUTO:
-        if ctx.params.get("find_lr"):
-            raise ValueError("--find-lr: with --lr auto there is no learning rate to find; leave one out")
         values["learning_rate"] = AUTO
     return FastForwardConfig(**{**values, **fixed})
 

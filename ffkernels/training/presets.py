@@ -1,9 +1,12 @@
-"""Settings known from the paper: what its authors' script does unless it is told otherwise.
+"""Settings known from the paper and from its authors' script.
 
 ``TrainConfig(**preset("authors-llama3-8b-chat"))`` is the run that the script makes by default: main.py of
-github.com/AdirRahamim/Fast-Forward. The other names change its model and task only, as its two flags would.
-The paper's tables of hyper-parameters, which give each model and task its own learning rate, batch size and
-rank, are *not* in here; of them this module knows the ranges alone.
+github.com/AdirRahamim/Fast-Forward. The other names that begin with ``authors`` change its model and task
+only, as its two flags would. ``paper-…`` has the learning rate, micro-batch, batch size and rank that Tables
+1 to 3 of the paper (its appendix E) give each model and task; what they do not say is the script's.
+
+The tables leave some micro-batches blank. These change memory and no gradient; the script's is taken, which
+is said.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from ffkernels.engine.config import FastForwardConfig
+from ffkernels.ops.notices import announce_once
+
+__all__ = ["BLANK", "MODELS", "PRESETS", "TABLES", "TASKS", "preset"]
 
 MODELS = {
     "pythia-1.4b": "EleutherAI/pythia-1.4b",
@@ -21,11 +27,23 @@ MODELS = {
 
 TASKS = ("medical", "instruction", "chat")
 
-PRESETS = tuple(f"authors-{model}-{task}" for model in MODELS for task in TASKS)
+BLANK = None  # what a table does not say
 
-# From the least to the largest that the paper trains with, over all models and tasks.
-PAPER_LEARNING_RATES = (5e-6, 4e-5)
-PAPER_BATCH_SIZES = (64, 512)
+# Learning rate, batch size and rank by task, each the same for all models; micro-batches by model.
+TABLES: dict[str, tuple[float, int, int, dict[str, int | None]]] = {
+    "medical": (4e-5, 128, 8, {"pythia-1.4b": 2, "pythia-2.8b": 1, "pythia-6.9b": BLANK, "llama3-8b": BLANK}),
+    "instruction": (
+        5e-6,
+        64,
+        8,
+        {"pythia-1.4b": 2, "pythia-2.8b": 1, "pythia-6.9b": BLANK, "llama3-8b": BLANK},
+    ),
+    "chat": (2e-5, 512, 64, {"pythia-1.4b": 2, "pythia-2.8b": 2, "pythia-6.9b": 1, "llama3-8b": BLANK}),
+}
+
+PRESETS = tuple(
+    f"{whose}-{model}-{task}" for whose in ("authors", "paper") for model in MODELS for task in TASKS
+)
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -36,7 +54,12 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} does not exist; allowed are {', '.join(PRESETS)}.")
-    model, _, task = name.removeprefix("authors-").rpartition("-")
+    source, _, rest = name.partition("-")
+    model, _, task = rest.rpartition("-")
+    return {**_authors(model, task), **(_tables(model, task) if source == "paper" else {})}
+
+
+def _authors(model: str, task: str) -> dict[str, Any]:
     llama = model == "llama3-8b"
     return {
         "model": MODELS[model],
@@ -66,3 +89,16 @@ def preset(name: str) -> dict[str, Any]:
         "seed": 0,
         "dtype": "bfloat16" if llama else "float32",
     }
+
+
+def _tables(model: str, task: str) -> dict[str, Any]:
+    lr, batch_size, rank, micro_batches = TABLES[task]
+    said = {"lr": lr, "batch_size": batch_size, "rank": rank}
+    if micro_batches[model] is not BLANK:
+        return {**said, "micro_batch_size": micro_batches[model]}
+    announce_once(
+        f"blank-{model}-{task}",
+        f"the paper's table leaves the micro-batch of {model} on {task} blank; the authors' script's is "
+        "taken, 1 (micro_batch_size, --micro-batch-size: memory, not the gradient)",
+    )
+    return said

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ffkernels.training.config import ADAPTERS, TrainConfig
@@ -35,12 +43,15 @@ class ProgressBars:
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
+            TextColumn("left at most"),
+            TimeRemainingColumn(),
             console=console,
             disable=not self._live,
         )
         self._transformers = no_progress_bars(not self._live)
         self._task: Any = None
         self._name, self._steps, self._test = "", 0, ""
+        self._told: set[str] = set()
 
     def __enter__(self) -> ProgressBars:
         self._transformers.__enter__()
@@ -63,33 +74,49 @@ class ProgressBars:
         kind = event["event"]
         if kind == "run":
             self._steps = event["config"]["steps"]
-            if self.tokens and not self.quiet:
-                self.console.print(f"{self._name}: {token_line(event['tokens'])}", highlight=False)
+            if self.tokens:
+                self._tell(token_line(event["tokens"]), f"{self._name}: ")
+            for remark in event["remarks"]:
+                self._tell(remark)
             self._progress.update(self._task, total=self._steps)
         elif kind == "test":
             self._test = f"test loss {event['loss']:.4f}"
             self._progress.update(self._task, completed=event["optimizer_step"], note=self._test)
         elif kind == "step":
             self._progress.update(self._task, completed=event["optimizer_step"])
+        elif kind == "stage_begins":
+            self._progress.update(self._task, note=f"{self._test}  Fast Forward stage …")
+        elif kind == "interrupt":
+            what = "Fast Forward stage" if event["in_stage"] else "step"
+            how = "and is saved; a second Ctrl-C ends it at once, unsaved" if event["save"] else ""
+            self.console.print(f"Ctrl-C: {self._name} ends after this {what} {how}".rstrip(), highlight=False)
         elif kind == "stage":
             self._progress.update(self._task, note=f"{self._test}  τ = {event['tau']}")
-        elif kind == "finding" and not self.quiet:
-            self.console.print(
-                f"{self._name}: learning rate {event['lr_before']:.3g} → {event['lr']:.3g}, found in "
-                f"{event['evaluations']} validation losses ({event['stopped_because']})",
-                highlight=False,
-            )
         elif kind == "end":
             # A run that stopped early is done: its bar is full at the steps it needed.
             self._progress.update(
                 self._task, completed=event["optimizer_steps"], total=event["optimizer_steps"]
             )
             if not self._live and not self.quiet:
+                tests = (
+                    f", and {event['test_seconds']:.1f} s for test losses" if event["test_seconds"] else ""
+                )
                 self.console.print(
-                    f"{self._name}: {event['stopped_because']} after {event['optimizer_steps']} steps, "
-                    f"test loss {event['test_loss']:.4f}, {event['seconds']['total']:.1f} s",
+                    f"{self._name}: {event['stopped_because']} after {event['optimizer_steps']} steps,"
+                    f"{_test_loss(event['test_loss'])} {event['seconds']['total']:.1f} s{tests}",
                     highlight=False,
                 )
+
+    def _tell(self, remark: str, whose: str = "") -> None:
+        """Once, also where several runs share the data."""
+        if not self.quiet and remark not in self._told:
+            self._told.add(remark)
+            self.console.print(whose + remark, highlight=False, markup=False)
+
+
+def _test_loss(loss: float) -> str:
+    """Nothing where none was measured."""
+    return "" if math.isnan(loss) else f" test loss {loss:.4f},"
 
 
 def token_line(statistics: dict[str, dict[str, Any]]) -> str:
@@ -122,7 +149,7 @@ def token_table(name: str, statistics: dict[str, dict[str, Any]]) -> Table:
 def how_it_ended(result: RunResult, method: str = "lora") -> list[str]:
     """A finished run in lines: why it ended, what it cost, where its files are."""
     lines = [
-        f"{result.stopped_because} after {result.optimizer_steps} steps: test loss {result.test_loss:.4f}, "
+        f"{result.stopped_because} after {result.optimizer_steps} steps:{_test_loss(result.test_loss)} "
         f"{result.seconds['total']:.1f} s, {result.flops['measured']:.3g} FLOPs (measured)"
     ]
     if result.stopped_because == NOT_FINITE:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.engine.validation import ValidationLoss
@@ -29,6 +28,7 @@ from ffkernels.reporting.flops import FlopMeter
 from ffkernels.reporting.machine import choose_device
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.models import add_adapter, attention_targets, load_model, train_weights
+from ffkernels.training.remarks import of_run
 from ffkernels.training.tasks import Example, Task, collate, load_file, load_task
 
 __all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task"]
@@ -83,7 +83,7 @@ class Session:
         lr: the base learning rate of the last update; with ``learning_rate="auto"`` as that update left it.
         order: ``order(step)`` are the indices into ``task.train`` of that step's batch.
         meter: counts FLOPs where its caller tells it to; a session itself counts nothing.
-        test: loss on the test examples, charged to nobody.
+        test: loss on the test examples, charged to nobody; None where there are none.
         validation: loss on the validation examples, or on a draw of them; made when first asked for.
         ff: the FastForward (or a peer of the same face) that runs stages inside ``update``; None without.
     """
@@ -109,15 +109,13 @@ class Session:
         self._ratios = [group["lr"] / config.lr for group in self.optimizer.param_groups]
         self.order = DataOrder(len(self.task.train), config.batch_size, config.seed)
         self.meter = FlopMeter(sum(p.numel() for p in self.trainable))
-        self.test = self._loss(self.task.test)
+        self.test = self._loss(self.task.test) if self.task.test else None
         if attach is not None:
             self.ff = attach(self)
         elif config.fast_forward is not None:
-            settings, scheduler = config.fast_forward, None
-            if settings.learning_rate == "find":
-                # Never stepped: it says what shape ``update`` gives the rate.
-                scheduler = LambdaLR(self.optimizer, lambda step: self.learning_rate(step) / config.lr)
-            self.ff = FastForward(self.model, self.optimizer, self.validation, settings, scheduler=scheduler)
+            stages = config.fast_forward.interval is not None
+            validation = self.validation if stages else None
+            self.ff = FastForward(self.model, self.optimizer, validation, config.fast_forward)
         try:
             if "validation" in vars(self):
                 _ = self.validation.flops  # counted at its first reading: here, outside anybody's clock
@@ -173,7 +171,7 @@ class Session:
 
     def update(self, step: int) -> None:
         """Optimizer step ``step`` (counted from 0) from the gradients that are there; then they are freed."""
-        # Fast Forward may have found a better rate by itself; it says by how much to multiply ours.
+        # Fast Forward may move the rate by itself; it says by how much to multiply ours.
         scheduled = self.learning_rate(step)
         self.lr = lr = scheduled * getattr(self.ff, "lr_scale", 1.0)
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
@@ -191,9 +189,19 @@ class Session:
         self.update(step)
         return loss.item()
 
+    @property
+    def remarks(self) -> list[str]:
+        """What was left out of the data, and where data and settings do not go together, in sentences."""
+        of_model = getattr(self.model, "config", None)
+        splits = (self.task.train, self.task.validation, self.task.test)
+        at_hand = [example for split in splits if isinstance(split, list) for example in split]
+        longest = max(len(example["input_ids"]) for example in at_hand)
+        positions = getattr(of_model, "max_position_embeddings", None)
+        return [*self.task.remarks, *of_run(len(self.task.train), longest, self.config.batch_size, positions)]
+
     def test_loss(self) -> float:
-        """Mean loss over the test examples' labelled tokens, in nats."""
-        return float(self.test())
+        """Mean loss over the test examples' labelled tokens, in nats; NaN where there are none."""
+        return math.nan if self.test is None else float(self.test())
 
     def close(self) -> None:
         """Detach what runs the stages and free its buffers; ``ff.stages`` stays readable. Idempotent."""
@@ -229,7 +237,7 @@ def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:
         "validation_examples": config.held_out_examples,
     }
     if config.data is not None:
-        return load_file(config.data, tokenizer, **sizes)
+        return load_file(config.data, tokenizer, test_data=config.test_data, **sizes)
     return load_task(config.task, tokenizer, source=config.source, chat_loss=config.chat_loss, **sizes)
 
 

@@ -9,15 +9,16 @@ on the seed alone. Each task has a source that needs no download and one on the 
 | medical | diagnoses and their notes, ICD-10-CM | Meditron's guidelines | everything |
 | chat | the Chit-Chat Challenge's conversations | UltraChat 200k | everything |
 
-``load_file`` reads JSON lines of one's own. docs/tasks.md says more.
+``load_file`` reads a file of one's own. docs/tasks.md says more.
 """
 
 from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ffkernels.training.examples import Example, Segment, collate, make_example,
 from ffkernels.training.icd import passages
 from ffkernels.training.jsonl import read_lines, task_name
 from ffkernels.training.kept_examples import kept
+from ffkernels.training.remarks import BEYOND, HELD_OUT, REPEATED, SAME_START, on_file
 from ffkernels.training.standard_library import documented_functions
 from ffkernels.training.token_statistics import token_statistics
 
@@ -41,12 +43,16 @@ MEASURED_ON_DEMAND = 2000
 
 @dataclass(frozen=True)
 class Task:
-    """Three disjoint lists of examples; ``train`` may be one that tokenizes on demand."""
+    """Three disjoint lists of examples; ``train`` may be one that tokenizes on demand.
+
+    ``remarks`` say in sentences what was left out of a file.
+    """
 
     name: str
     train: Sequence[Example]
     validation: list[Example]
     test: list[Example]
+    remarks: tuple[str, ...] = ()
 
     def statistics(self) -> dict[str, dict[str, Any]]:
         """Token counts per split, as ``token_statistics`` describes them."""
@@ -123,7 +129,7 @@ def load_task(
     examples = kept(
         (name, max_length, chat_loss),
         tokenizer,
-        lambda: _examples(TASKS[name](tokenizer, chat_loss), tokenizer, max_length),
+        lambda: _examples(TASKS[name](tokenizer, chat_loss), tokenizer, max_length, Counter()),
     )
     return _split(name, examples, seed, **sizes)
 
@@ -136,23 +142,54 @@ def load_file(
     seed: int = 0,
     test_examples: int = 1000,
     validation_examples: int = 32,
+    test_data: str | os.PathLike[str] | None = None,
 ) -> Task:
-    """A task from a JSONL file whose lines have `text`, or `prompt` and `response`, or `messages`.
+    """A task from a file of JSON lines, or of one JSON array, in any form of ``records.py``.
 
-    The file may be compressed (.xz, .gz, .bz2). The loss counts all of a `text`, only the `response`, or only
+    The file may be compressed (.xz, .gz, .bz2). The loss counts all of a `text`, only a response, or only
     what the assistant says. Longer examples than ``max_length`` are cut, never packed. A repeated line is
-    taken once, so that no line is in two splits.
+    taken once, so that no line is in two splits. ``test_data`` is a file of the same kind whose examples,
+    ``test_examples`` at most, are the test set.
+
+    Raises:
+        ValueError: for bad lines, ten of them together, or too few examples for the splits.
     """
     path = Path(path)
     sizes = _sizes(max_length, test_examples, validation_examples)
-    sources = dict.fromkeys(read_lines(path, tokenizer))
-    return _split(task_name(path), _examples(sources, tokenizer, max_length), seed, **sizes)
+    examples, counts = _read(path, tokenizer, max_length)
+    if test_data is None:
+        task = _split(task_name(path), examples, seed, **sizes)
+        return replace(task, remarks=tuple(on_file(path.name, counts, max_length)))
+    test_path = Path(test_data)
+    test, test_counts = _read(test_path, tokenizer, max_length)
+    random.Random(seed).shuffle(test)
+    test_counts[BEYOND] = len(test[test_examples:])
+    del test[test_examples:]
+    held_out = {tuple(example["input_ids"]) for example in test}
+    others = [example for example in examples if tuple(example["input_ids"]) not in held_out]
+    counts[HELD_OUT] = len(examples) - len(others)
+    task = _split(task_name(path), others, seed, **{**sizes, "test_examples": 0})
+    files = ((path, counts), (test_path, test_counts))
+    remarks = [remark for file, of in files for remark in on_file(file.name, of, max_length)]
+    return replace(task, test=test, remarks=tuple(remarks))
+
+
+def _read(path: Path, tokenizer: Any, max_length: int) -> tuple[list[Example], Counter[str]]:
+    """The different examples of a file, and how many lines are none of them, by reason."""
+    counts: Counter[str] = Counter()
+    lines = list(read_lines(path, tokenizer, counts))
+    sources = dict.fromkeys(lines)
+    counts[REPEATED] = len(lines) - len(sources)
+    if not sources:
+        left_out = " ".join(on_file(path.name, counts, max_length))
+        raise ValueError(f"task {task_name(path)!r} has no example: its data are empty. {left_out}".rstrip())
+    return _examples(sources, tokenizer, max_length, counts), counts
 
 
 def _sizes(max_length: int, test_examples: int, validation_examples: int) -> dict[str, int]:
     for field, value, least in (
         ("max_length", max_length, 4),
-        ("test_examples", test_examples, 1),
+        ("test_examples", test_examples, 0),
         ("validation_examples", validation_examples, 1),
     ):
         if not isinstance(value, int) or value < least:
@@ -164,11 +201,15 @@ def _sizes(max_length: int, test_examples: int, validation_examples: int) -> dic
     }
 
 
-def _examples(sources: Iterable[Sequence[Segment]], tokenizer: Any, max_length: int) -> list[Example]:
+def _examples(
+    sources: Iterable[Sequence[Segment]], tokenizer: Any, max_length: int, counts: Counter[str]
+) -> list[Example]:
     """An example of each source; one only where different texts are the same tokens once they are cut."""
     start = start_tokens(tokenizer)
-    cut = (make_example(source, tokenizer, start, max_length) for source in sources)
-    return list({tuple(example["input_ids"]): example for example in cut}.values())
+    cut = [make_example(source, tokenizer, start, max_length) for source in sources]
+    different = list({tuple(example["input_ids"]): example for example in cut}.values())
+    counts[SAME_START] = len(cut) - len(different)
+    return different
 
 
 def _split(
@@ -182,13 +223,12 @@ def _split(
 ) -> Task:
     """The splits of different examples: none is in two of them."""
     held_out = test_examples + validation_examples
-    if not examples:
-        raise ValueError(f"task {name!r} has no example: its data are empty.")
     if len(examples) <= held_out:
         raise ValueError(
             f"task {name!r} has {len(examples)} different examples of at most {max_length} tokens; "
             f"{test_examples} test and {validation_examples} validation examples leave none to train on. "
-            "Ask for fewer of them."
+            "Lower test_examples (--test-examples; 0 tests on none) or validation_examples "
+            "(--validation-examples), or test on another file, test_data (--test-data FILE)."
         )
     random.Random(seed).shuffle(examples)
     return Task(

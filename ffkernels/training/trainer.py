@@ -10,7 +10,7 @@ What a run is charged for: collating, forward, backward, the optimizer, and ever
 (validation losses, search, weight moves). Making the model, the validation loss's one comparison with the
 model's own (two forwards of at most four or five examples) and Fast Forward's buffers, counting FLOPs, test
 losses, logging and checkpoints are outside the clock. ``total`` is the sum of ``train``, ``validate``,
-``move`` and ``other``. Finding a learning rate counts as validating, in the step that ends the search.
+``move`` and ``other``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -45,7 +46,8 @@ SPLIT = ("train", "validate", "move", "other")
 
 @dataclass
 class RunResult:
-    """How a run ended. ``test_loss`` is of the final weights; after Ctrl-C, the last that was measured.
+    """How a run ended. ``test_loss`` is of the final weights; after Ctrl-C, the last that was measured. What
+    all test losses took, ``test_seconds``, is charged to nobody: it is not in ``seconds``.
 
     ``ctrl_c`` says that Ctrl-C came, also in the last step, when there was nothing left to interrupt.
     """
@@ -62,6 +64,7 @@ class RunResult:
     log: Path
     folder: Path
     ctrl_c: bool = False
+    test_seconds: float = 0.0
 
     @property
     def interrupted(self) -> bool:
@@ -76,6 +79,7 @@ class Progress:
     test_loss: float = math.nan
     tested_at: int = -1
     validation_forwards: int = 0
+    test_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPLIT, 0.0))
 
     def charge(self, **seconds: float) -> None:
@@ -97,13 +101,18 @@ def train(
     """Run ``config`` from its beginning, or with ``resume`` from where its last checkpoint stands.
 
     Writes the run log as it goes, and at the end what was trained and a checkpoint (not with ``save=False``).
-    Ctrl-C ends the run after the present step, saved. ``on_event`` gets every log event as a dict; a
-    KeyboardInterrupt it raises counts as Ctrl-C. ``attach`` makes what runs the stages instead of FastForward
-    (see ``session.open_session``).
+    Ctrl-C ends the run after the present step, saved; so does a file that cannot be written any more.
+    ``attach`` makes what runs the stages instead of FastForward (see ``session.open_session``).
+
+    ``on_event`` gets every log event as a dict, and two that are not logged: ``stage_begins`` with the
+    ``optimizer_step``, and at the first Ctrl-C, from inside its handler, ``interrupt`` with ``in_stage`` and
+    ``save``. A KeyboardInterrupt that it raises counts as Ctrl-C.
 
     Raises:
         ValueError: when there is nothing to resume, the checkpoint was made under other settings, or the run
             would write into the folder of the model that it trains.
+        RuntimeError: when another run of this name is going on.
+        OSError: when a file cannot be written; it says which, and what the run can go on from.
     """
     log, folder = Path(config.out) / f"{config.name}.jsonl", Path(config.out) / config.name
     if Path(config.model).is_dir() and folder.resolve() == Path(config.model).resolve():
@@ -111,10 +120,11 @@ def train(
             f"name={config.name!r}: the run's files would replace the model {str(config.model)!r} that it "
             "starts from; take another name"
         )
-    saved = checkpoint.load_state(folder) if resume else None
     progress, stopped = Progress(), None
 
     with ExitStack() as stack:
+        recorder = stack.enter_context(Recorder(log, append=resume))  # first: nobody else writes here now
+        saved = checkpoint.load_state(folder) if resume else None
         session = stack.enter_context(open_session(config, attach=attach))
         device, meter, ff, steps = session.device, session.meter, session.ff, session.steps
         peer = getattr(ff, "name", type(ff).__name__) if attach is not None and ff is not None else None
@@ -129,19 +139,38 @@ def train(
                 ff.load_state_dict(saved["fast_forward"])
         else:
             checkpoint.discard(folder)  # only now, when model, data and settings have proved to be good
-        recorder = stack.enter_context(Recorder(log, append=saved is not None))
         interrupt = stack.enter_context(_interrupt_after_the_step())
+        unwritten: list[OSError] = []
 
-        def emit(event: str, **fields: Any) -> None:
-            recorder.write(event, **fields)
+        def tell(event: str, **fields: Any) -> None:
             if on_event is not None:
                 try:
                     on_event({"event": event, **fields})
                 except KeyboardInterrupt:
                     interrupt.wanted = True
 
+        def emit(event: str, **fields: Any) -> None:
+            if not unwritten:
+                try:
+                    recorder.write(event, **fields)
+                except OSError as error:
+                    unwritten.append(error)  # the weights are worth more than their log: they are saved first
+            tell(event, **fields)
+
+        def stage_begins() -> None:
+            interrupt.in_stage = True
+            tell("stage_begins", optimizer_step=progress.optimizer_steps + 1)
+
+        interrupt.tell = lambda: tell("interrupt", in_stage=interrupt.in_stage, save=save)
+        if hasattr(ff, "on_stage_begins"):
+            ff.on_stage_begins = stage_begins
+
         def measure_test_loss() -> None:
+            if session.test is None:
+                return
+            begin = perf_counter()
             progress.test_loss = session.test_loss()
+            progress.test_seconds += perf_counter() - begin
             progress.tested_at = progress.optimizer_steps
             emit(
                 "test",
@@ -151,13 +180,18 @@ def train(
                 seconds=progress.clock(),
             )
 
+        def refuse_unwritten() -> None:
+            if unwritten:
+                kept = checkpoint.on_disk(folder) if save else "Start it again where there is space."
+                raise OSError(f"{unwritten[0]}. {kept}") from unwritten[0]
+
         def reached_target() -> bool:
             tested = progress.tested_at == progress.optimizer_steps
             return config.target_loss is not None and tested and progress.test_loss <= config.target_loss
 
         def save_checkpoint() -> None:
-            checkpoint.save_model(session.model, folder, session.tokenizer)
-            checkpoint.save_state(
+            state = partial(
+                checkpoint.save_state,
                 folder,
                 session.model,
                 session.optimizer,
@@ -167,6 +201,11 @@ def train(
                 meter=meter.state_dict(),
                 fast_forward=ff.state_dict() if hasattr(ff, "state_dict") else None,
             )
+            for part in (state, partial(checkpoint.save_model, session.model, folder, session.tokenizer)):
+                try:
+                    part()
+                except OSError as error:  # the other may fit
+                    unwritten.append(error)
 
         resumed = {"resumed_from": progress.optimizer_steps} if saved is not None else {}
         emit(
@@ -176,6 +215,7 @@ def train(
             machine=machine_info(),
             versions=version_info(),
             tokens=session.task.statistics(),
+            remarks=session.remarks,
             **resumed,
         )
         if saved is None:
@@ -184,7 +224,7 @@ def train(
             stopped = TARGET_REACHED
 
         while progress.optimizer_steps < steps and stopped is None:
-            if interrupt.wanted:
+            if interrupt.wanted or unwritten:
                 stopped = INTERRUPTED
                 break
             step = progress.optimizer_steps
@@ -201,18 +241,11 @@ def train(
             session.update(step)
             train_loss = loss.item()  # the step's one wait for the device
             end = _now(device)
+            interrupt.in_stage = False
 
             progress.optimizer_steps += 1
             stage = ff.stages[-1] if ff is not None and len(ff.stages) > stages_before else None
-            found = getattr(ff, "finding", None)
-            if found is not None and found.optimizer_step != progress.optimizer_steps:
-                found = None  # of an earlier step
             staged = stage.seconds if stage is not None else 0.0
-            if found is not None:
-                staged += found.seconds
-                progress.charge(validate=found.seconds)
-                progress.validation_forwards += found.evaluations
-                meter.finding(found, session.validation.flops)
             progress.charge(train=end - begin - staged, other=collated - start)
             meter.optimizer_step()
             emit(
@@ -230,10 +263,8 @@ def train(
                 progress.validation_forwards += stage.evaluations
                 meter.stage(stage, moved=getattr(ff, "moved", None))
                 emit("stage", **stage.to_dict(), run_flops=meter.totals, run_seconds=progress.clock())
-            if found is not None:
-                emit("finding", **found.to_dict())
             due = config.evaluate_every and progress.optimizer_steps % config.evaluate_every == 0
-            if stage is not None or found is not None or due or progress.optimizer_steps == steps:
+            if stage is not None or due or progress.optimizer_steps == steps:
                 measure_test_loss()
 
             if reached_target():
@@ -247,6 +278,7 @@ def train(
             measure_test_loss()
         if save and stopped != NOT_FINITE:  # weights that are lost must not replace the last good ones
             save_checkpoint()
+        refuse_unwritten()
         result = RunResult(
             name=config.name,
             optimizer_steps=progress.optimizer_steps,
@@ -260,6 +292,7 @@ def train(
             log=log,
             folder=folder,
             ctrl_c=interrupt.wanted,
+            test_seconds=progress.test_seconds,
         )
         emit(
             "end",
@@ -271,7 +304,9 @@ def train(
             stages=len(result.stages),
             stopped_because=result.stopped_because,
             reached_target=result.reached_target,
+            test_seconds=result.test_seconds,
         )
+        refuse_unwritten()
     return result
 
 
@@ -295,12 +330,15 @@ def _now(device: torch.device) -> float:
 class _Interrupt:
     """SIGINT's handler: the first Ctrl-C asks for an end after the present step, the second ends at once."""
 
-    wanted = False
+    wanted = in_stage = False
+    tell: Callable[[], None] | None = None
 
     def __call__(self, *signal_and_frame: object) -> None:
         if self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
+        if self.tell is not None:
+            self.tell()
 
 
 @contextmanager

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+
 __all__ = [
     "calling_trainer",
     "log",
+    "other_models",
     "wrap_training_step",
 ]
 
@@ -71,3 +74,10 @@ def wrap_training_step(
 
     trainer.training_step = training_step
     return undo
+
+
+def other_models(trainer: Any, model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that a Trainer holds beside the one that it trains, such as a reference model."""
+    own = set(model.modules())
+    held = {id(value): value for value in vars(trainer).values() if isinstance(value, torch.nn.Module)}
+    return [module for module in held.values() if own.isdisjoint(module.modules())]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ffkernels.engine.validation_batches import items_of, rows_of
+from ffkernels.engine.validation_batches import count_rows, items_of
 
 __all__ = ["EvaluationData", "evaluation_data", "examples_and_collator", "first_examples"]
 
@@ -27,7 +27,7 @@ class EvaluationData:
     def __init__(self, batches: Sequence[Any] = (), loader: DataLoader | None = None, size: int = 1) -> None:
         self.examples = self.collator = None
         if loader is None:
-            self.batches, self.sizes = list(batches), [rows_of(batch) for batch in batches]
+            self.batches, self.sizes = list(batches), [count_rows(batch) for batch in batches]
             return
         self.examples, self.collator = items_of(loader.dataset), loader.collate_fn
         self._groups = _groups(loader, size)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ffkernels.engine.validation import ValidationLoss
+from ffkernels.engine.validation_gradients import GradientsWhereNeeded
 from ffkernels.engine.validation_pool import ValidationPool
 from ffkernels.ops.notices import announce_once
 from ffkernels.training.trainer_data import EvaluationData, evaluation_data
@@ -66,7 +67,7 @@ def make_validation(
     own = TrainerLoss(trainer, data)
     validation = ValidationLoss(model, own)
     try:
-        validation.run(partial(own.of_batch, model, 0))
+        validation.evaluator.run_first(partial(GradientsWhereNeeded(model), partial(own.of_batch, model, 0)))
     except (torch.OutOfMemoryError, NoEvaluationLoss):
         raise
     except Exception as error:

@@ -218,6 +218,9 @@ def train_lm(rank, size, how="ddp", family="gpt_neox", adapters=True, validation
     }
 
 
+AUTO = {"learning_rate": "auto", "interval": None}
+
+
 class Slope(torch.nn.Module):
     """(w − target)², with more weights than two ranks can share equally."""
 
@@ -246,6 +249,7 @@ class Run:
         else:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), **settings)
         settings = FastForwardConfig(**{"interval": 2, "max_tau": 64, **config})
+        validation = None if settings.interval is None else validation
         self.ff = FastForward(wrapped, self.optimizer, validation, settings)
 
     def train(self, steps, rank, first=0):
@@ -277,15 +281,15 @@ def slope(rank, size, steps=6, **config):
     return Run(**config).attempt(steps, rank)
 
 
-def slope_resumed(rank, size, cut):
-    """The same six steps, saved after `cut` of them and continued by another FastForward."""
-    first = Run()
+def slope_resumed(rank, size, cut, steps=6, **config):
+    """The same steps, saved after `cut` of them and continued by another FastForward."""
+    first = Run(**config)
     first.train(cut, rank)
-    second = Run()
+    second = Run(**config)
     second.model.load_state_dict(first.model.state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.ff.load_state_dict(first.ff.state_dict())
-    second.train(6 - cut, rank, first=cut)
+    second.train(steps - cut, rank, first=cut)
     return second.state()
 
 
@@ -311,6 +315,17 @@ def slope_fails(rank, size, who, at, how):
         run.train(2, rank, first=2)
         outcome["after"] = run.state()
     return outcome
+
+
+def slope_beyond(rank, size, who, how):
+    """The ranks in `who` have no loss where a weight has come far: NaN there, or an exception."""
+
+    def validation(model):
+        if rank in who and float(model.module.w.detach().abs().max()) > 0.02:
+            return torch.linalg.cholesky(-torch.eye(2)).sum() if how == "raise" else float("nan")
+        return model()
+
+    return Run(validation, patience=None, search="linear").attempt(6, rank)
 
 
 def slope_interrupted_between_exchanges(rank, size):
@@ -356,6 +371,23 @@ def slope_differs(rank, size, what):
         Run(wrapped=False, patience=None).train(2, rank)
     elif what == "unaligned":
         Run(wrapped=False).train(2, rank)
+    elif what == "unaligned, no stages":
+        Run(wrapped=False, **AUTO).train(2, rank)
+    elif what == "rate":  # as if a c had been heard of on one rank only
+        run = Run(**AUTO)
+        run.train(20, rank)
+        assert not run.ff.rising
+        run.ff._decision.auto.rate *= 1 + rank
+        run.train(43, rank, first=20)
+        run.train(1, rank, first=63)
+    elif what == "rate of a state":
+        run = Run(**AUTO)
+        run.train(3, rank)
+        begun = Run(**AUTO).ff.state_dict()["auto_rate"]
+        if rank == 0:
+            run.ff.load_state_dict({**run.ff.state_dict(), "auto_rate": begun})
+        run.ff._unconfirmed = True
+        run.train(1, rank, first=3)
     elif what == "initial weights":
         run = Run(wrapped=False)
         run.model.w.data[4] += 2.0 * rank  # not small enough to change the others' Δ
@@ -408,10 +440,10 @@ def pooled_examples(rank, size):
     return [losses, pool.examples, ""]
 
 
-def late_process_group(rank, size):
-    """A FastForward that was made before the job had ranks must not search alone in it."""
-    run = Run(wrapped=False)
-    run.ff.validation.before_ranks, run.ff.ranks = True, None
+def late_process_group(rank, size, **config):
+    """A FastForward that was made before the job had ranks must not go its own way in it."""
+    run = Run(wrapped=False, **config)
+    (run.ff if run.ff.validation is None else run.ff.validation).before_ranks, run.ff.ranks = True, None
     run.train(2, rank)
 
 
@@ -427,7 +459,13 @@ def alone_among_others(rank, size):
     for _ in range(1 + rank):
         model().backward()
         optimizer.step()
-    return [ff.ranks is None, len(ff.stages), ff.stages[0].tau]
+    ff.detach()
+    alone = FastForward(model, optimizer, loss, FastForwardConfig(**AUTO))
+    for _ in range(2 + rank):
+        optimizer.zero_grad()
+        model().backward()
+        optimizer.step()
+    return [ff.ranks is None, len(ff.stages), ff.stages[0].tau, alone.learning_rate]
 
 
 def fsdp_fails(rank, size, how):

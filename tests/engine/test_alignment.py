@@ -141,6 +141,15 @@ def test_a_stage_runs_where_it_pays_and_says_by_what(monkeypatch):
     assert len(ff.stages) == 1 and len(ff._decision.alignment.values) == 0
 
 
+def test_no_more_values_are_kept_than_the_interval_asks_for():
+    """A warm-up of stages may be long, and every state has them."""
+    model, optimizer, ff = attached(lr=1e-3, interval=7, warmup=1000)
+    plain = Bowl()
+    expected = train(plain, torch.optim.Adam([plain.w, plain.b], lr=1e-3), 30)
+    train(model, optimizer, 30)
+    assert ff.state_dict()["alignment"]["values"] == pytest.approx(expected[-4:], abs=1e-6)
+
+
 def test_where_alignment_is_gone_no_stage_looks_for_it():
     model, optimizer, ff = attached(lr=0.1, interval=4)
     train(model, optimizer, 20)
@@ -225,7 +234,7 @@ def test_on_a_gpu_it_is_read_one_step_later_and_decides_the_same(monkeypatch):
     expected = train(plain, torch.optim.Adam([plain.w, plain.b], lr=1e-2), 6)
     train(model, optimizer, 6)
     assert ff._decision.alignment.values == pytest.approx(expected[1:-1], abs=1e-6) and len(waits) == 4
-    assert ff._decision.alignment.mean(100) == pytest.approx(sum(expected[1:-1]) / 4, abs=1e-6)
+    assert ff._decision.alignment.mean() == pytest.approx(sum(expected[1:-1]) / 4, abs=1e-6)
     assert ff._decision.alignment.state_dict(ff._table)["values"] == pytest.approx(expected[1:], abs=1e-6)
 
 

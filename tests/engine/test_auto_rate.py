@@ -72,7 +72,8 @@ def make(config=AUTO, lr=1e-4, kind=torch.optim.Adam, schedule=None, groups=None
     model = Bowl()
     optimizer = kind(groups(model) if groups else model.parameters(), lr=lr, **options)
     scheduler = schedule(optimizer) if schedule else None
-    return model, optimizer, scheduler, FastForward(model, optimizer, bowl_loss, config, scheduler=scheduler)
+    validation = None if config.interval is None else bowl_loss
+    return model, optimizer, scheduler, FastForward(model, optimizer, validation, config, scheduler=scheduler)
 
 
 def auto(ff):
@@ -492,12 +493,24 @@ def test_no_stage_runs_while_it_rises():
             assert ff._decision.alignment.values == []
 
 
-def test_without_an_interval_there_are_no_stages():
+def test_without_an_interval_there_are_no_stages_and_no_validation():
     model, optimizer, _, ff = make()
     train(model, optimizer, 40)
-    assert not ff.stages and ff.active and ff._decision.alignment.values == []
-    with pytest.raises(ValueError, match="interval=None: must be an integer of at least 1, or None with"):
-        FastForwardConfig(interval=None)
+    assert not ff.stages and ff.active and ff._decision.alignment.values == [] and not ff.rising
+    assert ff.validation is None and ff.state_dict()["auto_rate"]["trims"] > 20
+    ff.detach()
+    assert not ff.active and not model._forward_pre_hooks
+    other = Bowl()
+    fresh = torch.optim.Adam(other.parameters(), lr=1e-4)
+
+    def never(model):
+        raise AssertionError("nothing is to be validated")
+
+    kept = FastForward(other, fresh, never, AUTO)
+    train(other, fresh, 40)
+    assert torch.equal(other.w, model.w) and kept.validation is None
+    with pytest.raises(ValueError, match="validation=None: stages every 6 steps search by"):
+        FastForward(Bowl(), torch.optim.SGD(Bowl().parameters()))
 
 
 def test_where_c_is_not_known_nothing_happens():
@@ -679,8 +692,12 @@ class Normalised(torch.optim.SGD):
 
 
 def test_optimizers_that_lr_means_nothing_to_are_refused():
-    with pytest.raises(ValueError, match="evaluates the loss several times"):
-        make(kind=torch.optim.LBFGS)
+    for kind, message in (
+        (torch.optim.LBFGS, "evaluates the loss several times"),
+        (torch.optim.Rprop, "as long as lr at the first only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(kind=kind)
     model, optimizer, _, _ff = make(kind=Normalised)
     with pytest.raises(
         ValueError, match=r"'auto': Normalised's update does not scale with its learning rate"

@@ -24,6 +24,8 @@ def test_defaults_are_the_papers_interval_and_the_bracketing_search():
         ("search", "golden", "'parabolic', 'linear'"),
         ("executor", "warp", "'auto', 'eager', 'step_graph', 'stage_graph'"),
         ("impl", "fortran", "'auto', 'torch', 'cpp'"),
+        ("learning_rate", "find", "one of 'keep', 'auto'"),
+        ("interval", None, "at least 1, or None with learning_rate='auto'"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(field, value, allowed):

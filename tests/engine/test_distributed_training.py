@@ -48,6 +48,13 @@ def test_several_ranks_find_the_learning_rate_of_one_process(in_ranks, way):
     assert [new / old for old, new in itertools.pairwise(alone["rates"])][-1] not in jumps, "trims have begun"
 
 
+@pytest.mark.parametrize("cut", [3, 17])
+def test_a_rate_that_ranks_move_is_resumed_bit_for_bit(in_ranks, cut):
+    settings = {"learning_rate": "auto", "interval": None, "steps": 30}
+    whole = values(in_ranks(2, "slope", **settings))
+    assert values(in_ranks(2, "slope_resumed", cut=cut, **settings)) == whole and whole[0]["rate"] > 1e-3
+
+
 def test_an_optimizer_that_is_spread_over_ranks_finds_the_same_rate(in_ranks):
     settings = {"learning_rate": "auto", "interval": None, "steps": 20}
     whole, spread = (values(in_ranks(2, "slope", zero=zero, **settings)) for zero in (False, True))
@@ -160,6 +167,9 @@ def test_a_rank_that_ends_in_a_forward_of_fsdp_ends_the_job(in_ranks, how):
         ),
         ("unsynchronised", r"max \|Δ\| of the optimizer's update.*wrap the model in DistributedDataParallel"),
         ("unaligned", "alignment of their gradients with the last update: rank 0.*with the same gradients"),
+        ("unaligned, no stages", "alignment of their gradients with the last update: rank 0.*with the same"),
+        ("rate", r'the learning rate that "auto" came to: rank 0: \d.*; every rank must train'),
+        ("rate of a state", 'the learning rate that "auto" came to: rank 0: 1e-06; rank 1: 1.6e-05'),
         ("initial weights", "the bits of the weights and the update"),
         ("search", "not at the same place: rank 0: 'a validation loss'; rank 1: 'the end of a Fast"),
         (
@@ -192,8 +202,9 @@ def test_graphs_are_refused_in_several_processes(in_ranks):
         assert 'executor="step_graph" cannot run here: training runs in 2 processes' in answer["message"]
 
 
-def test_a_fast_forward_made_before_the_process_group_is_refused(in_ranks):
-    for answer in in_ranks(2, "late_process_group"):
+@pytest.mark.parametrize("config", [{}, {"learning_rate": "auto", "interval": None}], ids=["stages", "rate"])
+def test_a_fast_forward_made_before_the_process_group_is_refused(in_ranks, config):
+    for answer in in_ranks(2, "late_process_group", **config):
         assert answer["error"] == "RuntimeError"
         assert "became one of several processes after" in answer["message"]
 
@@ -201,7 +212,7 @@ def test_a_fast_forward_made_before_the_process_group_is_refused(in_ranks):
 def test_ranks_that_train_models_of_their_own_search_alone(in_ranks):
     zero, one = values(in_ranks(2, "alone_among_others"))
     assert zero[:2] == [True, 1] and one[:2] == [True, 2]
-    assert zero[2] > one[2] > 3
+    assert zero[2] > one[2] > 3 and zero[3] == 4e-6 and one[3] == pytest.approx(16e-6)
 
 
 @pytest.mark.slow

@@ -44,6 +44,60 @@ def trained(make, steps=3, dtype=torch.float32):
     return model, optimizer
 
 
+class Counting(torch.optim.Optimizer):
+    """Adam that keeps its step count and moments in attributes, some of which it makes at its first step."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+        self.count, self.moments, self.noise = 0, [], torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        weights = [p for group in self.param_groups for p in group["params"]]
+        self.count += 1
+        self.tick = getattr(self, "tick", 0) + 1
+        self.moments = self.moments or [(torch.zeros_like(p), torch.zeros_like(p)) for p in weights]
+        jitter = 1 + 1e-3 * float(torch.rand((), generator=self.noise))
+        for p, (mean, square) in zip(weights, self.moments, strict=True):
+            mean.lerp_(p.grad, 0.1)
+            square.lerp_(p.grad.square(), 0.001)
+            size = (square / (1 - 0.999**self.count)).sqrt() + 1e-8
+            p.addcdiv_(mean / (1 - 0.9**self.tick), size, value=-self.param_groups[0]["lr"] * jitter)
+
+
+class Halves(torch.optim.Optimizer):
+    """Two optimizers in a dict, each of which counts in an attribute."""
+
+    def __init__(self, params, lr):
+        params = list(params)
+        super().__init__(params, {"lr": lr})
+        self.both = {"a": Counting(params[:2], lr), "b": Counting(params[2:], lr)}
+
+    def step(self, closure=None):
+        for optimizer in self.both.values():
+            optimizer.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            optimizer.step()
+
+
+def everything(model, optimizer):
+    """All there is to know of a run's optimizer, as text."""
+    parts = [optimizer, *getattr(optimizer, "both", {}).values()]
+    known = [{k: v for k, v in vars(p).items() if k not in ("noise", "both")} for p in parts]
+    drawn = [p.noise.get_state().tolist() for p in parts if hasattr(p, "noise")]
+    return str(known) + str(list(model.parameters())) + str(drawn)
+
+
+@pytest.mark.parametrize("make", [lambda p: Counting(p, lr=1e-3), lambda p: Halves(p, lr=1e-3)])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_what_an_optimizer_keeps_in_attributes_is_put_back(make, steps):
+    model, optimizer = trained(make, steps)
+    model.zero_grad()
+    model(torch.ones(4, 5)).square().mean().backward()
+    before = everything(model, optimizer)
+    assert why_rate_means_nothing(optimizer, list(model.parameters())) is None
+    assert everything(model, optimizer) == before
+
+
 SCALING = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
     "adam-foreach": lambda p: torch.optim.Adam(p, lr=1e-6, weight_decay=0.1, foreach=True),
@@ -119,10 +173,47 @@ def test_what_is_refused_without_a_step():
     with pytest.raises(ValueError, match="estimates its step size itself"):
         require_step_sizes(prodigy)
     relative = torch.optim.AdamW([weight], lr=1.0)
-    relative.param_groups[0]["lr"] = None
-    with pytest.raises(ValueError, match="relative_step"):
+    relative.param_groups[0].update(lr=None, relative_step=True)
+    with pytest.raises(ValueError, match=r"has lr=None .*: give it one and relative_step=False$"):
         require_step_sizes(relative)
-    require_step_sizes(torch.optim.AdamW([weight]))
+    del relative.param_groups[0]["relative_step"]
+    with pytest.raises(ValueError, match=r"has lr=None .*: give it one$"):
+        require_step_sizes(relative)
+
+
+class Damped(torch.optim.SGD):
+    """Its damping is called d, and given to it."""
+
+    def __init__(self, params, lr, d=0.5):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["d"] = d
+
+
+class DampedByName(Damped):
+    def __init__(self, params, **options):
+        super().__init__(params, lr=options["lr"])
+
+
+class Distance(torch.optim.SGD):
+    """Its estimate of the distance is called d, and only its start is given to it."""
+
+    def __init__(self, params, lr, d0=1e-6):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["d"] = group["d0"] = d0
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adafactor, Damped, DampedByName])
+def test_a_setting_of_any_name_is_no_estimate(make):
+    require_step_sizes(make([nn.Parameter(torch.zeros(3))], lr=0.1))
+
+
+def test_an_estimate_of_the_distance_is_refused():
+    with pytest.raises(
+        ValueError, match=r"Distance estimates its step size itself \(param_groups\[0\] has 'd'"
+    ):
+        require_step_sizes(Distance([nn.Parameter(torch.zeros(3))], lr=1.0))
 
 
 def test_state_is_put_back_whatever_happened_to_it():

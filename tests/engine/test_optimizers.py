@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig
+from ffkernels.engine.optimizer_rehearsal import what_stays
 
 EVERY_2 = FastForwardConfig(interval=2, max_tau=64, patience=None)
 
@@ -140,6 +141,11 @@ def test_a_stage_repeats_this_optimizers_update_and_leaves_its_state(name):
     check_stages(Factors, OPTIMIZERS[name])
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_moved_stays_moved_under_this_optimizer(name):
+    assert what_stays(OPTIMIZERS[name](list(Factors().parameters()))) == pytest.approx(1.0, abs=0.01)
+
+
 def test_steps_inside_steps_count_once_whether_or_not_the_parent_was_used_before():
     check_stages(Factors, OPTIMIZERS["nested"])
     torch.optim.RAdam([nn.Parameter(torch.zeros(1))])  # from now on the parent's step runs hooks too
@@ -173,6 +179,123 @@ def test_several_groups_move_each_by_its_own_rate():
         return torch.optim.AdamW(groups, lr=1.0)
 
     check_stages(Factors, grouped)
+
+
+class Sharp(torch.optim.Optimizer):
+    """Sharpness-aware: up the gradient, a second gradient there, back into other memory, and a real step."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+        self.steps_for_it = torch.optim.SGD(self.param_groups, lr=lr)
+        self.param_groups, self.state = self.steps_for_it.param_groups, self.steps_for_it.state
+
+    def weights(self):
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def up(self):
+        self.old = [p.detach().clone() for p in self.weights()]
+        for p in self.weights():
+            p.add_(p.grad, alpha=0.05)
+
+    @torch.no_grad()
+    def down(self):
+        for p, old in zip(self.weights(), self.old, strict=True):
+            p.data = old
+        self.steps_for_it.step()
+
+    def step(self, closure):
+        self.up()
+        with torch.enable_grad():
+            closure()
+        self.down()
+
+
+class Flat(torch.optim.SGD):
+    """After each step all weights are views of one new buffer."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        weights = [p for group in self.param_groups for p in group["params"]]
+        flat = torch.cat([p.flatten() for p in weights])
+        for p, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
+            p.data = part.view_as(p)
+
+
+def by_closure(model, optimizer):
+    take_step(model, _Gradients(model))
+    optimizer.step(lambda: take_step(model, _Gradients(model)))
+
+
+def by_halves(model, optimizer):
+    take_step(model, _Gradients(model))
+    optimizer.up()
+    take_step(model, _Gradients(model))
+    optimizer.down()
+
+
+class _Gradients:
+    """What makes gradients of take_step, and no step."""
+
+    def __init__(self, model):
+        self.zero_grad, self.step = model.zero_grad, lambda: None
+
+
+@pytest.mark.parametrize(
+    "make, step, known",
+    [
+        (lambda p: Sharp(p, lr=1e-2), by_closure, ""),  # it writes them on the way up
+        (lambda p: Sharp(p, lr=1e-2), by_halves, ""),
+        (lambda p: Flat(p, lr=1e-2, momentum=0.5), take_step, "2347"),  # not after the stage of step 5
+    ],
+)
+def test_weights_that_get_other_memory_in_a_step_are_moved_there(make, step, known, recwarn):
+    ff = check_stages(Factors, make, step=step)
+    assert all(stage.tau for stage in ff.stages)
+    assert not [str(w.message) for w in recwarn if "trainable parameters changed" in str(w.message)]
+    model = Factors()
+    optimizer = make(list(model.parameters()))
+    ff, steps = FastForward(model, optimizer, loss_of, FastForwardConfig(interval=5)), ""
+    for n in range(1, 8):
+        step(model, optimizer)
+        steps += str(n) if ff.alignment is not None else ""
+    assert steps == known and ff.stages[0].tau > 0
+    said = [str(w.message) for w in recwarn if "weights are written between" in str(w.message)]
+    assert len(said) == (not known)
+
+
+class Rest:
+    """Two optimizers behind one object that is none."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = {type(o).__name__: o for o in optimizers}
+
+
+class Forgetful(torch.optim.Optimizer):
+    def __init__(self, params):
+        self.param_groups, self.state = [{"params": list(params)}], {}
+
+
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (
+            lambda p: [torch.optim.SGD(p), torch.optim.Adam(p)],
+            r"got list, which holds 2 of them \(SGD, Adam\)",
+        ),
+        (
+            lambda p: Rest(torch.optim.SGD(p), torch.optim.Adam(p)),
+            r"got Rest, .*: make one FastForward for each",
+        ),
+        (lambda p: iter(p), "must be a torch.optim.Optimizer or wrap one as .optimizer, got list_iterator$"),
+        (Forgetful, r"Forgetful .* without hooks .* does not call torch.optim.Optimizer.__init__"),
+    ],
+)
+def test_what_is_no_one_optimizer_is_named(make, told):
+    model = Factors()
+    with pytest.raises(TypeError, match=told):
+        FastForward(model, make(list(model.parameters())), loss_of)
 
 
 def test_what_requires_no_gradient_stays():

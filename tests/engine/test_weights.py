@@ -50,7 +50,8 @@ def test_include_and_exclude_narrow_by_name(filters, names):
 def test_errors_say_which_condition_left_nothing():
     net, other = Net(), Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="none of the model's 4 trainable parameters is in the optimizer"):
+    told = r"none of the model's 4 trainable parameters is in the optimizer's param_groups \(SGD, 6 other"
+    with pytest.raises(ValueError, match=told):
         trainable_weights(other, optimizer)
     with pytest.raises(ValueError, match="include='nothing' and exclude=None leave none of the 4"):
         trainable_weights(net, optimizer, include="nothing")
@@ -92,7 +93,7 @@ def test_partitioned_parameters_are_refused():
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for parameter in net.parameters():
         parameter.data = torch.empty(0)
-    with pytest.raises(ValueError, match="empty on this process, as DeepSpeed ZeRO-3"):
+    with pytest.raises(ValueError, match="4 trainable parameters are empty on this process between steps"):
         trainable_weights(net, optimizer)
 
 

@@ -15,7 +15,8 @@ def write_log(tmp_path):
     """Writes a run through the recorder and reads it back.
 
     ``losses`` maps an optimizer step to the test loss there; ``stages`` one to (τ*, [(τ, loss), …]), each of
-    whose validations costs 10 FLOPs in both conventions and 0.25 seconds.
+    whose validations costs 10 FLOPs in both conventions and 0.25 seconds. A run with ``alignments``, one per
+    step, is one with no learning rate given.
     """
 
     def write(
@@ -26,6 +27,7 @@ def write_log(tmp_path):
         stages: dict[int, tuple[int, list[tuple[int, float]]]] | None = None,
         end: bool = True,
         machine: dict | None = None,
+        alignments: list[float | None] | None = None,
         **config,
     ) -> RunLog:
         stages = stages or {}
@@ -50,13 +52,15 @@ def write_log(tmp_path):
         with Recorder(tmp_path / f"{name}.jsonl") as recorder:
             versions, machine = {"torch": "2", "git_commit": "abc"}, machine or {"cpu": "toy", "threads": 1}
             config = {"lr": 1e-4, "batch_size": 8, **config}
+            if alignments is not None:
+                config.setdefault("fast_forward", {"interval": None, "learning_rate": "auto"})
             recorder.write("run", name=name, config=config, machine=machine, versions=versions)
             for step in range(steps + 1):
                 done = step
                 if step:
-                    recorder.write(
-                        "step", optimizer_step=step, train_loss=4.0 - 0.01 * step, lr=1e-4, **so_far()
-                    )
+                    more = {} if alignments is None else {"alignment": alignments[step - 1]}
+                    losses_of = {"train_loss": 4.0 - 0.01 * step, "lr": 1e-4 * step}
+                    recorder.write("step", optimizer_step=step, **losses_of, **more, **so_far())
                 if step in stages:
                     tau, tried = stages[step]
                     validations += len(tried)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ffkernels.engine.rate_finding import Finding
 from ffkernels.engine.stage import Stage
 from ffkernels.reporting.flops import FlopMeter, count_flops
 
@@ -168,12 +167,6 @@ def test_a_stage_of_a_loop_that_moves_other_weights():
     meter = FlopMeter(100)
     meter.stage(Stage(6, tau=2, losses=[(1, 3.0), (2, 2.0)], flops=2 * (5000 + 2 * 700)), moved=700)
     assert meter.totals == {"paper": 2 * (5000 + 700), "measured": 2 * (5000 + 1400)}
-
-
-def test_a_finding_by_hand():
-    meter = FlopMeter(100)
-    meter.finding(Finding(lr=1e-2, tau=3.0, evaluations=5, flops=5 * 4000 + 6 * 200), forward=4000)
-    assert meter.totals == {"paper": 5 * 4000 + 6 * 100, "measured": 5 * 4000 + 6 * 200}
 
 
 def test_a_stage_of_other_weights_is_refused():

@@ -1,64 +1,29 @@
-"""The picture of a learning rate search: its points, what it marks, and what it leaves out."""
-
-import math
+"""The picture of a learning rate that was found: its two curves, and that it is written."""
 
 import pytest
 
 from ffkernels import Finding
 from ffkernels.reporting.lr_plot import draw_finding, plot_finding
 
-CURVE = [
-    (0.0, 3.5),
-    (1e-3, 3.2),
-    (2e-3, 3.0),
-    (4e-3, 2.8),
-    (8e-3, 3.1),
-    (16e-3, 9.0),
-    (32e-3, math.inf),
-    (5e-3, 2.7),
-]
+FOUND = Finding(
+    lr=9e-3, lr_before=1e-4, rates=[1e-6, 4e-6, 1e-2, 9e-3], alignments=[None, -0.6, None, 0.1], rising=False
+)
 
 
-def finding(**values):
-    return Finding(**{"lr": 5e-3, "tau": 4.0, "curve": CURVE, "evaluations": 9, **values})
-
-
-def axes():
-    return pytest.importorskip("matplotlib.figure").Figure().add_subplot()
-
-
-def test_the_points_are_drawn_by_rising_learning_rate():
-    drawn = draw_finding(finding(), axes())
-    curve = next(line for line in drawn.lines if line.get_label() == "9 validation losses")
-    assert list(curve.get_xdata()) == [1e-3, 2e-3, 4e-3, 5e-3, 8e-3]
-    assert list(curve.get_ydata()) == [3.2, 3.0, 2.8, 2.7, 3.1]
-    beyond = next(line for line in drawn.lines if line.get_label() == "off the scale")
-    assert list(beyond.get_xdata()) == [16e-3, 32e-3]
-    assert drawn.get_xscale() == "log"
-    low, high = drawn.get_ylim()
-    assert low < 2.7 and 3.5 < high < 4
-    assert next(line for line in drawn.lines if line.get_label() == "found: 0.005").get_xdata() == [5e-3]
-
-
-def test_a_warm_ups_step_and_the_base_rate_are_told_apart():
-    labels = [line.get_label() for line in draw_finding(finding(lr=2e-2), axes()).lines]
-    assert "found: 0.02 (the step's best: 0.005)" in labels
+def test_rates_and_alignments_are_drawn_over_the_steps():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes, twin = draw_finding(FOUND, figure.add_subplot())
+    (rates,), points = axes.lines, twin.lines[-1]
+    assert list(rates.get_xdata()) == [1, 2, 3, 4] and list(rates.get_ydata()) == FOUND.rates
+    assert (list(points.get_xdata()), list(points.get_ydata())) == ([2, 4], [-0.6, 0.1])
+    assert axes.get_yscale() == "log" and twin.get_yscale() == "linear"
+    assert axes.get_legend().get_texts()[0].get_text() == "learning rate: 0.009"
+    rising = Finding(4e-6, 1e-4, True, [1e-6, 4e-6], [None, -0.6])
+    axes, _ = draw_finding(rising, figure.add_subplot())
+    assert axes.get_legend().get_texts()[0].get_text() == "learning rate: 4e-06, still rising"
 
 
 def test_a_file(tmp_path):
     pytest.importorskip("matplotlib")
-    path = plot_finding(finding(), tmp_path / "lr.png")
-    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
-
-
-def test_nothing_to_draw():
-    with pytest.raises(ValueError, match="no curve"):
-        draw_finding(finding(curve=[(0.0, 3.5)]), axes())
-
-
-def test_a_curve_that_never_falls_has_no_place_found():
-    drawn = draw_finding(finding(curve=[(0.0, 3.5), (1e-3, 9.0), (5e-4, 8.0), (2e-4, math.inf)]), axes())
-    labels = [line.get_label() for line in drawn.lines]
-    assert "none lowers the loss: left at 0.005" in labels and not any("found" in x for x in labels)
-    low, high = drawn.get_ylim()
-    assert low < 3.5 < high
+    path = plot_finding(FOUND, tmp_path / "lr.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from ffkernels.engine.fast_forward import Stage
+from ffkernels.reporting.exclusive import alone_in
 from ffkernels.reporting.recorder import Recorder, read_run
 
 RUN = {"name": "adam-s0", "config": {"lr": 1e-4}, "machine": {"cpu": "toy"}, "versions": {"torch": "2"}}
@@ -177,3 +182,56 @@ def test_events_and_values_of_other_kinds_are_refused(tmp_path):
             recorder.write("test", loss=object())
         recorder.write("run", **RUN)
     assert read_run(tmp_path / "x.jsonl").name == "adam-s0"  # a refused event leaves no part of a line
+
+
+def test_a_log_has_one_writer(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with Recorder(path) as recorder:
+        recorder.write("run", **RUN)
+        for append in (False, True):
+            with pytest.raises(RuntimeError, match=r"another run is writing .*x\.jsonl just now; .*--name"):
+                Recorder(path, append=append)
+        recorder.write("step", optimizer_step=1)
+    assert steps(read_run(path)) == [1]
+    with Recorder(path, append=True) as recorder:
+        recorder.write("step", optimizer_step=2)
+    assert steps(read_run(path)) == [1, 2]
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    code = "import sys, os; from ffkernels.reporting.recorder import Recorder\n"
+    code += "recorder = Recorder(sys.argv[1]); recorder.write('run', name='x'); os._exit(1)"
+    path = tmp_path / "x.jsonl"
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 1
+    with Recorder(path, append=True) as recorder:
+        recorder.write("step", optimizer_step=1)
+    assert steps(read_run(path)) == [1]
+
+
+def test_a_recorder_that_writes_nothing_changes_nothing(tmp_path):
+    (tmp_path / "old.jsonl").write_text("kept\n")
+    for name in ("old.jsonl", "new.jsonl"):
+        with Recorder(tmp_path / name):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["old.jsonl"]
+    assert (tmp_path / "old.jsonl").read_text() == "kept\n"
+
+
+def test_a_folder_has_one_writer_and_stays_only_when_filled(tmp_path):
+    with alone_in(tmp_path / "runs"):
+        with pytest.raises(RuntimeError, match="another run is writing"), alone_in(tmp_path / "runs"):
+            pass
+    assert not (tmp_path / "runs").exists()
+    with alone_in(tmp_path / "runs"):
+        (tmp_path / "runs" / "log").touch()
+    with alone_in(tmp_path / "runs"):
+        pass
+    assert (tmp_path / "runs" / "log").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_told_with_the_log(tmp_path):
+    (tmp_path / "x.jsonl").symlink_to("/dev/full")
+    with Recorder(tmp_path / "x.jsonl") as recorder, pytest.raises(OSError) as error:
+        recorder.write("run", **RUN)
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "x.jsonl")

@@ -11,23 +11,33 @@ import sys
 import pytest
 from rich.console import Console
 
-from ffkernels.reporting.plots import accepted, flop_unit, walk
+from ffkernels.reporting.plots import (
+    accepted,
+    draw_learning_rates,
+    draw_walk,
+    flop_unit,
+    kind_label,
+    style_of,
+    walk,
+)
 from ffkernels.reporting.report import build_report, print_table
 from ffkernels.reporting.savings import compare_runs
 
+ALIGNED = [-0.5, -0.6, 0.1, None, -0.2, -0.1, 0.0]
 TRIED = [(0, 2.0), (1, 1.8), (2, 1.6), (4, 1.9), (3, 1.5)]
-PICTURES = ["test_loss_flops", "test_loss_seconds", "tau", "training"]
+PICTURES = ["test_loss_flops", "test_loss_seconds", "tau", "learning_rate", "training"]
 
 
 @pytest.fixture
 def logs(write_log):
-    """Adam, both searches and the tuned row; Fast Forward saves 1 − 550/2000 of the measured FLOPs."""
+    """Adam and the rows held to it; the parabolic search saves 1 − 550/2000 of the measured FLOPs."""
     return [
         write_log("adam-s0", {0: 3.0, 10: 2.0, 20: 1.0}, seed=0),
         write_log(
             "linear-s0", {0: 3.0, 10: 1.5, 20: 1.2}, seed=0, stages={10: (3, TRIED), 16: (0, [(0, 1.0)])}
         ),
         write_log("parabolic-s0", {0: 3.0, 5: 0.9}, seed=0, stages={5: (3, TRIED)}),
+        write_log("auto-s0", {0: 3.0, 8: 0.8}, seed=0, alignments=[None, *ALIGNED]),
         write_log("adam-tuned-s0", {0: 3.0, 4: 0.9}, seed=0, lr=3e-3),
     ]
 
@@ -41,7 +51,8 @@ def test_report_json_keeps_its_schema(logs, tmp_path):
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     assert data == report.data
     assert list(data) == ["runs", "savings", "machine", "versions", "config"]
-    assert [run["name"] for run in data["runs"]] == ["adam-s0", "linear-s0", "parabolic-s0", "adam-tuned-s0"]
+    names = ["adam-s0", "linear-s0", "parabolic-s0", "auto-s0", "adam-tuned-s0"]
+    assert [run["name"] for run in data["runs"]] == names
     for run in data["runs"]:
         assert shape(run) == {
             "name": str,
@@ -52,14 +63,14 @@ def test_report_json_keeps_its_schema(logs, tmp_path):
             "validation_forwards": int,
             "stages": int,
         }
-    linear, parabolic, tuned = data["savings"]
+    linear, parabolic, auto, tuned = data["savings"]
     assert parabolic == {
         "name": "parabolic-s0",
         "flops_paper": 1 - 800 / 3000,
         "flops_measured": 1 - 550 / 2000,
         "seconds": 1 - 11.25 / 40,
     }
-    assert tuned["flops_measured"] == 0.8
+    assert (auto["flops_measured"], tuned["flops_measured"]) == (0.6, 0.8)
     assert linear["flops_measured"] is None and linear["reason"].startswith("did not reach")
     assert data["machine"] == {"cpu": "toy", "threads": 1}
     assert data["versions"] == {"torch": "2", "git_commit": "abc"}
@@ -124,6 +135,7 @@ def test_markdown_tells_the_whole_story(logs, tmp_path):
     for expected in (
         "lr 0.0001, batch_size 8",
         "| parabolic-s0 | 0.0001 | 5 | 1 | 5 | 0.9000 | 550 | 11.2 | 72.5 % | 73.3 % | 71.9 % |",
+        "| auto-s0 | auto | 8 | 0 | 0 | 0.8000 | 800 | 16.0 | 60.0 % | 60.0 % | 60.0 % |",
         "| linear-s0 | 0.0001 | 20 | 2 | 6 | 1.2000 | 2060 | 41.5 | not reached | – | – |",
         "FLOPs saved, measured",
         "FLOPs saved, paper",
@@ -131,7 +143,9 @@ def test_markdown_tells_the_whole_story(logs, tmp_path):
         "at the same learning rate",
         "linear-s0 has no saving: did not reach test loss 1.0001; the best was 1.2000.",
         "Adam at a tuned learning rate (0.003) saves 80.0 % of the FLOPs (measured) and 80.0 % of the time",
-        "Fast Forward parabolic 72.5 % of the FLOPs (measured) and 71.9 % of the time",
+        "Fast Forward parabolic 72.5 % of the FLOPs (measured) and 71.9 % of the time; "
+        "Adam with no learning rate given 60.0 % of the FLOPs (measured) and 60.0 % of the time.",
+        "“auto” was given no learning rate",
         "| parabolic-s0 | 10.00 | 1.25 | 0.00 | 0.00 | 11.25 |",
         *(f"]({stem}.png)" for stem in PICTURES),
     ):
@@ -172,6 +186,24 @@ def test_the_terminal_table_fits_eighty_columns(logs, tmp_path):
     assert any("missed" in line for line in lines if line.startswith("linear-s0"))
 
 
+def test_a_rate_that_was_not_given_is_drawn_over_the_steps(logs):
+    from matplotlib.figure import Figure
+
+    figure, runs = Figure(layout="constrained"), compare_runs(logs, 1e-4)
+    draw_learning_rates(figure, [run for run in runs if run.kind == "auto"])
+    losses, rates, alignments = figure.axes
+    steps = list(range(1, 9))
+    drawn = {axes: [line.get_xydata().T.tolist() for line in axes.lines] for axes in figure.axes}
+    assert [steps, [pytest.approx(4.0 - 0.01 * step) for step in steps]] in drawn[losses]
+    assert [[0, 8], [3.0, 0.8]] in drawn[losses]
+    assert drawn[rates] == [[steps, [pytest.approx(1e-4 * step) for step in steps]]]
+    assert rates.get_yscale() == "log"
+    at, cosines = drawn[alignments][0]
+    assert at == steps and [None if math.isnan(c) else c for c in cosines] == [None, *ALIGNED]
+    told = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert told == ["Adam, no learning rate given: test loss", "its batches: training loss"]
+
+
 def test_the_path_of_a_run(logs):
     run = next(run for run in compare_runs(logs, 1e-4) if run.name == "linear-s0")
     sgd, stages = walk(run.log.steps, run.log.stages)
@@ -202,3 +234,85 @@ def test_importing_draws_in_neither_matplotlib_nor_rich():
     code = "import sys, ffkernels.reporting.report; print({'matplotlib', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_rate_that_nobody_tuned_is_called_that(write_log, tmp_path):
+    logs = [write_log("adam-s0", {0: 3.0, 20: 1.0}), write_log("adam-untuned-s0", {4: 0.9}, lr=3e-3)]
+    report = build_report(logs, tmp_path)
+    assert [kind_label(run) for run in report.runs] == ["Adam", "Adam, lr 0.003 (not tuned)"]
+    assert report.data["savings"][0]["flops_measured"] == 0.8
+    (line,) = (caveat for caveat in report.caveats if caveat.startswith("Adam at"))
+    assert line.startswith(
+        "Adam at another learning rate (0.003), a usual one that nobody tuned, saves 80.0 %"
+    )
+    assert "uned learning rate (" not in line
+
+
+def test_a_data_file_stands_in_place_of_a_task(write_log, tmp_path):
+    task = {"task": "instruction", "source": "offline", "chat_loss": "all"}
+    file = {"data": "/home/me/own.jsonl", "test_data": "/home/me/held.jsonl"}
+    config = build_report([write_log("adam", {5: 1.0}, **task, **file)], tmp_path).data["config"]
+    assert config == {"lr": 1e-4, "batch_size": 8, "data": "own.jsonl", "test_data": "held.jsonl"}
+    first = (tmp_path / "report.md").read_text().split("## ")[0]
+    assert "data own.jsonl, test_data held.jsonl" in first and "task" not in first
+    assert (
+        build_report([write_log("plain", {5: 1.0}, **task)], tmp_path).data["config"]["task"] == "instruction"
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "variants"),
+    [
+        ({"lr": 1e-4}, {"lr": 1e-3}, ("lr 0.0001", "lr 0.001")),
+        ({"batch_size": 8}, {"batch_size": 16}, ("batch_size 8", "batch_size 16")),
+        ({"data": "/a/x.jsonl"}, {"data": "/b/y.jsonl"}, ("data x.jsonl", "data y.jsonl")),
+        (
+            {"fast_forward": {"search": "linear", "interval": 3}, "rank": 8},
+            {"fast_forward": {"search": "linear", "interval": 6}, "rank": 4},
+            ("rank 8, interval 3", "rank 4, interval 6"),
+        ),
+        ({"seed": 0}, {"seed": 1}, ("", "")),
+        ({"new": 1}, {}, ("", "")),
+    ],
+)
+def test_runs_of_a_kind_are_told_apart(write_log, one, other, variants):
+    runs = compare_runs([write_log("linear-a", {5: 1.0}, **one), write_log("linear-b", {5: 1.0}, **other)], 0)
+    assert tuple(run.variant for run in runs) == variants
+    title = "Fast Forward, linear"
+    assert [kind_label(run) for run in runs] == [f"{title}, {v}" if v else title for v in variants]
+    lines = [style_of(run)["linestyle"] for run in runs]
+    assert (lines[0] == lines[1]) == (variants[0] == variants[1]) and lines[0] == "-"
+    assert len({style_of(run)["color"] for run in runs}) == 1
+
+
+def test_medians_are_of_runs_that_differ_in_their_seed_only(write_log, tmp_path):
+    logs = [write_log(f"adam-s{seed}", {20: 1.0}, seed=seed) for seed in range(2)]
+    for rank, steps in ((4, 5), (8, 15)):
+        logs += [
+            write_log(f"linear-r{rank}-s{seed}", {steps: 1.0}, seed=seed, rank=rank) for seed in range(2)
+        ]
+    found = {spread.kind: spread.median for spread in build_report(logs, tmp_path).spreads}
+    assert {kind: median["flops_measured"] for kind, median in found.items()} == {
+        "linear, rank 4": 0.75,
+        "linear, rank 8": 0.25,
+    }
+
+
+def test_a_stage_that_stayed_is_not_drawn_as_one_that_fell(logs):
+    from matplotlib.figure import Figure
+
+    run = next(run for run in compare_runs(logs, 1e-4) if run.name == "linear-s0")
+    axes = Figure().add_subplot()
+    draw_walk(axes, style_of(run), run.log.steps, run.log.stages)
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert drawn["Fast Forward step: validation loss, where it fell"] == [
+        [10, 2],
+        [11, 1.8],
+        [12, 1.6],
+        [13, 1.5],
+    ]
+    assert drawn["stage without a step (τ = 0): validation loss"] == [[19, 1.0]]
+    only = Figure().add_subplot()
+    draw_walk(only, style_of(run), run.log.steps, run.log.stages[1:])
+    labels = [line.get_label() for line in only.get_lines()]
+    assert len(labels) == 2 and not any("fell" in label for label in labels)

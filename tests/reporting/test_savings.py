@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from ffkernels.reporting.plots import kind_label
 from ffkernels.reporting.savings import COSTS, compare_runs, kind_of, spreads
 
 ADAM = {0: 3.0, 10: 2.0, 20: 1.0}
@@ -128,6 +129,26 @@ def test_kinds(write_log):
     searched = {"search": "linear"}
     assert kind_of(write_log("not-parabolic", ADAM, stages=stages, fast_forward=searched)) == "linear"
     assert kind_of(write_log("adam-killed-before-a-stage", ADAM, fast_forward=searched)) == "linear"
+
+
+def test_a_run_with_no_rate_given_is_held_to_adam_at_any_rate(write_log):
+    stages = {"interval": 6, "learning_rate": "auto", "search": "linear"}
+    logs = [
+        write_log("adam-s0", ADAM, lr=3e-4),
+        write_log("adam-tuned-s0", {0: 3.0, 4: 0.9}, lr=3e-3),
+        write_log("auto-s0", REACHES, alignments=[None] * 5),
+        write_log("run", REACHES, alignments=[None] * 5, fast_forward=stages),
+    ]
+    runs = judge(logs)
+    assert [(run.kind, run.lr) for run in runs.values()] == [
+        ("adam", 3e-4), ("linear", None), ("auto", None), ("adam-tuned", 3e-3)
+    ]  # fmt: skip
+    assert [kind_label(runs[name]) for name in ("run", "auto-s0")] == [
+        "Fast Forward, linear, no learning rate given", "Adam, no learning rate given"
+    ]  # fmt: skip
+    assert runs["run"].saved == runs["auto-s0"].saved == dict.fromkeys(COSTS, 1 - 5 / 20)
+    other = judge([logs[0], write_log("auto-s0", REACHES, alignments=[None] * 5, batch_size=16)])["auto-s0"]
+    assert other.reason == "adam-s0 ran with another batch_size"
 
 
 def test_runs_of_any_name_find_their_adam_run(write_log):

@@ -22,12 +22,12 @@ def test_the_protocol(comparison):
     told = []
     results, protocol = compare(replace(comparison, seeds=(0, 2)), on_run=told.append)
     assert [r.name for r in results] == [
-        f"{name}-s{seed}" for seed in (0, 2) for name in ("adam", "linear", "parabolic", "adam-tuned")
+        f"{name}-s{seed}" for seed in (0, 2) for name in ("adam", "linear", "parabolic", "auto", "adam-tuned")
     ]
     assert [c.name for c in told] == [r.name for r in results]
     assert protocol["tuned_lr"] == 3e-3 and protocol["tuned_lr_source"] == "option"
     for config, result in zip(told, results, strict=True):
-        adam = results[0] if config.seed == 0 else results[4]
+        adam = results[0] if config.seed == 0 else results[5]
         assert result.log.name == f"{config.name}.jsonl" and result.log.is_file()
         assert config.lr == (3e-3 if config.name.startswith("adam-tuned") else 3e-4)
         if result is adam:
@@ -37,11 +37,15 @@ def test_the_protocol(comparison):
         assert config.steps == 24
         assert result.reached_target == (result.test_loss <= config.target_loss)
         assert result.reached_target or result.optimizer_steps == 24
-        searched = config.fast_forward.search if config.fast_forward else "adam-tuned"
-        assert config.name == f"{searched}-s{config.seed}"
+        forward = config.fast_forward
+        if forward is not None and forward.interval is None:
+            assert (config.name, forward.learning_rate) == (f"auto-s{config.seed}", "auto")
+            assert not result.stages and result.validation_forwards == 0
+        else:
+            assert config.name == f"{forward.search if forward else 'adam-tuned'}-s{config.seed}"
     parabolic = results[2]
     assert parabolic.reached_target and parabolic.optimizer_steps < 24 and parabolic.stages[0].tau > 0
-    assert results[0].test_loss != results[4].test_loss
+    assert results[0].test_loss != results[5].test_loss
 
 
 def test_the_sweep_takes_the_rate_that_gets_there_first(comparison, monkeypatch):
@@ -54,12 +58,13 @@ def test_the_sweep_takes_the_rate_that_gets_there_first(comparison, monkeypatch)
     assert names == [
         "adam-s0",
         "parabolic-s0",
+        "auto-s0",
         "sweep-0.0003-s0",
         "sweep-0.001-s0",
         "sweep-0.01-s0",
         "adam-tuned-s0",
     ]
-    assert [r.name for r in results] == ["adam-s0", "parabolic-s0", "adam-tuned-s0"]
+    assert [r.name for r in results] == ["adam-s0", "parabolic-s0", "auto-s0", "adam-tuned-s0"]
     assert protocol["tuned_lr_source"] == "sweep" and protocol["tuned_lr"] > 3e-4
     assert results[-1].optimizer_steps < 24
 
@@ -82,7 +87,7 @@ def test_peers_run_until_the_same_loss_and_are_judged(comparison, tmp_path):
     told = []
     comparison = replace(comparison, searches=("linear",), peers=("authors", "lora-plus"))
     results, protocol = compare(comparison, on_run=told.append)
-    names = ["adam-s0", "linear-s0", "authors-s0", "lora-plus-s0", "adam-tuned-s0"]
+    names = ["adam-s0", "linear-s0", "authors-s0", "lora-plus-s0", "auto-s0", "adam-tuned-s0"]
     assert [r.name for r in results] == names and protocol["peers"] == ["authors", "lora-plus"]
     authors, plus = told[2], told[3]
     assert authors.fast_forward is None and plus.fast_forward is None
@@ -101,6 +106,7 @@ def test_peers_run_until_the_same_loss_and_are_judged(comparison, tmp_path):
     assert savings["lora-plus-s0"]["flops_measured"] > 0
     (line,) = (caveat for caveat in report.caveats if caveat.startswith("Adam at a tuned learning rate"))
     assert "; Fast Forward linear " in line and "; lora-plus " in line
+    assert ("; Adam with no learning rate given " in line) == results[4].reached_target
 
 
 @pytest.mark.filterwarnings("error::ffkernels.ops.notices.FFKernelsNotice")
@@ -115,8 +121,11 @@ def test_the_warm_up_goes_every_way_that_is_measured(comparison, monkeypatch):
     monkeypatch.setattr(module, "train", watched)
     module.warm_up(replace(comparison, peers=("authors", "peft-prototype", "lora-plus")))
     searches = [config.fast_forward and config.fast_forward.search for config, _ in seen]
-    assert searches == ["linear", "parabolic", None, None, None]
-    assert [config.optimizer for config, _ in seen] == ["adamw"] * 4 + ["lora-plus"]
+    assert searches == ["linear", "parabolic", "parabolic", None, None, None]
+    assert [config.optimizer for config, _ in seen] == ["adamw"] * 5 + ["lora-plus"]
+    config, result = seen.pop(2)
+    assert config.fast_forward == FastForwardConfig(interval=None, learning_rate="auto")
+    assert result.optimizer_steps == 2 and not result.stages and not result.log.exists()
     stages = [result.stages for _, result in seen]
     assert [len(of) for of in stages] == [1, 1, 1, 1, 0]
     assert [of[0].executor for of in stages[2:4]] == ["authors", "peft-prototype"]
@@ -148,14 +157,14 @@ def test_a_peer_has_to_be_one(comparison, monkeypatch):
 
 
 def test_where_the_tuned_rate_comes_from(comparison):
-    base = replace(comparison.base, model="tiny", data=None)
+    base = replace(comparison.base, model="tiny", data=None, rank=8)
     table = replace(comparison, tuned_lr=None, base=base)
     assert module._tuned_lr(table) == (1e-2, "table")
     assert module._tuned_lr(replace(table, base=replace(base, task="chat"))) == (2e-2, "table")
-    lr, source = module._tuned_lr(replace(comparison, tuned_lr=None))
-    assert lr > 0 and "not measured" in source
-    hub = replace(table, base=replace(base, source="hub"))
-    assert "not measured" in module._tuned_lr(hub)[1]
+    untuned = (3e-3, "a usual value, not measured for this model and task")
+    assert module._tuned_lr(replace(comparison, tuned_lr=None)) == untuned
+    for other in ({"source": "hub"}, {"rank": 64}, {"method": "dora"}, {"optimizer": "lora-plus"}):
+        assert module._tuned_lr(replace(table, base=replace(base, **other))) == untuned
     full = replace(table, base=replace(base, method="full"))
     assert module._tuned_lr(full) == (None, "sweep")
 

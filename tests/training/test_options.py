@@ -94,14 +94,6 @@ def test_what_is_given_wins_over_a_preset_also_where_it_is_the_default(context):
     assert (stages.interval, stages.patience, stages.search, stages.warmup) == (6, 3, "parabolic", 3)
 
 
-def test_find_lr_is_fast_forwards_also_beside_a_preset(context):
-    assert options.stages(context("train")).learning_rate == "keep"
-    assert options.stages(context("train", "--find-lr")).learning_rate == "find"
-    assert options.stages(context("compare"), search="linear").learning_rate == "keep"
-    stages = options.stages(context("train", "--preset", "paper", "--find-lr"))
-    assert (stages.learning_rate, stages.interval) == ("find", 9)
-
-
 def test_no_learning_rate_is_given(context):
     """auto is the stages' setting, beside a preset too; it needs none of them."""
     for given in ([], ["--preset", "paper"]):
@@ -115,8 +107,7 @@ def test_no_learning_rate_is_given(context):
     assert options.stages(context("train", "--lr", "3e-3")).learning_rate == "keep"
     with pytest.raises(ValueError, match="lr='fast': must be a number above 0, or auto"):
         options.training(context("train", "--lr", "fast"))
-    with pytest.raises(ValueError, match="--find-lr: with --lr auto there is no"):
-        options.stages(context("train", "--lr", "auto", "--find-lr"))
+    assert options.stages(context("compare"), search="linear").learning_rate == "keep"
 
 
 def test_a_pool_of_validation_examples_is_no_smaller_than_a_draw(context):
@@ -146,6 +137,7 @@ def test_seeds_are_a_count_or_a_list():
             seeds_of(text)
 
 
+@pytest.mark.filterwarnings("ignore:the paper's table leaves")
 def test_every_preset_is_a_training_run(monkeypatch):
     from ffkernels.training.presets import PRESETS, preset
 

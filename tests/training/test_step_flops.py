@@ -1,11 +1,19 @@
-"""FLOPs of batches counted while they train, and the fit beyond what was counted."""
+"""FLOPs of batches counted beside their training, which must not notice, and the fit beyond them."""
 
 from __future__ import annotations
 
+from collections import deque
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
 
-from ffkernels.reporting.flops import FlopMeter
+from ffkernels.ops import notices
+from ffkernels.reporting.flops import FlopMeter, Flops, shapes
 from ffkernels.training import step_flops
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.step_flops import StepFlops
@@ -35,7 +43,7 @@ def test_a_batch_costs_what_the_meter_says(model):
     costs = StepFlops()
     inputs = batch(3, 11)
     assert step(costs, model, inputs) == exact(model, inputs)
-    costs.counted[3, 11] = "known"
+    costs.counted[shapes(inputs)] = (3, 11), "known"
     assert step(costs, model, inputs) == "known"  # not counted twice
 
 
@@ -46,18 +54,6 @@ def test_beyond_the_counted_shapes_a_fit_says_it_to_the_flop(model):
     for shape in [(5, 17), (1, 60), (7, 3)]:
         assert step(costs, model, batch(*shape)) == exact(model, batch(*shape))
     assert len(costs.counted) == step_flops.SHAPES
-
-
-def test_gradients_are_those_of_an_uncounted_step(model):
-    gradients = []
-    for around in (StepFlops(), None):
-        model.zero_grad()
-        if around is None:
-            model(**batch(2, 9)).loss.backward()
-        else:
-            step(around, model, batch(2, 9))
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert gradients[0] and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_step_that_raises_is_not_counted_and_leaves_no_hook(model):
@@ -78,4 +74,194 @@ def test_a_step_that_raises_is_not_counted_and_leaves_no_hook(model):
     ],
 )
 def test_the_shape_of_a_batch(inputs, shape):
-    assert step_flops._shape(inputs) == shape
+    assert step_flops._size(inputs) == shape
+
+
+FAMILIES = ["llama", "qwen3", "gemma", "gpt_neox"]
+
+
+def tiny(family, **options):
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **options)).train()
+
+
+def gradients(model, steps, around, loss=lambda model, inputs: model(**inputs).loss):
+    """Of each micro-batch, with what random numbers come next."""
+    torch.manual_seed(1)
+    found = []
+    for inputs in steps:
+        with around.batch(model, inputs) if around is not None else nullcontext():
+            loss(model, inputs).backward()
+        found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return [*found, torch.rand(1)]
+
+
+def same(left, right):
+    return len(left) == len(right) > 1 and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_uncounted_steps_bit_for_bit(family, autocast):
+    steps = [batch(2, 9), batch(3, 5), batch(2, 9)]  # they accumulate
+
+    def loss(model, inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return model(**inputs).loss + model(**batch(1, 4)).loss  # two forwards out of one cache of casts
+
+    runs = [gradients(tiny(family, attention_dropout=0.2), steps, way, loss) for way in (None, StepFlops())]
+    assert same(*runs)
+
+
+class Stateful(nn.Module):
+    """All that a forward may write: buffers, attributes, lists, the random numbers; weights held twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.norm, self.drop = (
+            nn.LSTM(4, 4, batch_first=True),
+            nn.BatchNorm1d(4),
+            nn.Dropout(0.5),
+        )
+        self.register_buffer("seen", torch.zeros(3, dtype=torch.long))
+        self.calls, self.losses, self.recent = 0, [], {"last": deque(maxlen=2)}
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen += self.calls
+        hidden = checkpoint(lambda x: self.recurrent(x)[0], x.mul_(1.0), use_reentrant=False)
+        loss = self.norm(self.drop(hidden).flatten(0, 1)).square().mean() * self.calls
+        self.losses.append(loss)
+        self.recent["last"].append(self.calls)
+        return {"loss": sum(self.losses)}
+
+
+def test_what_a_forward_writes_is_written_once():
+    seen = []
+    runs = []
+    for way in (None, StepFlops()):
+        torch.manual_seed(0)
+        model = Stateful()
+        model.norm.weight.register_hook(seen.append)
+        inputs = {"x": torch.randn(2, 3, 4)}
+        grads = gradients(model, [inputs], way, lambda model, inputs: model(**inputs)["loss"])
+        assert (model.calls, len(model.losses), list(model.recent["last"])) == (1, 1, [1])
+        runs.append([*grads, *model.buffers(), inputs["x"]])
+    assert same(*runs)
+    assert len(seen) == 2 and way.counted[shapes(inputs)][1].measured > 0
+
+
+class Layer(nn.Linear):
+    def forward(self, x):
+        return x + nn.functional.dropout(super().forward(x))
+
+
+class Layered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(256, 4), nn.Linear(4, 256)
+        self.layers = nn.ModuleList(Layer(4, 4) for _ in range(2))
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return SimpleNamespace(loss=nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten()))
+
+
+def compiled(way):
+    ran = []
+
+    def backend(graph, inputs):
+        return lambda *args: ran.append(1) or graph.forward(*args)
+
+    model, options = Layered(), {"backend": backend, "dynamic": False}
+    if way == "wrapper":
+        model = torch.compile(model, **options)
+    elif way == "in place":
+        model.compile(**options)
+    elif way == "forward":
+        model.forward = torch.compile(model.forward, **options)
+    else:
+        for layer in model.layers:
+            layer.compile(**options)
+    return model, ran
+
+
+@pytest.mark.parametrize("way", ["wrapper", "in place", "forward", "layers"])
+def test_what_is_compiled_stays_compiled(way):
+    runs = []
+    for costs in (None, StepFlops()):
+        torch._dynamo.reset()
+        model, ran = compiled(way)
+        per_step, found = [], []
+        for inputs in [batch(2, 9)] * 3:
+            before = len(ran)
+            found += gradients(model, [inputs], costs)
+            per_step.append(len(ran) - before)
+        runs.append((per_step, found))
+    assert runs[0][0] == runs[1][0] == [2 if way == "layers" else 1] * 3
+    assert same(runs[0][1], runs[1][1])
+    # Forward, two gradients of each product.
+    assert [cost.measured for _, cost in costs.counted.values()] == [3 * 2 * 18 * (2 * 4 * 4 + 4 * 256)]
+
+
+def test_calls_of_a_reference_model_count_as_forwards_alone(model):
+    reference, costs = tiny("llama").requires_grad_(False), StepFlops()
+    chosen, rejected = batch(2, 7), batch(2, 6)
+    with costs.batch(model, {**chosen, "rejected": rejected["input_ids"]}, [reference]) as cost:
+        policy = model(**chosen).logits.sum() - model(input_ids=rejected["input_ids"]).logits.sum()
+        with torch.no_grad():
+            reference(**chosen)
+        policy.backward()
+    two = [exact(model, inputs) for inputs in (chosen, rejected)]
+    alone = exact(tiny("llama"), chosen).paper // 3
+    assert cost[0] == Flops(sum(c.paper for c in two) + alone, sum(c.measured for c in two) + alone)
+
+
+def test_batches_that_differ_in_their_labels_alone_differ_in_cost():
+    config = T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model, costs = T5ForConditionalGeneration(config).train(), StepFlops()
+    ids = torch.ones(2, 9, dtype=torch.long)
+    for length in (3, 7):
+        inputs = {"input_ids": ids, "labels": ids[:, :length].contiguous()}
+        assert step(costs, model, inputs) == exact(model, inputs)
+    assert len(costs.counted) == 2
+
+
+@pytest.fixture
+def unannounced(monkeypatch):
+    monkeypatch.setattr(notices, "_announced", set())
+
+
+def test_what_cannot_be_counted_is_said_and_costs_what_others_did(model, unannounced):
+    costs = StepFlops()
+    with pytest.warns(notices.FFKernelsNotice, match="DynamicCache"):
+        with costs.batch(model, batch(2, 9)) as cost:
+            cache = DynamicCache()
+            model(**batch(2, 9), past_key_values=cache).loss.backward()
+    assert cost == [Flops(0, 0)] and cache.get_seq_length() == 9
+    known = step(costs, model, batch(4, 9))
+    assert step(costs, model, batch(4, 9)) == known != Flops(0, 0)
+    assert costs.cost(shapes(batch(2, 9)), (2, 9)).measured == pytest.approx(known.measured / 2, rel=1e-6)
+
+
+def test_counting_that_raises_leaves_the_step_alone(unannounced):
+    class Shy(nn.Linear):
+        fails = iter([True])
+
+        def forward(self, x):
+            if next(self.fails, False):
+                raise MemoryError("no room for a second pass")
+            return {"loss": super().forward(x).sum()}
+
+    model, inputs, costs = Shy(3, 4), {"x": torch.ones(2, 3)}, StepFlops()
+    with pytest.warns(notices.FFKernelsNotice, match="MemoryError: no room for a second pass"):
+        with costs.batch(model, inputs) as cost:
+            model(**inputs)["loss"].backward()
+    assert cost == [Flops(0, 0)] and torch.equal(model.weight.grad, torch.full((4, 3), 2.0))

@@ -286,12 +286,13 @@ def test_a_template_that_rewrites_history_is_refused(tmp_path):
     [
         ("{bad\n", r"line 2: not JSON"),
         ("[1]\n", r"line 2: a JSON list; each line must be an object with `text`"),
-        ({"input": 1, "output": 2}, r"line 2: has the keys \['input', 'output'\]; needed are `text`, or"),
-        ({"prompt": "a"}, r"line 2: the key 'response' is missing; it has \['prompt'\]"),
-        ({"response": "a"}, r"line 2: the key 'prompt' is missing"),
+        ({"input": 1, "output": 2}, r"line 2: has the keys \['input', 'output'\]; needed are `text`; or"),
+        (
+            {"prompt": "a"},
+            r"line 2: has the keys \['prompt'\]; needed are `text`; or `prompt` and `response`",
+        ),
+        ({"response": "a", "prompt": None}, r"line 2: has the keys .*, of which prompt are null; needed"),
         ({"text": 3}, r"line 2: 'text' must be a string, not int"),
-        ({"text": ""}, r"line 2: 'text' is empty"),
-        ({"prompt": "a", "response": ""}, r"line 2: 'response' is empty"),
         ({"messages": []}, r"line 2: 'messages' must be a list of at least one"),
         ({"messages": ["a"]}, r"line 2: messages\[0\] must be an object"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] needs a string 'content'; it has \['role'\]"),
@@ -318,7 +319,7 @@ def test_bad_requests_are_named(tmp_path):
         ValueError, match=r"'own' has 2 different examples of at most 64 tokens; 1000 test and 32 validation"
     ):
         load_file(path, TOKENIZER)
-    for wrong in (dict(max_length=3), dict(test_examples=0), dict(validation_examples=1.5)):
+    for wrong in (dict(max_length=3), dict(test_examples=-1), dict(validation_examples=1.5)):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             load_task("instruction", TOKENIZER, **wrong)
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.search import LinearSearch
 from ffkernels.reporting.recorder import read_run
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import DataOrder, open_session, prepare_task
+from ffkernels.training.session import DataOrder, prepare_task
 from ffkernels.training.trainer import _interrupt_after_the_step, train
 
 STAGES = FastForwardConfig(interval=4, max_tau=16)
@@ -141,7 +142,8 @@ def test_a_run_learns_counts_and_saves(config, small):
     assert result.validation_forwards == sum(len(s.losses) for s in result.stages) > 2
     assert result.flops["measured"] > 0 and result.flops["paper"] > 0
     assert result.stopped_because == "all steps done" and result.reached_target is None
-    assert seen == [e["event"] for e in map(json.loads, result.log.read_text().splitlines())]
+    logged = [e["event"] for e in map(json.loads, result.log.read_text().splitlines())]
+    assert [event for event in seen if event != "stage_begins"] == logged
     assert seen[0] == "run" and seen[-1] == "end" and seen.count("step") == 10
 
     first = json.loads(result.log.read_text().splitlines()[0])
@@ -185,31 +187,6 @@ def test_resume_is_bit_identical(config, cut, method):
     assert stages == [4, 8]
 
 
-def test_finding_a_learning_rate_is_charged_and_tested(config):
-    finding = FastForwardConfig(learning_rate="find", interval=100)
-    found_at = replace(config, name="found", fast_forward=finding)
-    with open_session(found_at) as session:
-        for step in range(2):
-            session.step(step)
-        found, forward = session.ff.finding, session.validation.flops
-    plain, result = train(replace(config, name="plain")), train(found_at)
-    assert not result.stages and found.optimizer_step == 2
-    assert result.validation_forwards == found.evaluations > 4
-    validations = found.evaluations * forward
-    assert result.flops["measured"] - plain.flops["measured"] == found.flops > validations
-    assert result.flops["paper"] - plain.flops["paper"] == validations + (found.flops - validations) // 2
-    (logged,) = read_run(str(result.log)).findings
-    assert logged["lr"] == found.lr and logged["optimizer_step"] == 2
-    assert result.seconds["validate"] == logged["seconds"] > 0 == result.seconds["move"]
-    assert all(step["seconds"]["train"] > 0 for step in events(config, "step", "found"))
-    assert [test["optimizer_step"] for test in events(config, "test", "found")] == [0, 2, 10]
-
-    train(replace(found_at, name="parts", steps=5))
-    parts = train(replace(found_at, name="parts"), resume=True)
-    assert (parts.flops, parts.validation_forwards) == (result.flops, result.validation_forwards)
-    assert parts.test_loss == result.test_loss
-
-
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 @pytest.mark.parametrize("cut", [1, 5, 9])
 def test_without_a_learning_rate_steps_tell_it_and_a_resumed_run_is_the_same(config, schedule, cut):
@@ -237,10 +214,10 @@ def _interrupt(step, event):
 def test_a_run_that_was_saved_before_a_setting_of_the_stages_existed_goes_on(config):
     config = replace(config, fast_forward=STAGES)
     saved = config.to_dict()
-    del saved["fast_forward"]["learning_rate"], saved["fast_forward"]["find_after"]
+    del saved["fast_forward"]["learning_rate"]
     config.check_continues({**saved, "steps": 10}, 10)
     with pytest.raises(ValueError, match="fast_forward="):
-        found = replace(STAGES, learning_rate="find")
+        found = replace(STAGES, learning_rate="auto")
         replace(config, fast_forward=found).check_continues({**saved, "steps": 10}, 10)
 
 
@@ -430,3 +407,108 @@ def test_a_second_signal_ends_at_once():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# Files and interrupts
+
+
+def test_two_runs_of_one_name_do_not_write_one_log(config):
+    seen = []
+
+    def start_another(event):
+        if event["event"] == "step" and event["optimizer_step"] == 2:
+            for resume in (False, True):
+                with pytest.raises(RuntimeError, match=r"another run is writing .*run\.jsonl"):
+                    train(config, resume=resume)
+            seen.append(True)
+
+    assert train(replace(config, steps=3), on_event=start_another).optimizer_steps == 3 and seen
+    assert [e["optimizer_step"] for e in events(config, "step")] == [1, 2, 3]
+
+
+@contextmanager
+def little_space(limit):
+    """Files cannot grow beyond ``limit`` bytes, which libraries take as they take a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_space_for_the_state_keeps_the_last_one_and_the_adapter(config):
+    config = replace(config, checkpoint_every=2)
+    train(replace(config, steps=2))
+    folder = Path(config.out) / "run"
+    state_file, adapter_file = folder / "state.pt", folder / "adapter_model.safetensors"
+    before, adapter = state_file.read_bytes(), adapter_file.read_bytes()
+    assert len(before) > 2 * len(adapter)
+    with little_space(int(1.5 * len(adapter))), pytest.raises(OSError) as error:
+        train(config, resume=True)
+    told = str(error.value)
+    assert told.startswith(f"{state_file} cannot be written: ")
+    assert told.endswith(
+        f"The state after step 2 is in {config.out}/run: go on with the same command and --resume."
+    )
+    assert state_file.read_bytes() == before
+    assert adapter_file.read_bytes() != adapter
+    assert not [path.name for path in folder.glob("*writing*")]
+    assert read_run(f"{config.out}/run.jsonl").end is None
+    train(config, resume=True)
+    train(replace(config, name="straight"))
+    assert_same_run(config, "straight", "run")
+
+
+def test_no_space_for_the_log_saves_the_weights(config):
+    full = []
+
+    def stop(event):
+        if event["event"] == "step" and event["optimizer_step"] == 3:
+            full.append(little_space(Path(f"{config.out}/run.jsonl").stat().st_size))
+            full[0].__enter__()
+        elif full and event["event"] == "step":
+            full.pop().__exit__(None, None, None)
+
+    with pytest.raises(OSError, match=r"run\.jsonl'\. The state after step 4 is in .*run: go on .*--resume"):
+        train(config, on_event=stop)
+    assert len(events(config, "step")) == 3 and read_run(f"{config.out}/run.jsonl").end is None
+    train(config, resume=True)
+    train(replace(config, name="straight"))
+    for part in ("weights", "optimizer", "meter"):
+        assert_same(state(config, "run")[part], state(config, "straight")[part])
+
+
+def test_the_state_is_saved_before_the_log_has_its_end(config):
+    seen = []
+
+    def saved(event):
+        if event["event"] == "end":
+            seen.append(state(config)["progress"]["optimizer_steps"])
+
+    train(replace(config, steps=2), on_event=saved)
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("at", ["stage_begins", "step"])
+def test_ctrl_c_says_at_once_what_comes(config, at):
+    config = replace(config, fast_forward=replace(STAGES, patience=None))
+    seen = []
+
+    def interrupt(event):
+        seen.append(event["event"])
+        if event["event"] == "interrupt":
+            assert event == {"event": "interrupt", "in_stage": at == "stage_begins", "save": True}
+        if event["event"] == at and event["optimizer_step"] == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    result = train(config, on_event=interrupt)
+    assert result.interrupted and result.optimizer_steps == 4
+    order = seen[seen.index("stage_begins") :]
+    expected = ["stage_begins", "interrupt", "step", "stage", "test", "end"]
+    if at == "step":
+        expected = ["stage_begins", "step", "interrupt", "stage", "test", "end"]
+    assert order == expected
+    logged = [json.loads(line)["event"] for line in result.log.read_text().splitlines()]
+    assert "interrupt" not in logged and "stage_begins" not in logged

@@ -1,0 +1,106 @@
+"""A Trainer's run in which no stage finds a step is the plain run bit for bit, resumed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from ffkernels import FastForwardCallback, FastForwardConfig
+
+FAMILIES = ["llama", "qwen3", "gemma", "gpt_neox"]
+EVERY_2 = FastForwardConfig(interval=2, max_tau=16, patience=None)
+
+
+def tiny(family):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    # Of GPT-NeoX a Trainer saves the head under a name that it does not find again: tied, it need not.
+    others = {"attention_dropout": 0.1, "tie_word_embeddings": family == "gpt_neox"}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **others))
+
+
+def examples(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, 64, (count, 12), generator=generator)
+    return [{"input_ids": row, "labels": row.clone()} for row in rows]
+
+
+class Losses(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen += [logs["loss"]] if "loss" in logs else []
+
+
+def train(family, folder, callback=None, resume=None):
+    """Final weights and optimizer state, and the losses that were logged."""
+    losses = Losses()
+    options = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    args = TrainingArguments(
+        str(folder), **options, learning_rate=1e-3, max_grad_norm=0.5, use_cpu=True, report_to=[],
+        logging_steps=1, save_steps=3, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        tiny(family),
+        args,
+        train_dataset=examples(32, seed=1),
+        data_collator=default_data_collator,
+        callbacks=[losses, *([callback] if callback is not None else [])],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    state = [value for one in trainer.optimizer.state.values() for value in one.values()]
+    return [*(p.detach().clone() for p in trainer.model.parameters()), *state], losses.seen
+
+
+def equal(left, right):
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step}"
+
+
+def rising():
+    calls = iter(range(10**6))
+    return lambda model: float(next(calls))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_step_it_is_the_plain_run_also_resumed_in_the_middle(family, tmp_path):
+    plain, losses = train(family, tmp_path / "plain")
+
+    steady, through = FastForwardCallback(rising(), EVERY_2), tmp_path / "through"
+    state, seen = train(family, through, steady)
+    assert [stage.tau for stage in steady.stages] == [0, 0]
+    assert equal(state, plain) and seen == losses
+
+    again = FastForwardCallback(rising(), EVERY_2)
+    state, seen = train(family, tmp_path / "resumed", again, resume=str(checkpoint(through, 3)))
+    assert [stage.optimizer_step for stage in again.stages] == [2, 4]
+    assert equal(state, plain) and seen == losses[3:]
+    assert again.flops == steady.flops
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_resumed_run_with_stages_is_the_one_that_was_not_stopped(family, tmp_path):
+    validation, through = examples(32, seed=1)[:8], tmp_path / "through"
+    steady = FastForwardCallback(validation, EVERY_2)
+    state, losses = train(family, through, steady)
+    assert any(stage.tau > 0 for stage in steady.stages)
+    again = FastForwardCallback(validation, EVERY_2)
+    resumed, seen = train(family, tmp_path / "resumed", again, resume=str(checkpoint(through, 3)))
+    assert [stage.losses for stage in again.stages] == [stage.losses for stage in steady.stages]
+    assert equal(resumed, state) and seen == losses[3:]
+    assert again.flops == steady.flops
