@@ -88,6 +88,7 @@ def run(
     from ffkernels.training import trainer_access
     from ffkernels.training.models import attention_targets, load_model
     from ffkernels.training.step_flops import StepFlops
+    from ffkernels.training.trainer_data import examples_and_collator
 
     model, tokenizer = load_model(options.model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -104,7 +105,7 @@ def run(
             self.curve, self.stages, self.paused = [], 0, 0.0
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
-            examples, collator = trainer_access.examples_and_collator(trainer, trainer.eval_dataset["test"])
+            examples, collator = examples_and_collator(trainer, trainer.eval_dataset["test"])
             self.test = ValidationLoss(model, examples, collator=collator)
             self.meter = FlopMeter(sum(p.numel() for p in model.parameters() if p.requires_grad))
             if not fast_forward:  # else the callback counts

@@ -6,7 +6,8 @@
 
 The last, known by their names, are divided by the tokens in ``input_ids`` that stand for them, whose id is in
 the model's config: so many entries for each such token, or so many tokens for each entry; a grid
-(``image_grid_thw``) says of every image how many patches it has. What else there is all rows share.
+(``image_grid_thw``) says of every image how many patches it has. What else there is all rows share, but not
+images of which no token is known.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ffkernels.engine.validation_batches import count_rows
 
 __all__ = ["placeholder_ids", "rows_of"]
 
@@ -42,9 +45,9 @@ def rows_of(batch: Batch, placeholders: dict[str, int]) -> list[Batch]:
     Raises:
         ValueError: naming a tensor that cannot be divided among the rows.
     """
-    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim > 0]
-    ids = batch.get("input_ids")
-    count = len(ids if ids is not None else tensors[0] if tensors else ())
+    ids, count = batch.get("input_ids"), count_rows(batch)
+    if count == 1:
+        return [batch]
     parts = {key: _parts(key, value, batch, ids, count, placeholders) for key, value in batch.items()}
     return [{key: part[i] for key, part in parts.items()} for i in range(count)]
 
@@ -66,15 +69,20 @@ def _parts(
         if not by_row and sum(stand_in):
             sizes = _sizes(value, batch.get(f"{media}_grid_thw"), stand_in)
             if sizes is None:
-                raise ValueError(
-                    f"{key} has {len(value)} entries for {count} rows, in which {stand_in} tokens stand for "
-                    "them: it is not known whose each is. Pass the pool as examples, with the collator that "
-                    "makes batches of them"
-                )
+                raise _undivided(key, value, count, stand_in)
             return value.split(sizes)
     if len(value) == count:
         return value.split(1)
+    if media is not None and media not in placeholders and len(value) > 1:
+        raise _undivided(key, value, count, "no")
     return [value] * count
+
+
+def _undivided(key: str, value: Tensor, count: int, stand_in: Any) -> ValueError:
+    return ValueError(
+        f"{key} has {len(value)} entries for {count} rows, in which {stand_in} tokens stand for them: it is "
+        "not known whose each is. Pass the pool as examples, with the collator that makes batches of them"
+    )
 
 
 def _sizes(value: Tensor, grid: Any, stand_in: Sequence[int]) -> list[int] | None:

@@ -6,8 +6,8 @@ Three ways to that number, chosen at construction and kept in `path` with the `r
 
 - fast      a causal language model on ordinary batches: trimmed micro-batches, logits at labelled positions
             only (`validation_fast`), compared once with the model's own loss;
-- generic   any model whose `model(**batch)` returns a loss: the batches as given, weighted by their targets
-            (`validation_generic`);
+- generic   any model whose `model(**batch)` returns a loss: the batches as given, weighted by what that loss
+            is the mean of (`validation_generic`);
 - callable  `loss_fn(model)`, whatever it computes.
 
 The fast path has the loss of each example too (`validation_examples`). In a job of several processes each
@@ -34,12 +34,14 @@ from ffkernels.engine.parallelism import training_group
 from ffkernels.engine.validation_batches import (
     Example,
     check_causal_batches,
+    micro_batch_limit,
     read_batches,
     read_examples,
 )
 from ffkernels.engine.validation_check import disagreement
 from ffkernels.engine.validation_fast import LabelledLoss, could_be_given_a_mask
-from ffkernels.engine.validation_generic import FunctionLoss, ModelLoss, is_loss_function
+from ffkernels.engine.validation_generic import FunctionLoss, ModelLoss, ask_model, is_loss_function
+from ffkernels.engine.validation_mean import Mean
 from ffkernels.engine.validation_shared import (
     SharedLoss,
     shared_function,
@@ -49,9 +51,6 @@ from ffkernels.engine.validation_shared import (
 from ffkernels.ops.notices import announce_once
 
 __all__ = ["ValidationLoss"]
-
-_TOKENS = {"cpu": 2048}
-_TOKENS_ELSEWHERE = 16384
 
 
 class ValidationLoss:
@@ -76,8 +75,8 @@ class ValidationLoss:
             number. Iterables are read once, here.
         collator: makes a batch of a list of examples.
         micro_batch_tokens: padded tokens per forward at most (one longer example is still one forward). By
-            default 2,048 on a CPU, 16,384 elsewhere. The loss does not depend on it. The generic path applies
-            it only where it makes the batches itself, with `collator`.
+            default 2,048 on a CPU, 16,384 elsewhere. The generic path applies it only with `collator`; there
+            the loss depends on it where examples of a batch see each other (CLIP): pass batches.
         check: compare the fast path once with the model's own loss; without it structure alone decides.
         process_group: the processes that train this model together. By default the group of a DDP model, else
             all processes of the job.
@@ -92,6 +91,7 @@ class ValidationLoss:
         before_ranks: it was made before the job had a process group of several.
 
     Raises:
+        ValueError: when the model returns no loss for such batches, or they have nothing to score.
         RanksDisagree: when the ranks were given different examples, or came to different paths.
     """
 
@@ -104,21 +104,14 @@ class ValidationLoss:
         micro_batch_tokens: int | None = None,
         check: bool = True,
         process_group: Any = None,
+        _mean: Mean | None = None,
     ) -> None:
-        self._device = model_device(model)
-        if micro_batch_tokens is not None and (
-            isinstance(micro_batch_tokens, bool)
-            or not isinstance(micro_batch_tokens, int)
-            or micro_batch_tokens < 1
-        ):
-            raise ValueError(
-                f"micro_batch_tokens = {micro_batch_tokens!r}: a positive integer or None is allowed"
-            )
+        self._device, self._mean = model_device(model), _mean
+        self._max_tokens = micro_batch_limit(micro_batch_tokens, self._device)
         self.model = model
         self.path, self.reason = "generic", ""
         self.examples = self.tokens = self.version = 0
         self.evaluator = Evaluator(model, self._device, batches if is_loss_function(batches) else None)
-        self._max_tokens = micro_batch_tokens or _TOKENS.get(self._device.type, _TOKENS_ELSEWHERE)
         self._check, self._process_group = check, process_group
         self._flops: int | None = None
         self._lm: CausalLM | None = None
@@ -144,7 +137,8 @@ class ValidationLoss:
         with together(self.ranks, forwards=True):
             self._prepare(check)
         if self.ranks is not None:
-            self.ranks.agree({"the path of the validation loss": self.path}, f"here: {self.reason}")
+            facts = {"the path of the validation loss": self.path, "what it is the mean of": str(self._mean)}
+            self.ranks.agree(facts, f"here: {self.reason}")
 
     def _read(self, batches: Any, collator: Callable[..., Any] | None) -> None:
         if is_loss_function(batches):
@@ -161,6 +155,9 @@ class ValidationLoss:
         """Choose the path and make what an evaluation runs."""
         if self.path != "callable":
             self._choose_path(check)
+        if self.path == "generic" and self._mean is None:
+            run = self.evaluator.run_first
+            self._mean = ask_model(self.model, self._batches, self._device, self.reason, run)
         self._loss: Callable[[], torch.Tensor] = self._build()
         if self.path == "callable":
             return
@@ -216,8 +213,8 @@ class ValidationLoss:
         """Tokens in one evaluation, of all processes, without padding; 0 where there are none to count."""
         if self.path == "fast":
             return sum(row.computed for row in self._rows)
-        sizes = [batch["input_ids"].numel() for batch in self._batches if "input_ids" in batch]
-        return sum(sizes) if len(sizes) == len(self._batches) else 0
+        ids = [batch.get("input_ids") for batch in self._batches]
+        return sum(x.numel() for x in ids) if all(isinstance(x, torch.Tensor) for x in ids) else 0
 
     @property
     def flops(self) -> int:
@@ -303,6 +300,7 @@ class ValidationLoss:
                 micro_batch_tokens=self._max_tokens,
                 check=self._check,
                 process_group=self._process_group,
+                _mean=self._mean,
             )
         with interrupt_later():
             vars(self).update(vars(fresh), version=self.version + 1, evaluator=self.evaluator)
@@ -369,8 +367,8 @@ class ValidationLoss:
             return function if ranks is None else shared_function(ranks, function, device)
         if self._lm is None:
             if ranks is not None:
-                return shared_model_loss(ranks, self.model, self._batches, device)
-            return ModelLoss(self.model, self._batches, device)
+                return shared_model_loss(ranks, self.model, self._batches, device, self._mean)
+            return ModelLoss(self.model, self._batches, device, self._mean)
         if ranks is not None:
             return shared_labelled_loss(ranks, self._lm, self._rows, self._max_tokens, device)
         return LabelledLoss(self._lm, self._rows, max_tokens=self._max_tokens, device=device)

@@ -1,7 +1,8 @@
 """Validation data as users have it, read once into batches and, where possible, into unpadded examples.
 
 Accepted: one dict, an iterable of dicts as a Hugging Face collator makes them (`input_ids`, `attention_mask`,
-`labels`, −100 where nothing is scored), or a dataset of examples together with its collator.
+`labels`, −100 where nothing is scored), or a dataset of examples together with its collator. Nothing is asked
+of a batch here but to be one; what it must be is asked by the path that runs it.
 
 An example of the fast path is a row without its padding. A causal model computes position i from
 positions ≤ i only, so everything after the last scored prediction is cut off as well.
@@ -9,19 +10,34 @@ positions ≤ i only, so everything after the last scored prediction is cut off 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
 
 from ffkernels.engine.causal_lm import FastPathRefused
 
-__all__ = ["IGNORE", "Example", "check_causal_batches", "read_batches", "read_examples"]
+__all__ = [
+    "IGNORE",
+    "Example",
+    "check_causal_batches",
+    "chosen_rows",
+    "count_rows",
+    "items_of",
+    "micro_batch_limit",
+    "on_device",
+    "read_batches",
+    "read_examples",
+]
 
 IGNORE = -100
 _OWN_KEYS = {"input_ids", "attention_mask", "labels"}
+_TOKENS = {"cpu": 2048}
+_TOKENS_ELSEWHERE = 16384
 _ACCEPTED = (
     "pass a list of dicts with input_ids, attention_mask and labels, a dataset with collator=, or a callable "
     "loss_fn(model)"
@@ -46,17 +62,32 @@ class Example:
         return int(self.labels[1:].ne(IGNORE).sum())
 
 
+def micro_batch_limit(given: int | None, device: torch.device) -> int:
+    """Padded tokens of one forward: what was given, checked, or what suits the device."""
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+        raise ValueError(f"micro_batch_tokens = {given!r}: a positive integer or None is allowed")
+    return given or _TOKENS.get(device.type, _TOKENS_ELSEWHERE)
+
+
+def items_of(dataset: Any, count: int | None = None) -> list[Any]:
+    """The first `count` items (None: all) of what has a length and numbered items, or is iterated over.
+
+    A sized `IterableDataset` has the method `__getitem__`, which raises.
+    """
+    if not isinstance(dataset, Iterable) and hasattr(dataset, "__getitem__"):
+        return [dataset[i] for i in range(len(dataset) if count is None else min(count, len(dataset)))]
+    return list(islice(dataset, count))
+
+
 def read_batches(batches: Any, collator: Callable[..., Any] | None, tokens: int) -> list[dict[str, Any]]:
     """`batches` as a list of dicts whose sequences are tensors on the CPU or wherever they were."""
     if isinstance(batches, Mapping):
         batches = [batches]
-    elif not isinstance(batches, (str, bytes, torch.Tensor)) and isinstance(batches, Iterable):
-        pass
-    elif not isinstance(batches, (str, bytes, torch.Tensor)) and hasattr(batches, "__getitem__"):
-        batches = [batches[i] for i in range(len(batches))]  # a map-style dataset
-    else:
+    elif isinstance(batches, (str, bytes, torch.Tensor)) or not (
+        isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
+    ):
         raise TypeError(f"validation batches of type {type(batches).__name__}: {_ACCEPTED}")
-    items = list(batches)
+    items = items_of(batches)
     if not items:
         raise ValueError(f"the validation set is empty: {_ACCEPTED}")
     if collator is not None:
@@ -95,63 +126,73 @@ def _read_batch(item: Any, index: int, *, collated: bool) -> dict[str, Any]:
         if value is None:
             del batch[key]
         elif not isinstance(value, torch.Tensor):
-            try:
+            with suppress(TypeError, ValueError, RuntimeError):  # rows of many lengths, dicts of boxes
                 batch[key] = torch.as_tensor(value)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"validation batch {index}: {key} cannot be made one tensor ({error}); pad the rows "
-                    "to one length or pass collator="
-                ) from error
-    _check_shapes(batch, index)
+    if count_rows(batch) == 0:
+        raise ValueError(f"validation batch {index} has no rows")
     return batch
 
 
-def _check_shapes(batch: dict[str, Any], index: int) -> None:
-    ids, mask, labels = (batch.get(key) for key in ("input_ids", "attention_mask", "labels"))
-    if ids is None:
-        return
-    if ids.ndim == 1:
-        raise ValueError(
-            f"validation batch {index}: input_ids has one dimension, so this is an example, not a batch; "
-            "pass collator= to make batches of examples, or add the batch dimension"
-        )
-    if ids.is_floating_point() or ids.is_complex():
-        raise ValueError(f"validation batch {index}: input_ids must be integers, not {ids.dtype}")
-    if ids.shape[0] == 0:
-        raise ValueError(f"validation batch {index} has no rows")
-    if mask is not None and mask.ndim == 2 and mask.shape != ids.shape:
-        raise ValueError(
-            f"validation batch {index}: attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} "
-            "must have one shape"
-        )
-    if labels is not None and labels.ndim > 0 and labels.shape[0] != ids.shape[0]:
-        raise ValueError(
-            f"validation batch {index}: labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} differ "
-            "in their number of rows"
-        )
+def count_rows(batch: Mapping[str, Any]) -> int:
+    """How many examples a batch has: as many as it has labels, else rows of token ids or of what comes first.
+
+    In what comes first there may be more of them: the answers to one question, the patches of all images.
+    """
+    values = [batch[key] for key in ("labels", "input_ids") if key in batch]
+    for value in (*values, *batch.values()):
+        if isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.ndim > 0):
+            return len(value)
+    return 1
+
+
+def chosen_rows(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any] | None:
+    """Some rows of a batch, in this order; None where a tensor has another number of rows."""
+    count, chosen = count_rows(batch), {}
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            if len(value) != count:
+                return None
+            value = value[torch.tensor(list(rows), device=value.device)]
+        elif isinstance(value, (list, tuple)) and len(value) == count:
+            value = [value[row] for row in rows]
+        chosen[key] = value
+    return chosen
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A batch's value with every tensor in it, at any depth of lists and dicts, on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: on_device(item, device) for key, item in value.items()}
+    return [on_device(item, device) for item in value] if isinstance(value, list) else value
 
 
 def check_causal_batches(
     batches: list[dict[str, Any]], vocabulary: int | None, embeddings: int | None
 ) -> None:
-    """Refuse what a causal language model's batches cannot be: unlabelled, or outside the vocabulary."""
+    """Refuse token numbers outside the vocabulary, where GPUs end the process, and masks of other shapes."""
     for index, batch in enumerate(batches):
-        if "labels" not in batch:
-            raise ValueError(
-                f"validation batch {index} has no labels, only {sorted(batch)}; a causal language model's "
-                "labels are the input_ids with -100 where nothing is scored"
-            )
-        labels, ids = batch["labels"], batch.get("input_ids")
-        if ids is not None and labels.shape != ids.shape:
-            raise ValueError(
-                f"validation batch {index}: labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} "
-                "must have one shape"
-            )
-        if labels.is_floating_point():
-            raise ValueError(f"validation batch {index}: labels must be integers, not {labels.dtype}")
-        _check_range(labels[labels != IGNORE], vocabulary, f"validation batch {index}: labels", "−100 or ")
-        if ids is not None:
-            _check_range(ids, embeddings, f"validation batch {index}: input_ids", "")
+        ids, labels = batch.get("input_ids"), batch.get("labels")
+        where = f"validation batch {index}"
+        if _is_integer(labels) and (ids is None or (_is_integer(ids) and ids.shape == labels.shape)):
+            _check_range(labels[labels != IGNORE], vocabulary, f"{where}: labels", "−100 or ")
+        if _is_integer(ids):
+            _check_range(ids, embeddings, f"{where}: input_ids", "")
+        if batch.keys() <= _OWN_KEYS and (why := _why_mask_does_not_fit(batch)):
+            raise ValueError(f"{where}{why}")
+
+
+def _why_mask_does_not_fit(batch: Mapping[str, Any]) -> str | None:
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not (_is_integer(ids) and isinstance(mask, torch.Tensor) and ids.ndim == mask.ndim == 2):
+        return None
+    shapes = f": attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} must have one shape"
+    return None if mask.shape == ids.shape else shapes
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _check_range(values: torch.Tensor, size: int | None, what: str, also: str) -> None:
@@ -171,14 +212,11 @@ def read_examples(batches: list[dict[str, Any]]) -> list[Example]:
         extra = sorted(batch.keys() - _OWN_KEYS)
         if extra:
             raise FastPathRefused(f"the batches carry {', '.join(map(str, extra))}")
-        if "input_ids" not in batch:
-            raise FastPathRefused("the batches carry no input_ids")
+        why = _why_no_token_rows(batch)
+        if why:
+            raise FastPathRefused(f"validation batch {index}{why}")
         ids, labels = batch["input_ids"].long().cpu(), batch["labels"].long().cpu()
-        if ids.ndim != 2:
-            raise FastPathRefused(f"input_ids of batch {index} has {ids.ndim} dimensions, not two")
         mask = batch.get("attention_mask")
-        if mask is not None and mask.ndim != 2:
-            raise FastPathRefused(f"attention_mask of batch {index} has {mask.ndim} dimensions, not two")
         kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().ne(0)
         if mask is not None and not torch.equal(kept.to(mask.dtype), mask.cpu()):
             raise FastPathRefused(f"attention_mask of batch {index} holds values other than 0 and 1")
@@ -187,6 +225,33 @@ def read_examples(batches: list[dict[str, Any]]) -> list[Example]:
             if example is not None:
                 examples.append(example)
     return examples
+
+
+def _why_no_token_rows(batch: Mapping[str, Any]) -> str | None:
+    """What keeps a batch from being rows of token ids with a label at each, to be read behind its name."""
+    for key in ("input_ids", "labels"):
+        if key not in batch:
+            return (
+                f" has no {key}, only {sorted(batch)}; a causal language model's labels are the input_ids "
+                "with -100 where nothing is scored"
+            )
+        if not isinstance(batch[key], torch.Tensor):
+            return f": {key} cannot be made one tensor; pad the rows to one length or pass collator="
+        if not _is_integer(batch[key]):
+            return f": {key} must be integers, not {batch[key].dtype}"
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+    if ids.ndim == 1:
+        return (
+            ": input_ids has one dimension, so this is an example, not a batch; pass collator= to make "
+            "batches of examples, or add the batch dimension"
+        )
+    if ids.ndim != 2:
+        return f": input_ids has {ids.ndim} dimensions, not two"
+    if labels.shape != ids.shape:
+        return f": labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} must have one shape"
+    if mask is not None and getattr(mask, "ndim", 0) != 2:
+        return f": attention_mask has {getattr(mask, 'ndim', 'no')} dimensions, not two"
+    return _why_mask_does_not_fit(batch)
 
 
 def _read_row(ids: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor) -> Example | None:

@@ -2,50 +2,27 @@
 
     L = Σ_batches loss(batch) · weight(batch) / Σ weight
 
-The weight is the number of targets over which the model's own mean runs.
-
-For causal language models these are the labels after the shift, `labels[:, 1:] != −100`; encoder-decoder
-models, masked and token classification do not shift; labels that are one number or one vector per row
-count rows.
+The weight is the number of things over which the model's own mean runs, and the model is asked which these
+are (`validation_mean`). It is also asked once whether it has a loss for such batches at all.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ffkernels.engine.causal_lm import accepts_argument, unwrap
-from ffkernels.engine.validation_batches import IGNORE
+from ffkernels.engine.validation_batches import IGNORE, chosen_rows, count_rows, on_device
 from ffkernels.engine.validation_gradients import GradientsWhereNeeded
+from ffkernels.engine.validation_mean import Mean, ask_mean
 
-__all__ = ["FunctionLoss", "ModelLoss", "count_targets", "is_loss_function", "size_of"]
+__all__ = ["FunctionLoss", "ModelLoss", "ask_model", "is_loss_function", "size_of"]
 
-_SHIFTING_LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")
-
-
-def count_targets(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """Over how many targets the mean of the model's own loss runs."""
-    labels = batch.get("labels")
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.ndim == 0:
-        return _rows(batch)
-    config = getattr(model, "config", None)
-    shifted = (
-        labels.ndim == 2
-        and "input_ids" in batch
-        and not getattr(config, "is_encoder_decoder", False)
-        and getattr(model, "loss_type", None) in _SHIFTING_LOSSES
-    )
-    return int((labels[:, 1:] if shifted else labels).ne(IGNORE).sum())
-
-
-def _names_labels(model: nn.Module) -> bool:
-    """Whether this is a transformers model whose loss comes from an argument called labels."""
-    parameters = inspect.signature(type(model).forward).parameters
-    return hasattr(model, "config") and "labels" in parameters
+_SHIFTING_LOSSES = ("ForCausalLM", "ForConditionalGeneration")
 
 
 def size_of(batch: Mapping[str, Any]) -> int:
@@ -53,45 +30,123 @@ def size_of(batch: Mapping[str, Any]) -> int:
     return max((v.numel() for v in batch.values() if isinstance(v, torch.Tensor)), default=1)
 
 
-def _rows(batch: Mapping[str, Any]) -> int:
-    for value in batch.values():
-        if isinstance(value, torch.Tensor) and value.ndim > 0:
-            return value.shape[0]
-    return 1
+class ModelCall:
+    """The loss that a model itself returns for a batch; `named` where the last one was called so."""
+
+    named = False
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.inner, _ = unwrap(model)
+        # The forward of data-parallel wrappers would talk to the other ranks, which are not here.
+        parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+        self.model = model.module if parallel else model
+        self.device = device
+        cached = hasattr(self.inner, "config") and accepts_argument(self.inner, "use_cache")
+        self._extra = {"use_cache": False} if cached else {}
+
+    def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return self._extra | on_device(batch, self.device)
+
+    def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The loss of a prepared batch, a tensor of one element.
+
+        Raises:
+            ValueError: when the model returns none. A tensor without a name is one if it has no dimension;
+                what has one is a prediction, even of one element.
+        """
+        output = self.model(**batch)
+        self.named = isinstance(output, Mapping) or hasattr(output, "loss")
+        if self.named:
+            loss = output.get("loss") if isinstance(output, Mapping) else output.loss
+        else:
+            loss = (output or (None,))[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(loss, torch.Tensor) and (loss.numel() == 1 if self.named else loss.ndim == 0):
+            return loss
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        raise ValueError(f"it returned no loss but {found}")
+
+
+def ask_model(
+    model: nn.Module,
+    batches: Sequence[dict[str, Any]],
+    device: torch.device,
+    reason: str,
+    run: Callable[[Callable[[], torch.Tensor]], torch.Tensor],
+) -> Mean:
+    """Run the model once on one batch of each kind, and find out what its loss is the mean of.
+
+    Args:
+        reason: why it is not on the fast path.
+        run: calls each forward, in evaluation mode.
+
+    Raises:
+        ValueError: when it returns no loss for such a batch, or raises.
+    """
+    call = ModelCall(model, device)
+    gradients = GradientsWhereNeeded(call.model)
+
+    def loss_of(batch: Mapping[str, Any]) -> torch.Tensor:
+        return run(partial(gradients, partial(call, call.prepared(batch)))).detach()
+
+    by_rows = sorted(range(len(batches)), key=lambda index: count_rows(batches[index]))
+    for index in {tuple(sorted(map(str, batches[index]))): index for index in by_rows}.values():
+        batch = batches[index]
+        try:
+            loss_of(batch)
+            # One row's prediction may have no dimension either; that of two has.
+            twice = None if call.named or count_rows(batch) > 1 else chosen_rows(batch, [0, 0])
+            if twice is not None:
+                loss_of(twice)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raised = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(
+                f"{type(call.inner).__name__}(**batch) gives no loss for validation batch {index}, which has "
+                f"{sorted(batch)}: {raised}{error}. Give the batches what the model makes a loss of (mostly "
+                "labels), or pass a callable loss_fn(model) instead of batches. "
+                f"The fast path was not taken: {reason}"
+            ) from error
+    inner, config = call.inner, getattr(call.inner, "config", None)
+    guess = getattr(inner, "loss_type", None) in _SHIFTING_LOSSES
+    segments = any(getattr(batch.get("labels"), "ndim", 0) == 3 for batch in batches)
+    ignored = getattr(config, "semantic_loss_ignore_index", IGNORE) if segments else IGNORE
+    return ask_mean(
+        loss_of,
+        batches,
+        shifted=guess and not getattr(config, "is_encoder_decoder", False),
+        ignored=ignored,
+    )
 
 
 class ModelLoss:
     """Weighted mean of `model(**batch)`'s losses: calling it returns a 0-dim float64 tensor on `device`.
 
-    `scored` targets in `rows` rows; batches without a target are left out.
+    `scored` targets in `rows` rows; batches without a target are left out. `mean` is what `ask_model` found.
     """
 
-    def __init__(self, model: nn.Module, batches: list[dict[str, Any]], device: torch.device) -> None:
-        inner, _ = unwrap(model)
-        # The forward of data-parallel wrappers would talk to the other ranks, which are not here.
-        parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-        self.model = model.module if parallel else model
-        self._run = GradientsWhereNeeded(self.model)
-        self.device = device
-        for index, batch in enumerate(batches):
-            if "labels" not in batch and _names_labels(inner):
-                raise ValueError(
-                    f"validation batch {index} has no labels, only {sorted(batch)}, and "
-                    f"{type(inner).__name__} needs them for a loss"
-                )
-        weighted = [(batch, count_targets(inner, batch)) for batch in batches]
-        self.weights = [weight for _, weight in weighted if weight]
-        self.scored = sum(self.weights)
-        extra = {}
-        if hasattr(inner, "config") and accepts_argument(inner, "use_cache"):
-            extra["use_cache"] = False
-        self.batches = [
-            extra | {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            for batch, weight in weighted
-            if weight
-        ]
-        self.rows = sum(_rows(batch) for batch in self.batches)
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[dict[str, Any]],
+        device: torch.device,
+        mean: Mean | None = None,
+    ) -> None:
+        self.call, self.device = ModelCall(model, device), device
+        self._run = GradientsWhereNeeded(self.call.model)
+        weighed = [(batch, *(mean or Mean()).weigh(batch)) for batch in batches]
+        self._use([(self.call.prepared(batch), *weight) for batch, *weight in weighed if weight[1]])
         self.for_company: list[dict[str, Any]] = []
+
+    def _use(self, weighed: Sequence[tuple[dict[str, Any], int, int]]) -> None:
+        """Run these batches, each with what its loss is multiplied by and how many targets that adds up."""
+        self.weighed = list(weighed)
+        self.scored = sum(count for _, _, count in weighed)
+        self.rows = sum(count_rows(batch) for batch in self.batches)
+
+    @property
+    def batches(self) -> list[dict[str, Any]]:
+        return [batch for batch, _, _ in self.weighed]
 
     def keep(self, chosen: Sequence[int], forwards: int = 0) -> None:
         """Run only the `chosen` batches from now on, and in `forwards` forwards at least.
@@ -100,10 +155,7 @@ class ModelLoss:
         company, which counts for nothing.
         """
         smallest = min(self.batches, key=size_of, default={})
-        self.batches = [self.batches[i] for i in chosen]
-        self.weights = [self.weights[i] for i in chosen]
-        self.scored = sum(self.weights)
-        self.rows = sum(_rows(batch) for batch in self.batches)
+        self._use([self.weighed[i] for i in chosen])
         self.for_company = [smallest] * (forwards - len(chosen))
 
     def __call__(self) -> torch.Tensor:
@@ -115,28 +167,11 @@ class ModelLoss:
 
     def _total(self) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch, weight in zip(self.batches, self.weights, strict=True):
-            loss = self._loss(self.model(**batch), batch)
-            total += loss.detach().to(self.device, torch.float64).reshape(()) * weight
+        for batch, factor, _ in self.weighed:
+            total += self.call(batch).detach().to(self.device, torch.float64).reshape(()) * factor
         for batch in self.for_company:
-            self.model(**batch)
+            self.call.model(**batch)
         return total
-
-    def _loss(self, output: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-        if isinstance(output, Mapping):
-            loss = output.get("loss")
-        elif isinstance(output, (tuple, list)):
-            loss = output[0] if output else None
-        else:
-            loss = output if isinstance(output, torch.Tensor) else getattr(output, "loss", None)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
-            raise ValueError(
-                f"{type(self.model).__name__}(**batch) returned no loss but {found} for a batch with "
-                f"{sorted(set(batch) - {'use_cache'})}; give the batches labels, or pass a callable "
-                "loss_fn(model) instead of batches"
-            )
-        return loss
 
 
 class FunctionLoss:

@@ -31,6 +31,8 @@ from ffkernels.engine.validation_batches import (
     IGNORE,
     Example,
     check_causal_batches,
+    count_rows,
+    items_of,
     read_batches,
     read_examples,
 )
@@ -62,6 +64,8 @@ class ValidationPool(ValidationLoss):
             ``collator``, which then makes a batch of each one, once. Rows with nothing to score are left out.
         size: examples per draw.
         seed: of the draws.
+        batch_size: examples of one batch where the generic path makes batches of a draw with ``collator``;
+            by default as many as ``micro_batch_tokens`` allows.
 
     Attributes:
         drawn: the number of the present draw.
@@ -84,6 +88,7 @@ class ValidationPool(ValidationLoss):
         micro_batch_tokens: int | None = None,
         check: bool = True,
         process_group: Any = None,
+        batch_size: int | None = None,
     ) -> None:
         device = model_device(model)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -92,7 +97,7 @@ class ValidationPool(ValidationLoss):
             raise ValueError(f"seed={seed!r}: must be an integer of at least 0")
         ranks = Ranks.present(device, process_group or training_group(model))
         with together(ranks):
-            self._prepare_pool(model, pool, collator, size, seed, device)
+            self._prepare_pool(model, pool, collator, size, seed, device, batch_size)
         super().__init__(
             model,
             self._places or [self._pool[i] for i in self._indices(0)],
@@ -113,11 +118,12 @@ class ValidationPool(ValidationLoss):
         size: int,
         seed: int,
         device: torch.device,
+        batch_size: int | None,
     ) -> None:
         """Read the pool, cut it into strata, and make what takes up as much as any draw."""
         with keep_random_state(device):
             self._pool, self._items = _read(pool, collator, placeholder_ids(model))
-        self._collator = collator
+        self._collator, self._batch_size = collator, batch_size
         examples = [_example(row) for row in self._pool]
         kept = [i for i, example in enumerate(examples) if example is not None]
         if len(kept) < size:
@@ -147,7 +153,7 @@ class ValidationPool(ValidationLoss):
         in_place = False
         self.follow()
         if self.path == "generic" and self._collator is not None:  # it makes batches of several
-            self.swap_batch([self._items[i] for i in drawn], self._collator)
+            self._swap_collated([self._items[i] for i in drawn])
         elif self.ranks is None and self._places is not None:
             in_place = self._swap_in_place(rows)
             if not in_place:  # places were made for one draw, when the model went to another device
@@ -157,6 +163,15 @@ class ValidationPool(ValidationLoss):
             self.swap_batch(rows)
         self.drawn = number
         return in_place
+
+    def _swap_collated(self, items: list[Any]) -> None:
+        if self._batch_size is None:
+            self.swap_batch(items, self._collator)
+            return
+        groups = [items[i : i + self._batch_size] for i in range(0, len(items), self._batch_size)]
+        with keep_random_state(self._device):
+            batches = [self._collator(group) for group in groups]
+        self.swap_batch(batches)
 
     def _indices(self, number: int) -> list[int]:
         """Which rows of the pool draw ``number`` has, one of each stratum, from short to long."""
@@ -186,9 +201,9 @@ def _read(
         raise TypeError("the pool is a callable, which has no examples: pass batches or a dataset")
     if collator is None:
         return [row for batch in read_batches(pool, None, 1) for row in rows_of(batch, placeholders)], []
-    items = [pool[i] for i in range(len(pool))] if hasattr(pool, "__getitem__") else list(pool)
+    items = items_of(pool)
     batches = [read_batches([item], collator, 1)[0] for item in items]
-    if any(len(rows_of(batch, {})) != 1 for batch in batches):
+    if any(count_rows(batch) != 1 for batch in batches):
         raise ValueError("the collator makes several rows of one example: pass the pool as batches")
     return batches, items
 
@@ -197,10 +212,11 @@ def _example(row: Batch) -> Example | int | None:
     """The row as the fast path reads it, None where it has nothing to score; else its number of tokens."""
     try:
         return next(iter(read_examples([row])), None)
-    except (FastPathRefused, KeyError):
+    except FastPathRefused:
         ids, mask = row.get("input_ids"), row.get("attention_mask")
-        counted = mask.sum() if mask is not None else ids.shape[-1] if ids is not None else 0
-        return int(counted)
+        if isinstance(mask, torch.Tensor):
+            return int(mask.sum())
+        return ids.shape[-1] if isinstance(ids, torch.Tensor) else 0
 
 
 def _order(example: Example | int) -> tuple[int, int]:

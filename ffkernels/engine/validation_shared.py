@@ -22,6 +22,7 @@ from ffkernels.engine.shards import shard_evenly, shard_examples
 from ffkernels.engine.validation_batches import Example
 from ffkernels.engine.validation_fast import LabelledLoss, plan_micro_batches, token_limit
 from ffkernels.engine.validation_generic import ModelLoss, size_of
+from ffkernels.engine.validation_mean import Mean
 
 __all__ = ["SharedLoss", "shared_function", "shared_labelled_loss", "shared_model_loss"]
 
@@ -120,10 +121,10 @@ def shared_labelled_loss(
 
 
 def shared_model_loss(
-    ranks: Ranks, model: nn.Module, batches: list[dict[str, Any]], device: torch.device
+    ranks: Ranks, model: nn.Module, batches: list[dict[str, Any]], device: torch.device, mean: Mean
 ) -> SharedLoss:
     """The generic path over the ranks: whole batches, as they were given."""
-    local = ModelLoss(model, batches, device)
+    local = ModelLoss(model, batches, device, mean)
     scored, rows = local.scored, local.rows
     shards = shard_evenly([size_of(batch) for batch in local.batches], ranks.size)
     forwards = max(map(len, shards)) if ranks.forward_is_collective else 0

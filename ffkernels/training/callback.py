@@ -26,12 +26,12 @@ from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.fast_forward import FastForward, Stage
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_generic import is_loss_function
-from ffkernels.engine.validation_pool import ValidationPool
 from ffkernels.engine.weights import NameFilter
 from ffkernels.ops.notices import announce_once
 from ffkernels.reporting.flops import FlopMeter, Flops
 from ffkernels.training import trainer_access
 from ffkernels.training.step_flops import StepFlops
+from ffkernels.training.trainer_loss import LOSSES, make_validation
 
 try:
     from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -52,13 +52,17 @@ class FastForwardCallback(TrainerCallback, ExportableState):
 
     Args:
         validation: where the validation loss comes from. None: the first ``examples`` of the Trainer's
-            ``eval_dataset``. Or a dataset or list of examples (all of them, batched by the Trainer's
-            collator), a list or DataLoader of batches, a callable ``loss_fn(model)``, a ``ValidationLoss``.
+            ``eval_dataset``. Or a dataset or list of examples (all, batched as the Trainer evaluates), a
+            list or DataLoader of batches, a callable ``loss_fn(model)``, a ``ValidationLoss``.
         config: when stages run and how they search. With ``interval=None`` there are none, and nothing to
             validate on is needed.
         examples: how many examples are taken of ``eval_dataset``.
         pool: draw the ``examples`` anew before each stage (``ValidationPool``), from the first so many of
             ``eval_dataset`` or of the dataset that ``validation`` is; None validates on the same in each.
+        loss: by which loss those are judged: ``"model"``, the model's own; ``"trainer"``, what the Trainer's
+            evaluation reports as ``eval_loss``; ``"auto"``, the model's own where the Trainer trains by it,
+            else the Trainer's, which is said once. Of a Trainer whose evaluation has no labels (preferences,
+            generated text) "trainer" has to be asked for.
         include, exclude: narrow the moved tensors by name, as in ``FastForward``.
         trainer: the Trainer; found by itself when not given.
         from_checkpoint: set by the Trainer when it restores callbacks; not for users.
@@ -81,7 +85,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         stage_flops: the stages' part of it.
 
     Raises (when training begins):
-        ValueError: when there is nothing to validate on.
+        ValueError: when there is nothing to validate on, or no loss for it.
         RuntimeError: when no Trainer is found, or ``FastForward`` refuses its model or optimizer.
     """
 
@@ -102,6 +106,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         *,
         examples: int = 32,
         pool: int | None = None,
+        loss: str = "auto",
         include: NameFilter | None = None,
         exclude: NameFilter | None = None,
         trainer: Any = None,
@@ -115,11 +120,13 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             raise ValueError(f"examples={examples!r}: must be an integer of at least 1")
         if pool is not None and (isinstance(pool, bool) or not isinstance(pool, int) or pool < examples):
             raise ValueError(f"pool={pool!r}: must be an integer of at least examples={examples}, or None")
+        if loss not in LOSSES:
+            raise ValueError(f"loss={loss!r}: must be one of {', '.join(map(repr, LOSSES))}")
         if pool is not None and (isinstance(validation, ValidationLoss) or is_loss_function(validation)):
             kind = type(validation).__name__
             raise ValueError(f"pool={pool}: a {kind} has no examples to draw from; pass a dataset or batches")
         self.validation, self.config, self.examples = validation, config or FastForwardConfig(), examples
-        self.pool = pool
+        self.pool, self.loss = pool, loss
         self.include, self.exclude = include, exclude
         self.trainer = trainer
         self.ff: FastForward | None = None
@@ -227,27 +234,22 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         self.ff = self._trainer = None
 
     def _make_validation(self, trainer: Any, model: torch.nn.Module, seed: int) -> ValidationLoss:
-        given, collator = self.validation, None
+        given = self.validation
         if isinstance(given, ValidationLoss):
             return given
-        if given is None:
-            if trainer.eval_dataset is None:
-                raise ValueError(
-                    "FastForwardCallback has nothing to validate on: pass validation= (about 32 examples "
-                    "that are not trained on) or give the Trainer an eval_dataset"
-                )
-            given = trainer_access.first_examples(trainer.eval_dataset, self.pool or self.examples)
+        if given is None and trainer.eval_dataset is None:
+            raise ValueError(
+                "FastForwardCallback has nothing to validate on: pass validation= (about 32 examples "
+                "that are not trained on) or give the Trainer an eval_dataset"
+            )
         # The same examples and masks after a resume as before it, and no trace in the training's randomness.
         with keep_random_state(next(model.parameters()).device):
             set_seed(seed)
-            if not is_loss_function(given) and not isinstance(given, torch.utils.data.DataLoader):
-                given = trainer_access.first_examples(given, self.pool)
-                first = next(iter(given), None)
-                if first is not None and not trainer_access.is_batch(first):
-                    given, collator = trainer_access.examples_and_collator(trainer, given)
-            if self.pool is not None:
-                return ValidationPool(model, given, size=self.examples, seed=seed, collator=collator)
-            return ValidationLoss(model, given, collator=collator)
+            if is_loss_function(given):
+                return ValidationLoss(model, given)
+            return make_validation(
+                trainer, model, given, examples=self.examples, pool=self.pool, seed=seed, loss=self.loss
+            )
 
     def _restore(self, state: Any) -> None:
         name = type(self).__name__

@@ -1,25 +1,21 @@
 """What a Trainer callback needs and is not given: the Trainer itself.
 
-Callbacks get model, optimizer and dataloaders. Two things need the Trainer: the data it evaluates on, with
-its collator, and a log that reaches every ``report_to`` backend. The backends' callbacks run before any
-callback of a user's, so what is added to ``logs`` in ``on_log`` comes too late for them.
+Callbacks get model, optimizer and dataloaders. Two things need the Trainer: what it evaluates
+(``trainer_data``, ``trainer_loss``), and a log that reaches every ``report_to`` backend. The backends'
+callbacks run before any callback of a user's, so what is added to ``logs`` in ``on_log`` comes too late.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import Any
 
 import torch
 
 __all__ = [
     "calling_trainer",
-    "examples_and_collator",
-    "first_examples",
-    "is_batch",
     "log",
     "other_models",
     "wrap_training_step",
@@ -85,45 +81,3 @@ def other_models(trainer: Any, model: torch.nn.Module) -> list[torch.nn.Module]:
     own = set(model.modules())
     held = {id(value): value for value in vars(trainer).values() if isinstance(value, torch.nn.Module)}
     return [module for module in held.values() if own.isdisjoint(module.modules())]
-
-
-def first_examples(dataset: Any, count: int | None) -> Any:
-    """The first ``count`` items (None: all) of a map-style or iterable dataset, or of the first in a dict."""
-    if isinstance(dataset, Mapping):
-        if is_batch(dataset):
-            return [dataset]
-        dataset = next(iter(dataset.values()))
-    if count is None and hasattr(dataset, "__len__"):
-        return dataset
-    if callable(getattr(dataset, "select", None)) and hasattr(dataset, "__len__"):
-        return dataset.select(range(min(count, len(dataset))))  # stays a datasets.Dataset
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        return [dataset[i] for i in range(min(count, len(dataset)))]
-    return list(islice(dataset, count))
-
-
-def examples_and_collator(trainer: Any, examples: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """``examples`` without the columns that the model does not take, and the Trainer's collator for them.
-
-    Both out of the dataloader that the Trainer itself makes; it is not iterated, so nothing is shuffled,
-    sharded or drawn from a random generator.
-    """
-    loader = trainer.get_test_dataloader(examples)
-    dataset = loader.dataset
-    return [dataset[i] for i in range(len(dataset))], loader.collate_fn
-
-
-def is_batch(item: Any) -> bool:
-    """Whether ``item`` is a collated batch and not one example."""
-    if not isinstance(item, Mapping):
-        return False
-    ids = item.get("input_ids")
-    if isinstance(ids, torch.Tensor):
-        return ids.ndim >= 2
-    if ids is None:
-        # One example may have several labels (of an image, say); those of a batch are as many as its rows.
-        rows = {k: len(v) for k, v in item.items() if isinstance(v, torch.Tensor) and v.ndim >= 1}
-        labels = {n for k, n in rows.items() if "label" in str(k)}
-        others = {n for k, n in rows.items() if "label" not in str(k)}
-        return bool(labels) and (not others or bool(labels & others))
-    return isinstance(ids, Iterable) and isinstance(next(iter(ids), None), Iterable)

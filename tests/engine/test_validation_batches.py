@@ -8,6 +8,7 @@ from torch import nn
 
 from ffkernels.engine.validation import ValidationLoss
 from ffkernels.engine.validation_batches import read_batches, read_examples
+from ffkernels.engine.validation_pool import ValidationPool
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -66,7 +67,7 @@ def test_accepts_lists_one_dict_generators_and_datasets(tiny_model):
         ([batch(labels=torch.full_like(IDS, -100))], ValueError, "no labelled token"),
         ([batch(labels=torch.tensor([[5, -100, -100, -100]] * 2))], ValueError, "no labelled token"),
         ([batch(labels=IDS[:, :3])], ValueError, r"labels \(2, 3\) and input_ids \(2, 4\)"),
-        ([batch(labels=IDS[:1])], ValueError, "number of rows"),
+        ([batch(labels=IDS[:1])], ValueError, r"labels \(1, 4\) and input_ids \(2, 4\)"),
         ([batch(attention_mask=torch.ones(2, 3))], ValueError, r"attention_mask \(2, 3\)"),
         ([batch(labels=IDS + 90)], ValueError, "labels hold 102.*vocabulary's 97"),
         ([batch(labels=-IDS)], ValueError, "labels hold -12"),
@@ -141,10 +142,121 @@ def test_models_without_a_loss_say_so():
         def forward(self, x):
             return self.weight * x
 
-    with pytest.warns(UserWarning, match="Silent"):
-        validation = ValidationLoss(Silent(), [{"x": torch.ones(3)}])
-    with pytest.raises(ValueError, match=r"returned no loss but a tensor of shape \(3,\)"):
-        validation()
+    with pytest.raises(ValueError, match=r"returned no loss but a tensor of shape \(3,\).* loss_fn\(model\)"):
+        ValidationLoss(Silent(), [{"x": torch.ones(3)}])
+
+
+class Scorer(nn.Module):
+    """One score for a row of token ids; ``loss`` makes a loss of the scores and the other arguments."""
+
+    def __init__(self, loss):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.loss = nn.Embedding(97, 1), loss
+
+    def forward(self, input_ids, **others):
+        rows = input_ids if isinstance(input_ids, list) else list(input_ids)
+        scores = torch.stack([self.embedding(torch.as_tensor(ids)).mean() for ids in rows])
+        return self.loss(scores, **others)
+
+
+def boxes(scores, labels):
+    return {
+        "loss": torch.stack([(s - b["box"].sum()) ** 2 for s, b in zip(scores, labels, strict=True)]).mean()
+    }
+
+
+# Batches that no causal language model takes, each with the model that does.
+OTHER_BATCHES = {
+    "a list of dicts for labels": (
+        boxes,
+        {"input_ids": IDS, "labels": [{"box": IDS[0] / 9}, {"box": IDS[1] / 9}]},
+    ),
+    "rows of many lengths": (
+        lambda scores, labels: {"loss": (scores - labels).square().mean()},
+        {"input_ids": [[5, 6, 7], [8]], "labels": torch.tensor([0.5, 2.0])},
+    ),
+    "a reranker: one label for the candidates of a query": (
+        lambda scores, labels: {"loss": nn.functional.cross_entropy(scores.view(len(labels), -1), labels)},
+        {"input_ids": torch.arange(24).view(6, 4), "labels": torch.tensor([2, 0])},
+    ),
+    "a mask of one dimension": (
+        lambda scores, attention_mask, labels: {"loss": ((scores - labels) * attention_mask).square().mean()},
+        {"input_ids": IDS, "attention_mask": torch.tensor([1.0, 0.5]), "labels": torch.tensor([1.0, 3.0])},
+    ),
+    "one label for each row": (
+        lambda scores, labels: ((scores - labels.view(-1)).square().mean(),),
+        {"input_ids": IDS, "labels": torch.tensor([[1], [3]])},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_BATCHES)
+def test_what_a_batch_must_be_is_asked_of_the_model_that_runs_it(name):
+    loss, data = OTHER_BATCHES[name]
+    model = Scorer(loss)
+    output = model(**data)
+    expected = float(output["loss"] if isinstance(output, dict) else output[0])
+    validation = ValidationLoss(model, [data])
+    assert validation.path == "generic" and validation.examples == 2
+    assert float(validation()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_causal_language_models_own_forward_may_take_other_labels(tiny_model):
+    model = tiny_model("llama")
+
+    class Valued(type(model)):
+        def forward(self, input_ids, labels=None, **others):
+            logits = super().forward(input_ids, **others).logits[:, -1, 0]
+            return {"loss": (logits - labels).square().mean(), "logits": logits}
+
+    model.__class__ = Valued
+    model.eval()
+    data = [batch(attention_mask=None, labels=torch.tensor([0.5, 2.0]))]
+    with torch.no_grad():
+        expected = float(model(**data[0])["loss"])
+    with pytest.warns(UserWarning, match="labels must be integers"):
+        assert float(ValidationLoss(model, data)()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("made", [lambda scores: scores, torch.squeeze, lambda scores: (scores.squeeze(), 1)])
+def test_a_prediction_of_one_element_is_no_loss(made):
+    with pytest.raises(ValueError, match=r"no loss but a tensor of shape .*loss_fn\(model\)"):
+        ValidationLoss(Scorer(made), [{"input_ids": IDS[:1]}])
+    named = Scorer(
+        lambda scores: {"loss": made(scores) if isinstance(made(scores), torch.Tensor) else scores}
+    )
+    assert float(ValidationLoss(named, [{"input_ids": IDS[:1]}])()) == pytest.approx(
+        float(named(IDS[:1])["loss"])
+    )
+
+
+def test_a_model_that_raises_says_so_at_once_with_the_batch():
+    def loss(scores, labels):
+        raise KeyError("boxes")
+
+    data = [{"input_ids": IDS, "labels": IDS}]
+    with pytest.raises(
+        ValueError, match=r"batch 0, which has \['input_ids', 'labels'\]: KeyError: 'boxes'.*loss_fn"
+    ):
+        ValidationLoss(Scorer(loss), data)
+
+
+def test_a_sized_iterable_dataset_is_iterated_over(tiny_model):
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            return iter([batch(), batch(labels=IDS.flip(0))])
+
+    expected = float(ValidationLoss(tiny_model("llama"), list(Stream()))())
+    assert float(ValidationLoss(tiny_model("llama"), Stream())()) == expected
+    assert ValidationPool(tiny_model("llama"), Stream(), size=2).pool_size == 4
+    rows = [{key: value[i] for key, value in batch().items()} for i in range(2)]
+    Stream.__iter__ = lambda self: iter(rows)
+    collator = torch.utils.data.default_collate
+    assert ValidationPool(tiny_model("llama"), Stream(), size=2, collator=collator).pool_size == 2
 
 
 def test_examples_are_grouped_by_tokens():

@@ -18,7 +18,6 @@ from ffkernels import FastForward, FastForwardCallback, FastForwardConfig, Valid
 from ffkernels.engine.fast_forward import NO_UPDATE
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.reporting.flops import FlopMeter
-from ffkernels.training import trainer_access
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_file
 
@@ -431,8 +430,6 @@ def test_examples_with_several_labels_each_are_collated(tmp_path):
             return {"loss": torch.nn.functional.mse_loss(logits, labels), "logits": logits}
 
     examples = [{"x": torch.full((3,), float(i)), "labels": torch.ones(4)} for i in range(8)]
-    assert not trainer_access.is_batch(examples[0])
-    assert trainer_access.is_batch({"x": torch.zeros(8, 3), "labels": torch.zeros(8, 4)})
     callback = FastForwardCallback(config=EVERY_3)
     args = TrainingArguments(
         str(tmp_path), max_steps=3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True

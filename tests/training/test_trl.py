@@ -16,6 +16,7 @@ from ffkernels.training import trainer_access
 from ffkernels.training.models import attention_targets, load_model
 from ffkernels.training.standard_library import documented_functions
 from ffkernels.training.step_flops import StepFlops
+from ffkernels.training.trainer_data import examples_and_collator
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -82,7 +83,7 @@ class TestLoss(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         trainer = trainer_access.calling_trainer()
-        examples, collator = trainer_access.examples_and_collator(trainer, trainer.eval_dataset["test"])
+        examples, collator = examples_and_collator(trainer, trainer.eval_dataset["test"])
         self.loss = ValidationLoss(model, examples, collator=collator, check=False)
 
     def on_step_end(self, args, state, control, **kwargs):
