@@ -100,6 +100,14 @@ def test_what_cannot_be_divided_is_named(counts, value, grid):
         rows_of(batch, IDS)
 
 
+def test_images_of_which_no_token_is_known_are_not_shared():
+    batch = {"pixel_values": numbered(6, 3), "labels": torch.arange(2)}
+    with pytest.raises(ValueError, match=r"^pixel_values has 6 entries for 2 rows, in which no tokens"):
+        rows_of(batch, {})
+    batch = {**batch, "labels": torch.arange(1)}
+    assert rows_of(batch, {}) == [batch], "as many rows as labels: all are of this one"
+
+
 class Pooled(nn.Module):
     """Mean over a row's tokens of (embedding + what its images say), as a loss of each row."""
 
