@@ -14,8 +14,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkout  # noqa: F401  puts it on the path
+
 import learning_rate
 from learning_rate.plan import PLANS, Run
+from learning_rate.record import document, write
+from learning_rate.table import all_tables
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -29,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--until", help="HH:MM of this machine's clock: begin no run after that")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning_rate.jsonl"), help="a line per run")
     parser.add_argument("--list", action="store_true", help="say what has not run yet, and end")
+    parser.add_argument("--result", type=Path, help="write the runs as one result, print its tables, and end")
     return parser.parse_args(argv)
 
 
@@ -47,6 +51,12 @@ def finished(path: Path) -> dict[str, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     done = finished(options.runs)
+    if options.result is not None:
+        mine = {(item.workload.name, item.seed, item.contender) for item in PLANS[options.plan]()}
+        lines = [one for one in done.values() if (one["workload"], one["seed"], one["contender"]) in mine]
+        write(document(lines, options.plan), options.result)
+        print(all_tables(json.loads(options.result.read_text(encoding="utf-8"))))
+        return 0
     items = [item for item in PLANS[options.plan]() if options.only in item.workload.name]
     if options.list:
         print("\n".join(dict.fromkeys(run.key for item in items if (run := item.next(done)) is not None)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
@@ -39,7 +40,7 @@ class Bench:
     def __init__(self, workload: Workload, seed: int, test_examples: int | None = None) -> None:
         torch.set_num_threads(1)
         dtype, tests = MODELS[workload.model]
-        self.seed, self.device = seed, torch.device("cpu")
+        self.seed = seed
         config = TrainConfig(
             task=workload.task, seed=seed, max_length=LENGTH, test_examples=test_examples or tests
         )
@@ -94,7 +95,10 @@ def adapted(model: Any, method: Method, seed: int) -> Any:
     if method.config == "VeraConfig":
         options["projection_prng_key"] = seed
     torch.manual_seed(seed)
-    return peft.get_peft_model(model, getattr(peft, method.config)(task_type="CAUSAL_LM", **options))
+    with warnings.catch_warnings():
+        # PEFT asks for it under its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return peft.get_peft_model(model, getattr(peft, method.config)(task_type="CAUSAL_LM", **options))
 
 
 def permuted(example: Example) -> Example:
@@ -113,9 +117,10 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
     """Train until the budget is spent.
 
     Returns:
-        Plain values: ``loss`` on the test examples at the end (None where it is not finite), ``start``, ``rate``
-        at the end, ``taken`` steps, ``own`` (share of the budget that went to anything but steps), ``worst`` training
-        loss as a multiple of ``start``, ``wrecked``, ``seconds``, and what the contender reports.
+        Plain values: ``loss`` on the test examples at the end (None where it is not finite), ``start``,
+        ``rate`` at the end, ``taken`` steps, ``own`` (share of the budget that went to anything but steps),
+        ``worst`` training loss as a multiple of ``start``, ``wrecked``, ``seconds``, and what the contender
+        reports.
     """
     begin, bench = perf_counter(), work.bench
     bench.reset()

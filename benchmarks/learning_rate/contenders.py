@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ def auto(work: Work) -> Contender:
         return {
             "rise": rise,
             "peak": max(rates),
-            "undos": sum(after < 0.3 * before for before, after in zip(rates, rates[1:], strict=False)),
+            "undos": sum(after < 0.3 * before for before, after in pairwise(rates)),
             "rates": [float(f"{rate:.4g}") for rate in rates[1:]],
             "cosines": [None if c is None else round(c, 4) for c in cosines],
         }

@@ -113,7 +113,8 @@ def alignment() -> Iterator[Item]:
         yield Item(workload, 0, "auto")
         yield sweep(workload, 0, middle[workload.schedule, workload.batch])
         yield Item(workload, 0, "line search", (GUESS,))
-        yield Item(workload, 0, "adam", LOW)
+        if workload.batch == 4:
+            yield Item(workload, 0, "adam", LOW)
     for workload in methods + steep:
         yield Item(workload, 0, "auto")
         yield sweep(workload, 0, METHODS[workload.method].rate)
@@ -124,11 +125,9 @@ def alignment() -> Iterator[Item]:
         yield from again(workload, seed)
     for seed, workload in product(SEEDS[1:], methods + steep):
         yield from again(workload, seed, neighbours=False)
-    for workload in methods + steep:
+    for workload in core((32,)) + methods + steep:
         yield Item(workload, 0, "adam", LOW)
-    for seed, workload in product(SEEDS[1:], core((32,))):
-        yield from again(workload, seed, neighbours=False)
-    for seed, workload in product(SEEDS[1:], long):
+    for seed, workload in product(SEEDS[1:], core((32,)) + long):
         yield from again(workload, seed, neighbours=False)
     wide = Workload("instruction", 32, 1200)
     yield Item(wide, 0, "auto")
