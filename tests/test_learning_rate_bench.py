@@ -1,4 +1,4 @@
-"""The benchmark of learning rates: what a sweep does next, what a run may spend, what trains, and its tables."""
+"""The benchmark of learning rates: what a sweep does next, what a run may spend, what trains, its tables."""
 
 from __future__ import annotations
 
@@ -162,11 +162,8 @@ def test_auto_is_given_no_rate_and_logs_its_rise(bench):
     assert line["own"] == 0 and line["taken"] == 12 and line["loss"] < line["start"]
     rises = [after / before for before, after in zip(line["rates"], line["rates"][1:], strict=False)]
     assert rises[: line["rise"] - 1] == pytest.approx([4.0] * (line["rise"] - 1), rel=1e-3)
-    assert (
-        line["rise"] >= 5
-        and line["cosines"][0] is None
-        and line["peak"] == pytest.approx(max(line["rates"]), rel=1e-3)
-    )
+    assert line["rise"] >= 5 and line["cosines"][0] is None
+    assert line["peak"] == pytest.approx(max(line["rates"]), rel=1e-3)
 
 
 def test_a_permuted_text_is_the_same_text_and_far_from_the_model(bench):

@@ -43,6 +43,7 @@ def said(name: str, data: Mapping[str, Any]) -> str:
     config, versions = data["config"], data["versions"]
     return (
         f"{heading(config['model'])}; rank {config['rank']} on attention but where said, "
-        f"{config['max_length']} tokens per example, {config['optimizer']}, warm-up steps {config['warmup_steps']}. {where(data)}; "
-        f"commit {versions['git_commit']} (`{data['command']}`; `{name}`)."
+        f"{config['max_length']} tokens per example, {config['optimizer']}, warm-up steps "
+        f"{config['warmup_steps']}. {where(data)}; commit {versions['git_commit']} "
+        f"(`{data['command']}`; `{name}`)."
     )

@@ -108,7 +108,7 @@ def verdicts(data: Result) -> str:
                 for word, value, bound in zip(
                     ("median", "worst"), (median(above), max(above)), allowed, strict=True
                 )
-                if value > bound
+                if round(value, 4) > bound
             ]
             row += [", ".join(map(percent, allowed)), " and ".join(missed) or "–"]
         else:
