@@ -52,7 +52,7 @@ def test_a_sweep_ends_where_its_best_rate_has_a_worse_one_on_both_sides(bench, b
 @pytest.mark.parametrize("neighbours, expected", [(True, [2e-2, 1e-2, 4e-2]), (False, [2e-2])])
 def test_other_seeds_run_what_was_best_on_the_first(bench, neighbours, expected):
     done, workload = {}, bench.workloads.Workload("chat", 4)
-    _, adam = bench.plan.again(workload, 1, neighbours)
+    adam = bench.plan.Item(workload, 1, "adam", (), bench.plan.as_before(neighbours))
     assert adam.next(done) is None  # not known yet
     other = bench.workloads.Workload("chat", 4, 1200)
     run_out(bench.plan.sweep(other, 0, 1e-4), bench.plan, lambda lr: lr, done)
@@ -62,7 +62,7 @@ def test_other_seeds_run_what_was_best_on_the_first(bench, neighbours, expected)
 
 def test_the_plan_has_each_run_once_and_no_seed_of_calibration(bench):
     items = list(bench.plan.alignment())
-    of = [(item.workload.name, item.seed, item.contender, item.rates) for item in items]
+    of = [(item.workload.name, item.seed, item.contender) for item in items if item.contender != "adam"]
     assert len(set(of)) == len(of)
     assert {item.seed for item in items} == {0, 1, 2}
     groups = {item.workload.group for item in items if item.contender == "auto"}

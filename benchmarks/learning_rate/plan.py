@@ -91,9 +91,9 @@ def sweep(workload: Workload, seed: int, middle: float) -> Item:
     return Item(workload, seed, "adam", (middle, middle / 2, 2 * middle), until_inside)
 
 
-def again(workload: Workload, seed: int, neighbours: bool = True) -> Iterator[Item]:
+def again(workload: Workload, seed: int) -> Iterator[Item]:
     yield Item(workload, seed, "auto")
-    yield Item(workload, seed, "adam", (), as_before(neighbours))
+    yield Item(workload, seed, "adam", (), as_before(neighbours=False))
 
 
 def core(batches: Sequence[int], steps: int = 120) -> list[Workload]:
@@ -118,17 +118,19 @@ def alignment() -> Iterator[Item]:
     for workload in methods + steep:
         yield Item(workload, 0, "auto")
         yield sweep(workload, 0, METHODS[workload.method].rate)
+    for seed, workload in product(SEEDS[1:], core((4,))):
+        yield from again(workload, seed)
     for workload in long:
         yield Item(workload, 0, "auto")
         yield sweep(workload, 0, {"constant": 2.5e-3, "linear": 1e-2}[workload.schedule])
-    for seed, workload in product(SEEDS[1:], core((4,))):
-        yield from again(workload, seed)
     for seed, workload in product(SEEDS[1:], methods + steep):
-        yield from again(workload, seed, neighbours=False)
+        yield from again(workload, seed)
+    for seed, workload in product(SEEDS[1:], core((4,))):
+        yield Item(workload, seed, "adam", (), as_before(neighbours=True))
     for workload in core((32,)) + methods + steep:
         yield Item(workload, 0, "adam", LOW)
     for seed, workload in product(SEEDS[1:], core((32,)) + long):
-        yield from again(workload, seed, neighbours=False)
+        yield from again(workload, seed)
     wide = Workload("instruction", 32, 1200)
     yield Item(wide, 0, "auto")
     yield sweep(wide, 0, 5e-3)
@@ -149,7 +151,7 @@ def fast() -> Iterator[Item]:
     workload = Workload("instruction", 4, 8)
     yield Item(workload, 0, "auto")
     yield Item(workload, 0, "adam", (1e-2,))
-    yield from again(workload, 1, neighbours=False)
+    yield from again(workload, 1)
 
 
 PLANS: dict[str, Callable[[], Iterator[Item]]] = {"alignment": alignment, "smollm2": smollm2, "fast": fast}
