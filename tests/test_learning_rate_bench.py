@@ -189,6 +189,7 @@ def a_line(bench, contender, lr, loss, seed=0, task="chat", steps=120, **fields)
 def a_result(bench):
     lines = [a_line(bench, "adam", lr, loss) for lr, loss in ((5e-3, 2.1), (1e-2, 2.0), (2e-2, None))]
     lines += [a_line(bench, "adam", 1e-4, 2.8), a_line(bench, "adam", 1e-2, 2.5, task="medical")]
+    lines += [a_line(bench, "adam", 1e-4, 2.6, task="medical"), a_line(bench, "adam", 2e-4, 2.5)]
     lines += [a_line(bench, "auto", None, 2.02), a_line(bench, "auto", None, 2.6, task="medical")]
     lines += [a_line(bench, "auto", None, 1.0, task="instruction")]  # Adam was not run there
     return bench.record.document(lines, "alignment")
@@ -216,7 +217,8 @@ def test_what_the_documentation_says_of_it(bench, tool, tmp_path):
         "| constant, 120 steps | 2 | +2.5 % | +4.0 % | +11.0 % | +20.0 % | 0 | +1.5 %, +4.0 % | median |"
     )
     assert verdict in text and verdict in rates.learning_rates_short(doc.read_results(tmp_path))
-    assert "| Adam at 1e-4 | +40.0 % (+40.0 %) |" in text
+    assert "| Adam at 1e-4 | +22.0 % (+40.0 %) |" in text
+    assert "| Adam at 2e-4 |" not in text, "it was run on one of two workloads"
     assert "LoRA, α = 16, medical, batch 4, 120 steps, constant | 1e-2 (at the grid's end) | 3.000" in text
 
 

@@ -45,21 +45,32 @@ class Results:
     def group(self, line: Line) -> str:
         return self.workloads[line["workload"]]["group"]
 
-    def of(self, contender: str, lr: float | None = None, group: str | None = None) -> list[Line]:
+    def of(self, contender: str, lr: float | None = None) -> list[Line]:
         """The runs of a contender, where Adam was run as well."""
         return [
             line
             for line in self.runs
             if line["contender"] == contender
             and (lr is None or line["lr"] == lr)
-            and (group is None or self.group(line) == group)
             and (line["workload"], line["seed"]) in self.tuned
         ]
 
     @property
-    def groups(self) -> list[str]:
-        found = dict.fromkeys(map(self.group, self.of("auto")))
-        return sorted(found, key=lambda name: [*BOUNDS, name].index(name))
+    def parts(self) -> dict[str, Callable[[Line], bool]]:
+        """What is summed up: each group, and where it has several batches each of them."""
+        found: dict[str, Callable[[Line], bool]] = {}
+        groups = {self.group(line) for line in self.of("auto")}
+        for group in sorted(groups, key=lambda name: [*BOUNDS, name].index(name)):
+            found[group] = lambda line, group=group: self.group(line) == group
+            batches = sorted({self.batch(line) for line in self.of("auto") if self.group(line) == group})
+            for batch in batches if len(batches) > 1 else ():
+                found[f"{group}, batch {batch}"] = lambda line, key=(group, batch): (
+                    (self.group(line), self.batch(line)) == key
+                )
+        return found
+
+    def batch(self, line: Line) -> int:
+        return self.workloads[line["workload"]]["batch"]
 
     def above(self, line: Line) -> float:
         """Infinite where the loss is not finite."""
@@ -89,50 +100,48 @@ def percent(share: float) -> str:
     return "not finite" if share == float("inf") else f"{100 * share:+.1f} %".replace("-", "−")
 
 
-def middle_and_worst(values: Sequence[float]) -> str:
-    return f"{percent(median(values))} ({percent(max(values))})" if values else ""
-
-
 def verdicts(data: Result) -> str:
-    """ "auto" beside its bounds, group by group."""
+    """What is held to bounds, and by which it is missed."""
     results, rows = Results(data), []
-    for group in results.groups:
-        lines = results.of("auto", group=group)
+    for part, belongs in results.parts.items():
+        lines = [line for line in results.of("auto") if belongs(line)]
         above, shares = ([f(line) for line in lines] for f in (results.above, results.share))
-        row = [group, str(len(lines)), percent(median(above)), percent(max(above))]
+        both = {"median": median(above), "worst": max(above)}
+        allowed = dict(zip(both, BOUNDS.get(part, ()), strict=False))
+        missed = [word for word, bound in allowed.items() if round(both[word], 4) > bound]
+        row = [part, str(len(lines)), *map(percent, both.values())]
         row += [percent(median(shares)), percent(max(shares)), str(sum(line["wrecked"] for line in lines))]
-        if group in BOUNDS:
-            allowed = BOUNDS[group]
-            missed = [
-                word
-                for word, value, bound in zip(
-                    ("median", "worst"), (median(above), max(above)), allowed, strict=True
-                )
-                if round(value, 4) > bound
-            ]
-            row += [", ".join(map(percent, allowed)), " and ".join(missed) or "–"]
-        else:
-            row += ["", ""]
+        row += [", ".join(map(percent, allowed.values())), " and ".join(missed) or ("–" if allowed else "")]
         rows.append(row)
     head = ["workloads", "runs", "above tuned Adam, median", "worst", "not recovered, median", "worst"]
     return markdown([*head, "wrecked", "bounds (median, worst)", "missed"], rows)
 
 
 def contenders(data: Result) -> str:
-    """Every contender on the first seed, group by group: median and worst above tuned Adam."""
+    """Every contender on the first seed: median and worst above tuned Adam, where all of a part was run."""
     results = Results(data)
     ways: list[tuple[str, str, float | None]] = [('`learning_rate="auto"`', "auto", None)]
     others = dict.fromkeys(line["contender"] for line in results.runs)
     ways += [(name, name, None) for name in others if name not in ("auto", "adam")]
     ways += [(f"Adam at {rate(lr)}", "adam", lr) for lr in LOW]
+    parts = list(results.parts.items())
+    if len(parts) > 1:  # a group that has its batches beside it is shown by those
+        parts = [one for one in parts if not any(name.startswith(f"{one[0]}, batch") for name, _ in parts)]
     rows = []
     for label, contender, lr in ways:
         row = [label]
-        for group in results.groups:
-            lines = [line for line in results.of(contender, lr, group) if line["seed"] == 0]
-            row.append(middle_and_worst([results.above(line) for line in lines]))
-        rows.append(row)
-    return markdown(["median above tuned Adam (worst), seed 0", *results.groups], rows)
+        for _, belongs in parts:
+            mine, every = (
+                [line for line in some if line["seed"] == 0 and belongs(line)]
+                for some in (results.of(contender, lr), results.of("auto"))
+            )
+            values = [results.above(line) for line in mine]
+            row.append(
+                f"{percent(median(values))} ({percent(max(values))})" if len(mine) == len(every) else ""
+            )
+        if any(row[1:]):
+            rows.append(row)
+    return markdown(["above tuned Adam, median (worst), seed 0", *(name for name, _ in parts)], rows)
 
 
 def workloads(data: Result) -> str:
