@@ -73,18 +73,6 @@ def test_the_first_sentence_is_the_parabolic_median():
     assert f"asks for\n{counts['parabolic']} losses where the paper's asks for {counts['linear']}" in README
 
 
-def test_what_was_found_of_the_finder_is_said_with_where_it_fails(benchmarks):
-    runs = load("learning_rate_tiny_2026-11-21.json")["runs"]
-    verdicts = benchmarks("learning_rate_table").verdicts(runs)
-    held = [one for one in verdicts if one["near"] is not None]
-    near = sum(round(one["near"] * one["runs"]) for one in held)
-    claim = f"tuned Adam's test loss at equal FLOPs in {near} of {sum(one['runs'] for one in held)} runs,"
-    assert claim in README
-    assert claim not in README.split("\n## ")[0], "one model is no ground for a headline"
-    assert "within 2 % in 0 of 4 runs" in README
-    assert f"in at most {max(one['forwards'][1] for one in verdicts)} validation losses" in README
-
-
 def end_to_end_rows(report: dict) -> list[str]:
     """A line per task, from the savings of every seed, not from the medians that the file holds as well."""
     found: dict[tuple[str, float, str], list[tuple[float, float]]] = {}

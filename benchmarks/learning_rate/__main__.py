@@ -111,9 +111,8 @@ def said(line: dict[str, Any]) -> str:
     if line["loss"] is None:
         return f"{line['key']}: {line.get('failed', 'not finite')}"
     rise = f", rise {line['rise']}, peak {line['peak']:.3g}, {line['undos']} undone" if "rise" in line else ""
-    wrecked = ", WRECKED" if line["wrecked"] else ""
     rate = "" if line["rate"] is None else f" at {line['rate']:.3g}"
-    return f"{line['key']}: {line['loss']:.4f}{rate}{rise}{wrecked}, {line['seconds']} s"
+    return f"{line['key']}: {line['loss']:.4f}{rate}{rise}, {line['seconds']} s"
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ from learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, RANKLESS, Met
 if TYPE_CHECKING:
     from learning_rate.contenders import Contender, Work
 
-# A training loss that is so many times the test loss of the beginning, in any step, is a wreck.
-WRECKED = 1.5
 # Training losses in a row that are not finite, after which nothing more will come.
 HOPELESS = 5
 
@@ -119,20 +117,21 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
     Returns:
         Plain values: ``loss`` on the test examples at the end (None where it is not finite), ``start``,
         ``rate`` at the end, ``taken`` steps, ``own`` (share of the budget that went to anything but steps),
-        ``worst`` training loss as a multiple of ``start``, ``wrecked``, ``seconds``, and what the contender
-        reports.
+        ``worst`` training loss as a multiple of ``start`` (None where one was not finite), the step
+        ``worst_at`` which it came, ``seconds``, and what the contender reports.
     """
     begin, bench = perf_counter(), work.bench
     bench.reset()
     contender = make(work)
-    worst, broken, step = 0.0, 0, 0
+    worst, worst_at, broken, step = 0.0, 0, 0, 0
     try:
         while step < work.total and broken < HOPELESS:
             loss = bench.model(**bench.batch(step)).loss
             loss.backward()
             value = loss.item()
             broken = 0 if math.isfinite(value) else broken + 1
-            worst = max(worst, value / bench.start if math.isfinite(value) else math.inf)
+            if (part := math.inf if broken else value / bench.start) > worst:
+                worst, worst_at = part, step + 1
             contender.optimizer.step()
             contender.optimizer.zero_grad(set_to_none=True)
             if contender.scheduler is not None:
@@ -151,7 +150,7 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
         "taken": step,
         "own": work.charged / work.budget if work.charged else 0.0,
         "worst": worst if math.isfinite(worst) else None,
-        "wrecked": worst > WRECKED or not math.isfinite(end),
+        "worst_at": worst_at,
         "seconds": round(perf_counter() - begin, 1),
         **report,
     }

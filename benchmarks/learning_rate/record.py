@@ -13,7 +13,7 @@ from learning_rate.workloads import LENGTH, RANK, WARMUP, Workload
 
 KIND = "alignment_rates"
 WORKLOAD = [field.name for field in fields(Workload)]
-RUN = ("workload", "seed", "contender", "lr", "loss", "start", "rate", "own", "worst", "wrecked")
+RUN = ("workload", "seed", "contender", "lr", "loss", "start", "rate", "own", "worst", "worst_at")
 AUTO = ("rise", "peak", "undos")
 
 
