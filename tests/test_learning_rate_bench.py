@@ -229,5 +229,5 @@ def test_a_miss_is_named_with_where_it_ended(bench):
     where = "- LoRA, α = 16, chat, batch 4, 120 steps, constant, seed"
     assert bench.table.misses(bench.record.document(lines, "alignment")).splitlines() == [
         f"{where} 0: +10.0 %, rate 0.032 at its end",
-        f"{where} 1: −5.0 %, rate 0.01 at its end, a training loss of 1.51 L₀",
+        f"{where} 1: −5.0 %, rate 0.01 at its end, a training loss 1.51 L₀",
     ]

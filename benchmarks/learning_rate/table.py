@@ -192,15 +192,12 @@ def misses(data: Result) -> str:
     for line in results.of("auto"):
         above, bound = results.above(line), BOUNDS.get(results.group(line), (0.0, float("inf")))[1]
         if round(above, 4) > bound or spiked(line):
-            ended = "" if line["rate"] is None else f", rate {line['rate']:.2g} at its end"
+            said = f"- {labelled(results.workloads[line['workload']])}, seed {line['seed']}: {percent(above)}"
+            said += "" if line["rate"] is None else f", rate {line['rate']:.2g} at its end"
             if spiked(line):
-                ended += (
-                    ", a training loss that is not finite"
-                    if line["worst"] is None
-                    else (f", a training loss of {line['worst']:.2f} L₀")
-                )
-            name = labelled(results.workloads[line["workload"]])
-            found.append(f"- {name}, seed {line['seed']}: {percent(above)}{ended}")
+                worst = "not finite" if line["worst"] is None else f"{line['worst']:.2f} L₀"
+                said += f", a training loss {worst}"
+            found.append(said)
     return "\n".join(found) or "*none.*"
 
 
@@ -225,10 +222,6 @@ def beside_common(data: Result) -> str:
 
 
 def all_tables(data: Result) -> str:
-    parts = [
-        verdicts(data),
-        '"auto" beyond what is allowed in the worst case, or with a spike:',
-        misses(data),
-    ]
+    parts = [verdicts(data), "Beyond what is allowed in the worst case, or with a spike:", misses(data)]
     parts += [] if data["config"]["model"] == "tiny" else [beside_common(data)]
     return "\n\n".join([*parts, contenders(data), workloads(data)])
