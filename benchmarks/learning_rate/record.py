@@ -14,7 +14,7 @@ from learning_rate.workloads import LENGTH, RANK, WARMUP, Workload
 KIND = "alignment_rates"
 WORKLOAD = [field.name for field in fields(Workload)]
 RUN = ("workload", "seed", "contender", "lr", "loss", "start", "rate", "own", "worst", "worst_at")
-AUTO = ("rise", "peak", "undos")
+RUN += ("rise", "peak", "undos", "failed")  # as far as a run has them
 
 
 def document(done: Iterable[Mapping[str, Any]], plan: str) -> dict[str, Any]:
@@ -45,8 +45,7 @@ def document(done: Iterable[Mapping[str, Any]], plan: str) -> dict[str, Any]:
 
 def reduced(line: Mapping[str, Any]) -> dict[str, Any]:
     """One run: losses to 1e-5, all else to four digits."""
-    names = [*RUN, *(AUTO if line["contender"] == "auto" else ()), *(["failed"] if "failed" in line else [])]
-    return {name: rounded(name, line.get(name)) for name in names}
+    return {name: rounded(name, line[name]) for name in RUN if name in line}
 
 
 def rounded(name: str, value: Any) -> Any:

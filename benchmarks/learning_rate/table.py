@@ -93,7 +93,7 @@ class Results:
 
 def spiked(line: Line) -> bool:
     """Whether a training loss was far above where it began, also where an overshoot was undone at once."""
-    return line["worst"] is None or line["worst"] > SPIKE
+    return line.get("worst") is None or line["worst"] > SPIKE
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
@@ -193,9 +193,9 @@ def misses(data: Result) -> str:
         above, bound = results.above(line), BOUNDS.get(results.group(line), (0.0, float("inf")))[1]
         if round(above, 4) > bound or spiked(line):
             said = f"- {labelled(results.workloads[line['workload']])}, seed {line['seed']}: {percent(above)}"
-            said += "" if line["rate"] is None else f", rate {line['rate']:.2g} at its end"
+            said += "" if line.get("rate") is None else f", rate {line['rate']:.2g} at its end"
             if spiked(line):
-                worst = "not finite" if line["worst"] is None else f"{line['worst']:.2f} L₀"
+                worst = "not finite" if line.get("worst") is None else f"{line['worst']:.2f} L₀"
                 said += f", a training loss {worst}"
             found.append(said)
     return "\n".join(found) or "*none.*"
