@@ -52,13 +52,15 @@ def test_every_script_finds_the_package_in_its_own_tree(tmp_path):
         for path in sorted((tree / "benchmarks").glob("*.py"))
         if "__main__" in path.read_text(encoding="utf-8")
     ]
-    assert {"gpu_check", "bench_step", "search_noise", "bench_sft", "learning_rate"} <= set(scripts)
+    packages = sorted((tree / "benchmarks").glob("*/__main__.py"))
+    scripts += [f"{path.parent.name}.__main__" for path in packages]
+    assert {"gpu_check", "bench_step", "search_noise", "bench_sft", "learning_rate.__main__"} <= set(scripts)
     # -S: no .pth file is read, which is where an editable installation would be found.
-    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages), "PIP_NO_INDEX": "1"}
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(installed), "PIP_NO_INDEX": "1"}
     command = [sys.executable, "-S", "-c", IN_EACH, str(tree), *scripts]
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
-    if any(f"{folder}/ffkernels/__init__.py" in done.stderr for folder in packages):
+    if any(f"{folder}/ffkernels/__init__.py" in done.stderr for folder in installed):
         pytest.skip("ffkernels is installed among the packages, and not as an editable installation")
     assert done.returncode == 0, done.stderr
     expected = str(tree / "ffkernels" / "__init__.py")

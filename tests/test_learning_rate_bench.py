@@ -1,153 +1,233 @@
-"""The benchmark of learning rates: what a run may spend, what counts as a failure, and what is said of it."""
+"""The benchmark of learning rates: what a sweep does next, what a run may spend, what trains, its tables."""
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-
-def line(contender, lr, loss, *, task="chat", seed=0, schedule="constant", **fields):
-    return {
-        **{"task": task, "seed": seed, "schedule": schedule, "variant": "standard", "steps": 120},
-        **{"contender": contender, "lr": lr, "loss": loss, "failed": None, "found": None, "forwards": 0},
-        **{"own_flops": 0, "budget": 100, "curve": [[0, 0, 3.0], [30, 50, 2.2], [60, 100, loss]]},
-        **fields,
-    }
+INF = math.inf
 
 
-def a_sweep(**fields):
-    return [
-        line("adam", lr, loss, **fields) for lr, loss in ((5e-3, 2.1), (1e-2, 2.0), (2e-2, 2.2), (1e-4, 1.9))
-    ]
+@pytest.fixture()
+def bench(benchmarks):
+    """The benchmark's modules by name."""
+    names = ("workloads", "plan", "bench", "contenders", "record", "table", "__main__")
+    return SimpleNamespace(
+        **{name.strip("_"): getattr(benchmarks(f"learning_rate.{name}"), name) for name in names}
+    )
+
+
+def run_out(item, plan, losses, done):
+    """The rates of an item's runs in their order; ``losses(lr)`` is what each ends at."""
+    rates = []
+    while (run := item.next(done)) is not None:
+        loss = losses(run.lr)
+        done[run.key] = {"lr": run.lr, "loss": None if loss == INF else loss}
+        rates.append(run.lr)
+    return rates
+
+
+@pytest.mark.parametrize(
+    "best, breaks, expected",
+    [
+        (1e-2, INF, [1e-2, 5e-3, 2e-2]),
+        (8e-2, INF, [1e-2, 5e-3, 2e-2, 4e-2, 8e-2, 16e-2]),
+        (1.25e-3, INF, [1e-2, 5e-3, 2e-2, 2.5e-3, 1.25e-3, 0.625e-3]),
+        (8e-2, 2e-2, [1e-2, 5e-3, 2e-2]),  # above 1e-2 nothing is finite
+        (1e-3, 1e-2, [1e-2, 5e-3, 2e-2, 2.5e-3, 1.25e-3, 0.625e-3]),
+    ],
+)
+def test_a_sweep_ends_where_its_best_rate_has_a_worse_one_on_both_sides(bench, best, breaks, expected):
+    def loss(lr):
+        return INF if lr >= breaks else 1 + abs(math.log2(lr / best))
+
+    item = bench.plan.sweep(bench.workloads.Workload("chat", 4), 0, 1e-2)
+    assert run_out(item, bench.plan, loss, {}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("neighbours, expected", [(True, [2e-2, 1e-2, 4e-2]), (False, [2e-2])])
+def test_other_seeds_run_what_was_best_on_the_first(bench, neighbours, expected):
+    done, workload = {}, bench.workloads.Workload("chat", 4)
+    adam = bench.plan.Item(workload, 1, "adam", (), bench.plan.as_before(neighbours))
+    assert adam.next(done) is None  # not known yet
+    other = bench.workloads.Workload("chat", 4, 1200)
+    run_out(bench.plan.sweep(other, 0, 1e-4), bench.plan, lambda lr: lr, done)
+    run_out(bench.plan.sweep(workload, 0, 1e-2), bench.plan, lambda lr: abs(lr - 2.1e-2), done)
+    assert run_out(adam, bench.plan, lambda lr: lr, done) == expected
+
+
+def test_the_plan_has_each_run_once_and_no_seed_of_calibration(bench):
+    items = list(bench.plan.alignment())
+    of = [(item.workload.name, item.seed, item.contender) for item in items if item.contender != "adam"]
+    assert len(set(of)) == len(of)
+    assert {item.seed for item in items} == {0, 1, 2}
+    groups = {item.workload.group for item in items if item.contender == "auto"}
+    assert groups >= bench.table.BOUNDS.keys()
 
 
 class Steps:
     """A bench whose steps cost 10 FLOPs each, and a validation 4."""
 
-    session = SimpleNamespace(
-        validation=SimpleNamespace(flops=4), trainable=[torch.nn.Parameter(torch.ones(2))]
-    )
+    validation = SimpleNamespace(flops=4)
 
-    def batch(self, step):
-        return None, 10
+    def flops(self, step):
+        return 10
 
 
-def test_what_is_charged_shortens_the_run_and_its_decay(benchmarks):
-    work = benchmarks("learning_rate_runs").Work(Steps(), 1e-3, "linear", 20, 4)
+def test_what_is_charged_shortens_the_run_and_its_decay(bench):
+    work = bench.contenders.Work(Steps(), 20, "linear", 1e-3, warmup=4)
     assert work.budget == 200 and work.total == 20
-    assert [work.shape(step) for step in (0, 3, 4, 12, 20)] == [0.25, 1.0, 1.0, 0.5, 0.0]
+    # Warm-up and decay multiply.
+    assert [work.shape(s) for s in (0, 2, 3, 10, 20)] == pytest.approx([0.25, 0.75 * 0.9, 0.85, 0.5, 0.0])
     work.charge(forwards=11)  # 44 FLOPs are more than four steps
-    assert (work.total, work.forwards, work.flops) == (15, 11, 44)
-    assert work.shape(15) == 0.0 and work.shape(4) == 1.0
-    work.charge(batches=2, flops=30)
-    assert (work.total, work.batches, work.flops) == (12, 2, 74)
+    assert (work.total, work.charged) == (15, 44)
+    assert work.shape(15) == 0.0 and work.shape(6) == pytest.approx(0.6)
+    work.charge(flops=30)
+    assert (work.total, work.charged) == (12, 74)
     work.charge(batches=20)
     assert work.total == 0
+    assert bench.contenders.Work(Steps(), 20, warmup=0).shape(0) == 1.0
 
 
-def test_a_run_is_compared_with_the_best_of_the_sweep_under_its_own_conditions(benchmarks):
-    table = benchmarks("learning_rate_table")
-    lines = [*a_sweep(), *a_sweep(seed=1), line("find", 1e-5, 2.02, found=1e-2, forwards=14)]
-    lines += [
-        line("find", 1e-3, 2.06, found=2e-2, forwards=21),
-        line("find", 3e-2, 9.0),
-    ]  # 3e-2 is not claimed
-    best = table.tuned(lines)
-    assert best[table.conditions(lines[0])]["lr"] == 1e-2  # 1e-4 is none of the sweep's
-    assert table.gap(lines[-3], best) == pytest.approx(0.01)
-    (one,) = table.verdicts(lines)
-    assert (one["runs"], one["near"], one["diverged"], one["forwards"]) == (2, 0.5, 0, [17.5, 21])
-    assert one["worst"] == pytest.approx(0.03) and one["median"] == pytest.approx(0.02)
+def test_a_run_that_was_killed_goes_on_and_loses_its_last_line_at_most(bench, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(run, benches):
+        measured.append(run.key)
+        return {"key": run.key, "lr": run.lr, "loss": 1.0, "rate": run.lr, "seconds": 0.0}
+
+    monkeypatch.setattr(bench.main, "measure", measure)
+    path = tmp_path / "folder" / "runs.jsonl"
+    command = ["--plan", "fast", "--runs", str(path)]
+    assert bench.main.main(command) == 0
+    first, measured[:] = list(measured), []
+    assert len(first) == len(set(first)) == 4
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[: text.rindex('"loss"')], encoding="utf-8")
+    assert bench.main.main(command) == 0
+    assert measured == first[-1:]
+    assert list(bench.main.finished(path)) == first
+    assert bench.main.main(command) == 0 and measured == first[-1:]
 
 
-def test_failures_are_named(benchmarks):
-    table = benchmarks("learning_rate_table")
+# What of a model's names belongs to each method's weights, and how many tensors of 4 layers there are.
+TRAINED = {
+    "lora": ("lora_", 16),
+    "lora-1": ("lora_", 16),
+    "lora-256": ("lora_", 16),
+    "lora-all": ("lora_", 32),
+    "dora": ("lora_", 24),
+    "oft": ("oft_R", 8),
+    "loha": ("hada_", 32),
+    "vera": ("vera_lambda_", 16),
+    "ia3": ("ia3_l", 8),
+    "layernorm": ("ln_tuning_layers", 18),
+    "all": ("", 52),
+}
+
+
+def test_every_method_trains_what_it_should(bench):
+    pytest.importorskip("peft")
+    assert TRAINED.keys() == bench.workloads.METHODS.keys()
+    for name, (part, tensors) in TRAINED.items():
+        workload = bench.workloads.Workload("instruction", 4, 4, method=name)
+        one = bench.bench.Bench(workload, 0, test_examples=4)
+        assert len(one.names) == tensors and all(part in each for each in one.names), name
+        before = [p.detach().clone() for p in one.trainable]
+        work = bench.contenders.Work(one, 4, lr=bench.workloads.METHODS[name].rate, warmup=2)
+        line = bench.bench.train(bench.contenders.CONTENDERS["adam"], work)
+        assert not any(map(torch.equal, before, one.trainable)), name
+        assert line["loss"] < line["start"] and line["worst"] < 1.5, name
+        one.reset()
+        assert all(map(torch.equal, before, one.trainable)), name
+
+
+def test_auto_is_given_no_rate_and_logs_its_rise(bench):
+    pytest.importorskip("peft")
+    one = bench.bench.Bench(bench.workloads.Workload("instruction", 4, 12), 0, test_examples=4)
     lines = [
-        *a_sweep(),
-        line("find", 1e-5, 2.03, found=0.0123),
-        line("find", 1e-4, 2.12, found=2.31e-2, forwards=22),
-        line("find", 1e-3, None, failed="training loss nan in step 7"),
-        line("find", 1e-2, 2.0, curve=[[0, 0, 3.0], [30, 50, 3.1], [60, 100, 2.0]], found=1e-2),
-        line("prodigy", 1e-2, None, failed="no such package"),
-        line("prodigy", 1e-3, 2.5),
+        bench.bench.train(
+            bench.contenders.CONTENDERS["auto"], bench.contenders.Work(one, 12, "linear", lr=lr)
+        )
+        for lr in (None, 1e-6, 1e-1)
     ]
-    assert [one.split(": ", 1)[1] for one in table.failures(lines)] == [
-        "find from 1e-4: 22 validation forwards",
-        "find from 1e-4: found 2.3e-2, 6.0% above Adam at 1e-2",
-        "find from 1e-3: training loss nan in step 7",
-        "find from 1e-2: above where it began",
-        "prodigy from 1e-2: no such package",
+    for line in lines:
+        line.pop("seconds")
+    assert lines[0] == lines[1] == lines[2]
+    line = lines[0]
+    assert line["own"] == 0 and line["taken"] == 12 and line["loss"] < line["start"]
+    rises = [after / before for before, after in zip(line["rates"], line["rates"][1:], strict=False)]
+    assert rises[: line["rise"] - 1] == pytest.approx([4.0] * (line["rise"] - 1), rel=1e-3)
+    assert line["rise"] >= 5 and line["cosines"][0] is None
+    assert line["peak"] == pytest.approx(max(line["rates"]), rel=1e-3)
+
+
+def test_a_permuted_text_is_the_same_text_and_far_from_the_model(bench):
+    from ffkernels.training.examples import Example
+
+    example = Example([*range(256), 256, 257], [-100, *range(1, 256), 256, -100])
+    other = bench.bench.permuted(example)
+    assert sorted(other["input_ids"]) == [*range(258)] and other["input_ids"][256:] == [256, 257]
+    assert other["labels"][1:257] == other["input_ids"][1:257] and other["labels"][::257] == [-100, -100]
+    assert sum(a == b for a, b in zip(other["input_ids"], example["input_ids"], strict=True)) < 8
+
+
+def a_line(bench, contender, lr, loss, seed=0, task="chat", steps=120, **fields):
+    workload = bench.workloads.Workload(task, 4, steps)
+    auto = {"rise": 8, "peak": 2e-2, "undos": 1, "rate": 1e-2} if contender == "auto" else {"rate": lr}
+    return {
+        **{"workload": workload.name, "group": workload.group, **vars(workload), "seed": seed},
+        **{"contender": contender, "lr": lr, "loss": loss, "start": 3.0, "own": 0.0, "worst": 1.0},
+        **{"worst_at": 3, "seconds": 2.0, "commit": "abc", **auto, **fields},
+    }
+
+
+def a_result(bench):
+    lines = [a_line(bench, "adam", lr, loss) for lr, loss in ((5e-3, 2.1), (1e-2, 2.0), (2e-2, None))]
+    lines += [a_line(bench, "adam", 1e-4, 2.8), a_line(bench, "adam", 1e-2, 2.5, task="medical")]
+    lines += [a_line(bench, "adam", 1e-4, 2.6, task="medical"), a_line(bench, "adam", 2e-4, 2.5)]
+    lines += [a_line(bench, "auto", None, 2.02), a_line(bench, "auto", None, 2.6, task="medical")]
+    lines += [a_line(bench, "auto", None, 1.0, task="instruction")]  # Adam was not run there
+    return bench.record.document(lines, "alignment")
+
+
+def test_loss_above_tuned_and_what_is_not_recovered(bench):
+    results = bench.table.Results(a_result(bench))
+    one, other = results.of("auto")
+    assert results.above(one) == pytest.approx(0.01) and results.share(one) == pytest.approx(0.02)
+    assert results.above(other) == pytest.approx(0.04) and results.share(other) == pytest.approx(0.2)
+    broken = next(line for line in results.of("adam") if line["loss"] is None)
+    assert results.above(broken) == results.share(broken) == INF
+    assert results.inside(one["workload"]) and not results.inside(other["workload"])
+
+
+def test_what_the_documentation_says_of_it(bench, tool, tmp_path):
+    rates, doc = tool("results_rates"), tool("results_doc")
+    assert rates.learning_rates({}) == rates.learning_rates_short({}) == rates.NOTHING
+    data = a_result(bench)
+    path = tmp_path / "benchmarks" / "results" / "alignment_rates_tiny_2026-01-01.json"
+    bench.record.write(data, path)
+    assert json.loads(path.read_text(encoding="utf-8")) == data
+    text = doc.builders(doc.read_results(tmp_path))["learning-rates"]()
+    verdict = (
+        "| constant, 120 steps | 2 | +2.5 % | +4.0 % | +11.0 % | +20.0 % | 0 | +1.5 %, +4.0 % | median |"
+    )
+    assert verdict in text and verdict in rates.learning_rates_short(doc.read_results(tmp_path))
+    assert "| Adam at 1e-4 | +22.0 % (+40.0 %) |" in text
+    assert "| Adam at 2e-4 |" not in text, "it was run on one of two workloads"
+    assert "LoRA, α = 16, medical, batch 4, 120 steps, constant | 1e-2 (at the grid's end) | 3.000" in text
+
+
+def test_a_miss_is_named_with_where_it_ended(bench):
+    lines = [a_line(bench, "adam", 1e-2, 2.0), a_line(bench, "auto", None, 2.2, rate=0.0321)]
+    lines += [a_line(bench, "adam", 1e-2, 2.0, 1), a_line(bench, "auto", None, 1.9, 1, worst=1.51)]
+    lines += [a_line(bench, "adam", 1e-2, 2.0, 2), a_line(bench, "auto", None, 2.07, 2)]
+    where = "- LoRA, α = 16, chat, batch 4, 120 steps, constant, seed"
+    assert bench.table.misses(bench.record.document(lines, "alignment")).splitlines() == [
+        f"{where} 0: +10.0 %, rate 0.032 at its end",
+        f"{where} 1: −5.0 %, rate 0.01 at its end, a training loss 1.51 L₀",
     ]
-    (one,) = table.verdicts(lines)
-    assert one["worst"] is None and one["near"] == 0.5 and one["diverged"] == 2
-
-
-def test_flops_to_a_loss_lie_between_the_measured_ones(benchmarks):
-    flops_to = benchmarks("learning_rate_table").flops_to
-    run = line("adam", 1e-2, 2.0)
-    assert flops_to(run, 2.1) == pytest.approx(75.0)
-    assert flops_to(run, 2.0) == 100.0 and flops_to(run, 1.99) is None
-    run["curve"].insert(1, [10, 20, None])
-    assert flops_to(run, 2.2) == 50.0
-
-
-def test_plans_have_no_run_twice_in_another_guise(benchmarks):
-    plan = benchmarks("learning_rate_plan")
-    runs = [run for run in plan.grid() if run.contender == "find" and run.steps == plan.STEPS]
-    for schedule in ("constant", "linear"):
-        covered = {(r.task, r.seed, r.lr) for r in runs if (r.schedule, r.variant) == (schedule, "standard")}
-        assert covered >= {(t, s, lr) for t in plan.TASKS for s in plan.SEEDS for lr in plan.CLAIMED}
-    # The seeds that the rule was chosen on are not those that it is judged by.
-    assert not {run.seed for run in plan.calibrate()} & {run.seed for run in runs}
-
-
-def test_a_real_model_is_compared_at_equal_flops_and_at_as_many_steps(tool):
-    rates = tool("results_rates")
-    found = line("find", 1e-5, 2.05, optimizer_steps=45, found=0.00702)
-    apart = line("find", 1e-3, 9.0, optimizer_steps=45, found=0.02)
-    lines = [{**one, "optimizer_steps": 60} for one in a_sweep()] + [found, apart]
-    config = {"tasks": ["chat"], "model": "smollm2-135m", "steps": 60, "warmup_steps": 6, "rank": 8}
-    config |= {"dtype": "bfloat16", "batch_size": 8, "max_length": 64}
-    config |= {"test_examples": 9, "validation_examples": 32}
-    data = {"kind": rates.KIND, "fast": False, "config": config, "command": "c"}
-    data |= {"runs": lines, "calibration": []}
-    data |= {"machine": {"gpus": [], "cpu": "x", "threads": 1}}
-    data |= {"versions": dict.fromkeys(("torch", "transformers", "peft"), "1")}
-    text = rates.learning_rates({"some": data}).splitlines()
-    # Tuned Adam is at 2.2 after 30 steps and at 2.0 after 60, so at 2.1 after 45.
-    assert text[-2].endswith("| 1e-5 | 7e-3 | 45 | 0 | 2.050 | +2.5 % | −2.4 % |")
-    assert text[-1].endswith("| 1e-3 | 2e-2 | 45 | 0 | 9.000 | diverged | diverged |")
-
-
-@pytest.mark.slow
-def test_a_dry_run_is_written_and_not_run_again(benchmarks, tmp_path, capsys):
-    bench, path = benchmarks("learning_rate"), tmp_path / "runs.jsonl"
-    assert bench.main(["--plan", "fast", "--runs", str(path)]) == 0
-    done = bench.finished(path)
-    assert len(done) == 5 and all(math.isfinite(one["loss"]) for one in done.values())
-    assert all(one["flops"] <= one["budget"] for one in done.values() if one["contender"] != "keep")
-    assert bench.main(["--plan", "fast", "--runs", str(path)]) == 0
-    assert "0 runs to do" in capsys.readouterr().out and bench.finished(path) == done
-
-
-def test_what_the_documentation_says_of_it(tool, tmp_path):
-    rates, record = tool("results_rates"), tool("learning_rate_record")
-    assert rates.learning_rates({}) == rates.NOTHING
-    lines = [*a_sweep(), line("find", 1e-5, 2.03, found=0.0123, forwards=11, own_flops=5)]
-    lines += [line("prodigy", 1e-4, None, failed="no such package"), line("adam", 1e-3, 2.6)]
-    lines += [line("find", 1e-4, 1.0, found=0.01, seed=10)]
-    data = record.document(lines, "python x.py", fast=False)
-    assert [one["seed"] for one in data["calibration"]] == [10] and len(data["runs"]) == len(lines) - 1
-    doc = tool("results_doc")
-    record.write(data, tmp_path / "benchmarks" / "results" / "learning_rate_tiny_2026-01-01.json")
-    results = doc.read_results(tmp_path)
-    text = doc.builders(results)["learning-rates"]()
-    assert "What failed (1 line):\n\n- chat, seed 0, constant, standard: prodigy from 1e-4: no such" in text
-    assert "| constant | 1 | 100 % | +1.5 % | +1.5 % | 0 | 11 (11) |" in text
-    assert '| `learning_rate="find"`, no stages | 1e-5 | 1 | +1.5 % | +1.5 % | 5 % |' in text
-    assert "| Adam | 1e-3 | 1 | +30.0 % | +30.0 % | 0 % | not reached |" in text
-    assert "| prodigy | 1e-4 | 1 | failed |" in text
-    assert "| Adam, tuned by a sweep | – | 1 |" in text

@@ -100,9 +100,6 @@ def outdated(root: Path, write: bool) -> list[str]:
     wanted = {}
     for name, data in end_to_end_files(results).items():
         wanted |= {file: (draw, data) for file, (_, draw) in results_plots.pictures(name, data).items()}
-    if (newest := results_rates.result_of(results)) is not None:
-        data = newest[1]
-        wanted[results_rates.PICTURE] = (lambda figure, data=data: results_rates.draw(figure, data)), data
     for file, (draw, data) in wanted.items():
         path = root / IMAGES / file
         if results_plots.shown_digest(path) != results_plots.digest(data):

@@ -272,10 +272,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     ),
     "resampled_validation": ("the same validation examples in every stage, or others from a pool", ""),
     "peers": ("our Fast Forward beside the authors' loop and PEFT's prototype, on the same work", ""),
-    "learning_rate": (
-        "from any learning rate: the finder beside sweeps, rules of thumb and other finders",
-        "",
-    ),
+    "alignment_rates": ("no learning rate given, beside Adam's sweep: methods, schedules, lengths", ""),
     "search_noise": (
         "each search on the same measured curves of loss over τ, with a bf16 and a fp32 base",
         "",

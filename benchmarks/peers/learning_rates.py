@@ -1,4 +1,4 @@
-"""Other people's ways out of an untuned learning rate, as contenders of ``learning_rate.py``. Optional.
+"""Other people's ways out of an untuned learning rate: contenders of ``benchmarks/learning_rate``. Optional.
 
     range tests     torch-lr-finder, Lightning's lr_find: a training run whose learning rate grows from step
                     to step; the rate where the loss fell most steeply is taken, weights are put back
@@ -25,7 +25,7 @@ from io import StringIO
 from typing import Any
 
 import torch
-from learning_rate_runs import Contender, Work
+from learning_rate.contenders import Contender, Work
 from torch import nn
 
 __all__ = ["PACKAGES", "PEERS", "versions"]
@@ -60,17 +60,14 @@ def versions() -> dict[str, str]:
 
 
 class Lossy(nn.Module):
-    """The session's model as a function from the number of a step to the loss of that step's batch."""
+    """The bench's model as a function from the number of a step to the loss of that step's batch."""
 
     def __init__(self, work: Work) -> None:
         super().__init__()
-        self.model, self._batch = work.session.model, work.bench.batch
+        self.model, self._batch = work.bench.model, work.bench.batch
 
     def forward(self, step: torch.Tensor) -> torch.Tensor:
-        batch, _ = self._batch(int(step))
-        parts = zip(batch.micro_batches, batch.labelled, strict=True)
-        total = sum(batch.labelled)
-        return sum(self.model(**inputs).loss * (tokens / total) for inputs, tokens in parts if tokens)
+        return self.model(**self._batch(int(step))).loss
 
 
 @contextmanager
@@ -135,10 +132,10 @@ def with_lightning(work: Work, steps: int = 100) -> tuple[float, int]:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return work.adamw(self.lr)
 
-    session, tuned = work.session, Tuned()
+    tuned = Tuned()
     with silent(), tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            accelerator="gpu" if session.device.type == "cuda" else "cpu",
+            accelerator="cpu",
             devices=1,
             logger=False,
             enable_checkpointing=False,
@@ -149,7 +146,6 @@ def with_lightning(work: Work, steps: int = 100) -> tuple[float, int]:
         loader = torch.utils.data.DataLoader(range(steps), batch_size=1)
         finder = tuner.Tuner(trainer).lr_find(tuned, loader, num_training=steps)
         lr = finder.suggestion()
-    session.model.to(session.device)  # Lightning leaves it on the CPU
     if lr is None:
         raise ValueError("Lightning's lr_find had too few steps for a suggestion")
     return float(lr), len(finder.results["lr"])
@@ -161,10 +157,11 @@ def range_test(
     """AdamW, with the run's schedule, at what a range test suggests."""
     work.reset()
     lr, steps = suggest(work, **options)
-    work.charge(batches=steps, flops=0 if free else sum(work.bench.batch(step)[1] for step in range(steps)))
+    if not free:
+        work.charge(flops=sum(work.bench.flops(step) for step in range(steps)))
     work.reset()
     optimizer = work.adamw(lr)
-    return Contender(optimizer, work.scheduler(optimizer), found=lambda: lr)
+    return Contender(optimizer, work.scheduler(optimizer), rate=lambda: lr)
 
 
 def prodigy(work: Work) -> Contender:
@@ -173,18 +170,18 @@ def prodigy(work: Work) -> Contender:
     ``safeguard_warmup`` as its authors advise for schedules that begin with a warm-up.
     """
     settings = {"lr": 1.0, "safeguard_warmup": work.warmup > 0}
-    optimizer = package("prodigyopt").Prodigy(work.session.trainable, **settings)
+    optimizer = package("prodigyopt").Prodigy(work.bench.trainable, **settings)
 
-    def found() -> float:
+    def rate() -> float:
         return float(optimizer.param_groups[0]["d"])
 
-    return Contender(optimizer, work.scheduler(optimizer), found=found)
+    return Contender(optimizer, work.scheduler(optimizer), rate=rate)
 
 
 def schedule_free(work: Work) -> Contender:
     """AdamWScheduleFree with its own warm-up and no schedule; tested at its averaged weights."""
     optimizer = package("schedulefree").AdamWScheduleFree(
-        work.session.trainable, lr=work.lr, warmup_steps=work.warmup
+        work.bench.trainable, lr=work.lr, warmup_steps=work.warmup
     )
     optimizer.train()
 
@@ -216,14 +213,14 @@ def greedy(work: Work, *, validating: bool = False) -> Contender:
 
     def after_step(step: int, loss: float) -> None:
         if validating:
-            loss = float(work.session.validation())
+            loss = float(work.bench.validation())
             work.charge(forwards=1)
         scheduler.step(loss)
 
-    def found() -> float:
+    def rate() -> float:
         return float(optimizer.param_groups[0]["lr"])
 
-    return Contender(optimizer, after_step=after_step, found=found)
+    return Contender(optimizer, after_step=after_step, rate=rate)
 
 
 EVERY: dict[str, Callable[[Work], Contender]] = {

@@ -1,4 +1,4 @@
-"""Contenders of other people in ``learning_rate.py``: what they are charged, and what they leave behind.
+"""Other people's contenders of ``benchmarks/learning_rate``: what they are charged, what they leave behind.
 
 Their packages are optional; where one is not installed its test is skipped.
 """
@@ -10,8 +10,6 @@ import sys
 import pytest
 import torch
 
-from ffkernels.training.config import TrainConfig
-
 
 @pytest.fixture()
 def peers(benchmarks):
@@ -20,20 +18,20 @@ def peers(benchmarks):
 
 
 @pytest.fixture()
-def work(benchmarks, short):
-    runs = benchmarks("learning_rate_runs")
-    bench = runs.Bench(TrainConfig(**{**short, "micro_batch_size": 3}))
-    return runs.Work(bench, 1e-3, "constant", 8, 2)
+def work(benchmarks):
+    pytest.importorskip("peft")
+    workloads = benchmarks("learning_rate.workloads").workloads
+    bench = benchmarks("learning_rate.bench").bench.Bench(workloads.Workload("instruction", 4), 0, 8)
+    return benchmarks("learning_rate.contenders").contenders.Work(bench, 8, lr=1e-3, warmup=2)
 
 
 def weights(work):
-    return torch.cat([p.detach().flatten() for p in work.session.trainable])
+    return torch.cat([p.detach().flatten() for p in work.bench.trainable])
 
 
 def test_the_loss_of_a_step_is_the_one_that_trains(work, peers):
     loss = peers.Lossy(work)(torch.tensor([1]))
-    batch, _ = work.bench.batch(1)
-    assert loss.item() == pytest.approx(work.session.backward(batch).item(), rel=1e-6)
+    assert loss.item() == work.bench.model(**work.bench.batch(1)).loss.item()
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -50,11 +48,10 @@ def test_a_range_test_is_charged_its_steps_and_undone(work, peers, free):
 
     contender = peers.range_test(work, suggest, free=free, steps=3)
     assert torch.equal(weights(work), before)
-    assert all(p.grad is None for p in work.session.trainable)
-    assert work.batches == 3
-    assert work.flops == (0 if free else sum(work.bench.batch(step)[1] for step in range(3)))
+    assert all(p.grad is None for p in work.bench.trainable)
+    assert work.charged == (0 if free else sum(work.bench.flops(step) for step in range(3)))
     assert left == 8 and (work.total == 8 if free else work.total < 6)
-    assert contender.found() == 0.02
+    assert contender.rate() == 0.02
     assert contender.optimizer.param_groups[0]["lr"] == 0.01  # the first of two warm-up steps
 
 
@@ -62,10 +59,10 @@ def test_greedy_lr_is_told_losses_and_validations_are_charged(work, peers):
     plain = peers.greedy(work)
     for step in range(12):
         plain.after_step(step, 3.0 - step / 10)
-    assert plain.found() == pytest.approx(1e-3 / 0.95)  # eleven falls in a row: its patience is 10
-    assert work.forwards == work.flops == 0
+    assert plain.rate() == pytest.approx(1e-3 / 0.95)  # eleven falls in a row: its patience is 10
+    assert work.charged == 0
     peers.greedy(work, validating=True).after_step(0, 3.0)
-    assert (work.forwards, work.flops) == (1, work.session.validation.flops)
+    assert work.charged == work.bench.validation.flops
 
 
 def test_prodigy_starts_from_its_own_rate(work, peers):
@@ -74,7 +71,7 @@ def test_prodigy_starts_from_its_own_rate(work, peers):
     peers.Lossy(work)(torch.tensor(0)).backward()
     contender.optimizer.step()
     assert contender.optimizer.param_groups[0]["lr"] == 0.5  # of 1, in the first of two warm-up steps
-    assert contender.found() > 0
+    assert contender.rate() > 0
 
 
 def test_schedule_free_is_tested_at_its_averaged_weights(work, peers):

@@ -1,0 +1,10 @@
+"""A learning rate that nobody chose, beside Adam tuned by a sweep under the same schedule.
+
+    python -m benchmarks.learning_rate --plan alignment           hours on one core
+    python -m benchmarks.learning_rate --plan alignment --list    what has not run yet
+    python -m benchmarks.learning_rate --plan alignment --result FILE.json
+
+`workloads`: what trains on what. `contenders`: what chooses the rate. `bench`: one run. `plan`: which runs,
+and what a sweep does next. `record`: the committed result. `table`: what it says. A line is written per
+finished run, and what is there is not run again.
+"""

@@ -1,0 +1,156 @@
+"""One run: a contender trains a workload within the FLOPs of so many Adam steps, and what came out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ffkernels.engine.validation import ValidationLoss
+from ffkernels.reporting.flops import ADAM_FLOPS, FlopMeter
+from ffkernels.training.config import TrainConfig
+from ffkernels.training.models import attention_targets, load_model, require, train_weights
+from ffkernels.training.session import DataOrder, prepare_task
+from ffkernels.training.tasks import Example, collate
+from learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, RANKLESS, Method, Workload
+
+if TYPE_CHECKING:
+    from learning_rate.contenders import Contender, Work
+
+# Training losses in a row that are not finite, after which nothing more will come.
+HOPELESS = 5
+
+
+class Bench:
+    """A model, its data and its first weights, on which one contender after the other begins anew.
+
+    Attributes:
+        trainable: the weights that train; ``names`` their names in the model.
+        validation: loss on the 32 validation examples.
+        start: test loss before training.
+    """
+
+    def __init__(self, workload: Workload, seed: int, test_examples: int | None = None) -> None:
+        torch.set_num_threads(1)
+        dtype, tests = MODELS[workload.model]
+        self.seed = seed
+        config = TrainConfig(
+            task=workload.task, seed=seed, max_length=LENGTH, test_examples=test_examples or tests
+        )
+        model, tokenizer = load_model(workload.model, dtype=dtype)
+        self.model = adapted(model, METHODS[workload.method], seed)
+        task = prepare_task(config, tokenizer)
+        splits = [task.train, task.validation, task.test]
+        if workload.permuted:
+            splits = [[permuted(example) for example in split] for split in splits]
+        self._train, validation, test = splits
+        self._collate = partial(collate, pad_token_id=tokenizer.pad_token_id)
+        training = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.names, self.trainable = [name for name, _ in training], [p for _, p in training]
+        self._first = [p.detach().clone() for p in self.trainable]
+        self._order = DataOrder(len(self._train), workload.batch, seed)
+        self._meter = FlopMeter(sum(p.numel() for p in self.trainable))
+        self.validation, self._test = (
+            ValidationLoss(self.model, examples, collator=self._collate) for examples in (validation, test)
+        )
+        self.start = self.test_loss()
+
+    def reset(self) -> None:
+        """Weights, gradients, mode and random numbers as at the beginning."""
+        with torch.no_grad():
+            for weight, first in zip(self.trainable, self._first, strict=True):
+                weight.copy_(first)
+                weight.grad = None
+        self.model.train()
+        torch.manual_seed(self.seed)
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """The batch of optimizer step ``step``, from 0."""
+        return self._collate([self._train[i] for i in self._order(step)])
+
+    def flops(self, step: int) -> int:
+        """FLOPs of optimizer step ``step``, Adam's included."""
+        measured = self._meter.training_step(self.model, self.batch(step)).measured
+        return measured + ADAM_FLOPS * self._meter.trainable_numel
+
+    def test_loss(self) -> float:
+        return float(self._test())
+
+
+def adapted(model: Any, method: Method, seed: int) -> Any:
+    """The model with what trains of it; first weights by the seed."""
+    if method.config is None:
+        return train_weights(model)
+    peft = require("peft")
+    options = {"target_modules": attention_targets(model), **dict(method.options)}
+    if method.config not in RANKLESS:
+        options["r"] = RANK
+    if method.config == "VeraConfig":
+        options["projection_prng_key"] = seed
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        # PEFT asks for it under its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return peft.get_peft_model(model, getattr(peft, method.config)(task_type="CAUSAL_LM", **options))
+
+
+def permuted(example: Example) -> Example:
+    """The example with every byte another; the same permutation always."""
+    ids, labels = (
+        [_PERMUTATION[token] if 0 <= token < 256 else token for token in example[key]]
+        for key in ("input_ids", "labels")
+    )
+    return Example(ids, labels, example.cut)
+
+
+_PERMUTATION = torch.randperm(256, generator=torch.Generator().manual_seed(256)).tolist()
+
+
+def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
+    """Train until the budget is spent.
+
+    Returns:
+        Plain values: ``loss`` on the test examples at the end (None where it is not finite), ``start``,
+        ``rate`` at the end, ``taken`` steps, ``own`` (share of the budget that went to anything but steps),
+        ``worst`` training loss as a multiple of ``start`` (None where one was not finite), the step
+        ``worst_at`` which it came, ``seconds``, and what the contender reports.
+    """
+    begin, bench = perf_counter(), work.bench
+    bench.reset()
+    contender = make(work)
+    worst, worst_at, broken, step = 0.0, 0, 0, 0
+    try:
+        while step < work.total and broken < HOPELESS:
+            loss = bench.model(**bench.batch(step)).loss
+            loss.backward()
+            value = loss.item()
+            broken = 0 if math.isfinite(value) else broken + 1
+            if (part := math.inf if broken else value / bench.start) > worst:
+                worst, worst_at = part, step + 1
+            contender.optimizer.step()
+            contender.optimizer.zero_grad(set_to_none=True)
+            if contender.scheduler is not None:
+                contender.scheduler.step()
+            step += 1
+            if contender.after_step is not None:
+                contender.after_step(step - 1, value)
+        with contender.evaluating():
+            end = bench.test_loss()
+        report = {"rate": contender.rate(), **contender.report()}
+    finally:
+        contender.close()
+    return {
+        "loss": end if math.isfinite(end) else None,
+        "start": bench.start,
+        "taken": step,
+        "own": work.charged / work.budget if work.charged else 0.0,
+        "worst": worst if math.isfinite(worst) else None,
+        "worst_at": worst_at,
+        "seconds": round(perf_counter() - begin, 1),
+        **report,
+    }

@@ -1,0 +1,169 @@
+"""What chooses the learning rate.
+
+A contender is a function that is given a ``Work`` and returns what a training loop needs of it::
+
+    def mine(work: Work) -> Contender:
+        optimizer = work.adamw(work.lr)
+        return Contender(optimizer, work.scheduler(optimizer))
+
+``CONTENDERS`` has ours by name; those of other people are ``PEERS`` in ``peers/learning_rates.py``, a dict of
+the same kind. What a contender does besides the run's own steps it charges with ``work.charge``: the run
+then has fewer steps, and a decaying schedule ends where the budget does. It may do so in the function itself
+(a range test before the training; it puts the weights back with ``work.reset()``) or after any step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from ffkernels import FastForward, FastForwardConfig
+from learning_rate.bench import Bench
+from learning_rate.workloads import WARMUP
+
+
+class Work:
+    """What a contender is given to train with.
+
+    Attributes:
+        bench: model, data, ``trainable``, and ``validation``, the loss on the 32 validation examples.
+        lr: the learning rate that a sweep, or the user, happens to take; None where there is none.
+        schedule: "constant" or "linear".
+        warmup: steps of it, which multiply the schedule; a contender that needs none sets it to 0.
+        steps: optimizer steps that the budget is worth.
+        charged: FLOPs of the budget that went to anything but steps.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        steps: int,
+        schedule: str = "constant",
+        lr: float | None = None,
+        warmup: int = WARMUP,
+    ) -> None:
+        self.bench, self.steps, self.schedule, self.lr, self.warmup = bench, steps, schedule, lr, warmup
+        self.charged = 0
+        self._total, self._total_at = steps, 0
+
+    @cached_property
+    def budget(self) -> int:
+        """FLOPs."""
+        return sum(self.bench.flops(step) for step in range(self.steps))
+
+    def charge(self, *, forwards: int = 0, batches: int = 0, flops: int | None = None) -> None:
+        """Charge validation losses and batches (forward, backward and step) outside the run's own steps.
+
+        ``flops``: where they are known better than by what a validation and a batch cost.
+        """
+        if flops is None:
+            flops = batches * self.bench.flops(0)
+            flops += forwards * self.bench.validation.flops if forwards else 0
+        self.charged += flops
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps that the budget still allows in all."""
+        if self._total_at != self.charged:
+            self._total, left = 0, self.budget - self.charged
+            while self._total < self.steps and (left := left - self.bench.flops(self._total)) >= 0:
+                self._total += 1
+            self._total_at = self.charged
+        return self._total
+
+    def shape(self, step: int) -> float:
+        """What the schedule multiplies the learning rate by in optimizer step ``step``, from 0."""
+        shape = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return shape if self.schedule == "constant" else shape * max(0.0, 1.0 - step / max(1, self.total))
+
+    def adamw(self, lr: float, **options: Any) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self.bench.trainable, lr=lr, **{"weight_decay": 0.0, **options})
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        return LambdaLR(optimizer, self.shape)
+
+    def reset(self) -> None:
+        """Weights, gradients and random numbers as at the beginning of the run; charges stay."""
+        self.bench.reset()
+
+
+@dataclass
+class Contender:
+    """What trains.
+
+    Attributes:
+        optimizer: with the trainable weights of the bench.
+        scheduler: its ``step()`` is called after each optimizer step; None where there is none.
+        after_step: called with the step (from 0) and the training loss before its update, after the step.
+        evaluating: around each test loss: schedule-free optimizers exchange their weights in it.
+        rate: the base learning rate, asked for at the end; None where there is none.
+        report: plain values for the run's result, asked for at the end.
+        close: called at the end.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scheduler: Any = None
+    after_step: Callable[[int, float], None] | None = None
+    evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
+    rate: Callable[[], float | None] = lambda: None
+    report: Callable[[], dict[str, Any]] = dict
+    close: Callable[[], None] = lambda: None
+
+
+def adam(work: Work) -> Contender:
+    optimizer = work.adamw(work.lr)
+    return Contender(optimizer, work.scheduler(optimizer), rate=lambda: work.lr)
+
+
+def auto(work: Work) -> Contender:
+    """No rate given, no warm-up, no stages. The optimizer's own rate says nothing: there is one group."""
+    work.warmup = 0
+    optimizer = work.adamw(1.0 if work.lr is None else work.lr)
+    scheduler = work.scheduler(optimizer)
+    config, bench = FastForwardConfig(interval=None, learning_rate="auto"), work.bench
+    ff = FastForward(bench.model, optimizer, bench.validation, config, scheduler=scheduler)
+    rates, cosines, rise = [ff.learning_rate], [], 0
+
+    def after_step(step: int, loss: float) -> None:
+        nonlocal rise
+        rates.append(ff.learning_rate)
+        cosines.append(ff.alignment)
+        if rise == step and ff.state_dict()["auto_rate"]["rising"]:
+            rise = step + 1
+
+    def report() -> dict[str, Any]:
+        return {
+            "rise": rise,
+            "peak": max(rates),
+            "undos": sum(after < 0.3 * before for before, after in pairwise(rates)),
+            "rates": [float(f"{rate:.4g}") for rate in rates[1:]],
+            "cosines": [None if c is None else round(c, 4) for c in cosines],
+        }
+
+    return Contender(
+        optimizer, scheduler, after_step, rate=lambda: ff.learning_rate, report=report, close=ff.detach
+    )
+
+
+CONTENDERS: dict[str, Callable[[Work], Contender]] = {
+    "adam": adam,
+    "auto": auto,
+}
+
+
+def peers() -> dict[str, Callable[[Work], Contender]]:
+    """Other people's, as far as their packages are installed."""
+    from ffkernels.training.peers import FOLDER
+
+    if not (FOLDER / "learning_rates.py").is_file():
+        return {}
+    from peers.learning_rates import PEERS
+
+    return PEERS
