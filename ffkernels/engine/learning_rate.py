@@ -128,11 +128,11 @@ def _stepping(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any) 
     device, given = model_device(model), iter(batches if isinstance(batches, Iterable) else ())
 
     def step() -> None:
-        batch = next(given, None)
+        batch = next(given, "nothing more")
         if not isinstance(batch, Mapping):
             raise TypeError(
-                "batches must be a function that takes one training step, or hold a dict for each step; this "
-                f"{type(batches).__name__} gave {batch!r:.80}"
+                "batches must be a function that takes one training step, or hold a dict for each step; "
+                f"this {type(batches).__name__} gave {batch!r:.80}"
             )
         output = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)

@@ -273,9 +273,9 @@ class Silent(Bowl):
 REFUSED = {
     "model": (TypeError, r"torch\.nn\.Module", dict(model=3)),
     "steps": (ValueError, "steps=1: must be an integer of at least 2", dict(steps=1)),
-    "few": (TypeError, "this list gave None", dict(batches=batches(19))),
+    "few": (TypeError, "this list gave 'nothing more'", dict(batches=batches(19))),
     "one": (TypeError, "this dict gave 'noise'", dict(batches=batches(1)[0])),
-    "number": (TypeError, "this int gave None", dict(batches=3)),
+    "number": (TypeError, "this int gave 'nothing more'", dict(batches=3)),
     "idle": (ValueError, r"0 of 20 steps called step\(\)", dict(batches=lambda: None)),
     "silent": (ValueError, r"Silent returned no loss for a batch with \['noise'\]", dict(kind=Silent)),
     "scheduler": (TypeError, "scheduler is a int", dict(schedulers=3)),

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig
-from ffkernels.engine import distributed
+from ffkernels.engine import distributed, fast_forward, validation
 from ffkernels.engine.distributed import Ranks
 from ffkernels.ops.notices import FFKernelsNotice
 
@@ -103,7 +103,8 @@ def group_of_one(device, tmp_path):
 @pytest.fixture
 def as_several(monkeypatch):
     """Take the path of several processes although there is one."""
-    monkeypatch.setattr(distributed, "several_processes", lambda group=None: True)
+    for module in (distributed, fast_forward, validation):
+        monkeypatch.setattr(module, "several_processes", lambda group=None: True)
 
 
 def test_exchanges_travel_from_the_device(device, group_of_one):
