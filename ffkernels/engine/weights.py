@@ -202,11 +202,11 @@ def follow(table: TensorTable, before: tuple, weights: dict[str, nn.Parameter]) 
         "another parameter": [name for name in shared if old[name][1] != new[name][1]],
         "of another shape, dtype or device": [name for name in shared if old[name][3:] != new[name][3:]],
     }
-    told = [f"{len(names)} {what}, such as {names[0]!r}" for what, names in changes.items() if names]
+    told = "; ".join(f"{len(names)} {what}, such as {names[0]!r}" for what, names in changes.items() if names)
     announce_once(
-        f"weights-changed-{id(table)}",
-        "the trainable parameters changed since the last Fast Forward stage "
-        f"({'; '.join(told) or 'in another order'}); the table was rebuilt for the present ones",
+        f"weights-changed-{told}",
+        f"the trainable parameters changed since the last Fast Forward stage ({told or 'in another order'}); "
+        "the table was rebuilt for the present ones",
     )
     return False
 
