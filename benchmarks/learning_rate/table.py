@@ -223,5 +223,5 @@ def beside_common(data: Result) -> str:
 
 def all_tables(data: Result) -> str:
     parts = [verdicts(data), "Beyond what is allowed in the worst case, or with a spike:", misses(data)]
-    parts += [] if data["config"]["model"] == "tiny" else [beside_common(data)]
-    return "\n\n".join([*parts, contenders(data), workloads(data)])
+    parts.append(contenders(data) if data["config"]["model"] == "tiny" else beside_common(data))
+    return "\n\n".join([*parts, workloads(data)])
