@@ -152,31 +152,7 @@ def auto(work: Work) -> Contender:
     )
 
 
-def line_search(work: Work) -> Contender:
-    """``learning_rate="find"``: one line search along the second update, charged; no stages."""
-    optimizer, bench = work.adamw(work.lr), work.bench
-    scheduler = work.scheduler(optimizer)
-    config = FastForwardConfig(learning_rate="find", interval=10**9)
-    ff = FastForward(bench.model, optimizer, bench.validation, config, scheduler=scheduler)
-    charged = False
-
-    def after_step(step: int, loss: float) -> None:
-        nonlocal charged
-        if ff.finding is not None and not charged:
-            charged = True
-            work.charge(flops=ff.finding.flops)
-
-    def rate() -> float | None:
-        return None if ff.finding is None else ff.finding.lr
-
-    return Contender(optimizer, scheduler, after_step, rate=rate, close=ff.detach)
-
-
-CONTENDERS: dict[str, Callable[[Work], Contender]] = {
-    "adam": adam,
-    "auto": auto,
-    "line search": line_search,
-}
+CONTENDERS: dict[str, Callable[[Work], Contender]] = {"adam": adam, "auto": auto}
 
 
 def peers() -> dict[str, Callable[[Work], Contender]]:

@@ -12,7 +12,6 @@ from learning_rate.workloads import METHODS, SCHEDULES, TASKS, Workload
 
 LOW = (1e-4, 2e-4, 1e-3, 1e-2)  # what people take who do not look
 SEEDS = (0, 1, 2)  # the evaluation's; from 10 on: calibration
-GUESS = 1e-4  # where the line search begins
 
 Done = Mapping[str, Mapping[str, Any]]  # the lines of finished runs by key
 
@@ -112,7 +111,6 @@ def alignment() -> Iterator[Item]:
     for workload in core((4, 32)):
         yield Item(workload, 0, "auto")
         yield sweep(workload, 0, middle[workload.schedule, workload.batch])
-        yield Item(workload, 0, "line search", (GUESS,))
         if workload.batch == 4:
             yield Item(workload, 0, "adam", LOW)
     for workload in methods + steep:
@@ -127,9 +125,11 @@ def alignment() -> Iterator[Item]:
         yield from again(workload, seed)
     for seed, workload in product(SEEDS[1:], core((4,))):
         yield Item(workload, seed, "adam", (), as_before(neighbours=True))
+    for seed, workload in product(SEEDS[1:], core((32,))):
+        yield from again(workload, seed)
     for workload in core((32,)) + methods + steep:
         yield Item(workload, 0, "adam", LOW)
-    for seed, workload in product(SEEDS[1:], core((32,)) + long):
+    for seed, workload in product(SEEDS[1:], long):
         yield from again(workload, seed)
     wide = Workload("instruction", 32, 1200)
     yield Item(wide, 0, "auto")
