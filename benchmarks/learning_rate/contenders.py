@@ -152,10 +152,7 @@ def auto(work: Work) -> Contender:
     )
 
 
-CONTENDERS: dict[str, Callable[[Work], Contender]] = {
-    "adam": adam,
-    "auto": auto,
-}
+CONTENDERS: dict[str, Callable[[Work], Contender]] = {"adam": adam, "auto": auto}
 
 
 def peers() -> dict[str, Callable[[Work], Contender]]:

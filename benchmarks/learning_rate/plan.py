@@ -125,9 +125,11 @@ def alignment() -> Iterator[Item]:
         yield from again(workload, seed)
     for seed, workload in product(SEEDS[1:], core((4,))):
         yield Item(workload, seed, "adam", (), as_before(neighbours=True))
+    for seed, workload in product(SEEDS[1:], core((32,))):
+        yield from again(workload, seed)
     for workload in core((32,)) + methods + steep:
         yield Item(workload, 0, "adam", LOW)
-    for seed, workload in product(SEEDS[1:], core((32,)) + long):
+    for seed, workload in product(SEEDS[1:], long):
         yield from again(workload, seed)
     wide = Workload("instruction", 32, 1200)
     yield Item(wide, 0, "auto")
