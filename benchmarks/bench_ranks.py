@@ -29,13 +29,13 @@ import torch
 import torch.distributed as dist
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
-from ffkernels.engine.distributed import LOSS, ROW_BYTES, Ranks
-from ffkernels.engine.forward_price import forward_price
-from ffkernels.engine.shards import shard_examples
-from ffkernels.engine.validation_fast import LabelledLoss, plan_micro_batches
+from ffkernels.ranks.ranks import LOSS, ROW_BYTES, Ranks
+from ffkernels.ranks.shards import shard_examples
 from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_task
+from ffkernels.validation.fast import LabelledLoss, plan_micro_batches
+from ffkernels.validation.forward_price import forward_price
 
 CPU = torch.device("cpu")
 STAGES, INTERVAL, BATCH = 2, 6, 16

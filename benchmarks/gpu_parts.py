@@ -39,7 +39,7 @@ SCRIPTS = {
 # The files in tests/gpu of which nothing runs in a dry run.
 NEED_A_GPU = ("decide", "graph_core", "launches")
 # Enough to see that the tests are right: one of two searches and of two dtypes, and of the situations, all of
-# which tests/engine has over a stand-in for CUDA, those with code of their own.
+# which tests/graphs has over a stand-in for CUDA, those with code of their own.
 DRY = {
     "stage": "not linear and not bfloat16",
     "situations": "another_stream or pins_memory or exchanged_examples",
@@ -86,7 +86,7 @@ def parts(dry: bool) -> dict[int, list[Stage]]:
     probe = Stage(
         "probe",
         "whether a WHILE node counts right, tried in processes of their own",
-        [sys.executable, "-m", "ffkernels.engine.graph_probe"],
+        [sys.executable, "-m", "ffkernels.graphs.probe"],
         105,  # a loop that never ends is given up after 90
     )
     if dry:

@@ -23,8 +23,8 @@ import checkout  # noqa: F401  puts it on the path
 import torch
 
 from ffkernels import ops
-from ffkernels.engine.search import make_search
-from ffkernels.engine.significance import critical_values, jackknife_weights, really_higher
+from ffkernels.search.search import make_search
+from ffkernels.search.significance import critical_values, jackknife_weights, really_higher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 7, 2048, 2049, 5003)

@@ -30,9 +30,9 @@ from typing import Any
 
 import checkout  # noqa: F401  puts it on the path
 
-from ffkernels.engine.search import REFINE_TOLERANCE, LinearSearch, ParabolicSearch, Search
-from ffkernels.engine.significance import LEVEL, Rises, critical_values, higher, jackknife_weights
 from ffkernels.reporting.machine import machine_info, version_info
+from ffkernels.search.search import REFINE_TOLERANCE, LinearSearch, ParabolicSearch, Search
+from ffkernels.search.significance import LEVEL, Rises, critical_values, higher, jackknife_weights
 
 TASKS = ("instruction", "medical", "chat")
 DTYPES = ("bfloat16", "float32")

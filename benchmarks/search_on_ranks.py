@@ -12,7 +12,7 @@ would need. What both ways cost there is arithmetic, in forwards of the whole se
 
     shared    evaluations · (the slowest rank's share of a forward)      apart    rounds
 
-with the planner's own model of a forward, c · tokens + f · forwards (`engine/shards.py`), f = 48 c for a CPU
+with the planner's own model of a forward, c · tokens + f · forwards (`ranks/shards.py`), f = 48 c for a CPU
 and 512 c for a GPU, for examples as long as these, 4 and 16 times as long.
 """
 
@@ -38,13 +38,13 @@ import torch.distributed as dist
 from bench_ranks import slowest
 
 from ffkernels import ValidationLoss
-from ffkernels.engine.distributed import LOSS, Ranks
-from ffkernels.engine.forward_price import forward_price
-from ffkernels.engine.search import REFINE_TOLERANCE, make_search
-from ffkernels.engine.validation_fast import LabelledLoss
+from ffkernels.ranks.ranks import LOSS, Ranks
 from ffkernels.reporting.machine import machine_info, version_info
+from ffkernels.search.search import REFINE_TOLERANCE, make_search
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
+from ffkernels.validation.fast import LabelledLoss
+from ffkernels.validation.forward_price import forward_price
 
 CPU = torch.device("cpu")
 STEPS, MAX_TAU = 6, 1024

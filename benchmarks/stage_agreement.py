@@ -11,9 +11,9 @@ from stage_models import make_model
 from stage_providers import BareForward, Bench, graph_executor
 
 from ffkernels import ops
-from ffkernels.engine.executors import EagerExecutor, StageProgram
-from ffkernels.engine.search import make_search
-from ffkernels.engine.validation import ValidationLoss
+from ffkernels.search.search import make_search
+from ffkernels.stage.eager import EagerExecutor, StageProgram
+from ffkernels.validation.loss import ValidationLoss
 
 INTERVAL, BATCH, LEARNING_RATE = 6, 16, 5e-4
 

@@ -33,7 +33,7 @@ from timing import write_json
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ffkernels.engine import graph_driver
+from ffkernels.graphs import driver as graph_driver
 
 PROFILE_SECONDS = 120
 COUNTED = 4  # evaluations of the longer of the two stages that are profiled
@@ -79,7 +79,7 @@ def _waits(device: torch.device) -> Iterator[list[str]]:
 
 
 def count_calls(stage: Callable[[], object], device: torch.device) -> dict[str, int]:
-    """Graphs launched through `engine.graph_driver`, operators outside of them, and waits for the device."""
+    """Graphs launched through `graphs.driver`, operators outside of them, and waits for the device."""
     cuda, launches, operators = graph_driver.cuda, [], Operators(device)
 
     def counting(launch: Callable) -> Callable:

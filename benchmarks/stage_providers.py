@@ -28,11 +28,11 @@ from stage_models import TOKENS_PER_FORWARD, Batches, collate, make_examples, mi
 from torch.utils.data import DataLoader
 
 from ffkernels import ops
-from ffkernels.engine.evaluation_mode import evaluation_mode
-from ffkernels.engine.executors import EagerExecutor, StageProgram
-from ffkernels.engine.search import LinearSearch, ParabolicSearch, Search
-from ffkernels.engine.validation import ValidationLoss
-from ffkernels.engine.validation_fast import LabelledLoss
+from ffkernels.search.search import LinearSearch, ParabolicSearch, Search
+from ffkernels.stage.eager import EagerExecutor, StageProgram
+from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.fast import LabelledLoss
+from ffkernels.validation.loss import ValidationLoss
 
 AUTHORS_BATCH = 2  # the default of their --eval_batch_size
 
@@ -298,8 +298,8 @@ class BareForward:
 
 def graph_executor(device: torch.device, name: str, ahead: int = 0) -> Any:
     """A fresh executor; RuntimeError where this machine cannot have it. Asking also tries a small loop."""
-    from ffkernels.engine import graphs
-    from ffkernels.engine.graph_executors import StageGraphExecutor, StepGraphExecutor
+    from ffkernels.graphs import graphs
+    from ffkernels.graphs.executors import StageGraphExecutor, StepGraphExecutor
 
     refused = (graphs.why_no_stage_graph if name == STAGE else graphs.why_no_step_graph)(device)
     if refused:
@@ -340,7 +340,7 @@ def makers(bench: Bench) -> dict[str, Callable[[], Any]]:
 
 def fastest(device: torch.device) -> str:
     """The graph that users get on this machine."""
-    from ffkernels.engine import graphs
+    from ffkernels.graphs import graphs
 
     return STEP if graphs.why_no_stage_graph(device) else STAGE
 

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from ffkernels.engine.config import FastForwardConfig
     from ffkernels.engine.fast_forward import FastForward, Stage
     from ffkernels.engine.learning_rate import Finding, find_learning_rate
-    from ffkernels.engine.search import LinearSearch, ParabolicSearch
-    from ffkernels.engine.validation import ValidationLoss
-    from ffkernels.engine.validation_pool import ValidationPool
+    from ffkernels.search.search import LinearSearch, ParabolicSearch
     from ffkernels.training.callback import FastForwardCallback
+    from ffkernels.validation.loss import ValidationLoss
+    from ffkernels.validation.pool import ValidationPool
 
 __version__ = "0.1.0"
 
@@ -22,11 +22,11 @@ _HOMES = {
     "FastForwardCallback": "ffkernels.training.callback",
     "FastForwardConfig": "ffkernels.engine.config",
     "Finding": "ffkernels.engine.learning_rate",
-    "LinearSearch": "ffkernels.engine.search",
-    "ParabolicSearch": "ffkernels.engine.search",
+    "LinearSearch": "ffkernels.search.search",
+    "ParabolicSearch": "ffkernels.search.search",
     "Stage": "ffkernels.engine.fast_forward",
-    "ValidationLoss": "ffkernels.engine.validation",
-    "ValidationPool": "ffkernels.engine.validation_pool",
+    "ValidationLoss": "ffkernels.validation.loss",
+    "ValidationPool": "ffkernels.validation.pool",
     "find_learning_rate": "ffkernels.engine.learning_rate",
 }
 

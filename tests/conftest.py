@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import importlib.util
+import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -161,8 +167,161 @@ def padded_batch():
 
 @pytest.fixture(scope="session")
 def situations():
-    """The module `tests/engine/situations.py`; its assertions show what they compared, as a test's do."""
+    """The module `tests/graphs/situations.py`; its assertions show what they compared, as a test's do."""
     pytest.register_assert_rewrite("eager_twins", "situations")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tests" / "engine"))
+        patch.syspath_prepend(str(ROOT / "tests" / "graphs"))
         yield importlib.import_module("situations")
+
+
+# Tiny random causal language models, and a stand-in for CUDA.
+_SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+_FAMILIES = {
+    "gpt_neox": ("GPTNeoX", dict(attention_dropout=0.3, hidden_dropout=0.3)),
+    "llama": ("Llama", dict(num_key_value_heads=2, attention_dropout=0.3)),
+    "gpt2": ("GPT2", {}),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=8, attention_dropout=0.3)),
+    "gemma": ("Gemma", dict(num_key_value_heads=1, head_dim=8, attention_dropout=0.3)),
+    "gemma2": ("Gemma2", dict(num_key_value_heads=2, head_dim=8)),
+    "mistral": ("Mistral", dict(num_key_value_heads=2)),
+    "granite": ("Granite", dict(num_key_value_heads=2, logits_scaling=4.0)),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=2)),
+    "gemma3": ("Gemma3", dict(num_key_value_heads=2, head_dim=8)),
+    "opt": ("OPT", dict(ffn_dim=64, word_embed_proj_dim=32)),
+    "phi": ("Phi", {}),
+    "phi3": ("Phi3", dict(num_key_value_heads=2)),
+    "olmo2": ("Olmo2", {}),
+    "stablelm": ("StableLm", dict(num_key_value_heads=4)),
+    "starcoder2": ("Starcoder2", dict(num_key_value_heads=4)),
+    "gptj": ("GPTJ", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4)),
+    "bloom": ("Bloom", {}),
+    "mixtral": ("Mixtral", dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        dict(
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        ),
+    ),
+    "olmoe": ("Olmoe", dict(num_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": (
+        "GptOss",
+        dict(num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+    ),
+}
+
+
+def _build(family: str, **changes):
+    transformers = pytest.importorskip("transformers")
+    name, extra = _FAMILIES[family]
+    head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    kind = "Gemma3Text" if name == "Gemma3" else name
+    config = getattr(transformers, f"{kind}Config")(**(_SIZES | extra | changes))
+    torch.manual_seed(7)
+    model = getattr(transformers, head)(config)
+    with torch.no_grad():  # far from uniform predictions, so that a wrong position or token shows
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model.train()
+
+
+@pytest.fixture
+def tiny_model():
+    """`tiny_model(family, **config)`: a fresh model in training mode, the same weights every time."""
+    return _build
+
+
+@pytest.fixture
+def own_loss():
+    """`own_loss(model, batches)`: the token-weighted mean of `model(**batch).loss`, in eval mode."""
+
+    def measure(model, batches, shifted=True):
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            counts = [int(((b["labels"][:, 1:] if shifted else b["labels"]) != -100).sum()) for b in batches]
+            losses = [float(model(**batch).loss) for batch in batches]
+        model.train(training)
+        return sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
+
+    return measure
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_announced_yet(monkeypatch):
+    monkeypatch.setattr("ffkernels.ops.notices._announced", set())
+
+
+_NUMBERS = itertools.count(1000)
+
+
+@pytest.fixture
+def fake(monkeypatch, request):
+    """`FakeCuda` in the place of CUDA: captures on the CPU; see `graphs/fake_cuda.py`."""
+    name = "ffkernels_fake_cuda"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "graphs" / "fake_cuda.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    installed = sys.modules[name].FakeCuda.install(monkeypatch)
+    from triton.runtime import interpreter
+
+    # Triton's language is made ready for the interpreter once, not for each of many launches.
+    prepared = interpreter._patch_lang(installed.decide._decide_kernel.fn)
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
+    request.addfinalizer(prepared.restore)
+    # A capture looks through all objects for tensors: through those that this test makes.
+    gc.freeze()
+    request.addfinalizer(gc.unfreeze)
+    # A graph that an earlier test forgot is closed when it is collected: it must not mean one of this test.
+    installed._numbers = _NUMBERS
+    installed.graph_class = sys.modules[name].Graph
+    # A graph has no autograd; the functions that stand for it here would.
+    monkeypatch.setattr(installed.graph_class, "run", torch.no_grad()(installed.graph_class.run))
+    return installed
+
+
+@pytest.fixture(scope="session")
+def in_ranks():
+    """`in_ranks(2, "scenario", seconds=20, **arguments)`: what each rank answered; see `rank_server.py`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "ranks" / "rank_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+
+    def ask(size, scenario, seconds=20, **arguments):
+        request = {"scenario": scenario, "ranks": size, "seconds": seconds, "arguments": arguments}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    assert server.stdout.readline() == "ready\n"
+    yield ask
+    server.stdin.close()
+    server.wait(timeout=10)

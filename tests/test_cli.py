@@ -326,7 +326,7 @@ def test_ctrl_c_in_a_stage_says_what_comes_and_a_second_what_is_kept(invoke, qui
         for _ in range(pressed[0]):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("ffkernels.engine.executors.EagerExecutor.run", run)
+    monkeypatch.setattr("ffkernels.stage.eager.EagerExecutor.run", run)
     flags = [
         "--steps",
         4,

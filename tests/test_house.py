@@ -59,7 +59,7 @@ def test_the_rule_finds_an_upward_import(tmp_path, monkeypatch):
     assert sorted(name for name in imports_of(file) if upward("ops", name)) == [
         "ffkernels.cli",
         "ffkernels.engine",
-        "ffkernels.engine.search",
+        "ffkernels.search.search",
     ]
 
 

@@ -114,7 +114,7 @@ def fake(monkeypatch):
     """The stand-in for CUDA's graphs that the engine's tests use."""
     name = "ffkernels_fake_cuda"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "engine" / "fake_cuda.py")
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "graphs" / "fake_cuda.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name].FakeCuda.install(monkeypatch)
@@ -122,8 +122,8 @@ def fake(monkeypatch):
 
 def executors(providers, bench):
     """Our providers, by kind and search, graphs on the stand-in."""
-    from ffkernels.engine.executors import EagerExecutor
-    from ffkernels.engine.graph_executors import StageGraphExecutor, StepGraphExecutor
+    from ffkernels.graphs.executors import StageGraphExecutor, StepGraphExecutor
+    from ffkernels.stage.eager import EagerExecutor
 
     kinds = {"eager": EagerExecutor, "step graph": StepGraphExecutor, "stage graph": StageGraphExecutor}
     return {
@@ -134,7 +134,7 @@ def executors(providers, bench):
 
 
 def test_a_search_is_led_to_the_evaluations_that_are_wanted(benchmarks, bench, fake, monkeypatch):
-    from ffkernels.engine import significance
+    from ffkernels.search import significance
 
     providers = benchmarks("stage_providers")
     tested, records = [], []
@@ -203,7 +203,7 @@ def test_who_runs_in_which_row_on_a_gpu(benchmarks, monkeypatch):
 
 
 def test_a_refused_fast_path_is_measured_and_named(benchmarks, bench, monkeypatch):
-    from ffkernels.engine import validation
+    from ffkernels.validation import loss as validation
 
     assert bench.loss.refused == ""
     monkeypatch.setattr(validation, "disagreement", lambda *a: "it differs by 3")

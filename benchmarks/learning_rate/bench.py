@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ffkernels.engine.validation import ValidationLoss
 from ffkernels.reporting.flops import ADAM_FLOPS, FlopMeter
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.models import attention_targets, load_model, require, train_weights
 from ffkernels.training.session import DataOrder, prepare_task
 from ffkernels.training.tasks import Example, collate
+from ffkernels.validation.loss import ValidationLoss
 from learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, RANKLESS, Method, Workload
 
 if TYPE_CHECKING:

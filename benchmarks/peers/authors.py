@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ffkernels.engine.evaluation_mode import evaluation_mode
-from ffkernels.engine.flop_counter import count_flops
 from ffkernels.ops.notices import announce_once
+from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.flop_counter import count_flops
 
 from .face import Peer, held_bytes, require
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from ffkernels.engine.stage import Stage
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.ops.notices import announce_once
+from ffkernels.stage.record import Stage
 
 MOVE_FLOPS = 2  # per element, as ours are counted
 

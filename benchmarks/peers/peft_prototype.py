@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ffkernels.engine.evaluation_mode import keep_random_state
-from ffkernels.engine.flop_counter import count_flops
+from ffkernels.validation.evaluation_mode import keep_random_state
+from ffkernels.validation.flop_counter import count_flops
 
 from .face import Peer, held_bytes, require
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ffkernels.engine.stage import Stage
 from ffkernels.reporting.flops import Flops
+from ffkernels.stage.record import Stage
 
 try:
     from salsa.SaLSA import SaLSA

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.training.session import Batch, Session
+from ffkernels.validation.evaluation_mode import keep_random_state
 
 __all__ = [
     "cosine",

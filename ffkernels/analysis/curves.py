@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from ffkernels.engine.search import make_search
+from ffkernels.search.search import make_search
 
 __all__ = ["convex_share", "replay", "shape", "turning_points"]
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ffkernels.analysis.multiple_choice import Question
-from ffkernels.engine.causal_lm import model_device
-from ffkernels.engine.evaluation_mode import evaluation_mode
 from ffkernels.training.examples import IGNORED, collate
+from ffkernels.validation.causal_lm import model_device
+from ffkernels.validation.evaluation_mode import evaluation_mode
 
 __all__ = ["choice_scores"]
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ffkernels.engine.fast_forward import FastForward
-from ffkernels.engine.validation import ValidationLoss
 from ffkernels.reporting.plots import LEGEND, PATH, SGD, STYLES, TEXT, accepted, clean_axes, draw_walk
 from ffkernels.training.session import Session, open_session
+from ffkernels.validation.loss import ValidationLoss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

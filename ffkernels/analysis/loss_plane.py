@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ffkernels.analysis.between_steps import flat
 from ffkernels.analysis.weight_plane import losses_on, plane_through, spans, weights_put_back
-from ffkernels.engine.validation import ValidationLoss
 from ffkernels.reporting.plots import STYLES, TEXT, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session, open_session
+from ffkernels.validation.loss import ValidationLoss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

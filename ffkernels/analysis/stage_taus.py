@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ffkernels.analysis.rank_correlation import partial_spearman, spearman
-from ffkernels.engine.stage import Stage
 from ffkernels.reporting.plots import LEGEND, clean_axes
+from ffkernels.stage.record import Stage
 from ffkernels.training.session import Session, open_session
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from ffkernels import ops
 from ffkernels.analysis.between_steps import waiting_stages
 from ffkernels.analysis.curves import shape
-from ffkernels.engine.weights import local_tensors, trainable_weights
 from ffkernels.reporting.plots import TEXT, clean_axes
+from ffkernels.stage.weights import local_tensors, trainable_weights
 from ffkernels.training.session import open_session
 
 if TYPE_CHECKING:

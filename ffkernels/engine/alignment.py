@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ffkernels import ops
-from ffkernels.engine.distributed import ALIGNMENT, Ranks
 from ffkernels.ops.notices import announce_once
+from ffkernels.ranks.ranks import ALIGNMENT, Ranks
 
 __all__ = ["Alignment", "cosine"]
 

@@ -29,7 +29,6 @@ import torch
 
 from ffkernels import ops
 from ffkernels.engine.alignment import Alignment, cosine
-from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.optimizer_probe import require_step_sizes, why_rate_means_nothing
 from ffkernels.engine.scheduled_rates import (
     KeptRates,
@@ -42,6 +41,7 @@ from ffkernels.engine.scheduled_rates import (
     tell_of_overwriting,
 )
 from ffkernels.ops.notices import announce_once
+from ffkernels.ranks.interrupts import interrupt_later
 
 __all__ = ["AutoRate"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ffkernels.engine.search import MAX_TAU_LIMIT, SEARCHES
+from ffkernels.search.search import MAX_TAU_LIMIT, SEARCHES
 
 EXECUTORS = ("auto", "eager", "step_graph", "stage_graph")
 LEARNING_RATES = ("keep", "auto")
@@ -27,7 +27,7 @@ class FastForwardConfig:
             not fall).
         max_tau: the most steps one stage may take.
         patience: ``"auto"`` runs a stage at the end of an interval where the alignment of gradients and
-            updates says that it pays (``stage_schedule``). A number switches Fast Forward off for good after
+            updates says that it pays (``engine.schedule``). A number switches Fast Forward off for good after
             so many stages in a row that found no step (the paper's section 5.1), and None runs a stage at
             every interval. With the paper's search "auto" is 3.
         executor: how a stage runs: ``"eager"``; ``"step_graph"``, one CUDA graph replay per Fast Forward

@@ -20,23 +20,20 @@ from torch import nn
 
 from ffkernels import ops
 from ffkernels.engine.auto_rate import AutoRate
-from ffkernels.engine.causal_lm import model_device
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.digests import digest
-from ffkernels.engine.distributed import Ranks, refuse_late_ranks, several_processes, telling, together
-from ffkernels.engine.executors import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
+from ffkernels.engine.decision import NEWER, StageDecision
 from ffkernels.engine.ladder import Ladder
-from ffkernels.engine.optimizer_rehearsal import refuse_pulling_back
-from ffkernels.engine.parallelism import training_group, why_refused
 from ffkernels.engine.rank_executor import RankExecutor
-from ffkernels.engine.search import make_search
-from ffkernels.engine.stage import INTERRUPTED, Stage, next_start
-from ffkernels.engine.stage_decision import NEWER, StageDecision
-from ffkernels.engine.stage_watch import StageWatch, StepWatch
 from ffkernels.engine.step_hooks import on_step
-from ffkernels.engine.validation import ValidationLoss
-from ffkernels.engine.validation_pool import draw_for_stage
-from ffkernels.engine.weights import (
+from ffkernels.engine.watch import StageWatch, StepWatch
+from ffkernels.ranks.digests import digest
+from ffkernels.ranks.parallelism import training_group, why_refused
+from ffkernels.ranks.ranks import Ranks, refuse_late_ranks, several_processes, telling, together
+from ffkernels.search.search import make_search
+from ffkernels.stage.eager import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
+from ffkernels.stage.optimizer_rehearsal import refuse_pulling_back
+from ffkernels.stage.record import INTERRUPTED, Stage, next_start
+from ffkernels.stage.weights import (
     NameFilter,
     follow,
     local_tensors,
@@ -46,6 +43,9 @@ from ffkernels.engine.weights import (
     trainable_weights,
     unwrap_optimizer,
 )
+from ffkernels.validation.causal_lm import model_device
+from ffkernels.validation.loss import ValidationLoss
+from ffkernels.validation.pool import draw_for_stage
 
 __all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
 

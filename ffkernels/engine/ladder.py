@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import torch
 
-from ffkernels.engine import capture_rules, graph_driver, graphs
-from ffkernels.engine.executors import EagerExecutor, Pace, StageProgram, step_pace
-from ffkernels.engine.graph_executors import (
+from ffkernels.graphs import driver as graph_driver
+from ffkernels.graphs import graphs
+from ffkernels.graphs import rules as capture_rules
+from ffkernels.graphs.executors import (
     GraphExecutor,
     GraphUnsafe,
     StageGraphExecutor,
     StepGraphExecutor,
 )
-from ffkernels.engine.stage_clock import StageClock
-from ffkernels.engine.validation import ValidationLoss
 from ffkernels.ops.notices import announce_once
+from ffkernels.stage.clock import StageClock
+from ffkernels.stage.eager import EagerExecutor, Pace, StageProgram, step_pace
+from ffkernels.validation.loss import ValidationLoss
 
 __all__ = ["HORIZON", "NO_LAUNCHES", "Ladder", "graphs_pay", "why_not"]
 

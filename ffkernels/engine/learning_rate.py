@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ffkernels.engine import scheduled_rates as places
-from ffkernels.engine.causal_lm import model_device
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.distributed import several_processes
 from ffkernels.engine.fast_forward import FastForward
-from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.optimizer_probe import require_step_sizes
 from ffkernels.engine.run_state import RunState
 from ffkernels.engine.step_hooks import on_step
-from ffkernels.engine.weights import unwrap_optimizer
 from ffkernels.ops.notices import announce_once
+from ffkernels.ranks.interrupts import interrupt_later
+from ffkernels.ranks.ranks import several_processes
+from ffkernels.stage.weights import unwrap_optimizer
+from ffkernels.validation.causal_lm import model_device
 
 __all__ = ["Finding", "find_learning_rate"]
 

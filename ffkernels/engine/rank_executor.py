@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from ffkernels import ops
-from ffkernels.engine.capture_rules import why_not_captured
-from ffkernels.engine.digests import checksum, digest
-from ffkernels.engine.distributed import DECISION, UPDATE, telling
-from ffkernels.engine.executors import EagerExecutor, StageProgram
 from ffkernels.engine.ladder import NO_LAUNCHES
-from ffkernels.engine.trial import NoLoss
-from ffkernels.engine.validation import ValidationLoss
+from ffkernels.graphs.rules import why_not_captured
 from ffkernels.ops.notices import announce_once
+from ffkernels.ranks.digests import checksum, digest
+from ffkernels.ranks.ranks import DECISION, UPDATE, telling
+from ffkernels.ranks.trial import NoLoss
+from ffkernels.stage.eager import EagerExecutor, StageProgram
+from ffkernels.validation.loss import ValidationLoss
 
 __all__ = ["RankExecutor"]
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffkernels.engine.digests import checksum
-from ffkernels.engine.evaluation_mode import keep_random_state
+from ffkernels.ranks.digests import checksum
+from ffkernels.validation.evaluation_mode import keep_random_state
 
 __all__ = ["OptimizerSnapshot", "RunState"]
 

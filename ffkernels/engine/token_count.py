@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffkernels.engine.causal_lm import unwrap
+from ffkernels.validation.causal_lm import unwrap
 
 __all__ = ["TokenCount", "input_embedding", "uncounted"]
 

@@ -8,7 +8,7 @@
     behind    by the same kernel as a node of the loop itself, behind the captured work: where a driver takes
               no condition from within a child graph, which captured work is
 
-`engine.graph_probe` tries one after the other.
+`graphs.probe` tries one after the other.
 """
 
 from __future__ import annotations

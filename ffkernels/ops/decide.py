@@ -1,8 +1,8 @@
 """The searches over τ as one small kernel: what to do with a loss is decided where the loss is.
 
     begin(state, largest)       a fresh search, or none where the update, max |Δ|, is zero or not finite
-    decide(state, loss, sums)   sure(loss, sums) of `engine.significance`, then observe(τ, loss, sure) and
-                                propose() of `engine.search`
+    decide(state, loss, sums)   sure(loss, sums) of `search.significance`, then observe(τ, loss, sure) and
+                                propose() of `search.search`
 
 The kernel is the twin of `Rises`, `LinearSearch` and `ParabolicSearch`: float64 in the same order of
 operations, no fma, so that equal losses give equal choices. It leaves the arguments of the `step_` that
@@ -79,7 +79,7 @@ def _linear(tau, accepted, max_tau):
 
 @triton.jit
 def _higher(sums, best, examples, rows, critical):
-    """`higher` of engine.significance: one addition after the other, as on the host."""
+    """`higher` of search.significance: one addition after the other, as on the host."""
     tokens = examples
     weights = examples + rows
     total = tl.full([], 0.0, tl.float64)

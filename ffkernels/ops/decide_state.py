@@ -49,7 +49,7 @@ MAX_TAU_LIMIT = 1 << 16
 
 @dataclass(frozen=True)
 class Decided:
-    """A state read back: what the search of `engine.search` would say."""
+    """A state read back: what the search of `search.search` would say."""
 
     losses: list[tuple[int, float]]
     best_tau: int
@@ -115,7 +115,7 @@ class DecideState:
         """What is to be known of the examples for a search that begins after this; not part of a graph.
 
         Args:
-            critical: `critical_values` of engine.significance, for `capacity` losses.
+            critical: `critical_values` of search.significance, for `capacity` losses.
             tokens, weights: labelled tokens of each example and its `jackknife_weights`, `rows` of each; none
                 where every rise is to count.
         """

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from ffkernels.engine.apart import apart
-from ffkernels.engine.flop_counter import count_flops, counter
+from ffkernels.reporting.apart import apart
+from ffkernels.validation.flop_counter import count_flops, counter
 
 __all__ = ["FlopMeter", "Flops", "count_flops", "flops_of", "shapes"]
 

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffkernels.engine.search import SEARCHES
 from ffkernels.reporting.document import markdown, percent, runs_table, spread_lines
 from ffkernels.reporting.plots import draw_all
 from ffkernels.reporting.recorder import RunLog
 from ffkernels.reporting.savings import Run, Spread, compare_runs, spreads
+from ffkernels.search.search import SEARCHES
 
 if TYPE_CHECKING:
     from rich.console import Console

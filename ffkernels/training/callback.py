@@ -22,16 +22,16 @@ from typing import Any
 import torch
 
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.evaluation_mode import keep_random_state
 from ffkernels.engine.fast_forward import FastForward, Stage
-from ffkernels.engine.validation import ValidationLoss
-from ffkernels.engine.validation_generic import is_loss_function
-from ffkernels.engine.weights import NameFilter
 from ffkernels.ops.notices import announce_once
 from ffkernels.reporting.flops import FlopMeter, Flops
+from ffkernels.stage.weights import NameFilter
 from ffkernels.training import trainer_access
 from ffkernels.training.step_flops import StepFlops
 from ffkernels.training.trainer_loss import LOSSES, make_validation
+from ffkernels.validation.evaluation_mode import keep_random_state
+from ffkernels.validation.generic import is_loss_function
+from ffkernels.validation.loss import ValidationLoss
 
 try:
     from transformers.trainer_callback import ExportableState, TrainerCallback

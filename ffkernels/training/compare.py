@@ -31,9 +31,9 @@ from typing import Any
 import torch
 
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.search import SEARCHES
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.reporting.exclusive import alone_in
+from ffkernels.search.search import SEARCHES
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.peers import load_peer, peer_names
 from ffkernels.training.session import Attach

@@ -22,14 +22,14 @@ import torch
 from torch import nn
 
 from ffkernels.engine.fast_forward import FastForward
-from ffkernels.engine.validation import ValidationLoss
-from ffkernels.engine.validation_pool import ValidationPool
 from ffkernels.reporting.flops import FlopMeter
 from ffkernels.reporting.machine import choose_device
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.models import add_adapter, attention_targets, load_model, train_weights
 from ffkernels.training.remarks import of_run
 from ffkernels.training.tasks import Example, Task, collate, load_file, load_task
+from ffkernels.validation.loss import ValidationLoss
+from ffkernels.validation.pool import ValidationPool
 
 __all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task"]
 

@@ -26,10 +26,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ffkernels.engine.apart import stand_in
-from ffkernels.engine.flop_counter import counter, say_uncounted
-from ffkernels.engine.parallelism import fsdp_modules
+from ffkernels.ranks.parallelism import fsdp_modules
+from ffkernels.reporting.apart import stand_in
 from ffkernels.reporting.flops import Flops, flops_of, shapes
+from ffkernels.validation.flop_counter import counter, say_uncounted
 
 __all__ = ["SHAPES", "StepFlops"]
 

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from ffkernels.engine.stage import Stage
 from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.reporting.recorder import Recorder
+from ffkernels.stage.record import Stage
 from ffkernels.training import checkpoint
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Attach, open_session

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ffkernels.engine.validation_batches import count_rows, items_of
+from ffkernels.validation.batches import count_rows, items_of
 
 __all__ = ["EvaluationData", "evaluation_data", "examples_and_collator", "first_examples"]
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffkernels.engine.validation import ValidationLoss
-from ffkernels.engine.validation_gradients import GradientsWhereNeeded
-from ffkernels.engine.validation_pool import ValidationPool
 from ffkernels.ops.notices import announce_once
 from ffkernels.training.trainer_data import EvaluationData, evaluation_data
+from ffkernels.validation.gradients import GradientsWhereNeeded
+from ffkernels.validation.loss import ValidationLoss
+from ffkernels.validation.pool import ValidationPool
 
 __all__ = ["LOSSES", "TrainerLoss", "loss_of_its_own", "make_validation"]
 

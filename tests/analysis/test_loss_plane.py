@@ -8,10 +8,10 @@ import torch
 from ffkernels.analysis.between_steps import flat
 from ffkernels.analysis.loss_plane import draw, loss_plane, what_was_seen
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.validation import ValidationLoss
 from ffkernels.reporting.plots import save_figure
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
+from ffkernels.validation.loss import ValidationLoss
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ import torch
 
 from ffkernels import FastForward, FastForwardConfig
 from ffkernels.engine import fast_forward
-from ffkernels.engine import search as own_search
-from ffkernels.engine.search import make_search
+from ffkernels.search import search as own_search
+from ffkernels.search.search import make_search
 from ffkernels.training.models import add_adapter, load_model
 
 ROOT = Path(__file__).resolve().parents[2]

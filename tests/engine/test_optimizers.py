@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig
-from ffkernels.engine.optimizer_rehearsal import what_stays
+from ffkernels.stage.optimizer_rehearsal import what_stays
 
 EVERY_2 = FastForwardConfig(interval=2, max_tau=64, patience=None)
 

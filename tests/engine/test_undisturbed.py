@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
-from ffkernels.engine import buffers
 from ffkernels.ops.notices import FFKernelsNotice
+from ffkernels.validation import buffers
 
 
 class Mixed(nn.Module):

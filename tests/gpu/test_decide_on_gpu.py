@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ffkernels import ops
-from ffkernels.engine.search import make_search
-from ffkernels.engine.significance import Rises, critical_values, jackknife_weights
+from ffkernels.search.search import make_search
+from ffkernels.search.significance import Rises, critical_values, jackknife_weights
 
 pytestmark = pytest.mark.gpu
 

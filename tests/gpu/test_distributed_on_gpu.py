@@ -17,9 +17,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig
-from ffkernels.engine import distributed, fast_forward, validation
-from ffkernels.engine.distributed import Ranks
+from ffkernels.engine import fast_forward
 from ffkernels.ops.notices import FFKernelsNotice
+from ffkernels.ranks import ranks as distributed
+from ffkernels.ranks.ranks import Ranks
+from ffkernels.validation import loss as validation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::ffkernels.ops.notices.FFKernelsNotice")]
 

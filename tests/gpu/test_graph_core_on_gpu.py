@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from ffkernels import ops
-from ffkernels.engine import graph_driver, graph_probe, graph_support, graphs
-from ffkernels.engine.search import make_search
+from ffkernels.graphs import driver as graph_driver
+from ffkernels.graphs import graphs
+from ffkernels.graphs import probe as graph_probe
+from ffkernels.graphs import support as graph_support
+from ffkernels.search.search import make_search
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""What users bring captured stages into, on a GPU; `tests/engine` has the same over a stand-in for CUDA."""
+"""What users bring captured stages into, on a GPU; `tests/graphs` has the same over a stand-in for CUDA."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss, ops
-from ffkernels.engine import graph_driver
-from ffkernels.engine.executors import EagerExecutor, StageProgram
-from ffkernels.engine.graph_check import loss_tolerance
-from ffkernels.engine.graph_executors import StageGraphExecutor, StepGraphExecutor
-from ffkernels.engine.search import make_search
+from ffkernels.graphs import driver as graph_driver
+from ffkernels.graphs.check import loss_tolerance
+from ffkernels.graphs.executors import StageGraphExecutor, StepGraphExecutor
+from ffkernels.search.search import make_search
+from ffkernels.stage.eager import EagerExecutor, StageProgram
 from ffkernels.training.models import add_adapter, load_model
 
 pytestmark = pytest.mark.gpu

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ffkernels.engine.capture_rules import describe_change, token, why_not_captured
-from ffkernels.engine.evaluation_mode import evaluation_mode
-from ffkernels.engine.graph_check import loss_tolerance
-from ffkernels.engine.validation import ValidationLoss
+from ffkernels.graphs.check import loss_tolerance
+from ffkernels.graphs.rules import describe_change, token, why_not_captured
+from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.loss import ValidationLoss
 
 pytestmark = pytest.mark.gpu
 

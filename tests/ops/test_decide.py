@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ffkernels.engine import fast_forward
-from ffkernels.engine import search as python
-from ffkernels.engine.significance import Rises, critical_values, jackknife_weights
+from ffkernels.search import search as python
+from ffkernels.search.significance import Rises, critical_values, jackknife_weights
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ffkernels import FastForwardConfig
-from ffkernels.engine.flop_counter import count_flops
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.training.peers import load_module, load_peer
+from ffkernels.validation.flop_counter import count_flops
 
 
 def authors(**options):

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ffkernels.engine.flop_counter import count_flops
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.training.peers import load_peer
+from ffkernels.validation.flop_counter import count_flops
 
 
 def prototype(**options):

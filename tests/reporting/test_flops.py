@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ffkernels.engine.stage import Stage
 from ffkernels.reporting.flops import FlopMeter, count_flops
+from ffkernels.stage.record import Stage
 
 ROWS, IN, HIDDEN, OUT = 5, 3, 7, 2
 

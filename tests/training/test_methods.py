@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.validation import ValidationLoss
 from ffkernels.reporting.recorder import read_run
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.models import load_model
 from ffkernels.training.session import open_session, prepare_task
 from ffkernels.training.trainer import train
+from ffkernels.validation.loss import ValidationLoss
 
 STAGES = FastForwardConfig(interval=3, max_tau=8)
 

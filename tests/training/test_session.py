@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.stage import Stage
 from ffkernels.reporting.recorder import read_run
+from ffkernels.stage.record import Stage
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
 from ffkernels.training.trainer import train

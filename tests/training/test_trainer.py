@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.search import LinearSearch
 from ffkernels.reporting.recorder import read_run
+from ffkernels.search.search import LinearSearch
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import DataOrder, prepare_task
 from ffkernels.training.trainer import _interrupt_after_the_step, train
@@ -128,9 +128,9 @@ def test_data_order_is_a_function_of_seed_and_step():
 
 
 def test_a_run_learns_counts_and_saves(config, small):
-    from ffkernels.engine.validation import ValidationLoss
     from ffkernels.training.models import load_model
     from ffkernels.training.tasks import collate
+    from ffkernels.validation.loss import ValidationLoss
 
     config = replace(config, fast_forward=replace(STAGES, patience=None), evaluate_every=5, lr=3e-3)
     seen = []

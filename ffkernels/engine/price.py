@@ -1,0 +1,94 @@
+"""What one validation costs, in optimizer steps: from the tokens that both run through the model.
+
+    price = V / T · 1 / (2 + s)
+
+V are the tokens of one validation, T those of one optimizer step (all its micro-batches, padding included),
+s the share of the model's weights that trains. A step is a forward, a backward of the same size through the
+activations, and one through the weights that train: 2 + s forwards. By PyTorch's FLOP counter that is within
+3 to 6 % on the embedded model. A step costs less than it says since nothing flows back below the first weight
+that trains (part of one layer of four there), a validation less since its head runs at labelled positions
+only. Recomputation under gradient checkpointing is left out: with it a validation is overpriced.
+
+T is a count of tokens (``token_count``), not a clock: two runs of the same training see the same price.
+Where tokens cannot be counted (a loss function, an encoder-decoder model or one without token ids, a compiled
+or captured training step, which runs no hooks), V / T is taken as 1: a validation set as large as a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+from torch import nn
+
+from ffkernels.engine.token_count import TokenCount, input_embedding
+from ffkernels.ranks.ranks import PRICE, Ranks
+from ffkernels.validation.loss import ValidationLoss
+
+__all__ = ["SAME_GRADIENTS", "StagePrice"]
+
+SAME_GRADIENTS = "every rank must train with the same gradients, as DDP and FSDP2 make them"
+
+
+class StagePrice:
+    """Counts the tokens of training since the last stage, and prices a validation by them.
+
+    Args:
+        needed: without it nothing is counted, and no hook is put on the model.
+
+    Attributes:
+        tokens, steps: tokens since ``settle`` was called last, and the optimizer steps that they were for.
+        hooks: removing them ends the counting. They go with this object, too.
+    """
+
+    def __init__(self, model: nn.Module, validation: ValidationLoss, needed: bool = True) -> None:
+        self._model, self._validation = model, validation
+        self._count = TokenCount()
+        self.steps = 0
+        self.hooks = []
+        embedding = input_embedding(model) if needed else None
+        if embedding is not None:
+            self.hooks = [embedding.register_forward_pre_hook(self._count)]
+            weakref.finalize(self, self.hooks[0].remove).atexit = False
+
+    @property
+    def tokens(self) -> int:
+        return self._count.tokens
+
+    def read(self, ranks: Ranks | None, alignment: float | None = None) -> float:
+        """The price of one validation; of several processes that of all of them, the same on each.
+
+        They tell each other the alignment that goes with it, which must be the same.
+
+        Raises:
+            RanksDisagree: where it is not, so that they would not run the same stages.
+        """
+        trained = self.tokens / max(1, self.steps)
+        if ranks is not None:
+            rows = ranks.exchange(PRICE, trained, math.nan if alignment is None else alignment)
+            ranks.agree_on_rows(
+                rows,
+                {"b": "the alignment of their gradients with the last update"},
+                SAME_GRADIENTS,
+            )
+            trained = sum(row.a for row in rows)
+        validated = self._validation.computed_tokens
+        share = validated / trained if validated and trained else 1.0
+        return share / self._forwards()
+
+    def _forwards(self) -> float:
+        """What an optimizer step costs, in forwards."""
+        weights = list(self._model.parameters())
+        trained = sum(p.numel() for p in weights if p.requires_grad)
+        return 2 + trained / max(1, sum(p.numel() for p in weights))
+
+    def settle(self) -> None:
+        """Begin to count anew."""
+        self._count.tokens = self.steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._count.tokens, self.steps = int(state.get("tokens", 0)), int(state.get("steps", 0))

@@ -1,0 +1,143 @@
+"""After which optimizer steps a stage runs: where an interval ends and a stage is expected to pay.
+
+    runs  ⇔  ½ · τ_expected ≥ e · p        e losses at the price of p optimizer steps each (``engine.price``)
+
+A stage that repeats an update τ times gains half of what τ such updates do where it stops at the bottom of a
+parabola: τ / 2 optimizer steps. Which τ it would find is told by the alignment m of the interval's second
+half, for nothing (``alignment``), in two ways of which the larger counts:
+
+    by the slope      r / (1 − r)      r = m / strongest: what is left of the alignment that vanishing steps
+                                       have. On a parabola one step takes 1 − r of the slope, so that it is 0
+                                       after so many more.
+    by the last one   τ · m / m_then   what the last stage found, where the alignment then was m_then
+
+The first says when a stage is worth trying that has not been, or not lately; the second knows this run's own
+curvature. m ≥ 0 says that the last step went too far already: no stage. e is what the last stage took, and
+before there was one the fewest that find a step.
+
+Gradients that agree with updates say nothing about held-out examples whose loss rises while training's falls:
+there stages find no step, however often. After two of them in a row 1 interval passes without one, then 3, 7,
+…: of n intervals some log₂ n have a stage that fails.
+
+Where alignment is not known (an optimizer with a closure) a stage runs as long as the last one paid.
+docs/algorithm.md derives it. ``patience`` other than "auto" looks at no alignment: a number ends Fast Forward
+for good after so many stages in a row that found no step (the paper's section 5.1), None runs one at every
+interval.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ffkernels.engine.config import PAPERS_PATIENCE, FastForwardConfig
+from ffkernels.ranks.digests import digest
+from ffkernels.search.search import BASELINE_NOT_FINITE, Search
+
+__all__ = ["FEWEST", "StageSchedule"]
+
+FEWEST = 4  # losses: at τ = 0, 1 and 2, and one more where the bracket allows it
+
+
+class StageSchedule:
+    """Which steps are followed by a stage.
+
+    Attributes:
+        failures: stages in a row without a step.
+        ended: no stage will run any more.
+        undone: since what stages move does not stay (``engine.watch``).
+        waits: intervals that still pass before ``pays`` looks again.
+        last: of the last stage that searched: its τ, its losses and the alignment before it; None before.
+    """
+
+    def __init__(self, config: FastForwardConfig) -> None:
+        self._interval, self._warmup = config.interval, config.warmup
+        self._patience = config.patience
+        if self._patience == "auto" and config.search == "linear":
+            self._patience = PAPERS_PATIENCE  # with the paper's search goes the paper's rule
+        self.failures = 0
+        self.ended = self.undone = False
+        self.waits = 0
+        self.last: tuple[int, int, float | None] | None = None
+
+    @property
+    def asks_alignment(self) -> bool:
+        """Whether ``pays`` is asked, and so alignments and prices are needed."""
+        return self._patience == "auto" and self._interval is not None
+
+    @property
+    def averaged(self) -> int:
+        """How many alignments say what the interval comes to: those of its second half.
+
+        After a stage the optimizer's momentum points elsewhere, and the first ones are weaker.
+        """
+        return (self._interval + 1) // 2
+
+    @property
+    def fingerprint(self) -> int:
+        """Equal where the decisions so far and what the next one goes by are."""
+        return int(digest(list(self.state_dict().values())), 16) >> 1
+
+    def due(self, step: int) -> bool:
+        """Whether an interval ends with optimizer step ``step``, counted from 1."""
+        if self._interval is None:
+            return False
+        past = step - self._warmup
+        return not self.ended and past > 0 and past % self._interval == 0
+
+    def pays(self, alignment: float | None, strongest: float, price: float) -> bool:
+        """Whether a stage now is expected to gain what it costs. To be asked once at each interval's end.
+
+        Args:
+            alignment: the mean c of the interval's second half; None where it is not known.
+            strongest: the most negative c so far.
+            price: of one validation, in optimizer steps.
+        """
+        if self.waits:
+            self.waits -= 1
+            return False
+        losses = FEWEST if self.last is None or not self.last[0] else self.last[1]
+        return self.expected_tau(alignment, strongest) / 2 >= losses * price
+
+    def expected_tau(self, alignment: float | None, strongest: float) -> float:
+        if alignment is None:
+            return math.inf if self.last is None else float(self.last[0])
+        if alignment >= 0.0:
+            return 0.0
+        left = alignment / min(strongest, alignment)
+        by_slope = left / (1.0 - left) if left < 1.0 else math.inf
+        if self.last is None:
+            return by_slope
+        tau, _, then = self.last
+        by_last = float(tau) if then is None else tau * alignment / then if then < 0.0 else 0.0
+        return max(by_slope, by_last)
+
+    def after_stage(self, search: Search, alignment: float | None = None) -> None:
+        """Take note of a stage that measured something; ``alignment`` is what ``pays`` was told of it."""
+        if search.stopped_because == BASELINE_NOT_FINITE:
+            return  # it says nothing about whether a step would have helped
+        self.failures = 0 if search.best_tau else self.failures + 1
+        self.waits = 2 ** min(self.failures - 1, 30) - 1 if self.failures else 0
+        if isinstance(self._patience, int) and self.failures >= self._patience:
+            self.ended = True
+        self.last = (search.best_tau, len(search.losses), alignment)
+
+    def end(self) -> None:
+        """What a stage moves is undone: there shall be none."""
+        self.ended = self.undone = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "failures": self.failures,
+            "switched_off": "undone" if self.undone else self.ended,
+            "last_stage": self.last,
+            "waits": self.waits,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.failures, self.waits = int(state["failures"]), int(state.get("waits", 0))
+        # What ended the saved run goes on where the present rule is another.
+        self.undone = state["switched_off"] == "undone"
+        self.ended = self.undone or (bool(state["switched_off"]) and isinstance(self._patience, int))
+        last = state.get("last_stage")
+        self.last = None if last is None else (int(last[0]), int(last[1]), last[2])

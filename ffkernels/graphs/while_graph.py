@@ -1,0 +1,129 @@
+"""Work that repeats itself on the device, in one launch: a prologue, then a CUDA WHILE node.
+
+torch records both parts, the driver puts copies of them together as child graphs. Recording straight into a
+WHILE node would be one step less, but a recording that fails in there takes the process with it. The
+condition is set by a kernel within these, or by a node behind them (`ops.condition`); until then it is 0, so
+a kernel that cannot set it gives a loop that never runs, not one that never ends.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+
+from ffkernels.graphs import driver as graph_driver
+from ffkernels.graphs.capture import Capture, close_forgotten, explained
+from ffkernels.ops import condition
+
+__all__ = ["WhileGraph", "audit"]
+
+# What a node may be, by the driver's name for it, and how to say that it may not.
+IN_LOOP = {"KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH"}
+BEFORE_LOOP = IN_LOOP | {"EVENT_RECORD", "WAIT_EVENT"}
+WORDS = {
+    "HOST": "a call back into the host",
+    "WAIT_EVENT": "a wait for an event of another stream",
+    "EVENT_RECORD": "an event for another stream",
+    "MEM_ALLOC": "an allocation by the driver (cudaMallocAsync)",
+    "MEM_FREE": "a release of memory by the driver (cudaFreeAsync)",
+    "EXT_SEMAS_SIGNAL": "a semaphore of another process or library",
+    "EXT_SEMAS_WAIT": "a wait for a semaphore of another process or library",
+    "BATCH_MEM_OP": "a write to or wait for a memory location",
+    "CONDITIONAL": "a conditional node of its own",
+    "UNKNOWN": "a kind of node that this cuda-bindings does not know",
+}
+
+
+class WhileGraph:
+    """Work that repeats itself on the device: a prologue, then a body while a condition is set.
+
+    Attributes:
+        handle: goes to the kernels that set the condition, so it is there before either part is captured;
+            None where no kernel in these is to set it, since a node of this graph does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = graph_driver.cuda
+        self.device = device
+        self.handle: int | None = None
+        self._handle = self._top = self._exec = 0
+        self._parts: tuple[Capture | torch.Tensor, ...] = ()
+        with explained("be put into a CUDA WHILE node", "step_graph"), cuda.guard(device):
+            self._top = cuda.graph_create()
+            try:
+                self._handle = cuda.handle_create(self._top)
+            except BaseException:
+                self.close()
+                raise
+        if not condition.behind(device):
+            self.handle = self._handle
+
+    def build(self, prologue: Capture, body: Capture, go: torch.Tensor) -> None:
+        """Make the graph of copies of the two, both captured with `handle`.
+
+        `go`, int32[1] on the device, is where either leaves whether the loop is to go on.
+        """
+        cuda = graph_driver.cuda
+        if self._exec or not self._top:
+            raise RuntimeError("a WhileGraph is built once; make a new one")
+        with explained("be put into a CUDA WHILE node", "step_graph"), cuda.guard(self.device):
+            bad = [f"{node} before the loop" for node in audit(prologue.raw, in_loop=False)]
+            bad += [f"{node} in the loop" for node in audit(body.raw, in_loop=True)]
+            if body.draws:  # torch gives a graph fresh ones with each replay, of which a loop has none
+                bad.append("random numbers in the loop")
+            if bad:
+                raise RuntimeError(f"it holds {', '.join(bad)}")
+            first = self._add(self._top, prologue, go)
+            inside = cuda.add_while(self._top, [first], self._handle)
+            self._add(inside, body, go)
+            self._exec = cuda.exec_create(self._top)
+            # The copies work in the memory of what they were copied from.
+            self._parts = (prologue, body, go)
+
+    def _add(self, graph: int, part: Capture, go: torch.Tensor) -> int:
+        """A copy of `part`; returns the node after which the condition is set."""
+        cuda = graph_driver.cuda
+        node = cuda.add_child(graph, [], part.raw)
+        if self.handle is not None:
+            return node
+        return cuda.add_kernel(
+            graph, [node], condition.load(self.device), condition.arguments(self._handle, go)
+        )
+
+    def launch(self) -> None:
+        """Launch prologue and loop on the current stream; waits for nothing."""
+        if not self._exec:
+            raise RuntimeError("there is nothing to launch: the graph was not built, or it was closed")
+        cuda = graph_driver.cuda
+        with cuda.guard(self.device):
+            cuda.exec_launch(self._exec, cuda.current_stream(self.device))
+
+    def close(self) -> None:
+        """Wait for the device and destroy the graph; the captures it was built from are closed afterwards."""
+        cuda = graph_driver.cuda
+        executable, self._exec = self._exec, 0
+        top, self._top = self._top, 0
+        self._parts = ()
+        if not top:
+            return
+        with ExitStack() as last, cuda.guard(self.device):
+            last.callback(cuda.graph_destroy, top)
+            if executable:
+                last.callback(cuda.exec_destroy, executable)
+                cuda.synchronize(self.device)
+
+    def __del__(self) -> None:
+        close_forgotten(self)
+
+
+def audit(raw: int, *, in_loop: bool) -> list[str]:
+    """What a WHILE node (else: the part before it) may not hold, in words; looks into child graphs too."""
+    allowed = IN_LOOP if in_loop else BEFORE_LOOP
+    found: dict[str, None] = {}
+    for kind, child in graph_driver.cuda.node_types(raw):
+        if kind not in allowed:
+            found[WORDS.get(kind, f"a node of type {kind}")] = None
+        if child:
+            found |= dict.fromkeys(audit(child, in_loop=in_loop))
+    return list(found)

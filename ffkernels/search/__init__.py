@@ -1,0 +1,1 @@
+"""Which τ a stage tries next: pure state machines, without torch."""

@@ -1,0 +1,325 @@
+"""The validation loss without padding to spare and without full logits.
+
+    loss = 1/N · Σ over labelled positions  logsumexp(head(h)) − head(h)[label]        h = backbone(input_ids)
+
+Examples are sorted by length and cut into micro-batches so that little padding is computed. Rows are
+padded on the right and no mask is passed: under causal attention real tokens never see what follows them,
+and the attention kernel keeps its causal fast path. Hidden states are gathered at the N labelled
+positions only; the head and the cross-entropy run over them in chunks, so logits exist for one chunk at a
+time, and their log-probabilities for a part of it. Per-token losses are fp32 (float64 for a float64
+model), their sum float64: how examples are grouped does not show in the result.
+
+A model whose forward must be run as a whole, since it gathers its parameters there (FSDP2), is run as a
+whole: a hook in front of the head picks the labelled positions, and the logits of one micro-batch's exist
+at once.
+
+All tensors are made once, at fixed addresses; a call reads nothing back to the host and decides nothing by
+values. So a call can be captured in a CUDA graph, and `swap` can put other examples where the first were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ffkernels.ranks.interrupts import interrupt_later
+from ffkernels.validation.batches import IGNORE, Example
+from ffkernels.validation.causal_lm import CausalLM, accepts_argument, find_autocast
+from ffkernels.validation.examples import ExampleSums
+from ffkernels.validation.forward_price import forward_price
+from ffkernels.validation.maskless_attention import (
+    attends_eagerly,
+    attention_configs,
+    causal_mask,
+    maskless_attention,
+)
+
+__all__ = [
+    "LabelledLoss",
+    "MicroBatch",
+    "could_be_given_a_mask",
+    "plan_micro_batches",
+    "token_limit",
+]
+
+# Bytes of one chunk's logits in fp32: enough rows for an efficient matrix product with the head, no more.
+_CHUNK_BYTES = {"cpu": 64 << 20}
+_CHUNK_BYTES_ELSEWHERE = 256 << 20
+# So many chunks of logits may exist at once where the head cannot be run in chunks.
+_CHUNKS_AT_ONCE = 4
+
+
+# Log-probabilities are made for a quarter of a chunk, though not for fewer rows than a GPU has processors.
+_PARTS = 4
+_LEAST_ROWS_OF_A_PART = {"cpu": 16}
+_LEAST_ROWS_OF_A_PART_ELSEWHERE = 128
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tensors of one forward; `positions` index the flattened (rows · length) hidden states."""
+
+    input_ids: torch.Tensor  # (rows, length) int64
+    positions: torch.Tensor  # (scored,) int64; 0 where there is nothing more to score
+    targets: torch.Tensor  # (scored,) int64; −100 there, whose loss is exactly 0
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def copy_(self, other: MicroBatch) -> None:
+        for mine, new in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine.copy_(new)
+
+
+def plan_micro_batches(lengths: Sequence[int], max_tokens: int, forward_cost: int) -> list[list[int]]:
+    """Cut the examples, sorted by length, where Σ (rows · longest + forward_cost) is smallest.
+
+    No micro-batch exceeds `max_tokens` padded tokens unless a single example does. Dynamic programming
+    over the sorted order, from short to long; the last group's start never moves back as examples are added.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first n examples, start of their last group
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        choice = (float("inf"), end - 1)
+        for start in range(end - 1, best[end - 1][1] - 1, -1):
+            padded = (end - start) * longest
+            if padded > max_tokens and start < end - 1:
+                break
+            cost = best[start][0] + padded + forward_cost
+            if cost < choice[0]:
+                choice = (cost, start)
+        best.append(choice)
+    groups: list[list[int]] = []
+    end = len(order)
+    while end > 0:
+        start = best[end][1]
+        groups.append(order[start:end])
+        end = start
+    return groups[::-1]
+
+
+def token_limit(lm: CausalLM, max_tokens: int, device: torch.device) -> int:
+    """Padded tokens per forward at most, so that the logits of one forward fit where they exist at once."""
+    return max_tokens if lm.through is None else min(max_tokens, _CHUNKS_AT_ONCE * _chunk_rows(lm, device))
+
+
+def _chunk_rows(lm: CausalLM, device: torch.device, budget: int | None = None) -> int:
+    budget = budget or _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
+    return max(16, budget // (4 * (lm.vocabulary or 1 << 16)))
+
+
+def could_be_given_a_mask(lm: CausalLM) -> bool:
+    """Whether the model would make a mask, and read from the device for it, where it is given none."""
+    return attends_eagerly(attention_configs(lm.backbone)) and accepts_argument(lm.backbone, "attention_mask")
+
+
+def lay_out(
+    examples: Sequence[Example], pad: int, *, rows: int = 0, length: int = 0, scored: int = 0
+) -> MicroBatch:
+    """`examples` as one micro-batch on the CPU, of at least the given sizes."""
+    rows, length = max(rows, len(examples)), max(length, *(example.computed for example in examples), 1)
+    ids, targets = torch.full((rows, length), pad), torch.full((rows, length), IGNORE)
+    for i, example in enumerate(examples):
+        ids[i, : example.computed] = example.input_ids[: example.computed]
+        targets[i, : example.computed] = example.labels[1 : example.computed + 1]
+    positions = targets.flatten().ne(IGNORE).nonzero().flatten()
+    targets = targets.flatten()[positions]
+    missing = max(0, scored - positions.numel())
+    return MicroBatch(ids, F.pad(positions, (0, missing)), F.pad(targets, (0, missing), value=IGNORE))
+
+
+def assign(examples: Sequence[Example], rooms: Sequence[tuple[int, int, int]]) -> list[list[Example]] | None:
+    """Examples for micro-batches of (rows, length, labels), or None where they were not found to fit.
+
+    From long to short: a room that is long enough for an example is so for all later ones, so any free row
+    will do. The one with most labels to spare is taken or, where that leads nowhere, the longest: examples,
+    in this order each no larger than one of those that the rooms were made for, then fit for certain.
+    """
+    ordered = sorted(examples, key=lambda example: (-example.computed, -example.scored))
+    for longest in (False, True):
+        placed: list[list[Example]] = [[] for _ in rooms]
+        spare = [labels for _, _, labels in rooms]
+        for example in ordered:
+            fitting = [
+                i
+                for i, (rows, length, _) in enumerate(rooms)
+                if length >= example.computed and rows > len(placed[i]) and spare[i] >= example.scored
+            ]
+            if not fitting:
+                break
+            chosen = max(fitting, key=lambda i: (rooms[i][1], i) if longest else (spare[i], -i))
+            placed[chosen].append(example)
+            spare[chosen] -= example.scored
+        else:
+            return placed
+    return None
+
+
+class LabelledLoss:
+    """Token-weighted mean NLL of `examples`: calling it runs the forward and returns a 0-dim float64 tensor.
+
+    It does not touch modes or random state; the caller does. Everything between the call and the returned
+    tensor is asynchronous on a GPU.
+
+    Attributes:
+        before_head: called in each forward, when all is launched but the head and what follows it.
+    """
+
+    before_head: Callable[[], None] | None = None
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        examples: Sequence[Example],
+        *,
+        max_tokens: int,
+        device: torch.device,
+        chunk_bytes: int | None = None,
+        one_batch: bool = False,
+    ) -> None:
+        self.lm = lm
+        self.device = device
+        self.scored = sum(example.scored for example in examples)
+        self.chunk_rows = _chunk_rows(lm, device, chunk_bytes)
+        least = _LEAST_ROWS_OF_A_PART.get(device.type, _LEAST_ROWS_OF_A_PART_ELSEWHERE)
+        self.part_rows = max(least, -(-self.chunk_rows // _PARTS))
+        self._arguments: dict[str, Any] = {}
+        if accepts_argument(lm.backbone, "use_cache"):
+            self._arguments["use_cache"] = False
+        self._attention_configs = attention_configs(lm.backbone)
+        size = lm.embeddings or lm.vocabulary or 1
+        pad = getattr(lm.config, "pad_token_id", None)
+        self._pad = pad if isinstance(pad, int) and 0 <= pad < size else 0
+        groups = [list(range(len(examples)))]
+        if not one_batch:
+            lengths, limit = [example.computed for example in examples], token_limit(lm, max_tokens, device)
+            groups = plan_micro_batches(lengths, limit, forward_price(lm, device))
+        laid_out = [lay_out([examples[i] for i in group], self._pad) for group in groups]
+        self.examples = ExampleSums(laid_out, device)
+        self.micro_batches = [batch.to(device) for batch in laid_out]
+        self._divisor = torch.tensor(self.scored, dtype=torch.float64, device=device)
+        self._masks: dict[int, torch.Tensor] = {}
+        if lm.given_mask:
+            dtype = lm.embedding_dtype
+            for length in {batch.input_ids.shape[1] for batch in self.micro_batches}:
+                self._masks[length] = causal_mask(length, dtype, device)
+
+    @property
+    def example_tokens(self) -> torch.Tensor:
+        return self.examples.tokens
+
+    @property
+    def example_counts(self) -> list[int]:
+        return self.examples.counts
+
+    def swap(self, examples: Sequence[Example]) -> bool:
+        """Put `examples` in place of the present ones, at the same addresses; False where they do not fit."""
+        rooms = [(*batch.input_ids.shape, batch.positions.numel()) for batch in self.micro_batches]
+        placed = assign(examples, rooms)
+        if placed is None:
+            return False
+        new = [
+            lay_out(group, self._pad, rows=rows, length=length, scored=labels)
+            for group, (rows, length, labels) in zip(placed, rooms, strict=True)
+        ]
+        with interrupt_later():
+            for mine, other in zip(self.micro_batches, new, strict=True):
+                mine.copy_(other)
+            self.examples.copy_(new)
+            self.scored = sum(example.scored for example in examples)
+            self._divisor.fill_(self.scored)
+        return True
+
+    def __call__(self) -> torch.Tensor:
+        return self._mean(lambda index, losses: None)
+
+    def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the sums by example of the same token losses."""
+        parts: list[list[torch.Tensor]] = [[] for _ in self.micro_batches]
+        return self._mean(lambda index, losses: parts[index].append(losses)), self.examples(parts)
+
+    def _mean(self, take: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+
+        def add(index: int, losses: torch.Tensor) -> None:
+            total.add_(losses.sum(dtype=torch.float64).to(total.device))
+            take(index, losses)
+
+        self.run(add)
+        return total / self._divisor
+
+    def run(self, take: Callable[[int, torch.Tensor], None]) -> None:
+        """Run all micro-batches; `take(i, losses)` gets the token losses of each part of the i-th, in order.
+
+        `losses` is 1-dim, fp32 or float64, in the order of the micro-batch's `positions`.
+        """
+        # Whoever changes the attention implementation later needs other masks or none.
+        masks = self._masks if attends_eagerly(self._attention_configs) else {}
+        with ExitStack() as stack:
+            stack.enter_context(maskless_attention(self.lm.backbone, self._attention_configs))
+            autocast = find_autocast(self.lm.wrappers)
+            if autocast is not None and autocast._enabled:
+                stack.enter_context(
+                    torch.autocast(autocast.device, dtype=autocast.fast_dtype, cache_enabled=False)
+                )
+            for index, batch in enumerate(self.micro_batches):
+                mask = masks.get(batch.input_ids.shape[1])
+                extra = {} if mask is None else {"attention_mask": mask}
+                self._run_micro_batch(batch, partial(take, index), extra)
+
+    def _run_micro_batch(
+        self, batch: MicroBatch, take: Callable[[torch.Tensor], None], extra: dict[str, Any]
+    ) -> None:
+        if self.lm.through is not None:
+            return self._take_losses(self._logits_of_the_whole(batch, extra), batch.targets, None, take)
+        output = self.lm.backbone(input_ids=batch.input_ids, **self._arguments, **extra)
+        if self.before_head is not None:
+            self.before_head()
+        hidden = _labelled(output if isinstance(output, torch.Tensor) else output[0], batch.positions)
+        del output
+        for rows, targets in zip(
+            hidden.split(self.chunk_rows), batch.targets.split(self.chunk_rows), strict=True
+        ):
+            self._take_losses(self.lm.head(rows.unsqueeze(0)).squeeze(0), targets, self.lm.softcap, take)
+
+    def _logits_of_the_whole(self, batch: MicroBatch, extra: dict[str, Any]) -> torch.Tensor:
+        def pick(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (_labelled(inputs[0], batch.positions).unsqueeze(0), *inputs[1:])
+
+        hook = self.lm.head.register_forward_pre_hook(pick)
+        try:
+            output = self.lm.through(input_ids=batch.input_ids, **self._arguments, **extra)
+        finally:
+            hook.remove()
+        logits = getattr(output, "logits", None)
+        return (output[0] if logits is None else logits).squeeze(0)
+
+    def _take_losses(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        softcap: float | None,
+        take: Callable[[torch.Tensor], None],
+    ) -> None:
+        precision = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        targets = targets.to(logits.device)
+        for rows, wanted in zip(logits.split(self.part_rows), targets.split(self.part_rows), strict=True):
+            if softcap is not None:
+                rows = torch.tanh(rows / softcap) * softcap
+            log_probabilities = F.log_softmax(rows, dim=-1, dtype=precision)
+            losses = F.nll_loss(log_probabilities, wanted, reduction="none", ignore_index=IGNORE)
+            del rows, log_probabilities  # else they live on while the next part's are made
+            take(losses)
+
+
+def _labelled(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(scored, width) of hidden states (rows, length, width)."""
+    return hidden.flatten(0, 1).index_select(0, positions.to(hidden.device))

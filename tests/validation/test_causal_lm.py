@@ -1,0 +1,125 @@
+"""Taking models apart: through wrappers, and not at all where the halves are not the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ffkernels.validation.causal_lm import FastPathRefused, find_autocast, find_causal_lm, unwrap
+from ffkernels.validation.loss import ValidationLoss
+
+
+def lora(model, **options):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **options))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gpt2", "qwen3", "gemma", "gemma2"])
+def test_finds_the_halves(family, tiny_model):
+    model = tiny_model(family)
+    lm = find_causal_lm(model)
+    assert lm.head is model.get_output_embeddings()
+    assert lm.backbone is model.base_model is not model
+    assert (lm.vocabulary, lm.embeddings) == (97, 97)
+    assert lm.softcap == (30.0 if family == "gemma2" else None)
+
+
+def test_looks_through_wrappers(tiny_model):
+    plain = tiny_model("llama")
+    wrapped = torch.compile(lora(plain, task_type="CAUSAL_LM"))
+    inner, wrappers = unwrap(wrapped)
+    assert inner is plain
+    assert [type(w).__name__ for w in wrappers] == ["OptimizedModule", "PeftModelForCausalLM"]
+    assert find_causal_lm(wrapped).backbone is plain.model
+    assert unwrap(nn.DataParallel(plain))[0] is plain
+
+
+def test_the_heads_own_adapter_and_a_saved_head_are_the_head(tiny_model):
+    peft = pytest.importorskip("peft")
+    for options in (
+        {"target_modules": ["lm_head"]},
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+    ):
+        model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=2, **options))
+        lm = find_causal_lm(model)
+        assert lm.head is unwrap(model)[0].lm_head
+        assert not isinstance(lm.head, nn.Linear)
+        assert lm.vocabulary == 97
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest", "match"),
+    [
+        (dict(sliding_window=16), 17, "sliding_window = 16"),
+        (dict(sliding_window=16), 16, None),
+        (dict(sliding_window=None), 100, None),
+    ],
+)
+def test_windows(changes, longest, match, tiny_model):
+    lm = find_causal_lm(tiny_model("mistral", **changes))
+    if match is None:
+        lm.check_length(longest)
+    else:
+        with pytest.raises(FastPathRefused, match=match):
+            lm.check_length(longest)
+
+
+def test_layers_without_a_window_do_not_count(tiny_model):
+    model = tiny_model("qwen3", sliding_window=4, use_sliding_window=False)
+    find_causal_lm(model).check_length(100)
+
+
+def test_rotary_embeddings_that_grow_with_the_batch(tiny_model):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    lm = find_causal_lm(tiny_model("llama", rope_parameters=rope, max_position_embeddings=32))
+    lm.check_length(32)
+    with pytest.raises(FastPathRefused, match="rotary embedding changes"):
+        lm.check_length(33)
+
+
+def test_refusals(tiny_model):
+    peft = pytest.importorskip("peft")
+    hooked = tiny_model("llama")
+    hooked.register_forward_hook(lambda *_: None)
+    bidirectional = tiny_model("llama")
+    bidirectional.model.layers[1].self_attn.is_causal = False
+    prompt = peft.get_peft_model(
+        tiny_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    invoked = lora(tiny_model("llama"), task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    sharded = tiny_model("llama")
+    sharded.__class__ = type("FSDPLlama", (type("FullyShardedDataParallel", (), {}), type(sharded)), {})
+    for model, match in [
+        (nn.Linear(2, 2), "not a transformers model"),
+        (tiny_model("granite"), "logits_scaling"),
+        (tiny_model("llama").model, "no separate backbone|not a transformers"),
+        (hooked, "forward hooks"),
+        (bidirectional, "both directions"),
+        (prompt, "PROMPT_TUNING"),
+        (invoked, "invocation tokens"),
+        (sharded, "FSDP"),
+    ]:
+        with pytest.raises(FastPathRefused, match=match):
+            find_causal_lm(model)
+
+
+def test_prompt_tuning_runs_the_model_itself(tiny_model, padded_batch, own_loss):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, batches = peft.get_peft_model(tiny_model("llama"), config), [padded_batch(3, 12)]
+    with pytest.warns(UserWarning, match="PROMPT_TUNING"):
+        validation = ValidationLoss(model, batches)
+    assert validation.path == "generic"
+    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=1e-6)
+
+
+def test_compiled_model(tiny_model, padded_batch, own_loss):
+    model, batches = tiny_model("llama"), [padded_batch(3, 12)]
+    validation = ValidationLoss(torch.compile(model), batches, check=False)
+    assert validation.path == "fast"
+    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=2e-6)
+
+
+def test_no_autocast_around_a_plain_model(tiny_model):
+    assert find_autocast(find_causal_lm(tiny_model("llama")).wrappers) is None
