@@ -28,7 +28,7 @@ import test_aot as aot  # reads machine code
 import torch
 import triton
 
-from ffkernels.ops.table import GPU_CHUNK
+from ffkernels.ops.plan import GPU_CHUNK
 
 
 @dataclass(frozen=True)

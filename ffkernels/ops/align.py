@@ -24,7 +24,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ffkernels.ops import library, moves
+from ffkernels.ops import moves
 from ffkernels.ops.table import TensorTable
 
 Grads = Sequence[Tensor | None]
@@ -32,7 +32,7 @@ Grads = Sequence[Tensor | None]
 
 @torch.no_grad()
 def _traced(weights, grads, best, out: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    sums = library.align_(weights, grads, best, impl)
+    sums = moves.align_(weights, grads, best, impl)
     return sums if out is None else out.copy_(sums)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ffkernels.ops import native, native_cuda
 from ffkernels.ops.notices import announce_once
+from ffkernels.ops.plan import GPU_CHUNK, make_plan
 
 IMPLEMENTATIONS = ("auto", "torch", "cpp", "triton", "cuda")
 # What "auto" tries on each kind of device, best first; plain torch ops come last everywhere.
@@ -94,8 +95,6 @@ def _index(device: torch.device) -> int:
 @cache
 def _triton_trial(kind: str, index: int) -> str | None:
     """None when a kernel compiles and runs there, else why not: better found out now than inside a stage."""
-    from ffkernels.ops.table import GPU_CHUNK, make_plan
-
     device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     try:
         from ffkernels.ops import triton_ops

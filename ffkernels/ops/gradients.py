@@ -12,8 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ffkernels.ops.layout import empty_alike, lie_alike
-from ffkernels.ops.table import DTYPE_CODES, SUM_BLOCK, Group, Plan, check_dense, names_of
+from ffkernels.ops.plan import (
+    DTYPE_CODES,
+    SUM_BLOCK,
+    Group,
+    Plan,
+    check_dense,
+    empty_alike,
+    lie_alike,
+    names_of,
+)
 
 # Rows whose sums are added up together, by the program that is the last of them to end.
 SEGMENT = 128

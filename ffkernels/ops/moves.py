@@ -2,16 +2,27 @@
 
 Plans of plain lists are kept by address, so calling again with the same tensors does not check them again.
 Any thread may call; a plan that two of them make at the same time is made twice.
+
+`accept` and `k` are host numbers, which cost nothing to hand on, or values that only the device knows. Those
+must never be read back, since that would stop the host until the device has caught up, and cannot happen at
+all while a CUDA graph is captured: kernels take their address. Where a kernel wants addresses and a host
+number is given, the number becomes a small constant on the device, made once per plan and value.
+
+The last part registers the moves as operators that torch.compile, export and opcheck know. Calling through
+the dispatcher costs more than a small set takes to move, so eager code never comes there. The schemas say
+which lists are written; only an alignment returns something.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from threading import Lock
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +30,8 @@ from torch import Tensor
 from ffkernels.ops import reference
 from ffkernels.ops.dispatch import choose
 from ffkernels.ops.gradients import Gradients
-from ffkernels.ops.scalars import (
-    Scalar,
-    accept_argument,
-    as_tensor,
-    host_accept,
-    host_k,
-    k_argument,
-    on_device,
-)
-from ffkernels.ops.table import DTYPE_CODES, DTYPES, GPU_CHUNK, Plan, TensorTable, make_plan
+from ffkernels.ops.plan import DTYPE_CODES, DTYPES, GPU_CHUNK, Plan, make_plan
+from ffkernels.ops.table import TensorTable
 
 _PLANS_KEPT = 16
 _plans: OrderedDict[tuple, Plan] = OrderedDict()
@@ -207,3 +210,144 @@ def delta_absmax(table: TensorTable) -> float:
 def delta_absmax_on_device(table: TensorTable) -> Tensor:
     """The same, left where the weights are: a float32 scalar that nobody has waited for."""
     return reference.delta_absmax_on_device(table.delta_flats, table.plan.device)
+
+
+Scalar = bool | int | float | Tensor
+
+# More different k than a search takes in a run; a loop over random k must not fill the device.
+_CONSTANTS_KEPT = 1024
+
+
+def _one(name: str, allowed: str, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; give {allowed} or a tensor of one element")
+    return value
+
+
+def host_accept(value: Scalar) -> bool:
+    return bool(_one("accept", "a bool", value))
+
+
+def host_k(value: Scalar) -> float:
+    """k rounded to float32, which is what every implementation computes with."""
+    return ctypes.c_float(float(_one("k", "a number", value))).value
+
+
+def on_device(value: Scalar) -> bool:
+    """Whether reading this value would stop the host."""
+    return isinstance(value, Tensor) and value.device.type not in ("cpu", "meta")
+
+
+def accept_argument(plan: Plan, value: Scalar) -> bool | Tensor:
+    """A bool, or int32 [1] on the plan's device."""
+    if not on_device(value):
+        return host_accept(value)
+    value = _one("accept", "a bool", value).detach()
+    if value.dtype != torch.int32:
+        value = (value != 0).to(torch.int32)
+    return value.to(plan.device).reshape(1)
+
+
+def k_argument(plan: Plan, value: Scalar) -> float | Tensor:
+    """A float32 value, or float32 [1] on the plan's device."""
+    if not on_device(value):
+        return host_k(value)
+    return _one("k", "a number", value).detach().to(plan.device, torch.float32).reshape(1)
+
+
+def as_tensor(plan: Plan, value: bool | float | Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` as one element on the plan's device; a host number without any wait for the device."""
+    if isinstance(value, Tensor):
+        return value
+    # 0.0 == -0.0 and both copy base; nan != nan would add an entry each time, hence repr.
+    key = (dtype, repr(value))
+    found = plan.constants.get(key)
+    if found is None:
+        found = torch.full((1,), value, dtype=dtype, device=plan.device)
+        # What is made during a capture holds its value only after a replay, so it is not for anyone else.
+        capturing = plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing and len(plan.constants) < _CONSTANTS_KEPT:
+            plan.constants[key] = found
+    return found
+
+
+_CHECKPOINT = '(Tensor[] weights, Tensor(b!)[] best, str impl="auto") -> ()'
+_DELTA = '(Tensor[] weights, Tensor(a!)[] deltas, Tensor(b!)[] best, str impl="auto") -> ()'
+_STEP = (
+    "(Tensor(a!)[] weights, Tensor[] deltas, Tensor(b!)[] best, Tensor accept, Tensor k,"
+    ' str impl="auto") -> ()'
+)
+
+_ALIGN = '(Tensor[] weights, Tensor?[] grads, Tensor(b!)[] best, str impl="auto") -> Tensor'
+
+
+@torch.library.custom_op("ffkernels::checkpoint_", mutates_args=("best",), schema=_CHECKPOINT)
+def checkpoint_(weights: Sequence[Tensor], best: Sequence[Tensor], impl: str = "auto") -> None:
+    checkpoint_lists(weights, best, impl=impl)
+
+
+@torch.library.custom_op("ffkernels::delta_", mutates_args=("deltas", "best"), schema=_DELTA)
+def delta_(
+    weights: Sequence[Tensor], deltas: Sequence[Tensor], best: Sequence[Tensor], impl: str = "auto"
+) -> None:
+    delta_lists(weights, deltas, best, impl=impl)
+
+
+@torch.library.custom_op("ffkernels::step_", mutates_args=("weights", "best"), schema=_STEP)
+def step_(
+    weights: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    best: Sequence[Tensor],
+    accept: Tensor,
+    k: Tensor,
+    impl: str = "auto",
+) -> None:
+    step_lists(weights, deltas, best, accept, k, impl=impl)
+
+
+@torch.library.custom_op("ffkernels::align_", mutates_args=("best",), schema=_ALIGN)
+def align_(
+    weights: Sequence[Tensor], grads: Sequence[Tensor | None], best: Sequence[Tensor], impl: str = "auto"
+) -> Tensor:
+    return align_lists(weights, grads, best, impl=impl)
+
+
+@checkpoint_.register_fake
+def _(weights, best, impl="auto") -> None:
+    _same_length(weights, best=best)
+
+
+@delta_.register_fake
+def _(weights, deltas, best, impl="auto") -> None:
+    _same_length(weights, deltas=deltas, best=best)
+
+
+@step_.register_fake
+def _(weights, deltas, best, accept, k, impl="auto") -> None:
+    _same_length(weights, deltas=deltas, best=best)
+    for name, scalar in (("accept", accept), ("k", k)):
+        if scalar.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(scalar.shape)}; give a tensor of one element")
+
+
+@align_.register_fake
+def _(weights, grads, best, impl="auto") -> Tensor:
+    _same_length(weights, grads=grads, best=best)
+    return torch.empty(3, dtype=torch.float64, device=weights[0].device if len(weights) else "cpu")
+
+
+def _same_length(weights: Sequence[Tensor], **twins: Sequence[Tensor]) -> None:
+    for label, tensors in twins.items():
+        if len(tensors) != len(weights):
+            raise ValueError(
+                f"{label} has {len(tensors)} tensors for {len(weights)} weights; give one for each"
+            )
+
+
+def traced_scalar(
+    value: bool | int | float | Tensor, dtype: torch.dtype, weights: Sequence[Tensor]
+) -> Tensor:
+    """A scalar of a traced call as a tensor beside the weights, where a compiled graph can keep it."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((1,), value, dtype=dtype, device=weights[0].device if len(weights) else "cpu")

@@ -18,7 +18,7 @@ from torch import Tensor, get_num_threads
 from torch.autograd.graph import increment_version
 
 from ffkernels.ops import build
-from ffkernels.ops.table import DTYPE_CODES, Plan
+from ffkernels.ops.plan import DTYPE_CODES, Plan
 
 ABI = 3
 CURE = "run `ffkernels doctor --build` (needs a C++ compiler), or reinstall ffkernels where one is present"

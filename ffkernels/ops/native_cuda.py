@@ -29,7 +29,7 @@ from ffkernels.ops.native import (
     open_library,
     source_dir,
 )
-from ffkernels.ops.table import Plan
+from ffkernels.ops.plan import Plan
 
 CURE = "run `ffkernels doctor --build` (needs nvcc), or reinstall ffkernels where nvcc is present"
 

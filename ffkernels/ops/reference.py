@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ffkernels.ops.layout import pieces
-from ffkernels.ops.table import DTYPE_CODES, SUM_BLOCK
+from ffkernels.ops.plan import DTYPE_CODES, SUM_BLOCK, pieces
 
 # Elements of which align_ holds the products at a time, in float64.
 _AT_ONCE = 1 << 20

@@ -26,26 +26,26 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ffkernels.ops import library, moves
-from ffkernels.ops.scalars import Scalar
+from ffkernels.ops import moves
+from ffkernels.ops.moves import Scalar
 from ffkernels.ops.table import TensorTable
 
 
 @torch.no_grad()
 def _traced_step(weights, deltas, best, accept: Scalar, k: Scalar, *, impl: str = "auto") -> None:
-    accept = library.traced_scalar(accept, torch.int32, weights)
-    k = library.traced_scalar(k, torch.float32, weights)
-    library.step_(weights, deltas, best, accept, k, impl)
+    accept = moves.traced_scalar(accept, torch.int32, weights)
+    k = moves.traced_scalar(k, torch.float32, weights)
+    moves.step_(weights, deltas, best, accept, k, impl)
 
 
 @torch.no_grad()
 def _traced_delta(weights, deltas, best, *, impl: str = "auto") -> None:
-    library.delta_(weights, deltas, best, impl)
+    moves.delta_(weights, deltas, best, impl)
 
 
 @torch.no_grad()
 def _traced_checkpoint(weights, best, *, impl: str = "auto") -> None:
-    library.checkpoint_(weights, best, impl)
+    moves.checkpoint_(weights, best, impl)
 
 
 @overload

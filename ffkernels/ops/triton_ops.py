@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ffkernels.ops.gradients import SEGMENT
-from ffkernels.ops.table import DTYPE_CODES, DTYPES, GPU_CHUNK, Group, Plan
+from ffkernels.ops.plan import DTYPE_CODES, DTYPES, GPU_CHUNK, Group, Plan
 
 # With 8 warps a step fits in 32 registers: a multiprocessor then holds as many threads as it has room for.
 WARPS = 8

@@ -11,7 +11,7 @@ import torch
 
 from ffkernels import ops
 from ffkernels.ops import reference
-from ffkernels.ops.table import ALIGNMENT
+from ffkernels.ops.plan import ALIGNMENT
 
 pytestmark = pytest.mark.gpu
 

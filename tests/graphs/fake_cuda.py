@@ -75,7 +75,7 @@ class HostReads(TorchDispatchMode):
     def _in_moves() -> bool:
         frame = sys._getframe()
         while frame is not None:
-            if frame.f_code.co_filename.endswith(("ops/scalars.py", "triton/runtime/interpreter.py")):
+            if frame.f_code.co_filename.endswith(("ops/moves.py", "triton/runtime/interpreter.py")):
                 return True
             frame = frame.f_back
         return False

@@ -18,7 +18,7 @@ import torch
 
 from ffkernels import ops
 from ffkernels.ops import build, native
-from ffkernels.ops.table import DTYPES
+from ffkernels.ops.plan import DTYPES
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"

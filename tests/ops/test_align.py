@@ -12,8 +12,8 @@ import torch
 from torch.library import opcheck
 
 from ffkernels import ops
-from ffkernels.ops import gradients, library, moves, native
-from ffkernels.ops.table import CPU_CHUNK, DTYPE_CODES, SUM_BLOCK, make_plan
+from ffkernels.ops import gradients, moves, native
+from ffkernels.ops.plan import CPU_CHUNK, DTYPE_CODES, SUM_BLOCK, make_plan
 
 ALL = list(DTYPE_CODES)
 # Nothing, less than a vector, around a run of 64, a block of 1,024 and a row of 32,768, several rows.
@@ -440,10 +440,10 @@ def test_a_compiled_function_fills_out(fresh_compiler):
 def test_while_tracing_lists_of_other_lengths_are_refused():
     with torch._subclasses.FakeTensorMode():
         weights = [torch.empty(2), torch.empty(3)]
-        found = library.align_(weights, [None, None], [torch.empty(2), torch.empty(3)])
+        found = moves.align_(weights, [None, None], [torch.empty(2), torch.empty(3)])
         assert (found.shape, found.dtype) == ((3,), torch.float64)
         with pytest.raises(ValueError, match="grads has 1 tensors for 2 weights"):
-            library.align_(weights, [None], weights)
+            moves.align_(weights, [None], weights)
 
 
 # ---- what happens on a GPU before the launch ----

@@ -16,7 +16,7 @@ import torch
 from ffkernels.ops import native_cuda
 from ffkernels.ops.gradients import SEGMENT, Gradients
 from ffkernels.ops.native import NativeLibrary
-from ffkernels.ops.table import DTYPE_CODES, GPU_CHUNK, make_plan
+from ffkernels.ops.plan import DTYPE_CODES, GPU_CHUNK, make_plan
 
 ALL = tuple(DTYPE_CODES)
 # A full row, less than a vector, a vector and a tail, nothing, around one row, several rows.

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ffkernels.ops.gradients import SEGMENT
-from ffkernels.ops.table import DTYPE_CODES, GPU_CHUNK
+from ffkernels.ops.plan import DTYPE_CODES, GPU_CHUNK
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 

@@ -17,7 +17,7 @@ import torch
 
 from ffkernels.ops import native_cuda, reference
 from ffkernels.ops.native import Group, NativeLibrary, groups_of
-from ffkernels.ops.table import GPU_CHUNK, make_plan
+from ffkernels.ops.plan import GPU_CHUNK, make_plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # One element, less than a vector, a vector and a tail, around one chunk, many chunks.

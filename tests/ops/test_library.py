@@ -10,7 +10,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffkernels import ops
-from ffkernels.ops import library, moves, reference
+from ffkernels.ops import moves, reference
 from ffkernels.ops.build import find_compiler
 
 SHAPES = [(5, 7), (3000,), (), (0, 4)]
@@ -162,9 +162,9 @@ def test_lists_of_different_lengths_are_refused_while_tracing():
     with torch._subclasses.FakeTensorMode():
         weights = [torch.empty(2), torch.empty(3)]
         with pytest.raises(ValueError, match="best has 1 tensors for 2 weights"):
-            library.checkpoint_(weights, weights[:1])
+            moves.checkpoint_(weights, weights[:1])
         with pytest.raises(ValueError, match=r"k has shape \(2,\)"):
-            library.step_(weights, weights, weights, torch.empty(1), torch.empty(2))
+            moves.step_(weights, weights, weights, torch.empty(1), torch.empty(2))
 
 
 def test_errors_name_the_tensor():
@@ -189,8 +189,8 @@ def test_the_reference_that_reads_nothing_back(dtype, accept, k):
 
 
 def test_constants_are_made_once_per_value():
-    from ffkernels.ops.scalars import as_tensor
-    from ffkernels.ops.table import make_plan
+    from ffkernels.ops.moves import as_tensor
+    from ffkernels.ops.plan import make_plan
 
     weights = tensors(0)
     plan = make_plan(weights, None, tensors(1))

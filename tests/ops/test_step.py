@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ffkernels import ops
-from ffkernels.ops.table import DTYPES
+from ffkernels.ops.plan import DTYPES
 
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40, 6e-8, 3.4e38, 65504.0, 65520.0]
 KS = [0.0, 1.0, -1.0, 3.0, 0.37, -2.5e-3, 1e30, math.inf, math.nan]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from ffkernels import ops
-from ffkernels.ops.table import ALIGNMENT, CPU_CHUNK, chunk_rows
+from ffkernels.ops.plan import ALIGNMENT, CPU_CHUNK, chunk_rows
 
 
 def test_weights_come_in_three_forms():
@@ -113,13 +113,13 @@ def test_elements_off_their_own_boundary_are_refused():
 
 def test_different_devices_are_refused(monkeypatch):
     """Without a second device: two tensors that say they are on different ones."""
-    from ffkernels.ops import table
+    from ffkernels.ops import plan
 
     class Elsewhere:
         device = torch.device("cuda:0")
 
     with pytest.raises(ValueError, match="b is on cuda:0 but a on cpu"):
-        table._check_same_device([("a", torch.ones(2)), ("b", Elsewhere())])
+        plan.check_same_device([("a", torch.ones(2)), ("b", Elsewhere())])
 
 
 def test_names_must_fit():

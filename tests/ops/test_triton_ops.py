@@ -8,7 +8,7 @@ import torch
 
 from ffkernels.ops import reference
 from ffkernels.ops.gradients import Gradients
-from ffkernels.ops.table import GPU_CHUNK, chunk_rows, make_plan
+from ffkernels.ops.plan import GPU_CHUNK, chunk_rows, make_plan
 
 pytest.importorskip("triton", reason="triton is not installed")
 

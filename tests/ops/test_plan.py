@@ -12,9 +12,8 @@ import torch
 from ffkernels import ops
 from ffkernels.ops import native, native_cuda, reference
 from ffkernels.ops.gradients import Gradients
-from ffkernels.ops.layout import lie_alike, pieces, runs
 from ffkernels.ops.native import NativeLibrary
-from ffkernels.ops.table import DTYPE_CODES, GPU_CHUNK, make_plan
+from ffkernels.ops.plan import DTYPE_CODES, GPU_CHUNK, lie_alike, make_plan, pieces, runs
 
 # Views of the memory they are given; some of more than a row of a plan, some with gaps.
 LAYOUTS = {
