@@ -57,7 +57,7 @@ from stage_providers import Bench, makers, timed
 from stage_rounds import Samples, fixed, gap_of_step, of_a_step, take_samples
 from timing import summary, write_json
 
-from ffkernels.graphs import graphs
+from ffkernels.graphs import core as graphs
 
 AGREEMENT_SECONDS, LEAST_AGREEMENT_SECONDS, LEAST_PROFILE_SECONDS = 30.0, 8.0, 25.0
 

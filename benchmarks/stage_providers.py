@@ -298,7 +298,7 @@ class BareForward:
 
 def graph_executor(device: torch.device, name: str, ahead: int = 0) -> Any:
     """A fresh executor; RuntimeError where this machine cannot have it. Asking also tries a small loop."""
-    from ffkernels.graphs import graphs
+    from ffkernels.graphs import core as graphs
     from ffkernels.graphs.executors import StageGraphExecutor, StepGraphExecutor
 
     refused = (graphs.why_no_stage_graph if name == STAGE else graphs.why_no_step_graph)(device)
@@ -340,7 +340,7 @@ def makers(bench: Bench) -> dict[str, Callable[[], Any]]:
 
 def fastest(device: torch.device) -> str:
     """The graph that users get on this machine."""
-    from ffkernels.graphs import graphs
+    from ffkernels.graphs import core as graphs
 
     return STEP if graphs.why_no_stage_graph(device) else STAGE
 

@@ -16,7 +16,7 @@ import torch
 
 from ffkernels import __version__, ops
 from ffkernels.engine.ladder import NO_LAUNCHES
-from ffkernels.graphs.graphs import why_no_stage_graph, why_no_step_graph
+from ffkernels.graphs.core import why_no_stage_graph, why_no_step_graph
 from ffkernels.ops.build import find_compiler
 from ffkernels.reporting.machine import choose_device, machine_info, version_info
 

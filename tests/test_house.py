@@ -1,22 +1,45 @@
-"""The shape of the house: rooms import downward only, and the names of design stay where they are."""
+"""The shape of the house: rooms import downward only, no files go in a circle, rooms and files stay small."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "ffkernels"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ffkernels"
 # From the ground up: a room may import from itself and from the rooms before it.
-ROOMS = ["ops", "engine", "reporting", "training", "analysis"]
+ROOMS = [
+    "ops",
+    "search",
+    "ranks",
+    "validation",
+    "stage",
+    "graphs",
+    "engine",
+    "reporting",
+    "training",
+    "analysis",
+]
 # Modules directly in the package: doctor looks into every room, the command line stands on top of all.
 TOP = {"__init__", "__main__", "cli", "doctor"}
 
 
-def imports_of(path: Path) -> set[str]:
-    """Every ffkernels module that a file imports, at any depth of its code."""
-    package = ["ffkernels", *path.relative_to(PACKAGE).parent.parts]
+def modules(root: Path, folder: Path) -> dict[str, Path]:
+    """Every module under ``folder`` by the name that it is imported by."""
+    found = {}
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        found[".".join(parts)] = path
+    return found
+
+
+def imports_of(path: Path, name: str, known: set[str]) -> set[str]:
+    """The modules among ``known`` that a file imports, at any depth of its code, for types alone too."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -24,46 +47,114 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found.update(f"{module}.{alias.name}" for alias in node.names)
-            found.add(module)
-    return {name for name in found if name.split(".")[0] == "ffkernels"}
+            inner = {f"{module}.{alias.name}" for alias in node.names}
+            found |= inner & known
+            if not inner <= known:
+                found.add(module)
+    return (found & known) - {name}
 
 
-def upward(room: str, imported: str) -> bool:
-    """Whether a file of ``room`` must not import the module ``imported``."""
-    parts = imported.split(".")
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes that reach each other, each sorted."""
+
+    def reached(start: str) -> set[str]:
+        seen, ahead = set(), [start]
+        while ahead:
+            for node in graph[ahead.pop()] - seen:
+                seen.add(node)
+                ahead.append(node)
+        return seen
+
+    reach = {node: reached(node) for node in graph}
+    groups = {
+        frozenset(other for other in reach[node] if node in reach[other])
+        for node in graph
+        if node in reach[node]
+    }
+    return sorted(sorted(group) for group in groups)
+
+
+def graph_of(found: dict[str, Path]) -> dict[str, set[str]]:
+    return {name: imports_of(path, name, set(found)) for name, path in found.items()}
+
+
+def upward(name: str, imported: str) -> bool:
+    """Whether the module ``name`` of a room must not import the module ``imported``."""
+    room, parts = name.split(".")[1], imported.split(".")
     if len(parts) == 1:
         return False
-    if parts[1] in ROOMS:
-        return ROOMS.index(parts[1]) > ROOMS.index(room)
-    return parts[1] in TOP
+    return parts[1] in TOP or ROOMS.index(parts[1]) > ROOMS.index(room)
 
 
-FILES = [path for room in ROOMS for path in sorted((PACKAGE / room).glob("**/*.py"))]
+FILES = modules(ROOT, PACKAGE)
+GRAPH = graph_of(FILES)
+OF_ROOMS = sorted(name for name in FILES if len(name.split(".")) > 1 and name.split(".")[1] in ROOMS)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_rooms_import_downward_only(path):
-    room = path.relative_to(PACKAGE).parts[0]
-    wrong = sorted(name for name in imports_of(path) if upward(room, name))
-    assert not wrong, f"{room} must not import {wrong}"
+def test_every_file_of_the_package_is_in_a_room():
+    rest = {name.split(".")[1] for name in FILES if name != "ffkernels"} - set(ROOMS)
+    assert rest == TOP - {"__init__"}
+    assert {name.split(".")[1] for name in OF_ROOMS} == set(ROOMS)
 
 
-def test_the_rule_finds_an_upward_import(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
-    (tmp_path / "ops").mkdir()
-    file = tmp_path / "ops" / "wrong.py"
-    file.write_text(
-        "def f():\n    from ..engine import search\n    import ffkernels.cli\n    from ffkernels import ops\n"
-    )
-    assert sorted(name for name in imports_of(file) if upward("ops", name)) == [
-        "ffkernels.cli",
-        "ffkernels.engine",
-        "ffkernels.search.search",
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downward_only(room):
+    wrong = [
+        (name, imported)
+        for name in OF_ROOMS
+        if name.split(".")[1] == room
+        for imported in sorted(GRAPH[name])
+        if upward(name, imported)
     ]
+    assert not wrong
 
 
-@pytest.mark.parametrize("room", ["ops", "engine"])
+def test_no_files_of_the_package_import_each_other_in_a_circle():
+    # The package's own __init__ loads its names on their first use.
+    assert circles({name: found - {"ffkernels"} for name, found in GRAPH.items()}) == []
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tools"])
+def test_no_scripts_import_each_other_in_a_circle(folder):
+    """Scripts import each other by bare names, packages among them as benchmarks.…"""
+    found = dict(scripts(folder))
+    assert len(found) > 3
+    assert circles(graph_of(found)) == []
+
+
+def scripts(folder: str) -> Iterator[tuple[str, Path]]:
+    for path in (ROOT / folder).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        bare = len(parts) == 2 and not (path.parent / "__init__.py").exists()
+        yield (parts[-1] if bare else ".".join(parts).removesuffix(".__init__")), path
+
+
+def test_the_rules_find_what_they_forbid(tmp_path):
+    package = tmp_path / "ffkernels"
+    for file, text in {
+        "__init__.py": "",
+        "cli.py": "",
+        "engine/__init__.py": "",
+        "engine/search.py": "from ffkernels.ops import wrong\n",
+        "ops/__init__.py": "",
+        "ops/wrong.py": (
+            "def f():\n    from ..engine import search\n    import ffkernels.cli\n"
+            "    from ffkernels import ops\n"
+        ),
+        "ops/right.py": "from ffkernels.ops import wrong\n",
+    }.items():
+        (package / file).parent.mkdir(parents=True, exist_ok=True)
+        (package / file).write_text(text)
+    graph = graph_of(modules(tmp_path, package))
+    assert graph["ffkernels.ops.wrong"] == {"ffkernels.engine.search", "ffkernels.cli", "ffkernels.ops"}
+    assert sorted(name for name in graph["ffkernels.ops.wrong"] if upward("ffkernels.ops.wrong", name)) == [
+        "ffkernels.cli",
+        "ffkernels.engine.search",
+    ]
+    assert circles(graph) == [["ffkernels.engine.search", "ffkernels.ops.wrong"]]
+
+
+@pytest.mark.parametrize("room", ROOMS[: ROOMS.index("reporting")])
 def test_the_lower_rooms_know_no_hugging_face(room):
     for path in sorted((PACKAGE / room).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -75,10 +166,14 @@ def test_the_lower_rooms_know_no_hugging_face(room):
         )
 
 
-def test_modules_stay_small():
-    long = {
-        str(path.relative_to(PACKAGE)): lines
-        for path in PACKAGE.glob("**/*.py")
-        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400
-    }
-    assert not long, "over 400 lines: split by idea"
+def test_search_runs_without_torch():
+    for path in sorted((PACKAGE / "search").glob("*.py")):
+        assert "torch" not in path.read_text(encoding="utf-8").replace("without torch", ""), path
+
+
+def test_rooms_and_files_can_be_read_at_one_sitting():
+    files = {room: len(list((PACKAGE / room).glob("*.py"))) for room in ROOMS}
+    crowded = {room: n for room, n in files.items() if n > 16 and room not in ("training", "analysis")}
+    assert not crowded, "over 16 files: a room of its own, or files that are one idea"
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    assert not {name: n for name, n in lines.items() if n > 400}, "over 400 lines: split by idea"

@@ -13,7 +13,8 @@ import torch
 
 from ffkernels.reporting.flops import ADAM_FLOPS, FlopMeter
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.models import attention_targets, load_model, require, train_weights
+from ffkernels.training.models import attention_targets, load_model, train_weights
+from ffkernels.training.requirements import require
 from ffkernels.training.session import DataOrder, prepare_task
 from ffkernels.training.tasks import Example, collate
 from ffkernels.validation.loss import ValidationLoss

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import torch
 
+from ffkernels.graphs import core as graphs
 from ffkernels.graphs import driver as graph_driver
-from ffkernels.graphs import graphs
 from ffkernels.graphs import rules as capture_rules
 from ffkernels.graphs.executors import (
     GraphExecutor,

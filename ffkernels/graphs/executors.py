@@ -24,7 +24,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ffkernels import ops
-from ffkernels.graphs import graphs
+from ffkernels.graphs import core as graphs
 from ffkernels.graphs import rules as capture_rules
 from ffkernels.graphs.check import Snapshot, difference, follow
 from ffkernels.ops.notices import announce_once

@@ -37,6 +37,7 @@ import torch
 
 from ffkernels.graphs import driver as graph_driver
 from ffkernels.graphs import verdicts as graph_verdicts
+from ffkernels.graphs.while_graph import small_loop
 from ffkernels.ops import condition
 from ffkernels.ops.condition import WAYS
 
@@ -282,8 +283,6 @@ def answer(index: str, uuid: str, way: str) -> None:
 
 
 def _replies(index: int, uuid: str, way: str) -> Iterator[dict[str, Any]]:
-    from ffkernels.graphs.support import small_loop
-
     try:
         device = _reach(index, uuid)
         gpu = graph_driver.cuda.gpu(device)

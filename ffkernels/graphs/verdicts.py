@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from ffkernels import __version__
 from ffkernels.ops.condition import WAYS
 from ffkernels.ops.native import cache_dir
 
@@ -44,7 +43,6 @@ def key(gpu: dict[str, str]) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "cuda-bindings": _version("cuda.bindings"),
-        "ffkernels": __version__,
         "sources": sources.hexdigest()[:16],
         # Profilers look into graphs, and have crashed on loops.
         "profiler": bool(os.environ.get("CUDA_INJECTION64_PATH")),

@@ -8,15 +8,17 @@ a kernel that cannot set it gives a loop that never runs, not one that never end
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 
 import torch
 
+from ffkernels import ops
 from ffkernels.graphs import driver as graph_driver
 from ffkernels.graphs.capture import Capture, close_forgotten, explained
 from ffkernels.ops import condition
 
-__all__ = ["WhileGraph", "audit"]
+__all__ = ["WhileGraph", "audit", "small_loop"]
 
 # What a node may be, by the driver's name for it, and how to say that it may not.
 IN_LOOP = {"KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH"}
@@ -127,3 +129,55 @@ def audit(raw: int, *, in_loop: bool) -> list[str]:
         if child:
             found |= dict.fromkeys(audit(child, in_loop=in_loop))
     return list(found)
+
+
+def small_loop(device: torch.device) -> str | None:
+    """Search W = 1, 2, 3, … for a loss that is least at 4, twice over; then without an update to search.
+
+    Returns what was wrong, None when it counted right; raises what CUDA raises.
+    """
+    from ffkernels.ops import decide
+
+    weight = torch.zeros(5, device=device)
+    table = ops.TensorTable([weight])
+    state = decide.DecideState("linear", 8, device)
+    expected = [(tau, 5.0 * (3 - tau) ** 2) for tau in range(5)]
+    with ExitStack() as closing:
+        loop = WhileGraph(device)
+        closing.callback(loop.close)
+
+        def prologue(handle: int | None = None) -> None:
+            ops.delta_(table)
+            decide.begin(state, ops.delta_absmax_on_device(table), handle)
+
+        def body(handle: int | None = None) -> None:
+            loss = (weight.double() - 4).square().sum()
+            decide.decide(state, loss, handle=handle)
+            ops.step_(table, state.accept, state.k)
+
+        decide.prepare(state, with_condition=True)
+        start = Capture(device)
+        closing.callback(start.close)
+        step = Capture(device, pool=start)
+        closing.callback(step.close)
+        start.warm_up(prologue)
+        start.capture(lambda: prologue(loop.handle))
+        step.warm_up(body)
+        step.capture(lambda: body(loop.handle))
+        # Closed before the captures that it is made of.
+        closing.callback(loop.close)
+        loop.build(start, step, state.go)
+        for _ in range(2):
+            weight.fill_(0.0)
+            ops.checkpoint_(table)
+            weight.fill_(1.0)
+            loop.launch()
+            found = state.read()
+            if found.losses != expected or found.best_tau != 3 or weight.tolist() != [4.0] * 5:
+                ended = weight.tolist()[0]
+                return f"it counted wrong: it found {found.losses} and ended at {ended}, not at 4.0"
+        loop.launch()
+        found = state.read()
+        if found.losses or not math.isinf(found.best_loss):
+            return f"it counted wrong: it went on without an update and found {found.losses}"
+    return None

@@ -34,7 +34,6 @@ import torch.distributed as dist
 
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.ranks.trial import NoLoss, comes_of_weights, say_there_is_none
-from ffkernels.validation.examples import read_together
 
 __all__ = [
     "ROOM",
@@ -156,13 +155,13 @@ class Ranks:
         return self.mean_with_sums(lambda: (*measure(), None), ())[0]
 
     def mean_with_sums(
-        self, measure: Callable[[], tuple[Any, float, torch.Tensor | None]], shares: Sequence[int]
+        self, measure: Callable[[], tuple[Any, float, list[float] | None]], shares: Sequence[int]
     ) -> tuple[float, list[float] | None]:
         """As ``mean``, and the sums by example of all ranks, in rank order.
 
         Args:
-            measure: returns (total, weight, sums), of which the sums are float64, as many as this rank's
-                share, or None.
+            measure: returns (total, weight, sums), of which the sums are as many as this rank's share, or
+                None.
             shares: how many sums each rank has.
 
         Returns:
@@ -170,9 +169,8 @@ class Ranks:
         """
         more = max(shares, default=0) - ROOM
         try:
-            total, weight, sums = measure()
-            total, numbers = read_together(total, sums)
-            sent = int(numbers is not None)
+            total, weight, numbers = measure()
+            total, sent = float(total), int(numbers is not None)
         except BaseException as error:
             if not self._forgives(error):
                 self.fail(error, forwards=True)

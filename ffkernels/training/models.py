@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ffkernels.training.config import ADAPTERS
+from ffkernels.training.requirements import no_progress_bars, require
 from ffkernels.training.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
@@ -214,13 +215,6 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return resolved
 
 
-def require(package: str) -> Any:
-    try:
-        return __import__(package)
-    except ImportError as error:
-        raise RuntimeError(f"{package} is needed here: pip install 'ffkernels[hf]' ({error}).") from error
-
-
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
     """transformers reports a missing network, a typo and a private model alike; say what can be done."""
@@ -266,17 +260,3 @@ def _what_to_do() -> str:
         "login here (hf auth login). Without one: copy the model here and name its directory "
         "(HF_HUB_OFFLINE=1 saves the waiting)"
     )
-
-
-@contextlib.contextmanager
-def no_progress_bars(quiet: bool = True) -> Iterator[None]:
-    """Files that are at hand need no progress bar."""
-    logging = require("transformers").utils.logging
-    shown = logging.is_progress_bar_enabled()
-    if quiet and shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if quiet and shown:
-            logging.enable_progress_bar()

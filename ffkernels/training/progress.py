@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ffkernels.training.config import ADAPTERS, TrainConfig
-from ffkernels.training.models import no_progress_bars
+from ffkernels.training.requirements import no_progress_bars
 from ffkernels.training.trainer import NOT_FINITE
 
 if TYPE_CHECKING:

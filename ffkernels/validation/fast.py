@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,7 @@ from torch import nn
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.validation.batches import IGNORE, Example
 from ffkernels.validation.causal_lm import CausalLM, accepts_argument, find_autocast
-from ffkernels.validation.examples import ExampleSums
+from ffkernels.validation.examples import ExampleSums, MicroBatch
 from ffkernels.validation.forward_price import forward_price
 from ffkernels.validation.maskless_attention import (
     attends_eagerly,
@@ -60,22 +59,6 @@ _CHUNKS_AT_ONCE = 4
 _PARTS = 4
 _LEAST_ROWS_OF_A_PART = {"cpu": 16}
 _LEAST_ROWS_OF_A_PART_ELSEWHERE = 128
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Tensors of one forward; `positions` index the flattened (rows · length) hidden states."""
-
-    input_ids: torch.Tensor  # (rows, length) int64
-    positions: torch.Tensor  # (scored,) int64; 0 where there is nothing more to score
-    targets: torch.Tensor  # (scored,) int64; −100 there, whose loss is exactly 0
-
-    def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(*(tensor.to(device) for tensor in vars(self).values()))
-
-    def copy_(self, other: MicroBatch) -> None:
-        for mine, new in zip(vars(self).values(), vars(other).values(), strict=True):
-            mine.copy_(new)
 
 
 def plan_micro_batches(lengths: Sequence[int], max_tokens: int, forward_cost: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from ffkernels.ranks.ranks import Ranks
 from ffkernels.ranks.shards import shard_evenly, shard_examples
 from ffkernels.validation.batches import Example
 from ffkernels.validation.causal_lm import CausalLM
+from ffkernels.validation.examples import read_together
 from ffkernels.validation.fast import LabelledLoss, plan_micro_batches, token_limit
 from ffkernels.validation.forward_price import forward_price
 from ffkernels.validation.generic import ModelLoss, size_of
@@ -69,8 +70,8 @@ class SharedLoss:
     def measure(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The loss, and S of all ranks, the same on each."""
 
-        def mine() -> tuple[torch.Tensor, int, torch.Tensor]:
-            total, sums = self._measured()
+        def mine() -> tuple[float, int, list[float] | None]:
+            total, sums = read_together(*self._measured())
             return total, self.weight, sums
 
         mean, sums = self.ranks.mean_with_sums(mine, self._shares)

@@ -14,8 +14,8 @@ from torch import nn
 from ffkernels import FastForward, FastForwardConfig, Stage, ValidationLoss
 from ffkernels.engine import ladder
 from ffkernels.engine.ladder import NO_LAUNCHES, PROFILED, graphs_pay
+from ffkernels.graphs import core as graphs
 from ffkernels.graphs import executors as graph_executors
-from ffkernels.graphs import graphs
 from ffkernels.graphs import rules as capture_rules
 from ffkernels.graphs import support as graph_support
 from ffkernels.ops.notices import FFKernelsNotice

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ffkernels import ops
-from ffkernels.graphs import graphs
+from ffkernels.graphs import core as graphs
 
 DRY = os.environ.get("FFK_DRY") == "1"
 GPU_IMPLS = ("cuda", "triton", "torch")

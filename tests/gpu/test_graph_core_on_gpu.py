@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ffkernels import ops
+from ffkernels.graphs import core as graphs
 from ffkernels.graphs import driver as graph_driver
-from ffkernels.graphs import graphs
 from ffkernels.graphs import probe as graph_probe
 from ffkernels.graphs import support as graph_support
 from ffkernels.search.search import make_search

@@ -12,8 +12,8 @@ from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss, ValidationPool, ops
 from ffkernels.graphs import check as graph_check
+from ffkernels.graphs import core as graphs
 from ffkernels.graphs import executors as graph_executors
-from ffkernels.graphs import graphs
 from ffkernels.graphs.executors import GraphUnsafe, StageGraphExecutor, StepGraphExecutor
 from ffkernels.ops import condition
 from ffkernels.ops.notices import FFKernelsNotice

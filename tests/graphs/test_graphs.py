@@ -12,8 +12,8 @@ import torch
 
 from ffkernels import ops
 from ffkernels.graphs import capture as captures
+from ffkernels.graphs import core as graphs
 from ffkernels.graphs import driver as graph_driver
-from ffkernels.graphs import graphs
 from ffkernels.graphs.driver import DriverError
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
 from ffkernels.engine import ladder
-from ffkernels.graphs import graphs
+from ffkernels.graphs import core as graphs
 from ffkernels.graphs import probe as graph_probe
 from ffkernels.graphs import support as graph_support
 from ffkernels.graphs import verdicts as graph_verdicts
@@ -85,9 +85,7 @@ def test_a_good_verdict_is_kept_and_the_loop_then_runs_here(fake, processes, tmp
     assert processes.started == ["inside"] and fake.iterations == [5, 5, 0]
     (file,) = kept(tmp_path)
     assert (file["way"], file["problems"]) == ("inside", {})
-    assert {"gpu", "capability", "driver", "torch", "triton", "cuda-bindings", "ffkernels", "sources"} < set(
-        file["key"]
-    )
+    assert {"gpu", "capability", "driver", "torch", "triton", "cuda-bindings", "sources"} < set(file["key"])
     assert "uuid" not in file["key"], "GPUs of one kind share it"
     monkeypatch.setattr(graph_support, "_probed", {})
     assert graphs.why_no_stage_graph(CPU) is None
@@ -279,7 +277,6 @@ CHANGES = {
     "torch": lambda patch, fake, path: patch.setattr(torch, "__version__", "9.9"),
     "triton": lambda patch, fake, path: patch.setattr("triton.__version__", "9.9"),
     "bindings": lambda patch, fake, path: patch.setattr(graph_verdicts, "_version", lambda name: "9.9"),
-    "ffkernels": lambda patch, fake, path: patch.setattr(graph_verdicts, "__version__", "9.9"),
     "profiler": lambda patch, fake, path: patch.setenv("CUDA_INJECTION64_PATH", "libprofiler.so"),
     "source": lambda patch, fake, path: changed_source(patch, path),
 }
@@ -427,10 +424,10 @@ class TestTheProcessItself:
         monkeypatch.setattr(graph_probe, "LIMIT", 60.0)
         stand_in = (
             f"import pytest; sys.path.append({str(folder)!r}); import fake_cuda; "
-            "fake_cuda.FakeCuda.install(pytest.MonkeyPatch()); from ffkernels.engine"
+            "fake_cuda.FakeCuda.install(pytest.MonkeyPatch()); from ffkernels.graphs"
         )
-        assert "from ffkernels.engine" in graph_probe._CHILD
-        child = graph_probe._CHILD.replace("from ffkernels.engine", stand_in, 1)
+        assert "from ffkernels.graphs" in graph_probe._CHILD
+        child = graph_probe._CHILD.replace("from ffkernels.graphs", stand_in, 1)
         monkeypatch.setattr(graph_probe, "_CHILD", child)
         here = Path(graph_probe.__file__).parents[2]
         monkeypatch.setattr(sys, "path", [p for p in sys.path if p and Path(p) != here])

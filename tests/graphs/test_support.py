@@ -7,8 +7,8 @@ import ctypes
 import pytest
 import torch
 
-from ffkernels.graphs import graphs
-from ffkernels.graphs import support as graph_support
+from ffkernels.graphs import core as graphs
+from ffkernels.graphs import while_graph
 from ffkernels.graphs.driver import Cuda
 from ffkernels.ops import condition
 
@@ -148,7 +148,7 @@ def test_a_node_that_is_refused_leaves_nothing_behind(fake, ways, after):
     condition.use(CPU, condition.BEHIND)
     fake.fail("add_kernel", after=after)
     with pytest.raises(graphs.CaptureFailed, match="CUDA_ERROR_PLANTED"):
-        graph_support.small_loop(CPU)
+        while_graph.small_loop(CPU)
     assert fake.alive() == {}
 
 
@@ -166,7 +166,7 @@ def test_a_condition_that_cannot_be_set_is_found_and_does_not_hang(fake, deaf, m
 def test_a_loop_that_counts_wrong_is_found(fake, monkeypatch):
     set_condition = fake.set_condition
     monkeypatch.setattr(condition, "set_beside", lambda handle, go: set_condition(handle, go * (go < 0)))
-    assert "it found []" in graph_support.small_loop(CPU)
+    assert "it found []" in while_graph.small_loop(CPU)
     calls = []
 
     def stops_early(handle, go) -> None:
@@ -174,4 +174,4 @@ def test_a_loop_that_counts_wrong_is_found(fake, monkeypatch):
         set_condition(handle, go if len(calls) % 3 else torch.zeros_like(go))
 
     monkeypatch.setattr(condition, "set_beside", stops_early)
-    assert "not at 4.0" in graph_support.small_loop(CPU)
+    assert "not at 4.0" in while_graph.small_loop(CPU)

@@ -36,11 +36,11 @@ def sums_by_example(rank, size):
 
     def measure(with_sums=True):
         sums = torch.arange(shares[rank], dtype=torch.float64) / 3 + rank
-        return sums.sum(), 10, sums if with_sums else None
+        return sums.sum(), 10, sums.tolist() if with_sums else None
 
     mean, sums = ranks.mean_with_sums(measure, shares)
-    one = torch.tensor([rank / 7], dtype=torch.float64)
-    few, some = ranks.mean_with_sums(lambda: (7 * one, 1, one), [1, 1, 1])
+    one = rank / 7
+    few, some = ranks.mean_with_sums(lambda: (7 * one, 1, [one]), [1, 1, 1])
     without = ranks.mean_with_sums(lambda: measure(with_sums=rank < 2), shares)
     return [mean.hex(), [x.hex() for x in sums], few, some, list(without), ranks.mean(lambda: (rank, 1))]
 
