@@ -59,18 +59,19 @@ format: install
 
 bench: install
 	@mkdir -p $(OUT)/bench
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json $(OUT)/bench/benchmark.json
+	$(BIN)/python -m pytest benchmarks/kernels/step.py benchmarks/kernels/align.py \
+	  --benchmark-enable --benchmark-json $(OUT)/bench/benchmark.json
 	@echo "Results are in $(OUT)/bench/."
 
 bench-e2e: install
-	$(BIN)/python benchmarks/end_to_end.py --out $(OUT)/end-to-end/end_to_end.json $(ARGS)
+	$(BIN)/python -m benchmarks.end_to_end --out $(OUT)/end-to-end/end_to_end.json $(ARGS)
 
 results: install
-	$(BIN)/python tools/results_doc.py
+	$(BIN)/python -m tools.results_doc
 
 # Runs from the checkout, also where nothing can be installed: with this python3 unless there is a .venv.
 gpu-check:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py \
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check \
 	  --out $(if $(filter file,$(origin OUT)),runs/gpu-check,$(OUT)) $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY))
 
 clean:

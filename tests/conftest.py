@@ -11,11 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -23,32 +20,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@contextmanager
-def scripts_in(monkeypatch: pytest.MonkeyPatch, *folders: str) -> Iterator[Callable[[str], Any]]:
-    """The modules in these folders of the checkout by name; they import each other as scripts do."""
-    paths = tuple(str(ROOT / folder) for folder in folders)
-    before = set(sys.modules)
-    for path in paths:
-        monkeypatch.syspath_prepend(path)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # they put themselves there as well
-    yield __import__
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(paths):
-            del sys.modules[name]
-
-
-@pytest.fixture()
-def benchmarks(monkeypatch):
+@pytest.fixture(scope="session")
+def benchmarks():
     """The modules in benchmarks/ by name."""
-    with scripts_in(monkeypatch, "benchmarks") as load:
-        yield load
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
-@pytest.fixture()
-def tool(monkeypatch):
-    """The modules in tools/ by name, and those in benchmarks/, which they import."""
-    with scripts_in(monkeypatch, "benchmarks", "tools") as load:
-        yield load
+@pytest.fixture(scope="session")
+def tool():
+    """The modules in tools/ by name."""
+    return lambda name: importlib.import_module(f"tools.{name}")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -23,7 +23,7 @@ def plan(benchmarks):
             "batch_sizes": (64,),
             "seeds": (0, 1),
         }
-        return benchmarks("end_to_end_plan").Plan(TrainConfig(model="tiny"), **{**given, **changes})
+        return benchmarks("end_to_end.plan").Plan(TrainConfig(model="tiny"), **{**given, **changes})
 
     return build
 
@@ -43,7 +43,7 @@ def test_what_tells_most_comes_first(plan):
 
 
 def test_the_tuned_rate_is_known_given_or_looked_for_once(plan, benchmarks, monkeypatch):
-    module = benchmarks("end_to_end_plan")
+    module = benchmarks("end_to_end.plan")
     monkeypatch.setattr(module, "TUNED_LR", {("tiny", "instruction"): 1e-2})
     cell = module.Cell("chat", "lora", 1e-4, 64)
     known = plan().known_rate
@@ -59,7 +59,7 @@ def test_the_tuned_rate_is_known_given_or_looked_for_once(plan, benchmarks, monk
 
 
 def test_a_gpu_has_the_papers_batches_and_a_cpu_the_embedded_model(benchmarks, monkeypatch):
-    module = benchmarks("end_to_end")
+    module = benchmarks("end_to_end.__main__")
     cpu, _ = module.make_plan(module.parse(["--device", "cpu"]))
     assert (cpu.base.model, list(cpu.rates), list(cpu.seeds)) == ("tiny", [1e-4, 3e-4], [0, 1, 2])
     assert len(list(cpu.rounds())) == 18 and cpu.base.steps == 120
@@ -83,7 +83,7 @@ def test_a_gpu_has_the_papers_batches_and_a_cpu_the_embedded_model(benchmarks, m
 
 
 def test_medians_and_ranges_of_the_seeds(benchmarks):
-    record = benchmarks("end_to_end_record")
+    record = benchmarks("end_to_end.record")
 
     def one(seed, flops, reason=None):
         saved = {"flops_paper": flops, "flops_measured": flops, "seconds": flops}
@@ -110,7 +110,7 @@ def test_medians_and_ranges_of_the_seeds(benchmarks):
 
 
 def test_a_round_that_got_less_far_does_not_replace_one_that_got_further(benchmarks):
-    record = benchmarks("end_to_end_record")
+    record = benchmarks("end_to_end.record")
 
     def one(mark, *kinds):
         runs = [{"name": f"{kind}-s0", "kind": kind} for kind in kinds]
@@ -126,15 +126,15 @@ def test_a_round_that_got_less_far_does_not_replace_one_that_got_further(benchma
 def test_half_a_file_is_not_gone_on_with(benchmarks, tmp_path, capsys, text):
     out = tmp_path / "half.json"
     out.write_text(text, encoding="utf-8")
-    assert benchmarks("end_to_end").main([*SMALL, "--out", str(out)]) == 2
+    assert benchmarks("end_to_end.__main__").main([*SMALL, "--out", str(out)]) == 2
     assert f"{out} is no whole result of this benchmark; give another --out" in capsys.readouterr().err
     assert out.read_text(encoding="utf-8") == text
 
 
 def test_a_round_that_cannot_be_leaves_the_others_alone(benchmarks, tmp_path, monkeypatch, capsys):
     """A task's package is missing, then Adam diverges: both are said, and a later call may measure them."""
-    rounds, module = benchmarks("end_to_end_rounds"), benchmarks("end_to_end")
-    monkeypatch.setattr(benchmarks("end_to_end_plan"), "_probe", lambda comparison: (1.0, 1.0, 1.0))
+    rounds, module = benchmarks("end_to_end.rounds"), benchmarks("end_to_end.__main__")
+    monkeypatch.setattr(benchmarks("end_to_end.plan"), "_probe", lambda comparison: (1.0, 1.0, 1.0))
 
     def compare(comparison, **_):
         if comparison.base.task == "medical":
@@ -162,13 +162,13 @@ SMALL = ["--fast", "--steps", "7", "--batch-size", "8", "--test-examples", "16",
 
 @pytest.mark.slow
 def test_one_cell_measured_kept_and_not_measured_again(benchmarks, tmp_path, capsys):
-    main, out = benchmarks("end_to_end").main, tmp_path / "e2e.json"
+    main, out = benchmarks("end_to_end.__main__").main, tmp_path / "e2e.json"
     assert main([*SMALL, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "expected: about" in said and "parabolic-s0" in said
     document = json.loads(out.read_text(encoding="utf-8"))
     assert document["fast"] and document["left_out"] == [] and document["config"]["steps"] == 7
-    assert document["command"] == f"python benchmarks/end_to_end.py {' '.join(SMALL)} --out e2e.json"
+    assert document["command"] == f"python -m benchmarks.end_to_end {' '.join(SMALL)} --out e2e.json"
     assert document["tuned"] == {"instruction": {"lr": 1e-2, "source": "option"}}
     (cell,) = document["cells"]
     assert (cell["name"], cell["lr"]) == ("instruction lora lr=3e-4 batch=8", 3e-4)
@@ -196,8 +196,8 @@ def test_one_cell_measured_kept_and_not_measured_again(benchmarks, tmp_path, cap
 
 @pytest.mark.slow
 def test_no_time_and_ctrl_c_keep_what_was_finished(benchmarks, tmp_path, monkeypatch, capsys):
-    rounds, module = benchmarks("end_to_end_rounds"), benchmarks("end_to_end")
-    monkeypatch.setattr(benchmarks("end_to_end_plan"), "_probe", lambda comparison: (1.0, 1.0, 1.0))
+    rounds, module = benchmarks("end_to_end.rounds"), benchmarks("end_to_end.__main__")
+    monkeypatch.setattr(benchmarks("end_to_end.plan"), "_probe", lambda comparison: (1.0, 1.0, 1.0))
     real = rounds.compare
     asked = []
 
@@ -235,7 +235,7 @@ def test_no_time_and_ctrl_c_keep_what_was_finished(benchmarks, tmp_path, monkeyp
 
 
 def test_what_a_gpu_has_to_save_end_to_end(benchmarks):
-    table = benchmarks("end_to_end_table")
+    table = benchmarks("end_to_end.table")
 
     def cell(paper, measured, seconds, tuned=False):
         median = {"flops_paper": paper, "flops_measured": measured, "seconds": seconds}

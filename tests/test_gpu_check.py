@@ -17,23 +17,25 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from benchmarks.gpu_check.parts import Stage
+
 ROOT = Path(__file__).resolve().parents[1]
 GPU_TESTS = ROOT / "tests" / "gpu"
 
 
 @pytest.fixture()
 def parts(benchmarks):
-    return benchmarks("gpu_parts")
+    return benchmarks("gpu_check.parts")
 
 
 @pytest.fixture()
 def check(benchmarks):
-    return benchmarks("gpu_check")
+    return benchmarks("gpu_check.__main__")
 
 
 def python(code: str, name: str = "one", limit: float = 20, **more):
     """A stage of some lines of Python."""
-    return sys.modules["gpu_parts"].Stage(name, "", [sys.executable, "-c", code], limit, **more)
+    return Stage(name, "", [sys.executable, "-c", code], limit, **more)
 
 
 def machine(gpu: bool):
@@ -98,7 +100,7 @@ def test_memcheck_where_there_is_the_tool(parts, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     stage = parts.parts(False)[2][-1]
     assert stage.command[:3] == ["/bin/compute-sanitizer", "--tool", "memcheck"]
-    assert Path(stage.command[-1]).name == "sanitize_step.py"
+    assert stage.command[-2:] == ["-m", "benchmarks.kernels.sanitize"]
     monkeypatch.setattr(shutil, "which", lambda name: None)
     stage = parts.parts(False)[2][-1]
     assert stage.command is None and stage.reason == "compute-sanitizer is not on PATH"
@@ -110,7 +112,7 @@ def test_what_is_given_to_the_compute_sanitizer(benchmarks, monkeypatch):
 
     from ffkernels import ops
 
-    script, seen = benchmarks("sanitize_step"), []
+    script, seen = benchmarks("kernels.sanitize"), []
     for name in ("step_", "delta_", "checkpoint_"):
         real = getattr(ops, name)
 
@@ -140,7 +142,7 @@ def test_the_machine_is_described_whatever_is_missing(benchmarks, monkeypatch, c
     def broken():
         raise BuildError("no nvcc on PATH")
 
-    script, built = benchmarks("gpu_machine"), []
+    script, built = benchmarks("gpu_check.machine"), []
     monkeypatch.delenv("FFK_DRY", raising=False)
     monkeypatch.setattr(ops, "build_native", lambda: built.append("cpp"))
     monkeypatch.setattr(ops, "build_cuda", broken)
@@ -213,7 +215,7 @@ def test_make_passes_it_on(given, passed, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     line = " ".join(done.stdout.replace("\\\n", " ").split())
-    assert line.endswith(f"benchmarks/gpu_check.py {passed}")
+    assert line.endswith(f"-m benchmarks.gpu_check {passed}")
 
 
 # ---- running ----
@@ -359,16 +361,17 @@ def test_whoever_ends_the_check_ends_its_stages(tmp_path):
     """Under `timeout`, which sends SIGTERM: nothing goes on holding the GPU."""
     code = f"""
 import sys
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import gpu_check, gpu_parts
+from benchmarks.gpu_check import __main__ as gpu_check, parts
 sys.argv = ["gpu_check.py", "--out", {str(tmp_path / "out")!r}]
 child = f"import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-stage = gpu_parts.Stage("one", "", [sys.executable, "-c", child], 60)
+stage = parts.Stage("one", "", [sys.executable, "-c", child], 60)
 gpu_check.parts = lambda dry: {{1: [stage]}}
 gpu_check.main()
 """
     environment = {**os.environ, "FFK_DRY": "1"}
-    outer = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
+    outer = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, cwd=ROOT
+    )
     pid = tmp_path / "pid"
     try:
         deadline = time.monotonic() + 30
@@ -383,7 +386,7 @@ gpu_check.main()
 
 
 def test_a_promise_has_a_verdict(benchmarks):
-    table = benchmarks("gpu_table")
+    table = benchmarks("gpu_check.table")
     result = {
         "command": "make gpu-check PART=3",
         "provenance": None,
@@ -396,4 +399,4 @@ def test_a_promise_has_a_verdict(benchmarks):
     }
     lines = [" ".join(line.split()) for line in table.render(result).splitlines()]
     assert lines[1:4] == ["met a: 1", "NOT MET b: 2", "not resolved c: 3"]
-    assert set(table.TABLES) == set(benchmarks("gpu_parts").SCRIPTS)
+    assert set(table.TABLES) == set(benchmarks("gpu_check.parts").MODULES)

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import record
+
 INF = math.inf
 
 
@@ -16,9 +18,7 @@ INF = math.inf
 def bench(benchmarks):
     """The benchmark's modules by name."""
     names = ("workloads", "plan", "bench", "contenders", "record", "table", "__main__")
-    return SimpleNamespace(
-        **{name.strip("_"): getattr(benchmarks(f"learning_rate.{name}"), name) for name in names}
-    )
+    return SimpleNamespace(**{name.strip("_"): benchmarks(f"learning_rate.{name}") for name in names})
 
 
 def run_out(item, plan, losses, done):
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_goes_on_and_loses_its_last_line_at_most(bench, tm
     path.write_text(text[: text.rindex('"loss"')], encoding="utf-8")
     assert bench.main.main(command) == 0
     assert measured == first[-1:]
-    assert list(bench.main.finished(path)) == first
+    assert list(record.lines_of(path, "key")) == first
     assert bench.main.main(command) == 0 and measured == first[-1:]
 
 
@@ -139,7 +139,7 @@ def test_every_method_trains_what_it_should(bench):
         assert len(one.names) == tensors and all(part in each for each in one.names), name
         before = [p.detach().clone() for p in one.trainable]
         work = bench.contenders.Work(one, 4, lr=bench.workloads.METHODS[name].rate, warmup=2)
-        line = bench.bench.train(bench.contenders.CONTENDERS["adam"], work)
+        line = bench.main.train(bench.contenders.CONTENDERS["adam"], work)
         assert not any(map(torch.equal, before, one.trainable)), name
         assert line["loss"] < line["start"] and line["worst"] < 1.5, name
         one.reset()
@@ -150,9 +150,7 @@ def test_auto_is_given_no_rate_and_logs_its_rise(bench):
     pytest.importorskip("peft")
     one = bench.bench.Bench(bench.workloads.Workload("instruction", 4, 12), 0, test_examples=4)
     lines = [
-        bench.bench.train(
-            bench.contenders.CONTENDERS["auto"], bench.contenders.Work(one, 12, "linear", lr=lr)
-        )
+        bench.main.train(bench.contenders.CONTENDERS["auto"], bench.contenders.Work(one, 12, "linear", lr=lr))
         for lr in (None, 1e-6, 1e-1)
     ]
     for line in lines:
@@ -206,11 +204,15 @@ def test_loss_above_tuned_and_what_is_not_recovered(bench):
 
 
 def test_what_the_documentation_says_of_it(bench, tool, tmp_path):
-    rates, doc = tool("results_rates"), tool("results_doc")
-    assert rates.learning_rates({}) == rates.learning_rates_short({}) == rates.NOTHING
+    rates, doc = bench.table, tool("results_doc")
+    assert (
+        rates.learning_rates({})
+        == rates.learning_rates_short({})
+        == ("*Not measured yet: `python -m benchmarks.learning_rate`.*")
+    )
     data = a_result(bench)
     path = tmp_path / "benchmarks" / "results" / "alignment_rates_tiny_2026-01-01.json"
-    bench.record.write(data, path)
+    record.write(data, path)
     assert json.loads(path.read_text(encoding="utf-8")) == data
     text = doc.builders(doc.read_results(tmp_path))["learning-rates"]()
     verdict = (

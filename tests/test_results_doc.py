@@ -103,7 +103,7 @@ def checkout(tmp_path):
 
 
 def test_the_documentation_is_up_to_date(tool):
-    assert tool("results_doc").outdated(ROOT, write=False) == [], "python tools/results_doc.py makes it anew"
+    assert tool("results_doc").outdated(ROOT, write=False) == [], "python -m tools.results_doc makes it anew"
 
 
 def test_every_result_is_listed():
@@ -138,8 +138,8 @@ def test_writing_makes_the_check_pass_and_a_changed_number_makes_it_fail(tool, c
     assert "images/end_to_end_tiny_cpu_curves.png" in said and "results.md" not in said
 
 
-def test_the_tables_have_the_form_of_the_figures(tool):
-    doc, figures = tool("results_doc"), tool("results_figures")
+def test_the_tables_have_the_form_of_the_figures(tool, benchmarks):
+    doc, figures = tool("results_doc"), benchmarks("end_to_end.figures")
     build = doc.builders({NAME: document()})
     text = build["end-to-end"]()
     measured, paper, seconds, work = (part.split("\n\n")[1] for part in text.split("\n\n**")[1:])
@@ -163,26 +163,26 @@ def test_the_tables_have_the_form_of_the_figures(tool):
     assert figures.end_to_end({}, {}) == "*Not measured yet: `make bench-e2e`.*"
 
 
-def test_a_target_that_was_missed_and_a_single_seed_are_named_so(tool):
+def test_a_target_that_was_missed_and_a_single_seed_are_named_so(benchmarks):
     data = document()
     data["cells"] = [cell("chat", 1e-4, seeds=1), cell("chat", 1e-2, tuned=True, parabolic=0.01, seeds=1)]
     data["cells"].insert(1, cell("chat", 3e-4, seeds=1))
     missed = {"kind": "linear", "count": 1, "median": None, "low": None, "high": None, "reason": "…"}
     data["cells"][0]["spreads"][0] = missed
-    text = tool("results_figures").end_to_end({NAME: data}, {})
+    text = benchmarks("end_to_end.figures").end_to_end({NAME: data}, {})
     assert "| chat | 1e-4 | not reached | 80 % | 95 % |" in text
     assert "| chat | 1e-2 (tuned) | 30 % | 1 % | 95 % |" in text
     assert "Started at the tuned rate itself, `parabolic` saves 1 %." in text
     assert "and 34 % (target not reached in 1 of 2 cells) with `linear` here" in text
     assert "“not reached”" not in text  # by whom needs no saying where there is one seed
     data["cells"][1]["spreads"][0] = missed
-    text = tool("results_figures").end_to_end({NAME: data}, {})
+    text = benchmarks("end_to_end.figures").end_to_end({NAME: data}, {})
     assert "and nothing (target not reached in 2 of 2 cells) with `linear` here" in text
-    assert "not reached" in tool("results_figures").end_to_end_short({NAME: data})
+    assert "not reached" in benchmarks("end_to_end.figures").end_to_end_short({NAME: data})
 
 
-def test_what_is_incomplete_or_means_nothing_is_not_passed_off_as_whole(tool):
-    figures, data = tool("results_figures"), document()
+def test_what_is_incomplete_or_means_nothing_is_not_passed_off_as_whole(benchmarks):
+    figures, data = benchmarks("end_to_end.figures"), document()
     for number, commit in enumerate(("aaa", "aaa", "bbb+changes")):
         data["cells"][0]["rounds"][number]["git_commit"] = commit
     data["cells"][1] = cell("instruction", 3e-4, parabolic=0.6, seeds=2)
@@ -197,14 +197,14 @@ def test_what_is_incomplete_or_means_nothing_is_not_passed_off_as_whole(tool):
     assert figures.end_to_end_short({NAME: only_tuned}).startswith("*All three tasks: not measured yet")
 
 
-def test_every_kind_is_in_the_legend_though_the_first_cell_missed_the_target(tool):
+def test_every_kind_is_in_the_legend_though_the_first_cell_missed_the_target(benchmarks):
     from matplotlib.figure import Figure
 
     data = document()
-    first = tool("results_figures").in_order(data)[0]
+    first = benchmarks("end_to_end.figures").in_order(data)[0]
     first["spreads"][0] |= {"median": None, "low": None, "high": None}
     figure = Figure(layout="constrained")
-    tool("results_plots").draw_saved(figure, data)
+    benchmarks("end_to_end.plots").draw_saved(figure, data)
     said = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(said) == sorted(
         [
@@ -217,8 +217,8 @@ def test_every_kind_is_in_the_legend_though_the_first_cell_missed_the_target(too
 
 
 @pytest.mark.parametrize("methods", [["lora"], ["lora", "dora"]])
-def test_pictures_are_small_and_know_their_data(tool, tmp_path, methods):
-    plots, data = tool("results_plots"), document()
+def test_pictures_are_small_and_know_their_data(benchmarks, tmp_path, methods):
+    plots, data = benchmarks("end_to_end.plots"), document()
     data["cells"] = [
         cell(task, lr, method=method, tuned=lr == 1e-2, seeds=1)
         for method in methods
@@ -237,8 +237,8 @@ def test_pictures_are_small_and_know_their_data(tool, tmp_path, methods):
     assert plots.shown_digest(tmp_path / "none.png") is None
 
 
-def test_the_newest_counts_and_two_of_a_kind_are_refused(tool):
-    doc, tables = tool("results_doc"), tool("results_tables")
+def test_the_newest_counts_and_two_of_a_kind_are_refused(tool, benchmarks):
+    doc, step = tool("results_doc"), benchmarks("kernels.step")
     adapters = {"modes": {m: {o: {} for o in ("foreach", "loop", "state_dict")} for m in ("warm", "cold")}}
     files = {}
     for date, ratio in (("2026-02-01", 0.5), ("2026-01-31", 0.25)):
@@ -247,13 +247,13 @@ def test_the_newest_counts_and_two_of_a_kind_are_refused(tool):
             for other in mode.values():
                 other["ours_over_this"] = ratio
         files[f"step_cpu_{date}.json"] = {"adapters": {"small": data}}
-    assert tables.step(files).splitlines()[2] == "| small |" + " 0.50 |" * 6
+    assert step.table(files).splitlines()[2] == "| small |" + " 0.50 |" * 6
     later = NAME.replace("2026", "2027")
     with pytest.raises(ValueError, match=r"two results draw end_to_end_tiny_cpu_curves\.png, end_to_end_"):
         doc.builders({NAME: document(), later: document()})
 
 
-def test_only_places_where_every_way_was_measured_are_compared(tool):
+def test_only_places_where_every_way_was_measured_are_compared(benchmarks):
     def resampled(arm, seed, flops, loss, lr=3e-4, steps=12):
         curve = [[0, 0, 5.0], [6, flops // 4, 4.0], [12, flops, loss]]
         return {
@@ -278,7 +278,7 @@ def test_only_places_where_every_way_was_measured_are_compared(tool):
     data["runs"] += [resampled(*way[:1], 0, *way[1:], lr=1e-4) for way in ways[:2]]  # not all of them
     data["runs"] += [resampled("adam", 1, 100, 4.0), resampled("fixed 8", 0, 80, 2.4)]
     data["runs"] += [resampled("fixed 8", 0, 160, 1.5, steps=24)]
-    text = tool("results_resampled").resampled_validation({"resampled_validation_x.json": data})
+    text = benchmarks("stages.resampled").table({"resampled_validation_x.json": data})
     assert "tasks × seeds: 0 at 1e-4, 1 at 3e-4." in text
     rows = text.splitlines()[4:]
     assert rows[0] == "| the same 32 | – | 80 % (80 to 80) | +0.0 % (+0.0 to +0.0) | 1.00 | 1 |"
@@ -288,18 +288,20 @@ def test_only_places_where_every_way_was_measured_are_compared(tool):
     for run in data["runs"]:
         if run["arm"] == "fixed 32":
             run["curve"] = run["curve"][:1]
-    text = tool("results_resampled").resampled_validation({"resampled_validation_x.json": data})
+    text = benchmarks("stages.resampled").table({"resampled_validation_x.json": data})
     assert "| the same 32 | – | not reached in 1 of 1 |" in text
 
 
-def test_a_training_that_missed_the_target_has_no_share(tool):
+def test_a_training_that_missed_the_target_has_no_share(benchmarks):
     entries = [{"lr": 1e-4, "reached": r, "flops_measured": 0.5 if r else None} for r in (True, False)]
     result = {
         "kind": "sft",
         "config": {"model": "tiny", "batch_size": 32, "steps": 7},
         "savings": entries,
     }
-    assert "| embedded | 1e-4 | 7 | not reached |" in tool("results_tables").sft({"sft_x.json": result})
+    assert "| embedded | 1e-4 | 7 | not reached |" in benchmarks("end_to_end.sft").table(
+        {"sft_x.json": result}
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_row_holds_what_its_providers_took(benchmarks, monkeypatch, one_thread):
-    bench_stage, cases = benchmarks("bench_stage"), benchmarks("stage_cases")
+    bench_stage, cases = benchmarks("stages.bench"), benchmarks("stages.cases")
     case = cases.Case(cases.TINY, 16, evaluations=4, seconds=0.0)
     step_ms = {"authors": 300.0, "bare forward": 10.0, "stage graph": 10.1}
     step_ms |= {"stage graph, linear": 9.9, "bare forward, linear": 9.8}
@@ -59,7 +59,7 @@ def test_a_row_holds_what_its_providers_took(benchmarks, monkeypatch, one_thread
         return evaluations * step_ms[one.name] / 1000
 
     monkeypatch.setattr(bench_stage, "timed", timed)
-    model, _ = benchmarks("stage_models").make_model(case.model, CPU, torch.float32)
+    model, _ = benchmarks("stages.models").make_model(case.model, CPU, torch.float32)
     row = bench_stage.measure(
         case,
         model,
@@ -102,11 +102,11 @@ def one_thread():
 @pytest.fixture()
 def bench(benchmarks, monkeypatch, one_thread):
     """The tiny model's bench, eight examples, and stages of five evaluations."""
-    cases, models = benchmarks("stage_cases"), benchmarks("stage_models")
+    cases, models = benchmarks("stages.cases"), benchmarks("stages.models")
     monkeypatch.setattr(models, "EXAMPLES", 8)  # Triton's interpreter takes milliseconds for each
     case = cases.Case(cases.TINY, 16, evaluations=5, full=True)
     model, _ = models.make_model(case.model, CPU, torch.float32)
-    return benchmarks("stage_providers").Bench(case, model, CPU)
+    return benchmarks("stages.providers").Bench(case, model, CPU)
 
 
 @pytest.fixture()
@@ -136,7 +136,7 @@ def executors(providers, bench):
 def test_a_search_is_led_to_the_evaluations_that_are_wanted(benchmarks, bench, fake, monkeypatch):
     from ffkernels.search import significance
 
-    providers = benchmarks("stage_providers")
+    providers = benchmarks("stages.providers")
     tested, records = [], []
     real = significance.higher
     monkeypatch.setattr(significance, "higher", lambda *a: tested.append(real(*a)) or tested[-1])
@@ -176,12 +176,12 @@ def test_everything_in_one_batch_is_the_same_loss(benchmarks, bench):
     assert whole.forward.micro_batches[0].input_ids.shape == (8, 15)  # the last token predicts nothing
     assert float(whole.real_loss()) == pytest.approx(float(planned.real_loss()), rel=1e-6)
     assert sorted(whole.example_counts) == sorted(planned.example_counts)
-    names = set(benchmarks("stage_providers").makers(bench))
+    names = set(benchmarks("stages.providers").makers(bench))
     assert {"ours eager", "ours eager, linear", "ours eager, one batch"} < names
 
 
 def test_who_runs_in_which_row_on_a_gpu(benchmarks, monkeypatch):
-    cases, providers = benchmarks("stage_cases"), benchmarks("stage_providers")
+    cases, providers = benchmarks("stages.cases"), benchmarks("stages.providers")
     monkeypatch.setattr(providers, "fastest", lambda device: "step graph")
 
     def names(micro_batches, **fields):
@@ -207,13 +207,13 @@ def test_a_refused_fast_path_is_measured_and_named(benchmarks, bench, monkeypatc
 
     assert bench.loss.refused == ""
     monkeypatch.setattr(validation, "disagreement", lambda *a: "it differs by 3")
-    loss = benchmarks("stage_providers").SteeredLoss(bench.model, bench.batches)
+    loss = benchmarks("stages.providers").SteeredLoss(bench.model, bench.batches)
     assert loss.refused == "it differs by 3" and loss.path == "fast"
     assert float(loss.real_loss()) == float(bench.loss.real_loss())
 
 
 def test_what_is_counted_at_the_calls(benchmarks, bench, fake):
-    profile, providers = benchmarks("stage_profile"), benchmarks("stage_providers")
+    profile, providers = benchmarks("stages.profile"), benchmarks("stages.providers")
     found = executors(providers, bench)
     step, stage = found["step graph", "parabolic"], found["stage graph", "parabolic"]
     counts = profile.count_both(profile.count_calls, stage, 5, CPU)
@@ -234,7 +234,7 @@ def test_what_is_counted_at_the_calls(benchmarks, bench, fake):
 def test_waits_are_what_torch_warns_of(benchmarks, monkeypatch):
     import warnings
 
-    profile = benchmarks("stage_profile")
+    profile = benchmarks("stages.profile")
     modes = ["default"]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
@@ -250,7 +250,7 @@ def test_waits_are_what_torch_warns_of(benchmarks, monkeypatch):
 
 
 def test_graphs_are_counted_first_and_a_failure_ends_none_of_the_others(benchmarks, tmp_path, monkeypatch):
-    bench_stage, cases = benchmarks("bench_stage"), benchmarks("stage_cases")
+    bench_stage, cases = benchmarks("stages.bench"), benchmarks("stages.cases")
     seen = []
 
     def both(way, provider, evaluations, device):
@@ -277,7 +277,7 @@ def test_graphs_are_counted_first_and_a_failure_ends_none_of_the_others(benchmar
 
 
 def test_a_dying_profiler_takes_nothing_along(benchmarks, tmp_path, monkeypatch):
-    profile = benchmarks("stage_profile")
+    profile = benchmarks("stages.profile")
     seen = []
 
     def both(way, provider, evaluations, device):
@@ -316,8 +316,8 @@ def test_a_dry_run_from_a_plain_tree(tmp_path):
     """By an interpreter that reads no .pth file, which is where an editable installation would be found."""
     environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
     out = tmp_path / "stage.json"
-    command = [sys.executable, "-S", str(ROOT / "benchmarks" / "bench_stage.py"), "--dry", "--out", str(out)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-S", "-m", "benchmarks.stages.bench", "--dry", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert [sorted(row["providers"])[:3] for row in found["rows"]] == [
@@ -329,7 +329,7 @@ def test_a_dry_run_from_a_plain_tree(tmp_path):
 
 
 def test_a_trace_is_counted(benchmarks):
-    profile = benchmarks("stage_profile")
+    profile = benchmarks("stages.profile")
     events = [
         {"cat": "kernel", "name": "gemm"},
         {"cat": "gpu_memcpy", "name": "Memcpy DtoH (Device -> Pinned)"},
@@ -358,7 +358,7 @@ def test_a_trace_is_counted(benchmarks):
 
 
 def test_the_stated_lengths_are_those_that_are_made(benchmarks):
-    cases, models = benchmarks("stage_cases"), benchmarks("stage_models")
+    cases, models = benchmarks("stages.cases"), benchmarks("stages.models")
     mixed = models.lengths_of(cases.Case(cases.SMOL, 1024))
     assert len(mixed) == 32 and max(mixed) == 1024 and min(mixed) >= 64 and len(set(mixed)) > 20
     assert 0.3 < sum(mixed) / (32 * 1024) < 0.5

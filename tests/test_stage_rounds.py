@@ -39,7 +39,7 @@ def numbers(taken):
 
 
 def test_the_slow_get_one_round_and_the_graphs_at_least_fifteen(benchmarks):
-    rounds = benchmarks("stage_rounds")
+    rounds = benchmarks("stages.rounds")
     machine = Machine(STEPS)
     found = numbers(machine.run(rounds, seconds=0.0))  # the row's time was spent before
     assert found["authors"] == {1} and found["clean eager"] == {1}
@@ -54,7 +54,7 @@ def test_the_slow_get_one_round_and_the_graphs_at_least_fifteen(benchmarks):
 
 
 def test_the_share_of_the_slow_is_limited_from_the_first_round_on(benchmarks):
-    rounds = benchmarks("stage_rounds")
+    rounds = benchmarks("stages.rounds")
     found = numbers(Machine({"clean eager": 100.0, "ours eager": 10.0}).run(rounds, seconds=20.0))
     assert found == {"clean eager": {1}, "ours eager": {7}}, "1.2 s a round: two are the whole share of 2.4"
     machine = Machine({"clean eager": 99.0})
@@ -62,7 +62,7 @@ def test_the_share_of_the_slow_is_limited_from_the_first_round_on(benchmarks):
 
 
 def test_the_end_of_the_run_cuts_rounds_too(benchmarks):
-    rounds = benchmarks("stage_rounds")
+    rounds = benchmarks("stages.rounds")
     machine = Machine(STEPS)
     found = numbers(machine.run(rounds, seconds=100.0, left=6.0))
     assert found["stage graph"] == found["bare forward"] == {2}, "5.3 s of the others, then 0.37 a round"
@@ -71,7 +71,7 @@ def test_the_end_of_the_run_cuts_rounds_too(benchmarks):
 
 
 def test_the_graphs_are_interleaved_in_an_order_drawn_anew(benchmarks):
-    rounds = benchmarks("stage_rounds")
+    rounds = benchmarks("stages.rounds")
     machine = Machine(STEPS)
     machine.run(rounds, seconds=0.0)
     compared = [one for one in machine.seen if rounds.is_compared(one[0])]
@@ -82,7 +82,7 @@ def test_the_graphs_are_interleaved_in_an_order_drawn_anew(benchmarks):
 
 
 def test_who_fails_takes_nobody_along(benchmarks):
-    rounds = benchmarks("stage_rounds")
+    rounds = benchmarks("stages.rounds")
 
     class Failing(Machine):
         def sample(self, name, evaluations):
@@ -100,7 +100,7 @@ def test_who_fails_takes_nobody_along(benchmarks):
 
 
 def test_a_gap_is_what_one_more_step_adds(benchmarks):
-    rounds = benchmarks("stage_rounds")
+    rounds = benchmarks("stages.rounds")
     machine = Machine(STEPS, fixed_ms=40.0)
     taken = machine.run(rounds, seconds=0.0)
     assert rounds.of_a_step(taken["stage graph"]) == pytest.approx(10.1)
@@ -112,7 +112,7 @@ def test_a_gap_is_what_one_more_step_adds(benchmarks):
 
 
 def test_the_interval_covers_the_gap_and_drift_cancels(benchmarks):
-    rounds = benchmarks("stage_rounds")
+    rounds = benchmarks("stages.rounds")
     covered, widths = 0, []
     for seed in range(40):
         machine = Machine(STEPS, noise=0.002)

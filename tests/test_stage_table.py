@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_table_needs_neither_torch_nor_the_package():
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import stage_table; print('well')"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import benchmarks.gpu_check.table; print('well')"
     done = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True)
     assert done.stdout == "well\n", done.stderr
 
 
 def test_what_is_promised_fits_into_one_call(benchmarks):
-    cases = benchmarks("stage_cases")
+    cases = benchmarks("stages.cases")
     first = cases.CASES[: cases.ROWS_BEFORE_PROFILE]
     assert [(case.model, case.length) for case in first] == [
         (cases.SMOL, 64),
@@ -33,7 +33,7 @@ def test_what_is_promised_fits_into_one_call(benchmarks):
 
 
 def test_a_verdict_takes_the_spread_into_account(benchmarks):
-    judged = benchmarks("stage_table").judged
+    judged = benchmarks("stages.table").judged
 
     def gap(low, value, high, rounds=15):
         return {"low": low, "value": value, "high": high, "rounds": rounds}
@@ -78,7 +78,7 @@ def row(case, **providers):
 @pytest.fixture()
 def good(benchmarks):
     """A result that keeps every promise, each only just."""
-    cases = {(case.model, case.length): case for case in reversed(benchmarks("stage_cases").CASES)}
+    cases = {(case.model, case.length): case for case in reversed(benchmarks("stages.cases").CASES)}
     smol, llama = "SmolLM2-135M", "Llama-3-8B"
     same = {"stages": 48, "same_tau": 46, "same_losses": 30, "same_weights": 30}
     quiet = dict.fromkeys(("on device", "reads", "launches", "copies", "syncs", "event syncs"), 0)
@@ -131,7 +131,7 @@ def good(benchmarks):
 
 
 def test_every_promise_can_be_kept(benchmarks, good):
-    table = benchmarks("stage_table")
+    table = benchmarks("stages.table")
     found = table.stage_targets(good)
     assert [target["what"] for target in found if not target["met"]] == []
     assert {target["verdict"] for target in found} == {"met"} and len(found) == 14
@@ -212,14 +212,14 @@ def test_a_broken_promise_is_named(benchmarks, good, spoil, what, verdict):
     if "stage graph" in what or what == ": τ of eager":
         good["agreement"]["tau"]["stage graph"] = dict(good["agreement"]["tau"]["stage graph"])
     spoil(good)
-    broken = [t for t in benchmarks("stage_table").stage_targets(good) if not t["met"]]
+    broken = [t for t in benchmarks("stages.table").stage_targets(good) if not t["met"]]
     assert broken and all(what in target["what"] for target in broken)
     assert {target["verdict"] for target in broken} == {verdict}
 
 
 def test_what_is_missing_is_not_kept(benchmarks, good):
     empty = {**good, "rows": [], "counts": {}, "agreement": {}}
-    found = benchmarks("stage_table").stage_targets(empty)
+    found = benchmarks("stages.table").stage_targets(empty)
     assert len(found) >= 10 and not any(target["met"] for target in found)
     assert {(t["verdict"], t["measured"]) for t in found} == {("not measured", "nothing")}
-    assert benchmarks("stage_table").render_stages(empty)
+    assert benchmarks("stages.table").render_stages(empty)

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Pretrain the embedded model: a byte-level GPT-NeoX (d=128, 4 layers, 4 heads) on plain English.
 
-    python tools/pretrain_tiny.py --fetch build/corpus     # Debian: apt-get download, unpack; no install
-    python tools/pretrain_tiny.py --corpus build/corpus    # train; writes ffkernels/data/tiny/
+    python -m tools.pretrain_tiny --fetch build/corpus     # Debian: apt-get download, unpack; no install
+    python -m tools.pretrain_tiny --corpus build/corpus    # train; writes ffkernels/data/tiny/
 
 All it reads is text from Debian packages (bookworm's versions made the embedded weights) that is free to use:
 
@@ -35,7 +34,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -44,10 +42,9 @@ from pathlib import Path
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from ffkernels.training.tokenizer import ByteTokenizer
 
-from ffkernels.training.tokenizer import ByteTokenizer  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 PACKAGES = ("r-cran-janeaustenr", "dict-jargon", "dict-devil", "wordnet-base")
 AUSTEN = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"

@@ -1,7 +1,7 @@
 """Writes the numbers of the documentation: every table and plot from the JSON files in benchmarks/results/.
 
-    python tools/results_doc.py            rewrite the documents, and the pictures of results in docs/images
-    python tools/results_doc.py --check    write nothing; exit status 1 and a list where they are out of date
+    python -m tools.results_doc            rewrite the documents, and the pictures of results in docs/images
+    python -m tools.results_doc --check    write nothing; exit status 1 and a list where they are out of date
 
 In a document, what stands between two comments belongs to this script, and all else to people:
 
@@ -15,17 +15,18 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
-
-import results_plots  # noqa: E402
-import results_rates  # noqa: E402
-from results_figures import end_to_end, end_to_end_files, end_to_end_short  # noqa: E402
-from results_resampled import resampled_validation  # noqa: E402
-from results_tables import BLOCKS, Results, comparison  # noqa: E402
+from benchmarks import RESULTS, ROOT
+from benchmarks.end_to_end import figures, plots, sft
+from benchmarks.kernels import align, step
+from benchmarks.learning_rate import table as learning_rate
+from benchmarks.peers import race
+from benchmarks.stages import resampled, search_noise
+from benchmarks.tables import Results
+from tools.results_tables import comparison, comparisons, files
 
 DOCUMENTS = ("docs/results.md", "docs/learning-rate.md", "README.md")
 IMAGES = "docs/images"
@@ -34,7 +35,7 @@ BLOCK = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end of results -->)",
 
 def read_results(root: Path) -> dict[str, dict[str, Any]]:
     """Every committed result by its path below benchmarks/results/."""
-    folder = root / "benchmarks" / "results"
+    folder = root / RESULTS.relative_to(ROOT)
     return {
         path.relative_to(folder).as_posix(): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(folder.rglob("*.json"))
@@ -48,23 +49,30 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
         ValueError: when two results would draw the same picture.
     """
     shown = {
-        name: [(file, words) for file, (words, _) in results_plots.pictures(name, data).items()]
-        for name, data in end_to_end_files(results).items()
+        name: [(file, words) for file, (words, _) in plots.pictures(name, data).items()]
+        for name, data in figures.end_to_end_files(results).items()
     }
-    files = [file for shows in shown.values() for file, _ in shows]
-    if twice := sorted({file for file in files if files.count(file) > 1}):
+    drawn = [file for shows in shown.values() for file, _ in shows]
+    if twice := sorted({file for file in drawn if drawn.count(file) > 1}):
         raise ValueError(f"two results draw {', '.join(twice)}: of one kind keep the newer, or rename one")
-    found: dict[str, Callable[[], str]] = {
-        name: (lambda build=build: build(results)) for name, build in BLOCKS.items()
+    made: dict[str, Callable[[Results], str]] = {
+        "files": files,
+        "comparisons": comparisons,
+        "peers": race.table,
+        "search-noise": search_noise.table,
+        "sft": sft.table,
+        "step": step.table,
+        "align": align.table,
+        "resampled-validation": resampled.table,
+        "end-to-end": lambda results: figures.end_to_end(results, shown),
+        "end-to-end-short": figures.end_to_end_short,
+        "learning-rates": learning_rate.learning_rates,
+        "learning-rates-short": learning_rate.learning_rates_short,
     }
-    found["resampled-validation"] = lambda: resampled_validation(results)
-    found["end-to-end"] = lambda: end_to_end(results, shown)
-    found["end-to-end-short"] = lambda: end_to_end_short(results)
-    found["learning-rates"] = lambda: results_rates.learning_rates(results)
-    found["learning-rates-short"] = lambda: results_rates.learning_rates_short(results)
-    for name, data in results.items():
-        if name.startswith("compare_"):
-            found[name] = lambda data=data: comparison(data)
+    found = {name: partial(build, results) for name, build in made.items()}
+    found |= {
+        name: partial(comparison, data) for name, data in results.items() if name.startswith("compare_")
+    }
     return found
 
 
@@ -98,14 +106,14 @@ def outdated(root: Path, write: bool) -> list[str]:
             if write:
                 path.write_text(after, encoding="utf-8")
     wanted = {}
-    for name, data in end_to_end_files(results).items():
-        wanted |= {file: (draw, data) for file, (_, draw) in results_plots.pictures(name, data).items()}
+    for name, data in figures.end_to_end_files(results).items():
+        wanted |= {file: (draw, data) for file, (_, draw) in plots.pictures(name, data).items()}
     for file, (draw, data) in wanted.items():
         path = root / IMAGES / file
-        if results_plots.shown_digest(path) != results_plots.digest(data):
+        if plots.shown_digest(path) != plots.digest(data):
             found.append(f"{IMAGES}/{file}")
             if write:
-                results_plots.write(path, draw, data)
+                plots.write(path, draw, data)
     for path in sorted((root / IMAGES).glob("end_to_end_*.png")):
         if path.name not in wanted:
             found.append(f"{IMAGES}/{path.name}")
@@ -129,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         print("The documentation says what the results say.")
     elif options.check:
-        print(f"out of date: {', '.join(found)}; python tools/results_doc.py makes them anew")
+        print(f"out of date: {', '.join(found)}; python -m tools.results_doc makes them anew")
     else:
         print(f"written: {', '.join(found)}")
     return 1 if found and options.check else 0

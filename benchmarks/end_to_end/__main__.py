@@ -1,10 +1,10 @@
 """The paper's protocol on every task: what Fast Forward saves on the way to Adam's own test loss.
 
     make bench-e2e                                    the same as the next line
-    python benchmarks/end_to_end.py                   about 20 minutes on 2 quiet cores; on a GPU --minutes 25
-    python benchmarks/end_to_end.py --list            what would run, and for how long
-    python benchmarks/end_to_end.py --fast            one small cell, in seconds; its numbers mean nothing
-    python benchmarks/end_to_end.py --cells medical lr=1e-4     only cells whose name has all these words
+    python -m benchmarks.end_to_end                   about 20 minutes on 2 quiet cores; on a GPU --minutes 25
+    python -m benchmarks.end_to_end --list            what would run, and for how long
+    python -m benchmarks.end_to_end --fast            one small cell, in seconds; its numbers mean nothing
+    python -m benchmarks.end_to_end --cells medical lr=1e-4     only cells whose name has all these words
 
 On a CPU: the embedded model, three tasks, LoRA at 1e-4 and 3e-4, batch 64, 3 seeds. On a GPU: SmolLM2-135M
 on a bfloat16 base, three tasks, LoRA and DoRA at 1e-4, 4e-5, 3e-4 and the tuned rate, one seed, the paper's
@@ -18,17 +18,15 @@ measured again unless with --fresh, and what --minutes left no time for is liste
 from __future__ import annotations
 
 import argparse
-import re
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401  puts it on the path
-from end_to_end_plan import TASKS, TUNED, Plan
-from end_to_end_record import KIND, load, now
-from end_to_end_rounds import Rounds, clock
+from benchmarks import record
+from benchmarks.end_to_end.plan import TASKS, TUNED, Plan
+from benchmarks.end_to_end.record import KIND, load
+from benchmarks.end_to_end.rounds import Rounds, clock
 
 INTERRUPTED = 130
 CPU: dict[str, Any] = {
@@ -67,9 +65,7 @@ FAST_MAX_TAU = 16
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("end_to_end", __doc__, out="runs/end-to-end/end_to_end.json")
     which = parser.add_argument_group("what is measured; the defaults depend on the device")
     which.add_argument("--model", help="default: tiny on a CPU, smollm2-135m on a GPU where it is at hand")
     which.add_argument("--tasks", nargs="+", choices=TASKS)
@@ -97,7 +93,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fast", action="store_true", help="one small cell")
     parser.add_argument("--fresh", action="store_true", help="measure all of it again")
     parser.add_argument("--list", action="store_true", help="say what would run, and end")
-    parser.add_argument("--out", type=Path, default=Path("runs/end-to-end/end_to_end.json"))
     return parser.parse_args(argv)
 
 
@@ -171,8 +166,6 @@ def _model_for_gpu() -> tuple[str, str | None]:
 def new_document(
     plan: Plan, options: argparse.Namespace, argv: list[str], reason: str | None
 ) -> dict[str, Any]:
-    from ffkernels.reporting.machine import machine_info, version_info
-
     probe, seed = next(plan.rounds())
     comparison = plan.comparison(probe, seed, plan.tuned_lr or 1e-2, Path("runs"))
     config = comparison.base.to_dict()
@@ -183,22 +176,8 @@ def new_document(
     config["fast_forward"] = {
         name: value for name, value in asdict(comparison.fast_forward).items() if name != "search"
     }
-    document: dict[str, Any] = {
-        "kind": KIND,
-        "fast": options.fast,
-        # Of absolute paths the last part, not somebody's folders.
-        "command": shlex.join(
-            ["python", "benchmarks/end_to_end.py", *(re.sub(r"(^|=)[/~].*/", r"\1", part) for part in argv)]
-        ),
-        "measured_at": now(),
-        "seconds": 0.0,
-        "machine": machine_info(),
-        "versions": version_info(),
-        "config": config,
-        "tuned": {},
-        "cells": [],
-        "left_out": [],
-    }
+    document = record.provenance("end_to_end", argv, kind=KIND, fast=options.fast)
+    document |= {"seconds": 0.0, "config": config, "tuned": {}, "cells": [], "left_out": []}
     return document if reason is None else {**document, "note": reason}
 
 

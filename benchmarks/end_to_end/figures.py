@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from end_to_end_table import rate, spread
-from results_tables import Results, counted, named, percent, table, where
+from benchmarks.end_to_end.table import spread
+from benchmarks.tables import Results, counted, markdown, named, percent, rate, where
 
 # What the paper (arXiv 2409.04206) reports: its lowest and its highest saving, FLOPs in its own count.
 PAPER = {"flops_paper": (0.41, 0.87), "seconds": (0.40, 0.81)}
@@ -81,7 +81,7 @@ def figure(data: Mapping[str, Any], cost: str) -> str:
     cells, seeds = in_order(data), len(seeds_of(data))
     head = ["task", "learning rate", "`linear` (the paper's)", "`parabolic`", "Adam, tuned lr"]
     rows = [[*cell_label(cell, cells), *(saved(cell, kind, cost, seeds) for kind in KINDS)] for cell in cells]
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def work(data: Mapping[str, Any]) -> str:
@@ -104,7 +104,7 @@ def work(data: Mapping[str, Any]) -> str:
                 numbers += [median(first)] if first else []
             row.append(", ".join(f"{number:g}" for number in numbers))
         rows.append(row)
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def between(data: Mapping[str, Any], kind: str, cost: str, tuned: bool = False) -> str | None:
@@ -224,7 +224,7 @@ def end_to_end_short(results: Results) -> str:
             ]:
                 row.append(pair(by_place.get((task, lr)), kind))
             rows.append(row)
-        parts.append(table(head, rows))
+        parts.append(markdown(head, rows))
     return "\n\n".join(parts) or "*All three tasks: not measured yet (`make bench-e2e`).*"
 
 

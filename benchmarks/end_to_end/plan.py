@@ -1,4 +1,4 @@
-"""What `end_to_end.py` measures: cells, their order, the settings of each, and how long they may take.
+"""What is measured: cells, their order, the settings of each, and how long they may take.
 
 A cell is a task, a method, a learning rate and a batch size on one model; a round is one seed of a cell.
 Rounds are ordered so that a measurement that is stopped early has covered the most telling ones: first every
@@ -14,8 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from end_to_end_table import rate
-
+from benchmarks.tables import rate
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.compare import SWEEP, TUNED_LR, Comparison
 from ffkernels.training.config import TrainConfig

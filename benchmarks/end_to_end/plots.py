@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from end_to_end_table import rate, spread
-from results_figures import KINDS, PAPER, cell_label, in_order, of_smallest_batch
-from results_tables import named
+from benchmarks.end_to_end.figures import KINDS, PAPER, cell_label, in_order, of_smallest_batch
+from benchmarks.end_to_end.table import spread
+from benchmarks.tables import named, rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

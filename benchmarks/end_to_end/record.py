@@ -1,4 +1,4 @@
-"""The result file of `end_to_end.py`: runs and savings of a round, medians and ranges of a cell.
+"""The result file of this benchmark: runs and savings of a round, medians and ranges of a cell.
 
     {"kind": "end-to-end", "fast", "command", "measured_at", "seconds", "machine", "versions", "config",
      "tuned": {TASK: {"lr", "source"}},
@@ -18,15 +18,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from end_to_end_plan import Cell
-
+from benchmarks.end_to_end.plan import Cell
 from ffkernels.reporting.recorder import RunLog, read_run
 from ffkernels.reporting.savings import Run, compare_runs, median_and_range
 from ffkernels.training.trainer import INTERRUPTED
@@ -35,7 +31,7 @@ KIND = "end-to-end"
 CURVE_POINTS = 14
 # What must be the same for two rounds to stand in one table.
 CONDITIONS = ("fast", "config", "machine", "versions")
-FREE_VERSIONS = ("git_commit", "ffkernels")
+FREE = ("git_commit", "ffkernels", "load")
 
 
 def finished_logs(folder: Path) -> list[RunLog]:
@@ -153,7 +149,7 @@ def load(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
         if isinstance(mine, dict):
             # A setting that came into the world since then has its default, which is what was done before.
             names = sorted(n for n in mine.keys() & its.keys() if mine[n] != its[n])
-            differing += [f"{n}={mine[n]!r} (there {its[n]!r})" for n in names if n not in FREE_VERSIONS]
+            differing += [f"{n}={mine[n]!r} (there {its[n]!r})" for n in names if n not in FREE]
         elif mine != its:
             differing.append(f"{key}={mine!r} (there {its!r})")
     if differing:
@@ -165,18 +161,3 @@ def load(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     # Who wants the same file again has to give all of these.
     commands = dict.fromkeys([*before["command"].split(" && "), fresh["command"]])
     return {**fresh, **kept, "command": " && ".join(commands)}
-
-
-def save(document: Mapping[str, Any], path: Path) -> None:
-    """Write the file in one step: whoever stops the process in between leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    # Lists of numbers on one line: the curves are half of the file.
-    text = re.sub(r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

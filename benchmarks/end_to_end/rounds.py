@@ -1,4 +1,4 @@
-"""Running the rounds of `end_to_end.py`: each one call of `compare`, into the document, within the time."""
+"""Running the rounds: each one call of `compare`, into the document, within the time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from end_to_end_plan import Cell, Forecast, Plan
-from end_to_end_record import add_round, cell_of, finished, finished_logs, now, round_of, save
-from end_to_end_table import rate
-
+from benchmarks.end_to_end.plan import Cell, Forecast, Plan
+from benchmarks.end_to_end.record import add_round, cell_of, finished, finished_logs, round_of
+from benchmarks.record import now, write
+from benchmarks.tables import rate
 from ffkernels.training.compare import Comparison, Interrupted, compare
 from ffkernels.training.config import TrainConfig
 
@@ -154,7 +154,7 @@ class Rounds:
     def _write(self) -> None:
         self.document["seconds"] = round(self._before + perf_counter() - self.begin, 1)
         self.document["measured_at"] = now()
-        save(self.document, self.out)
+        write(self.document, self.out)
 
 
 def reason_of(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """TRL's SFTTrainer with and without Fast Forward: FLOPs on the way to the plain run's final test loss.
 
-    python benchmarks/bench_sft.py                                      the embedded model, about 3 minutes
-    python benchmarks/bench_sft.py --model smollm2-135m --bf16 …    SmolLM2-135M
-    python benchmarks/bench_sft.py --fast                               the same in small: seconds
+    python -m benchmarks.end_to_end.sft                                 the embedded model, about 3 minutes
+    python -m benchmarks.end_to_end.sft --model smollm2-135m --bf16 …   SmolLM2-135M
+    python -m benchmarks.end_to_end.sft --fast                          the same in small: seconds
 
 For every learning rate, with the same seed, data order and adapter initialisation:
 
@@ -17,22 +17,22 @@ the end, outside the clock and charged to nobody. Writes one JSON file.
 from __future__ import annotations
 
 import argparse
-import json
 import random
+import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import checkout  # noqa: F401  puts it on the path
+from benchmarks import record
+from benchmarks.tables import Results, counted, markdown, percent, rate
 
-TOLERANCE = 1e-4
+MODULE, TOLERANCE = "end_to_end.sft", 1e-4
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = record.parser(MODULE, __doc__, out="runs/bench_sft.json")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 3e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -49,7 +49,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--fast", action="store_true", help="small and quick; the numbers mean little")
-    parser.add_argument("--out", type=Path, help="the JSON file; default runs/bench_sft.json")
     options = parser.parse_args(argv)
     if options.fast:
         options.steps, options.batch_size, options.train, options.test = 24, 32, 400, 48
@@ -194,44 +193,61 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     import torch
     import trl
 
-    from ffkernels.reporting.machine import machine_info, version_info
-
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    document: dict[str, Any] = {
-        "kind": "sft",
-        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "config": {k: v for k, v in vars(options).items() if k != "out"},
-        "machine": machine_info(),
-        "versions": {**version_info(), "trl": trl.__version__},
-        "runs": [],
-        "savings": [],
-    }
-    out = options.out or Path("runs/bench_sft.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    document = record.provenance(MODULE, sys.argv[1:] if argv is None else argv, kind="sft")
+    document["versions"]["trl"] = trl.__version__
+    document |= {"config": record.settings(options), "runs": [], "savings": []}
     for lr in options.lr:
         for seed in options.seeds:
             print(f"lr {lr:g}, seed {seed}: plain")
             plain = run(options, lr, seed, False, None)
             print(f"lr {lr:g}, seed {seed}: fast forward, to {plain['test_loss'] + TOLERANCE:.4f}")
             ff = run(options, lr, seed, True, plain["test_loss"] + TOLERANCE)
-            saved = {name: 1 - ff["flops"][name] / plain["flops"][name] for name in ("measured", "paper")}
-            print(f"  saved {saved['measured']:.1%} of the measured FLOPs; target reached: {ff['reached']}")
+            saved = {f"flops_{name}": 1 - ff["flops"][name] / plain["flops"][name] for name in plain["flops"]}
+            saved["seconds"] = 1 - ff["seconds"] / plain["seconds"]
             document["runs"] += [plain, ff]
-            document["savings"].append(
-                {
-                    "lr": lr,
-                    "seed": seed,
-                    "reached": ff["reached"],
-                    "flops_measured": saved["measured"],
-                    "flops_paper": saved["paper"],
-                    "seconds": 1 - ff["seconds"] / plain["seconds"],
-                }
-            )
+            document["savings"].append({"lr": lr, "seed": seed, "reached": ff["reached"], **saved})
             # After every pair: a long run that is stopped keeps what it has.
-            out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {out}")
+            record.write(document, options.out)
+    print(table({"": document}), f"written: {options.out}", sep="\n")
     return document
+
+
+def table(results: Results) -> str:
+    """SFTTrainer with the callback against without."""
+    rows = []
+    for _, data in sorted(results.items()):
+        if data.get("kind") != "sft":
+            continue
+        config = data["config"]
+        label = {"tiny": "embedded", "smollm2-135m": "SmolLM2-135M"}.get(config["model"], config["model"])
+        label += f", batch {config['batch_size']}" if config["batch_size"] != 32 else ""
+        for lr in sorted({entry["lr"] for entry in data["savings"]}):
+            entries = [entry for entry in data["savings"] if entry["lr"] == lr]
+            text = "not reached"
+            if all(entry["reached"] for entry in entries):
+                shares = sorted(entry["flops_measured"] for entry in entries)
+                text = percent(shares[0])
+                if len(shares) > 1:
+                    text += f" – {percent(shares[-1])} ({counted(len(shares), 'seed')})"
+            rows.append((label, lr, config["steps"], [label, rate(lr), str(config["steps"]), text]))
+    rows.sort(key=lambda row: (row[0] != "embedded", *row[:3]))
+    head = ["model", "learning rate", "plain steps", "FLOPs saved (measured)"]
+    return markdown(head, [row[-1] for row in rows])
+
+
+def command_of(config: Mapping[str, Any]) -> str:
+    """Of a file that does not say it: the command line with what of its options is no default."""
+    words = ["python benchmarks/bench_sft.py"]
+    for name, default in record.settings(parse([])).items():
+        if (value := config.get(name, default)) == default:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            every = value if isinstance(value, list) else [value]
+            words += [f"{each:g}" if isinstance(each, float) else str(each) for each in every]
+    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,31 @@
-"""The result of `end_to_end.py` in a few lines, and what the paper reports beside it."""
+"""An end-to-end result in a few lines, and what the paper reports beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.tables import aligned, rate, target
+
 # The lowest saving that the paper reports, in its own count; and how far time may fall behind FLOPs.
 LEAST_SAVED, MOST_BEHIND = 0.41, 0.02
-
-
-def rate(lr: float) -> str:
-    """A learning rate as people write it: 1e-4, 2.5e-3."""
-    mantissa, exponent = f"{lr:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+COSTS = ("flops_measured", "flops_paper", "seconds")
 
 
 def render_end_to_end(result: dict) -> list[str]:
     """A line per cell: FLOPs in both counts and time saved, by each search and by a tuned learning rate."""
-    config = result["config"]
+    config, kinds = result["config"], ("parabolic", "linear", "adam-tuned")
+    rows = []
+    for cell in result["cells"]:
+        lr = rate(cell["lr"]) + (" tuned" if cell["tuned"] else "")
+        label = f"{cell['task']} {cell['method']} lr {lr} batch {cell['batch_size']}"
+        rows.append([label, *(_saved(cell, kind) for kind in kinds)])
     lines = [
         "",
         f"end to end on {config['model']}, {config['dtype']} base, {config['steps']} Adam steps: saved on",
         "the way to Adam's test loss, FLOPs measured / FLOPs in the paper's count / time",
-        f"{'cell':44}{'parabolic':>22}{'linear':>22}{'Adam, tuned lr':>22}",
+        aligned(["cell", *kinds], rows),
     ]
-    for cell in result["cells"]:
-        rate_ = rate(cell["lr"]) + (" tuned" if cell["tuned"] else "")
-        line = f"{cell['task']} {cell['method']} lr {rate_} batch {cell['batch_size']}".ljust(44)
-        for kind in ("parabolic", "linear", "adam-tuned"):
-            line += f"{_saved(cell, kind):>22}"
-        lines.append(line)
     if result["left_out"]:
         cells = dict.fromkeys(one["cell"] for one in result["left_out"])
         lines.append(f"-- left out (the file says why): {'; '.join(cells)}")
@@ -42,7 +38,7 @@ def _saved(cell: dict, kind: str) -> str:
         return "–"
     if found["median"] is None:
         return "not reached"
-    return " / ".join(f"{found['median'][cost]:.0%}" for cost in ("flops_measured", "flops_paper", "seconds"))
+    return " / ".join(f"{found['median'][cost]:.0%}" for cost in COSTS)
 
 
 def spread(cell: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
@@ -55,33 +51,19 @@ def spread(cell: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
 
 def end_to_end_targets(result: dict) -> list[dict]:
     """What the default search has to save at the small learning rates; empty for a run that means nothing."""
-    if result["fast"]:
-        return []
     found = []
-    for cell in result["cells"]:
+    for cell in result["cells"] if not result["fast"] else ():
         ours = spread(cell, "parabolic")
         if cell["tuned"] or ours is None:
             continue
         label = f"{cell['task']}, {cell['method']}, lr {rate(cell['lr'])}, batch {cell['batch_size']}"
         if (saved := ours["median"]) is None:
-            found.append(
-                {"what": f"{label}: reaches Adam's test loss", "met": False, "measured": "not reached"}
-            )
+            found.append(target(f"{label}: reaches Adam's test loss", False, "not reached"))
             continue
-        paper, measured, seconds = (saved[cost] for cost in ("flops_paper", "flops_measured", "seconds"))
-        found.append(
-            {
-                "what": f"{label}: at least {LEAST_SAVED:.0%} of the FLOPs saved, the paper's count",
-                "met": paper >= LEAST_SAVED,
-                "measured": f"{paper:.1%}",
-            }
-        )
+        measured, paper, seconds = (saved[cost] for cost in COSTS)
+        what = f"{label}: at least {LEAST_SAVED:.0%} of the FLOPs saved, the paper's count"
+        found.append(target(what, paper >= LEAST_SAVED, f"{paper:.1%}"))
         for name, flops in (("measured", measured), ("the paper's count", paper)):
-            found.append(
-                {
-                    "what": f"{label}: as large a share of time as of FLOPs ({name}), less 2 points",
-                    "met": seconds >= flops - MOST_BEHIND,
-                    "measured": f"{seconds:.1%} beside {flops:.1%}",
-                }
-            )
+            what = f"{label}: as large a share of time as of FLOPs ({name}), less 2 points"
+            found.append(target(what, seconds >= flops - MOST_BEHIND, f"{seconds:.1%} beside {flops:.1%}"))
     return found

@@ -1,9 +1,9 @@
 """One command for a GPU machine, in four parts: is it right, does it hold, how fast are stages and kernels.
 
-    make gpu-check PART=1                            or, without make and from any checkout:
-    python benchmarks/gpu_check.py --part 1 --out runs/gpu-check
+    make gpu-check PART=1                            or, without make, in any checkout:
+    python -m benchmarks.gpu_check --part 1 --out runs/gpu-check
 
-A part (`gpu_parts.py` says what is in each) needs no other, ends within 590 seconds, and leaves two files,
+A part (`parts.py` says what is in each) needs no other, ends within 590 seconds, and leaves two files,
 gpu_check_partN.json and .log; its table comes last. Without a part all four run, one after the other.
 
 Nothing is installed or fetched: the package runs from the checkout and its kernels are compiled in place,
@@ -27,8 +27,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from checkout import ROOT
-from gpu_parts import (
+from benchmarks import ROOT
+from benchmarks.gpu_check.parts import (
     LAST_WORDS_SECONDS,
     MACHINE,
     MOST_MACHINE_SECONDS,
@@ -39,7 +39,8 @@ from gpu_parts import (
     named,
     parts,
 )
-from gpu_table import render, stage_line, targets_of
+from benchmarks.gpu_check.table import render, stage_line, targets_of
+from benchmarks.record import write
 
 LEAST_SECONDS = 5  # in which a stage is worth starting
 # Nothing may wait for a network that is not there.
@@ -47,7 +48,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PIP_NO_INDEX": "1
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0]
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--part", type=int, choices=list(TITLES), help="; ".join(map(title, TITLES)))
     which.add_argument("--only", nargs="+", metavar="NAME", help="single stages; a wrong name lists them all")
@@ -118,7 +121,7 @@ class Check:
             self.result["stages"].append(done)
             self.say(stage, done)
             self.result["seconds"] = round(time.perf_counter() - begin, 1)
-            self.json.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+            write(self.result, self.json)
         print(render(self.result), flush=True)
         return self.result
 

@@ -13,15 +13,13 @@ import shutil
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from importlib import metadata
 
 import torch
-from checkout import ROOT
 
+from benchmarks import ROOT, record
 from ffkernels import ops
 from ffkernels.ops.build import BuildError
-from ffkernels.reporting.machine import machine_info, version_info
 
 TOOLS = ("make", "git", "c++", "nvcc", "compute-sanitizer", "nvidia-smi")
 LIBRARIES = ("cuda-bindings", "pytest", "numpy")
@@ -62,14 +60,12 @@ def provenance() -> dict:
             if path.suffix in {".py", ".cu", ".cpp", ".h", ".ll"}:
                 sources.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     found = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "sources_sha256": sources.hexdigest(),
-        "machine": machine_info(),
-        "versions": {**version_info(), **{name: version(name) for name in LIBRARIES}},
+        **record.provenance("gpu_check.machine", (), sources_sha256=sources.hexdigest()),
         "tools": {name: shutil.which(name) is not None for name in TOOLS},
         "nvcc": first_line(["nvcc", "--version"], "release"),
         "implementations": {name: vars(value) for name, value in ops.available().items()},
     }
+    found["versions"] |= {name: version(name) for name in LIBRARIES}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         found["gpu"] = {name: getattr(properties, name, None) for name in PROPERTIES}

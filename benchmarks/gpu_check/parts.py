@@ -16,8 +16,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from checkout import ROOT
-
 PART_SECONDS = 590
 LAST_WORDS_SECONDS = 8  # of a stage whose time is up
 # Before the first stage, and after the end of the last one's time.
@@ -31,11 +29,7 @@ TITLES = {
     3: "stages beside what one would otherwise run, in milliseconds and gigabytes",
     4: "kernels beside torch.compile; compiled training, stages under a profiler",
 }
-SCRIPTS = {
-    "bench-stage": "bench_stage.py",
-    "bench-step": "bench_step_gpu.py",
-    "end-to-end": "end_to_end.py",
-}
+MODULES = {"bench-stage": "stages.bench", "bench-step": "kernels.step_gpu", "end-to-end": "end_to_end"}
 # The files in tests/gpu of which nothing runs in a dry run.
 NEED_A_GPU = ("decide", "graph_core", "launches")
 # Enough to see that the tests are right: one of two searches and of two dtypes, and of the situations, all of
@@ -72,6 +66,11 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def python(*module: str) -> list[str]:
+    """The command that runs a module, with its options."""
+    return [sys.executable, "-m", *module]
+
+
 def parts(dry: bool) -> dict[int, list[Stage]]:
     """The stages of each part in the order in which they run, the most valuable first.
 
@@ -80,13 +79,13 @@ def parts(dry: bool) -> dict[int, list[Stage]]:
     machine = Stage(
         MACHINE,
         "GPU, tools, versions; kernels of C++ and CUDA compiled where they are not yet; what is available",
-        [sys.executable, str(ROOT / "benchmarks" / "gpu_machine.py")],
+        python("benchmarks.gpu_check.machine"),
         60,
     )
     probe = Stage(
         "probe",
         "whether a WHILE node counts right, tried in processes of their own",
-        [sys.executable, "-m", "ffkernels.graphs.probe"],
+        python("ffkernels.graphs.probe"),
         105,  # a loop that never ends is given up after 90
     )
     if dry:
@@ -165,7 +164,7 @@ def tests(file: str, limit: float, dry: bool, what: str, only: str = "", name: s
     """One file of tests/gpu, or what of it `only` selects."""
     if dry and (file in NEED_A_GPU or only in (COMPILED, PROFILED)):
         return Stage(name or file.replace("_", "-"), what, None, limit, "dry run: all of it needs a GPU")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=8", "-p", "no:cacheprovider"]
+    command = python("pytest", "-m", "gpu", "-q", "--durations=8", "-p", "no:cacheprovider")
     # The project's own options name a plugin that these tests do not need and a GPU machine may lack. What
     # was skipped is said where it should not have been.
     command += ["-o", "addopts=", "--import-mode=importlib", "-rf" if dry else "-rfEs"]
@@ -176,16 +175,14 @@ def tests(file: str, limit: float, dry: bool, what: str, only: str = "", name: s
 
 
 def benchmark(name: str, limit: float, measure: Callable[[float], list[str]], what: str) -> Stage:
-    """A script that writes a JSON of its own and measures for as long as it is told."""
-    return Stage(
-        name, what, [sys.executable, str(ROOT / "benchmarks" / SCRIPTS[name])], limit, measure=measure
-    )
+    """A module that writes a JSON of its own and measures for as long as it is told."""
+    return Stage(name, what, python(f"benchmarks.{MODULES[name]}"), limit, measure=measure)
 
 
 def memcheck(limit: float, dry: bool) -> Stage:
     """No racecheck: it looks at shared memory, of which no kernel uses any."""
     what = "memory accesses of begin, decide, step, delta and checkpoint, CUDA's and Triton's"
-    script = [sys.executable, str(ROOT / "benchmarks" / "sanitize_step.py")]
+    script = python("benchmarks.kernels.sanitize")
     if dry:  # the script itself can be checked: its results are compared with the torch ops'
         return Stage("memcheck", what, script, limit)
     tool = shutil.which("compute-sanitizer")

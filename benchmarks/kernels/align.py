@@ -9,11 +9,11 @@ Four ways to do it, each in the precision that comes naturally to it:
     loop           subtraction, three times torch.dot and a copy, tensor by tensor
 
 on the LoRA tensors of Pythia-1.4B (r = 8, query_key_value) and Llama-3-8B (r = 64, q, k, v, o), float32, one
-thread, warm and cold: see adapter_rounds.py. The first call sees a difference, and there all must agree; in
+thread, warm and cold: see rounds.py. The first call sees a difference, and there all must agree; in
 the timed calls d is zero, which takes as long.
 
-    pytest benchmarks/bench_align.py --benchmark-enable      measures, and asserts the ratios
-    python benchmarks/bench_align.py --out benchmarks/results    measures, and writes align_cpu_<date>.json
+    pytest benchmarks/kernels/align.py --benchmark-enable           measures, and asserts the ratios
+    python -m benchmarks.kernels.align --out benchmarks/results     measures, and writes align_cpu_<date>.json
 
 Bytes moved by `ours`: read W, g and best, write best, 16 bytes per element. The JSON also has, under
 "look_at_gradients_us", how long the host looks at the gradients, where they lie as in the call before ("old")
@@ -23,23 +23,13 @@ and where all have other addresses ("new").
 from __future__ import annotations
 
 import math
-from statistics import median
+from typing import Any
 
-import checkout  # noqa: F401  puts it on the path
 import pytest
 import torch
-from adapter_rounds import (
-    ADAPTERS,
-    LLAMA,
-    PYTHIA,
-    Shapes,
-    Ways,
-    hold_to_target,
-    main,
-    random_tensors,
-    seconds_of,
-)
 
+from benchmarks.kernels.rounds import ADAPTERS, Ways, hold_to_target, look_at, main, shares_of_time
+from benchmarks.kernels.sets import LLAMA, PYTHIA, Shapes, random_tensors
 from ffkernels import ops
 
 # Time of ours over time of foreach, warm, one thread.
@@ -122,18 +112,12 @@ def check_agreement(ways: dict) -> None:
             raise RuntimeError(f"{name} and ours do not agree, so there is nothing to compare")
 
 
-def look_at_gradients(shapes: Shapes, rounds: int = 51) -> dict:
-    """Median microseconds in which the host finds the gradients: at their old addresses, and at new ones."""
+def look_at_gradients(shapes: Shapes) -> dict:
+    """How long the host looks at the gradients."""
     way = Ours(shapes)
     way()
-    others = [grad.clone() for grad in way.grads]
-    found: dict[str, list[float]] = {"old": [], "new": []}
-    find = way.table.plan.gradients.find
-    for _ in range(rounds):
-        for grads in (way.grads, others):
-            for name in ("new", "old"):
-                found[name].append(seconds_of(lambda: find(None, way.weights, grads)))  # noqa: B023
-    return {"look_at_gradients_us": {name: median(times) * 1e6 for name, times in found.items()}}
+    find, others = way.table.plan.gradients.find, [grad.clone() for grad in way.grads]
+    return {"look_at_gradients_us": look_at(lambda grads: find(None, way.weights, grads), way.grads, others)}
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -141,5 +125,12 @@ def test_align(benchmark, adapter):
     hold_to_target(benchmark, adapter, WAYS, check_agreement, TARGETS[adapter])
 
 
+def table(results: dict[str, Any]) -> str:
+    """For the documentation."""
+    head = ["adapter set", "warm: `_foreach_*`", "flattened, `torch.dot`", "per-tensor loop"]
+    head += ["cold: `_foreach_*`", "flattened", "loop"]
+    return shares_of_time(results, "align_cpu", head, ["foreach", "flat", "loop"])
+
+
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], "align_cpu", WAYS, check_agreement, TARGETS, look_at_gradients)
+    main("kernels.align", __doc__, WAYS, check_agreement, TARGETS, look_at_gradients)

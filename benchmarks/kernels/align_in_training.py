@@ -1,6 +1,6 @@
 """What alignment costs of a training step: SmolLM2-135M, LoRA r = 8 on attention, batch 8 × 64 tokens, CPU.
 
-    python benchmarks/align_in_training.py --out benchmarks/results
+    python -m benchmarks.kernels.align_in_training --out benchmarks/results
 
 Steps are trained with ``learning_rate="auto"``, so that at each of them alignment is measured and the rate
 moved by it. Everything that FastForward does before and behind `optimizer.step()` is timed, and its median
@@ -10,17 +10,14 @@ align_in_training_cpu_<date>.json.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+import sys
 from statistics import median
-from time import perf_counter
 from typing import Any, ClassVar
 
-import checkout  # noqa: F401  puts it on the path
 import torch
-from adapter_rounds import provenance
 
+from benchmarks import record
+from benchmarks.timing import seconds_of
 from ffkernels import FastForward, FastForwardConfig
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
@@ -35,14 +32,10 @@ class Timed(FastForward):
     spent: ClassVar[list[float]] = [0.0]
 
     def _before_step(self, *given: Any) -> None:
-        began = perf_counter()
-        super()._before_step(*given)
-        self.spent[-1] += perf_counter() - began
+        self.spent[-1] += seconds_of(lambda: super(Timed, self)._before_step(*given))
 
     def _after_step(self, *given: Any) -> None:
-        began = perf_counter()
-        super()._after_step(*given)
-        self.spent[-1] += perf_counter() - began
+        self.spent[-1] += seconds_of(lambda: super(Timed, self)._after_step(*given))
 
 
 def measure(model: str, steps: int) -> dict[str, Any]:
@@ -55,14 +48,16 @@ def measure(model: str, steps: int) -> dict[str, Any]:
     settings = FastForwardConfig(interval=None, learning_rate="auto")
     ff = Timed(session.model, optimizer, session.validation, settings)
     whole = []
-    for step in range(steps):
-        batch = session.load(step)
-        ff.spent.append(0.0)
-        began = perf_counter()
+
+    def train(batch: Any) -> None:
         session.backward(batch)
         optimizer.step()
         optimizer.zero_grad()
-        whole.append(perf_counter() - began)
+
+    for step in range(steps):
+        batch = session.load(step)
+        ff.spent.append(0.0)
+        whole.append(seconds_of(lambda batch=batch: train(batch)))
     ff.detach()
     whole, hooks = whole[FIRST:], ff.spent[1 + FIRST :]
     return {
@@ -78,21 +73,18 @@ def measure(model: str, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    module, name = "kernels.align_in_training", "align_in_training_cpu"
+    parser = record.parser(module, __doc__, name=name)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=23)
-    parser.add_argument("--out", type=Path, help="folder for the JSON; without it, only what is printed")
-    arguments = parser.parse_args()
-    found = measure(arguments.model, arguments.steps)
+    options = parser.parse_args()
+    found = measure(options.model, options.steps)
     print(
         f"{found['model']}: {found['alignment_seconds'] * 1e3:.2f} ms of a step of "
         f"{found['step_seconds'] * 1e3:.0f} ms, {found['share']:.3%} (at most {TARGET:.1%})"
     )
-    if arguments.out is not None:
-        report = {"provenance": provenance(), **found}
-        path = arguments.out / f"align_in_training_cpu_{report['provenance']['date'][:10]}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"wrote {path}")
+    if options.out is not None:
+        print(record.write({**record.provenance(module, sys.argv[1:]), **found}, options.out, name))
 
 
 if __name__ == "__main__":

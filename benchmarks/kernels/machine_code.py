@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, and what they would with other choices: no GPU is needed.
 
-    python benchmarks/machine_code.py --out benchmarks/results     writes a dated JSON, prints a table
+    python -m benchmarks.kernels.machine_code --out benchmarks/results     writes a dated JSON, prints a table
 
 Every variant is the shipped `ops/triton_ops.py` with one thing changed, compiled for three GPU generations.
 Counts are of instructions in the machine code, not of instructions executed: a kernel holds its wide path
@@ -9,10 +9,7 @@ Counts are of instructions in the machine code, not of instructions executed: a 
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import importlib.util
-import json
 import re
 import subprocess
 import sys
@@ -20,7 +17,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkout import ROOT
+from benchmarks import ROOT, record, tables
 
 sys.path.insert(0, str(ROOT / "tests" / "ops"))
 
@@ -116,41 +113,21 @@ def assembler(name: str) -> str:
     return re.search(r"V[\d.]+", text).group()
 
 
-def render(rows: list[dict]) -> str:
-    columns = [key for key in rows[0] if key not in ("block", "warps")]
-    cells = [columns, *([str(row[key]) for key in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) for line in cells)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for the JSON")
-    options = parser.parse_args()
+def main() -> None:
+    module, name = "kernels.machine_code", "machine_code"
+    options = record.parser(module, __doc__, name=f"{name}_triton_{triton.__version__}").parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for variant in VARIANTS for row in measure(variant, Path(folder))]
-    print(render(rows))
+    columns = [key for key in rows[0] if key not in ("block", "warps")]
+    print(tables.aligned(columns, [[str(row[key]) for key in columns] for row in rows], len(columns)))
     if options.out:
-        today = datetime.date.today().isoformat()
-        target = options.out / f"machine_code_{today}_triton_{triton.__version__}.json"
-        result = {
-            "command": "python benchmarks/machine_code.py --out benchmarks/results",
-            "date": today,
-            "versions": {
-                "triton": triton.__version__,
-                "ptxas (sm_80, sm_90)": assembler("ptxas"),
-                "ptxas (sm_100)": assembler("ptxas-blackwell"),
-            },
-            "kernels": rows,
+        result = {**record.provenance(module, sys.argv[1:]), "kernels": rows}
+        result["versions"] |= {
+            "ptxas (sm_80, sm_90)": assembler("ptxas"),
+            "ptxas (sm_100)": assembler("ptxas-blackwell"),
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # One kernel a line: small, and readable as a table.
-        lines = ",\n".join("  " + json.dumps(row) for row in result.pop("kernels"))
-        head = json.dumps(result, indent=1)[:-2]
-        target.write_text(f'{head},\n "kernels": [\n{lines}\n ]\n}}\n', encoding="utf-8")
-        print(f"written to {target}")
-    return 0
+        print(record.write(result, options.out, f"{name}_triton_{triton.__version__}"))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -1,6 +1,6 @@
 """Every kernel once, on small tensors of every dtype and alignment: what compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python benchmarks/sanitize_step.py
+    compute-sanitizer --tool memcheck python -m benchmarks.kernels.sanitize
 
 Each result is compared, moves with the torch ops' and decisions with the search's on the host, so that a run
 without findings has also done something. Without a GPU the moves are torch's, and the decisions are those of
@@ -19,7 +19,6 @@ from itertools import cycle
 # Each tensor in an allocation of its own: an access past its end is then an error, not a neighbour's memory.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
-import checkout  # noqa: F401  puts it on the path
 import torch
 
 from ffkernels import ops

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from math import prod
+
+import torch
+
+Shapes = tuple[tuple[int, ...], ...]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -11,32 +17,24 @@ class AdapterSet:
     """Shapes of all trainable tensors, in the order in which a model has them."""
 
     name: str
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: Shapes
 
     @property
     def numel(self) -> int:
-        total = 0
-        for shape in self.shapes:
-            count = 1
-            for size in shape:
-                count *= size
-            total += count
-        return total
+        return sum(map(prod, self.shapes))
 
 
 def lora(
     name: str, layers: int, linears: dict[str, tuple[int, int]], rank: int, dora: bool = False
 ) -> AdapterSet:
     """A and B of every linear layer (in, out) in every block; DoRA adds a magnitude per output."""
-    shapes: list[tuple[int, ...]] = []
-    for _ in range(layers):
-        for inputs, outputs in linears.values():
-            shapes += [(rank, inputs), (outputs, rank)]
-            if dora:
-                shapes.append((outputs,))
-    return AdapterSet(name, tuple(shapes))
+    block: list[tuple[int, ...]] = []
+    for inputs, outputs in linears.values():
+        block += [(rank, inputs), (outputs, rank), *([(outputs,)] if dora else [])]
+    return AdapterSet(name, tuple(block * layers))
 
 
+PYTHIA, LLAMA = "Pythia-1.4B r=8", "Llama-3-8B r=64"
 PYTHIA_1_4B = {"query_key_value": (2048, 6144)}
 LLAMA_3_8B = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}
 
@@ -49,10 +47,10 @@ def small_tensors(count: int) -> AdapterSet:
 
 def all_sets() -> list[AdapterSet]:
     return [
-        lora("Pythia-1.4B r=8", 24, PYTHIA_1_4B, 8),
+        lora(PYTHIA, 24, PYTHIA_1_4B, 8),
         lora("Pythia-1.4B r=64", 24, PYTHIA_1_4B, 64),
         lora("Llama-3-8B r=8", 32, LLAMA_3_8B, 8),
-        lora("Llama-3-8B r=64", 32, LLAMA_3_8B, 64),
+        lora(LLAMA, 32, LLAMA_3_8B, 64),
         lora("Llama-3-8B r=16 DoRA", 32, LLAMA_3_8B, 16, dora=True),
         small_tensors(10_000),
     ]
@@ -65,3 +63,8 @@ def dry_sets() -> list[AdapterSet]:
         lora("DoRA, small", 2, {"q": (64, 64)}, 4, dora=True),
         small_tensors(100),
     ]
+
+
+def random_tensors(shapes: Shapes, seed: int = 0, device: torch.device = CPU) -> list[torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return [torch.randn(shape, generator=generator, device=device) for shape in shapes]

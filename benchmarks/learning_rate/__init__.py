@@ -2,7 +2,7 @@
 
     python -m benchmarks.learning_rate --plan alignment           hours on one core
     python -m benchmarks.learning_rate --plan alignment --list    what has not run yet
-    python -m benchmarks.learning_rate --plan alignment --result FILE.json
+    python -m benchmarks.learning_rate --plan alignment --out FILE.json      the runs as one result
 
 `workloads`: what trains on what. `contenders`: what chooses the rate. `bench`: one run. `plan`: which runs,
 and what a sweep does next. `record`: the committed result. `table`: what it says. A line is written per

@@ -3,57 +3,44 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import learning_rate, record
+from benchmarks.learning_rate.bench import Bench
+from benchmarks.learning_rate.contenders import CONTENDERS, Contender, Work
+from benchmarks.learning_rate.plan import PLANS, Run
+from benchmarks.learning_rate.record import document
+from benchmarks.learning_rate.table import all_tables
 
-import checkout  # noqa: F401  puts it on the path
-
-import learning_rate
-from learning_rate.plan import PLANS, Run
-from learning_rate.record import document, write
-from learning_rate.table import all_tables
+# Training losses in a row that are not finite, after which nothing more will come.
+HOPELESS = 5
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.learning_rate",
-        description=learning_rate.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = record.parser("learning_rate", learning_rate.__doc__)
     parser.add_argument("--plan", choices=PLANS, default="alignment")
     parser.add_argument("--only", default="", metavar="TEXT", help="workloads whose name has this")
     parser.add_argument("--until", help="HH:MM of this machine's clock: begin no run after that")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning_rate.jsonl"), help="a line per run")
     parser.add_argument("--list", action="store_true", help="say what has not run yet, and end")
-    parser.add_argument("--result", type=Path, help="write the runs as one result, print its tables, and end")
     return parser.parse_args(argv)
-
-
-def finished(path: Path) -> dict[str, dict[str, Any]]:
-    """The runs in a file by their key; a last line that was cut off is none."""
-    done = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            run = json.loads(line)
-        except ValueError:
-            continue
-        done[run["key"]] = run
-    return done
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    done = finished(options.runs)
-    if options.result is not None:
-        write(document(done.values(), options.plan), options.result)
-        print(all_tables(json.loads(options.result.read_text(encoding="utf-8"))))
+    done = record.lines_of(options.runs, "key")
+    if options.out is not None:
+        result = document(done.values(), options.plan)
+        record.write(result, options.out)
+        print(all_tables(result))
         return 0
     items = [item for item in PLANS[options.plan]() if options.only in item.workload.name]
     if options.list:
@@ -63,46 +50,83 @@ def main(argv: list[str] | None = None) -> int:
 
     warnings.simplefilter("ignore")
     commit = git_commit()
-    options.runs.parent.mkdir(parents=True, exist_ok=True)
     benches: dict[Any, Any] = {}
-    with options.runs.open("a", encoding="utf-8") as file:
-        if file.tell():
-            file.write("\n")  # the last line may have been cut off
-        for item in items:
-            while (run := item.next(done)) is not None:
-                if options.until and f"{datetime.now():%H:%M}" >= options.until:
-                    return 0
-                done[run.key] = line = {**measure(run, benches), "commit": commit}
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                print(said(line), flush=True)
+    for item in items:
+        while (run := item.next(done)) is not None:
+            if options.until and f"{datetime.now():%H:%M}" >= options.until:
+                return 0
+            done[run.key] = line = {**measure(run, benches), "commit": commit}
+            record.add_line(line, options.runs)
+            print(said(line), flush=True)
     return 0
+
+
+def peers() -> dict[str, Callable[[Work], Contender]]:
+    """Other people's, as far as their packages are installed."""
+    from benchmarks.peers.learning_rates import PEERS
+
+    return PEERS
 
 
 def measure(run: Run, benches: dict[Any, Any]) -> dict[str, Any]:
     """Train; what cannot be trained is a result with ``failed``. The last bench is kept."""
-    from learning_rate.bench import Bench, train
-    from learning_rate.contenders import CONTENDERS, Work, peers
-
     workload, which = run.workload, (run.workload.bench, run.seed)
     if which not in benches:
         benches.clear()
         benches[which] = Bench(workload, run.seed)
-    head = {
-        "key": run.key,
-        "workload": workload.name,
-        "group": workload.group,
-        **asdict(workload),
-        "seed": run.seed,
-        "contender": run.contender,
-        "lr": run.lr,
-    }
+    head = {"key": run.key, "workload": workload.name, "group": workload.group, **asdict(workload)}
+    head |= {"seed": run.seed, "contender": run.contender, "lr": run.lr}
     work = Work(benches[which], workload.steps, workload.schedule, run.lr)
     make = CONTENDERS.get(run.contender) or peers()[run.contender]
     try:
         return {**head, **train(make, work)}
     except (ValueError, RuntimeError) as error:
         return {**head, "loss": None, "failed": str(error).splitlines()[0]}
+
+
+def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
+    """Train until the budget is spent.
+
+    Returns:
+        Plain values: ``loss`` on the test examples at the end (None where it is not finite), ``start``,
+        ``rate`` at the end, ``taken`` steps, ``own`` (share of the budget that went to anything but steps),
+        ``worst`` training loss as a multiple of ``start`` (None where one was not finite), the step
+        ``worst_at`` which it came, ``seconds``, and what the contender reports.
+    """
+    begin, bench = perf_counter(), work.bench
+    bench.reset()
+    contender = make(work)
+    worst, worst_at, broken, step = 0.0, 0, 0, 0
+    try:
+        while step < work.total and broken < HOPELESS:
+            loss = bench.model(**bench.batch(step)).loss
+            loss.backward()
+            value = loss.item()
+            broken = 0 if math.isfinite(value) else broken + 1
+            if (part := math.inf if broken else value / bench.start) > worst:
+                worst, worst_at = part, step + 1
+            contender.optimizer.step()
+            contender.optimizer.zero_grad(set_to_none=True)
+            if contender.scheduler is not None:
+                contender.scheduler.step()
+            step += 1
+            if contender.after_step is not None:
+                contender.after_step(step - 1, value)
+        with contender.evaluating():
+            end = bench.test_loss()
+        report = {"rate": contender.rate(), **contender.report()}
+    finally:
+        contender.close()
+    return {
+        "loss": end if math.isfinite(end) else None,
+        "start": bench.start,
+        "taken": step,
+        "own": work.charged / work.budget if work.charged else 0.0,
+        "worst": worst if math.isfinite(worst) else None,
+        "worst_at": worst_at,
+        "seconds": round(perf_counter() - begin, 1),
+        **report,
+    }
 
 
 def said(line: dict[str, Any]) -> str:

@@ -1,16 +1,14 @@
-"""One run: a contender trains a workload within the FLOPs of so many Adam steps, and what came out."""
+"""What one contender after the other trains: a model, its data and its first weights."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
 from functools import partial
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from benchmarks.learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, RANKLESS, Method, Workload
 from ffkernels.reporting.flops import ADAM_FLOPS, FlopMeter
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.models import attention_targets, load_model, train_weights
@@ -18,13 +16,6 @@ from ffkernels.training.requirements import require
 from ffkernels.training.session import DataOrder, prepare_task
 from ffkernels.training.tasks import Example, collate
 from ffkernels.validation.loss import ValidationLoss
-from learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, RANKLESS, Method, Workload
-
-if TYPE_CHECKING:
-    from learning_rate.contenders import Contender, Work
-
-# Training losses in a row that are not finite, after which nothing more will come.
-HOPELESS = 5
 
 
 class Bench:
@@ -110,48 +101,3 @@ def permuted(example: Example) -> Example:
 
 
 _PERMUTATION = torch.randperm(256, generator=torch.Generator().manual_seed(256)).tolist()
-
-
-def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
-    """Train until the budget is spent.
-
-    Returns:
-        Plain values: ``loss`` on the test examples at the end (None where it is not finite), ``start``,
-        ``rate`` at the end, ``taken`` steps, ``own`` (share of the budget that went to anything but steps),
-        ``worst`` training loss as a multiple of ``start`` (None where one was not finite), the step
-        ``worst_at`` which it came, ``seconds``, and what the contender reports.
-    """
-    begin, bench = perf_counter(), work.bench
-    bench.reset()
-    contender = make(work)
-    worst, worst_at, broken, step = 0.0, 0, 0, 0
-    try:
-        while step < work.total and broken < HOPELESS:
-            loss = bench.model(**bench.batch(step)).loss
-            loss.backward()
-            value = loss.item()
-            broken = 0 if math.isfinite(value) else broken + 1
-            if (part := math.inf if broken else value / bench.start) > worst:
-                worst, worst_at = part, step + 1
-            contender.optimizer.step()
-            contender.optimizer.zero_grad(set_to_none=True)
-            if contender.scheduler is not None:
-                contender.scheduler.step()
-            step += 1
-            if contender.after_step is not None:
-                contender.after_step(step - 1, value)
-        with contender.evaluating():
-            end = bench.test_loss()
-        report = {"rate": contender.rate(), **contender.report()}
-    finally:
-        contender.close()
-    return {
-        "loss": end if math.isfinite(end) else None,
-        "start": bench.start,
-        "taken": step,
-        "own": work.charged / work.budget if work.charged else 0.0,
-        "worst": worst if math.isfinite(worst) else None,
-        "worst_at": worst_at,
-        "seconds": round(perf_counter() - begin, 1),
-        **report,
-    }

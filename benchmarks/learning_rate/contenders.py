@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.learning_rate.bench import Bench
+from benchmarks.learning_rate.workloads import WARMUP
 from ffkernels import FastForward, FastForwardConfig
-from learning_rate.bench import Bench
-from learning_rate.workloads import WARMUP
 
 
 class Work:
@@ -153,14 +153,3 @@ def auto(work: Work) -> Contender:
 
 
 CONTENDERS: dict[str, Callable[[Work], Contender]] = {"adam": adam, "auto": auto}
-
-
-def peers() -> dict[str, Callable[[Work], Contender]]:
-    """Other people's, as far as their packages are installed."""
-    from ffkernels.training.peers import FOLDER
-
-    if not (FOLDER / "learning_rates.py").is_file():
-        return {}
-    from peers.learning_rates import PEERS
-
-    return PEERS

@@ -6,13 +6,14 @@ For each workload and seed L* is Adam's lowest final test loss of all its rates,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from end_to_end_table import rate
-
-from learning_rate.workloads import METHODS
+from benchmarks.learning_rate.workloads import METHODS
+from benchmarks.tables import Results as Files
+from benchmarks.tables import heading, markdown, missing, rate, source, where
+from benchmarks.tables import signed as percent
 
 Result = Mapping[str, Any]
 Line = Mapping[str, Any]
@@ -94,16 +95,6 @@ class Results:
 def spiked(line: Line) -> bool:
     """Whether a training loss was far above where it began, also where an overshoot was undone at once."""
     return line.get("worst") is None or line["worst"] > SPIKE
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    rule = f"|{'---|' * text_columns}{'---:|' * (len(head) - text_columns)}"
-    first, *rest = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
-    return "\n".join([first, rule, *rest])
-
-
-def percent(share: float) -> str:
-    return "not finite" if share == float("inf") else f"{100 * share:+.1f} %".replace("-", "−")
 
 
 def verdicts(data: Result) -> str:
@@ -225,3 +216,42 @@ def all_tables(data: Result) -> str:
     parts = [verdicts(data), "Beyond what is allowed in the worst case, or with a spike:", misses(data)]
     parts.append(contenders(data) if data["config"]["model"] == "tiny" else beside_common(data))
     return "\n\n".join([*parts, workloads(data)])
+
+
+def newest_of_each(results: Files) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """By model, the embedded one first."""
+    found = {
+        data["config"]["model"]: (name, data)
+        for name, data in sorted(results.items())
+        if data.get("kind") == "alignment_rates" and not data["fast"]
+    }
+    return dict(sorted(found.items(), key=lambda one: one[0] != "tiny"))
+
+
+def learning_rates(results: Files) -> str:
+    """All of it."""
+    parts = [
+        part
+        for name, data in newest_of_each(results).values()
+        for part in (conditions(name, data), all_tables(data))
+    ]
+    return "\n\n".join(parts) or missing("learning_rate")
+
+
+def learning_rates_short(results: Files) -> str:
+    """ "auto" beside its bounds."""
+    parts = []
+    for model, (name, data) in newest_of_each(results).items():
+        parts += [conditions(name, data), (verdicts if model == "tiny" else beside_common)(data)]
+    return "\n\n".join(parts) or missing("learning_rate")
+
+
+def conditions(name: str, data: Mapping[str, Any]) -> str:
+    """The conditions of the measurement."""
+    config, versions = data["config"], data["versions"]
+    return (
+        f"{heading(config['model'])}; rank {config['rank']} on attention but where said, "
+        f"{config['max_length']} tokens per example, {config['optimizer']}, warm-up steps "
+        f"{config['warmup_steps']}. {where(data)}; commit {versions['git_commit']} "
+        f"{source(name, data)}."
+    )

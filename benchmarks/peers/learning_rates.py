@@ -25,8 +25,9 @@ from io import StringIO
 from typing import Any
 
 import torch
-from learning_rate.contenders import Contender, Work
 from torch import nn
+
+from benchmarks.learning_rate.contenders import Contender, Work
 
 __all__ = ["PACKAGES", "PEERS", "versions"]
 

@@ -1,8 +1,8 @@
 """Our Fast Forward beside the authors' loop and PEFT's prototype on the same work: forwards, time, memory.
 
-    python benchmarks/bench_peers.py             the embedded model at one learning rate, two seeds: about ten
+    python -m benchmarks.peers.race              the embedded model at one learning rate, two seeds: about ten
                                                  minutes on two quiet cores
-    python benchmarks/bench_peers.py --fast      the same in small: about two minutes; the numbers mean little
+    python -m benchmarks.peers.race --fast       the same in small: about two minutes; the numbers mean little
 
 For every learning rate and seed, with the same model, data order, adapter initialisation and batch:
 
@@ -14,7 +14,7 @@ For every learning rate and seed, with the same model, data order, adapter initi
     peft-prototype  PEFT's prototype: 10 examples, train mode
     adam-tuned      no Fast Forward, a tuned learning rate; what a user would try first
 
-and before that, at another rank, a few stages of each for the memory that it holds (peers_memory.py). A
+and before that, at another rank, a few stages of each for the memory that it holds (memory.py). A
 "forward" is one pass over the validation examples, in however many batches. Seconds of a stage are all that
 belongs to Fast Forward, the prototype's clones in other steps too. Test losses are charged to nobody. Writes
 one JSON file.
@@ -23,20 +23,31 @@ one JSON file.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import tempfile
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from checkout import ROOT
-from peers_memory import INTERVAL, PLAIN, attach_of, measure
+from benchmarks import RESULTS, record
+from benchmarks.peers.memory import INTERVAL, PLAIN, attach_of, measure
+from benchmarks.tables import (
+    LABELS,
+    ORDER,
+    Results,
+    counted,
+    heading,
+    markdown,
+    missing,
+    newest,
+    percent,
+    rate,
+    source,
+    where,
+)
 
-RESULTS = ROOT / "benchmarks" / "results"
+MODULE = "peers.race"
 TOLERANCE = 1e-4
 SEARCHES = ("linear", "parabolic")
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,7 +60,7 @@ USUAL = ["authors", "authors-32", "peft-prototype"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = record.parser(MODULE, __doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--task", default="instruction")
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-4])
@@ -66,11 +77,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--fast", action="store_true", help="small and quick; the numbers mean little")
-    parser.add_argument("--out", type=Path, help="the JSON file; default benchmarks/results/, --fast: runs/")
     options = parser.parse_args(argv)
     if options.fast:
         options.lr, options.seeds, options.steps, options.batch_size = [3e-3], [0], 12, 8
         options.max_length, options.test_examples, options.memory_stages = 24, 48, 3
+    options.out = options.out or (Path("runs") if options.fast else RESULTS)
     if options.memory_stages < 3:
         parser.error(f"--memory-stages {options.memory_stages}: growth needs at least 3")
     return options
@@ -80,25 +91,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     import torch
 
-    from ffkernels.reporting.machine import machine_info, version_info
     from ffkernels.training.compare import warm_up
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    began = datetime.now(timezone.utc)
-    folder = Path("runs") if options.fast else RESULTS
-    out = options.out or folder / f"peers_{Path(options.model).name}_{began:%Y-%m-%d}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {
-        "kind": "peers",
-        "measured_at": began.isoformat(timespec="seconds"),
-        "command": " ".join(["python benchmarks/bench_peers.py", *(sys.argv[1:] if argv is None else argv)]),
-        "config": {k: v for k, v in vars(options).items() if k != "out"},
-        "machine": {**machine_info(), "load": os.getloadavg() if hasattr(os, "getloadavg") else None},
-        "versions": version_info(),
-        "memory": memory(options),
-        "runs": [],
-    }
+    document = record.provenance(MODULE, sys.argv[1:] if argv is None else argv, kind="peers")
+    document |= {"config": record.settings(options), "memory": memory(options), "runs": []}
+    name = f"peers_{Path(options.model).name}"
     with tempfile.TemporaryDirectory(prefix="ffkernels-") as logs:
         warm_up(comparison(options, options.lr[0], options.seeds[0], logs))
         for lr in options.lr:
@@ -107,8 +106,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 document["summary"] = summary(document["runs"])
                 document["promises"] = promises(document)
                 # After every race: a long run that is stopped keeps what it has.
-                out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(["", *table(document), "", f"written: {out}"]))
+                out = record.write(document, options.out, name)
+    print("\n".join(["", table({out.name: document}), "", *told(document), f"written: {out}"]))
     return document
 
 
@@ -164,25 +163,20 @@ def race(options: argparse.Namespace, lr: float, seed: int, logs: str) -> list[d
 
 
 def row(name: str, lr: float, seed: int, config: Any, result: Any) -> dict[str, Any]:
+    whole = ("optimizer_steps", "test_loss", "flops", "seconds", "validation_forwards")
     return {
-        "name": name,
-        "lr": lr,
-        "seed": seed,
-        "trained_at_lr": config.lr,
-        "optimizer_steps": result.optimizer_steps,
-        "test_loss": result.test_loss,
+        **{"name": name, "lr": lr, "seed": seed, "trained_at_lr": config.lr},
+        **{key: getattr(result, key) for key in whole},
         "reached": result.reached_target,
-        "flops": result.flops,
-        "seconds": result.seconds,
-        "validation_forwards": result.validation_forwards,
-        "stages": [stage_row(stage.to_dict()) for stage in result.stages],
+        # With the number of a stage's losses in their place: they are hundreds.
+        "stages": [
+            {
+                "forwards" if key == "losses" else key: len(value) if key == "losses" else value
+                for key, value in one
+            }
+            for one in (stage.to_dict().items() for stage in result.stages)
+        ],
     }
-
-
-def stage_row(stage: dict[str, Any]) -> dict[str, Any]:
-    """What a stage was, with the number of its losses in their place: they are hundreds."""
-    losses = stage.pop("losses")
-    return {**stage, "forwards": len(losses)}
 
 
 def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -204,28 +198,21 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per learning rate and method, medians over the seeds; of stages, medians over all of them."""
     found = []
     for lr, name in dict.fromkeys((run["lr"], run["name"]) for run in runs):
-        of = [run for run in runs if (run["lr"], run["name"]) == (lr, name)]
-        adam = [run for run in runs if (run["lr"], run["name"]) == (lr, PLAIN)]
+        of, adam = ([run for run in runs if (run["lr"], run["name"]) == (lr, who)] for who in (name, PLAIN))
         stages = [stage for run in of for stage in run["stages"]]
-        seconds = [stage["seconds"] for stage in stages]
-        forwards = [stage["forwards"] for stage in stages]
-        saved = [
-            1 - run["flops"]["measured"] / a["flops"]["measured"] for run, a in zip(of, adam, strict=True)
-        ]
+        seconds, forwards = ([stage[part] for stage in stages] for part in ("seconds", "forwards"))
+        flops = ((run["flops"]["measured"], a["flops"]["measured"]) for run, a in zip(of, adam, strict=True))
+        middle = ("optimizer_steps", "test_loss", "validation_forwards")
         found.append(
             {
-                "lr": lr,
-                "name": name,
+                **{"lr": lr, "name": name, "seeds": len(of)},
                 "reached": sum(run["reached"] is not False for run in of),
-                "seeds": len(of),
-                "optimizer_steps": median(run["optimizer_steps"] for run in of),
-                "test_loss": median(run["test_loss"] for run in of),
-                "validation_forwards": median(run["validation_forwards"] for run in of),
+                **{part: median(run[part] for run in of) for part in middle},
                 "forwards_per_stage": median(forwards) if stages else None,
                 "seconds_per_stage": median(seconds) if stages else None,
                 "seconds_per_forward": sum(seconds) / sum(forwards) if stages else None,
                 "seconds": median(run["seconds"]["total"] for run in of),
-                "saved_flops_measured": median(saved),
+                "saved_flops_measured": median(1 - own / plain for own, plain in flops),
             }
         )
     return found
@@ -234,73 +221,66 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def promises(document: dict[str, Any]) -> list[dict[str, Any]]:
     """What is to be shown against the authors' loop, each with what was found."""
     rows = {(row["lr"], row["name"]): row for row in document["summary"]}
-    told = []
+    found = []
+
+    def promise(what: str, bound: str, limit: float, value: float) -> None:
+        met = value >= limit if bound == "at_least" else value <= limit
+        found.append({"what": what, bound: limit, "found": value, "met": met})
+
     for lr in dict.fromkeys(lr for lr, _ in rows):
         ours, theirs = rows[lr, "parabolic"], rows.get((lr, "authors"))
         if theirs is None or not ours["forwards_per_stage"]:
             continue
         ratio = theirs["validation_forwards"] / ours["validation_forwards"]
-        told.append({"what": f"forwards, authors / parabolic, lr {lr:g}", "at_least": 2, "found": ratio})
-        best = min(
-            rows[key]["seconds_per_stage"] for key in rows if key[0] == lr and key[1].startswith("authors")
-        )
+        promise(f"forwards, authors / parabolic, lr {lr:g}", "at_least", 2, ratio)
+        best = min(of["seconds_per_stage"] for (at, who), of in rows.items() if at == lr and "authors" in who)
         ratio = best / ours["seconds_per_stage"]
-        told.append(
-            {
-                "what": f"seconds per stage, authors' best / parabolic, lr {lr:g}",
-                "at_least": 1,
-                "found": ratio,
-            }
-        )
-    for row in document["memory"]:
-        if row["name"] in SEARCHES:
-            what = f"adapters that memory grows by after the second stage, {row['name']}"
-            told.append({"what": what, "at_most": 0, "found": row["growth"] / row["adapter_bytes"]})
-    for promise in told:
-        least, most = promise.get("at_least"), promise.get("at_most")
-        promise["met"] = promise["found"] >= least if least is not None else promise["found"] <= most
-    return told
+        promise(f"seconds per stage, authors' best / parabolic, lr {lr:g}", "at_least", 1, ratio)
+    for row in (row for row in document["memory"] if row["name"] in SEARCHES):
+        what = f"adapters that memory grows by after the second stage, {row['name']}"
+        promise(what, "at_most", 0, row["growth"] / row["adapter_bytes"])
+    return found
 
 
-def table(document: dict[str, Any]) -> list[str]:
-    """The document in Markdown."""
-    lines = [
-        "| lr | method | steps | test loss | forwards | a stage | s a stage | ms a forward | FLOPs saved |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+def told(document: dict[str, Any]) -> list[str]:
+    return [
+        f"{'kept' if p['met'] else 'NOT KEPT'}: {p['what']}: {p['found']:.2f}" for p in document["promises"]
     ]
-    for row in document["summary"]:
-        staged = row["forwards_per_stage"] is not None
-        cells = [
-            f"{row['lr']:g}",
-            row["name"]
-            + ("" if row["reached"] == row["seeds"] else f" ({row['reached']}/{row['seeds']} reached)"),
-            f"{row['optimizer_steps']:g}",
-            f"{row['test_loss']:.4f}",
-            f"{row['validation_forwards']:g}" if staged else "–",
-            f"{row['forwards_per_stage']:g}" if staged else "–",
-            f"{row['seconds_per_stage']:.2f}" if staged else "–",
-            f"{1000 * row['seconds_per_forward']:.1f}" if staged else "–",
-            f"{row['saved_flops_measured']:.0%}".replace("%", " %") if row["name"] != PLAIN else "–",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| method | held beyond Adam after each stage, in adapters | grows per stage | resident MiB |",
-        "|---|---|---:|---|",
-    ]
-    for row in document["memory"]:
-        adapter = row["adapter_bytes"]
-        held = ", ".join(f"{bytes_ / adapter:.2f}" for bytes_ in row["beyond_adam"])
-        resident = ", ".join("–" if r is None else f"{r / 2**20:.0f}" for r in row["resident"])
-        lines.append(f"| {row['name']} | {held} | {row['adapters_per_stage']:.2f} | {resident} |")
-    lines += [
-        "",
-        *(
-            f"{'kept' if p['met'] else 'NOT KEPT'}: {p['what']}: {p['found']:.2f}"
-            for p in document["promises"]
-        ),
-    ]
-    return lines
+
+
+def table(results: Results) -> str:
+    """Each way to fast-forward on the same work, and what it holds on to; the newest measurement."""
+    if (found := newest(results, "peers")) is None:
+        return missing(MODULE)
+    name, data = found
+    config, held = data["config"], {one["name"]: one for one in data["memory"]}
+    head = ["way", "optimizer steps", "validation losses", "in a stage", "seconds of a stage"]
+    head += ["FLOPs saved (measured)", "time saved", "memory grows per stage, in adapters"]
+    rows = []
+    for lr in config["lr"]:
+        of = {one["name"]: one for one in data["summary"] if one["lr"] == lr}
+        for kind in (kind for kind in ORDER if kind in of):
+            one, staged = of[kind], of[kind]["forwards_per_stage"] is not None
+            row = [LABELS[kind] + (f", lr {rate(lr)}" if len(config["lr"]) > 1 else "")]
+            row[0] += "" if one["reached"] == one["seeds"] else f" ({one['reached']}/{one['seeds']} reached)"
+            row.append(f"{one['optimizer_steps']:.0f}")
+            parts = (
+                ("validation_forwards", ".0f"),
+                ("forwards_per_stage", ".0f"),
+                ("seconds_per_stage", ".2f"),
+            )
+            row += [format(one[part], form) if staged else "" for part, form in parts]
+            saved = (one["saved_flops_measured"], 1 - one["seconds"] / of[PLAIN]["seconds"])
+            row += ["" if kind == PLAIN else percent(share) for share in saved]
+            row.append(f"{held[kind]['adapters_per_stage']:.0f}" if staged and kind in held else "")
+            rows.append(row)
+    words = (
+        f"{heading(config['model'])}, {config['task']}, learning rate "
+        f"{', '.join(map(rate, config['lr']))}, batch {config['batch_size']}, "
+        f"{counted(len(config['seeds']), 'seed')}; memory at rank {config['memory_rank']}. {where(data)} "
+        f"{source(name, data)}:"
+    )
+    return f"{words}\n\n{markdown(head, rows)}"
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 import torch
-from stage_cases import STAGE, STEP, Case
-from stage_models import make_model
-from stage_providers import BareForward, Bench, graph_executor
 
+from benchmarks.stages.cases import STAGE, STEP, Case
+from benchmarks.stages.models import make_model
+from benchmarks.stages.providers import BareForward, Bench, graph_executor
 from ffkernels import ops
 from ffkernels.search.search import make_search
 from ffkernels.stage.eager import EagerExecutor, StageProgram

@@ -1,9 +1,9 @@
 """A Fast Forward stage as a whole: our three executors beside what one would otherwise run.
 
-    python benchmarks/bench_stage.py --out results.json [--seconds 470] [--dry]
+    python -m benchmarks.stages.bench --out results.json [--seconds 470] [--dry]
 
-Rows are cases, columns are providers (`stage_cases.py`, `stage_providers.py`); all run from the same weights
-and the same Δ, how often is said in `stage_rounds.py`. A stage is timed from an idle device to an idle device
+Rows are cases, columns are providers (`cases.py`, `providers.py`); all run from the same weights
+and the same Δ, how often is said in `rounds.py`. A stage is timed from an idle device to an idle device
 by the host's clock and divided by its evaluations: milliseconds per Fast Forward step. A stage of two
 evaluations beside it tells what one more step adds (`ms_step`), and what a stage costs however long it is
 (`ms_fixed`). `gap` is what is above the bare captured forward that computes the same, as a share of it,
@@ -18,7 +18,6 @@ small on the CPU.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import sys
@@ -27,36 +26,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401  puts it on the path
 import torch
-from stage_agreement import loss_agreement, tau_agreement
-from stage_cases import (
-    BARE,
-    CASES,
-    DRY_CASES,
-    ROWS_BEFORE_AGREEMENT,
-    ROWS_BEFORE_PROFILE,
-    SHORT,
-    SMOL,
-    STAGE,
-    STEP,
-    TINY,
-    Case,
-    floor,
-)
-from stage_models import make_model
-from stage_profile import (
-    PROFILE_SECONDS,
-    add_profile,
-    count_both,
-    count_calls,
-    count_changes,
-    profile_in_a_child,
-)
-from stage_providers import Bench, makers, timed
-from stage_rounds import Samples, fixed, gap_of_step, of_a_step, take_samples
-from timing import summary, write_json
 
+from benchmarks import record, timing
+from benchmarks.stages import cases as c
+from benchmarks.stages import profile as profiling
+from benchmarks.stages.agreement import loss_agreement, tau_agreement
+from benchmarks.stages.cases import BARE, SHORT, Case
+from benchmarks.stages.models import make_model
+from benchmarks.stages.profile import count_both, count_calls, count_changes
+from benchmarks.stages.providers import Bench, makers, timed
+from benchmarks.stages.rounds import Samples, fixed, gap_of_step, of_a_step, take_samples
 from ffkernels.graphs import core as graphs
 
 AGREEMENT_SECONDS, LEAST_AGREEMENT_SECONDS, LEAST_PROFILE_SECONDS = 30.0, 8.0, 25.0
@@ -84,8 +64,8 @@ class Models:
 
 def release(device: torch.device) -> None:
     gc.collect()
+    timing.wait(device)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 
@@ -168,7 +148,7 @@ def measure(
             row["missing"][name] = reason(error)
             del row["providers"][name]
         for name, taken in samples.items():
-            below = None if floor(name) == name else samples.get(floor(name))
+            below = None if c.floor(name) == name else samples.get(c.floor(name))
             row["providers"][name] |= milliseconds(taken, below)
         if BARE in samples:
             bench.prepare()
@@ -189,7 +169,7 @@ def milliseconds(taken: Samples, bare: Samples | None) -> dict[str, Any]:
     """Per evaluation of the long stage; of one more step; of a stage beside its steps; gaps over `bare`."""
     evaluations = max(taken)
     found: dict[str, Any] = {
-        "ms_per_step": summary([ms / evaluations for ms in taken[evaluations]]),
+        "ms_per_step": timing.summary([ms / evaluations for ms in taken[evaluations]]),
         "ms_step": of_a_step(taken),
         "ms_fixed": fixed(taken),
     }
@@ -203,7 +183,7 @@ def count_all(case: Case, providers: dict[str, Any], device: torch.device, repor
     """What each provider asks of the driver, at the calls: the graphs first, what is promised of them."""
     counts = report.result["counts"]
     counts |= {"case": case.name, "evaluations": case.evaluations, "providers": {}}
-    first = [name for name in (STAGE, STEP) if name in providers]
+    first = [name for name in (c.STAGE, c.STEP) if name in providers]
     for name in (*first, *(name for name in providers if name not in first and not name.startswith(BARE))):
         counts["providers"][name] = {}
 
@@ -244,12 +224,11 @@ class Report:
 
     def write(self) -> None:
         self.result["seconds"] = time.perf_counter() - self.begin
-        write_json(self.path, self.result)
+        record.write(self.result, self.path)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file, rewritten after every row")
+    parser = record.parser("stages.bench", __doc__, out=Path("runs/stages.json"))
     parser.add_argument("--seconds", type=float, default=470.0, help="time for everything")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
@@ -257,7 +236,7 @@ def main() -> int:
     device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
     report = Report(options.out, device, dry)
     result, models = report.result, Models(device, torch.float32 if dry else torch.bfloat16)
-    cases = DRY_CASES if dry else CASES
+    cases = c.DRY_CASES if dry else c.CASES
     if dry:
         torch.set_num_threads(1)  # small work, which several threads only slow down on a busy machine
     else:
@@ -265,10 +244,10 @@ def main() -> int:
         report.attempt("small loop", lambda: graphs.why_no_stage_graph(device))
     end = report.begin + options.seconds
     for place, case in enumerate(cases):
-        if place == (1 if dry else ROWS_BEFORE_AGREEMENT):
+        if place == (1 if dry else c.ROWS_BEFORE_AGREEMENT):
             models.drop()
             agreement(report, device, dry, end)
-        if place == ROWS_BEFORE_PROFILE and not dry:
+        if place == c.ROWS_BEFORE_PROFILE and not dry:
             profile(report, end)
         if place and end - time.perf_counter() < case.seconds:
             result["left_out"].append(case.name)
@@ -292,19 +271,19 @@ def main() -> int:
 
 def profile(report: Report, end: float) -> None:
     """What the profiler sees, where there is time until `end`."""
-    seconds = min(PROFILE_SECONDS, end - time.perf_counter())
+    seconds = min(profiling.PROFILE_SECONDS, end - time.perf_counter())
     if seconds < LEAST_PROFILE_SECONDS:
         report.result["counts"]["failure"] = "no time was left for the profiler"
         return
-    found = report.attempt("profile", lambda: profile_in_a_child(report.path, seconds))
+    found = report.attempt("profile", lambda: profiling.profile_in_a_child(report.path, seconds))
     if found is not None:
-        add_profile(report.result["counts"], *found)
+        profiling.add_profile(report.result["counts"], *found)
     report.write()
 
 
 def agreement(report: Report, device: torch.device, dry: bool, end: float) -> None:
     """Losses and τ compared, the latter as often as there is time until `end`."""
-    name, length, stages, most = (TINY, 16, 2, 4) if dry else (SMOL, 64, 48, 256)
+    name, length, stages, most = (c.TINY, 16, 2, 4) if dry else (c.SMOL, 64, 48, 256)
     losses = report.attempt("loss agreement", lambda: loss_agreement(name, length, device))
     report.result["agreement"]["loss"] = losses
     report.write()

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from stage_cases import EXAMPLES, LLAMA, PYTHIA, SMOL, Case
 
-MEDIAN, SIGMA, SHORTEST = 0.35, 0.6, 1 / 16  # of mixed lengths, as `stage_cases` says
+from benchmarks.stages.cases import EXAMPLES, LLAMA, PYTHIA, SMOL, Case
+
+MEDIAN, SIGMA, SHORTEST = 0.35, 0.6, 1 / 16  # of mixed lengths, as `cases` says
 TOKENS_PER_FORWARD = 16384  # padded; for ours (its default on a GPU) and for the clean eager loop alike
 
 Batches = list[dict[str, torch.Tensor]]

@@ -10,11 +10,9 @@ it comes second, in a process of its own.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,15 +22,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401  puts it on the path
 import torch
-from stage_cases import CASES, CLEAN, EAGER, SHORT, STAGE, STEP
-from stage_models import make_model
-from stage_providers import Bench, makers, timed
-from timing import write_json
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import ROOT, record
+from benchmarks.stages.cases import CASES, CLEAN, EAGER, SHORT, STAGE, STEP
+from benchmarks.stages.models import make_model
+from benchmarks.stages.providers import Bench, makers, timed
+from benchmarks.timing import traced
 from ffkernels.graphs import driver as graph_driver
 
 PROFILE_SECONDS = 120
@@ -160,18 +158,6 @@ def counted(events: list[dict]) -> Counter:
     return found
 
 
-def traced(call: Callable[[], object], device: torch.device) -> list[dict]:
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        seen.export_chrome_trace(str(path))
-        return json.loads(path.read_text())["traceEvents"]
-
-
 @cache
 def idle_counts(device: torch.device) -> Counter:
     return counted(traced(lambda: None, device))
@@ -191,7 +177,7 @@ def profile_all(out: Path, device: torch.device) -> None:
     every, found = makers(bench), {}
     for name in PROFILED:
         found[name] = {"missing": "the profiler ended the process"}
-        write_json(out, found)
+        record.write(found, out)
         provider = None
         try:
             provider = every[name]()
@@ -201,16 +187,16 @@ def profile_all(out: Path, device: torch.device) -> None:
         finally:
             if provider is not None:
                 provider.close()
-        write_json(out, found)
+        record.write(found, out)
 
 
 def profile_in_a_child(out: Path, seconds: float = PROFILE_SECONDS) -> tuple[dict, str]:
     """`profile_all` in another process: what it found, and what ended it early."""
-    path = out.with_suffix(".profile")
+    path = out.resolve().with_suffix(".profile.json")
     path.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--out", str(path)]
+    command = [sys.executable, "-m", "benchmarks.stages.profile", "--out", str(path)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
         failure = f"exit status {done.returncode}: {done.stderr[-1000:]}" if done.returncode else ""
     except subprocess.TimeoutExpired:
         failure = f"stopped after {seconds:.0f} s"
@@ -230,8 +216,7 @@ def add_profile(counts: dict[str, Any], found: dict[str, dict], failure: str) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What the profiler sees of a stage, on the current GPU.")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file, rewritten for every provider")
+    parser = record.parser("stages.profile", __doc__, out="runs/stages.profile.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this torch sees no GPU")

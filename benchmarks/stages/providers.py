@@ -16,17 +16,29 @@ That is an addition and a product on the device, and all that a user's stage doe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 import torch
-from stage_cases import AUTHORS, BARE, CLEAN, EAGER, SHORT, STAGE, STEP, Case, ahead, linear, one_batch
-from stage_models import TOKENS_PER_FORWARD, Batches, collate, make_examples, micro_batches
 from torch.utils.data import DataLoader
 
+from benchmarks.stages.cases import (
+    AUTHORS,
+    BARE,
+    CLEAN,
+    EAGER,
+    SHORT,
+    STAGE,
+    STEP,
+    Case,
+    ahead,
+    linear,
+    one_batch,
+)
+from benchmarks.stages.models import TOKENS_PER_FORWARD, Batches, collate, make_examples, micro_batches
+from benchmarks.timing import seconds_of
 from ffkernels import ops
 from ffkernels.search.search import LinearSearch, ParabolicSearch, Search
 from ffkernels.stage.eager import EagerExecutor, StageProgram
@@ -345,16 +357,7 @@ def fastest(device: torch.device) -> str:
     return STEP if graphs.why_no_stage_graph(device) else STAGE
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(provider: Any, evaluations: int, device: torch.device) -> float:
     """Seconds of one stage."""
     provider.prepare(evaluations)
-    wait(device)
-    begin = time.perf_counter()
-    provider.stage(evaluations)
-    wait(device)
-    return time.perf_counter() - begin
+    return seconds_of(lambda: provider.stage(evaluations), device)

@@ -1,6 +1,6 @@
 """How a stage's time falls with the number of processes, beside what docs/distributed.md's model says.
 
-    python benchmarks/bench_ranks.py --out benchmarks/results
+    python -m benchmarks.stages.ranks --out benchmarks/results
 
 Lets 1, 2 and 4 ranks over gloo, one thread each, train LoRA on the embedded model with DDP, and measures one
 validation of 32 examples, its local part, one exchange and whole stages, of all sizes in turn. The model's
@@ -19,19 +19,19 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from datetime import datetime, timezone
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-import checkout  # noqa: F401  puts it on the path
 import torch
 import torch.distributed as dist
 
+from benchmarks import ROOT, record, tables
+from benchmarks.timing import seconds_of, summary
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
 from ffkernels.ranks.ranks import LOSS, ROW_BYTES, Ranks
 from ffkernels.ranks.shards import shard_examples
-from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_task
 from ffkernels.validation.fast import LabelledLoss, plan_micro_batches
@@ -44,23 +44,8 @@ PLANNED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def timed(call, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls, after one that is not counted."""
-    taken = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - begin)
-    return taken[1:]
-
-
-def summary(samples: list[float]) -> dict[str, float]:
-    ordered = sorted(samples)
-    return {
-        "median_ms": 1e3 * median(ordered),
-        "p20_ms": 1e3 * ordered[len(ordered) // 5],
-        "p80_ms": 1e3 * ordered[4 * len(ordered) // 5],
-        "samples": len(ordered),
-    }
+    """Seconds of each of ``repeats`` calls, after one that is not counted."""
+    return [seconds_of(call) for _ in range(repeats + 1)][1:]
 
 
 def work(lengths: list[int], shard: list[int], max_tokens: int, cost: int) -> tuple[int, int]:
@@ -73,6 +58,13 @@ def work(lengths: list[int], shard: list[int], max_tokens: int, cost: int) -> tu
 def slowest(lengths: list[int], ranks: int, max_tokens: int, cost: int) -> tuple[int, int]:
     shards = shard_examples(lengths, ranks, max_tokens, cost)
     return max((work(lengths, shard, max_tokens, cost) for shard in shards), key=lambda w: w[0] + cost * w[1])
+
+
+def share(lengths: list[int], ranks: int, device: str) -> tuple[int, int, float]:
+    """Padded tokens and forwards of the slowest rank, and its share of a forward of the whole set."""
+    limit, cost = 2048 if device == "cpu" else 16384, forward_price(None, torch.device(device))
+    (tokens, forwards), (whole, times) = (slowest(lengths, n, limit, cost) for n in (ranks, 1))
+    return tokens, forwards, (tokens + cost * forwards) / (whole + cost * times)
 
 
 class Job:
@@ -134,14 +126,16 @@ class Job:
         share, stages = BATCH // self.size, len(self.ff.stages)
         while len(self.ff.stages) == stages:
             first = BATCH * self.ff.optimizer_steps + share * self.rank
-            begin = time.perf_counter()
-            self.model(**self.batch(self.train[first : first + share])).loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.steps.append(time.perf_counter() - begin)
+            batch = self.train[first : first + share]
+            self.steps.append(seconds_of(lambda batch=batch: self.step(batch)))
+
+    def step(self, examples: list) -> None:
+        self.model(**self.batch(examples)).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def found(self) -> dict:
-        found: dict = {name: summary(samples) for name, samples in self.samples.items()}
+        found: dict = {name: summary(samples, 1e3, "_ms") for name, samples in self.samples.items()}
         plain = [taken for i, taken in enumerate(self.steps, start=1) if i % INTERVAL]
         found["train_step_ms"] = 1e3 * median(plain)
         found["stages"] = [
@@ -166,8 +160,6 @@ class Job:
 
 def rank_main(out: Path, sizes: list[int], repeats: int) -> None:
     """What one rank does: jobs of all sizes in turn, so that a machine that slows down slows all of them."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     jobs = [Job(size) for size in sizes]
     for _ in range(repeats):
         for job in jobs:
@@ -186,18 +178,26 @@ def rank_main(out: Path, sizes: list[int], repeats: int) -> None:
         ranks = [json.loads(text) for text in everyone]
         by_size = {str(size): [rank[str(size)] for rank in ranks if str(size) in rank] for size in sizes}
         out.write_text(json.dumps(by_size))
-    dist.destroy_process_group()
 
 
-def start(sizes: list[int], repeats: int) -> dict[str, list[dict]]:
-    """{size: what each of its ranks measured}"""
+def start(module: str, size: int, *arguments: object) -> Any:
+    """Run ``benchmarks.<module>`` on so many ranks, of one thread each; what its first one has written."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "ranks.json"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(max(sizes))]
-        arguments = ["--rank-of", str(out), "--repeats", str(repeats), "--ranks", *map(str, sizes)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        subprocess.run([sys.executable, *launcher, __file__, *arguments], check=True, env=environment)
+        own = ["-m", f"benchmarks.{module}", "--rank-of", out, *arguments]
+        command = [sys.executable, *launcher, *map(str, own)]
+        subprocess.run(command, check=True, env=environment, cwd=ROOT)
         return json.loads(out.read_text())
+
+
+def as_rank(work: Callable[[], None]) -> None:
+    """What one of them does between joining the others and leaving them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    work()
+    dist.destroy_process_group()
 
 
 def fit(points: list[list[float]]) -> tuple[float, float]:
@@ -208,42 +208,27 @@ def fit(points: list[list[float]]) -> tuple[float, float]:
     return per_token, per_forward
 
 
-def measure(sizes: list[int], repeats: int) -> dict:
-    cores = machine_info()["cores"]
-    report: dict = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": {**machine_info(), "load_before": os.getloadavg()},
-        "versions": version_info(),
-        "note": f"one thread per rank on {cores} cores: more ranks than cores share them",
-        "task": "instruction, 32 examples of at most 256 tokens; embedded model, LoRA rank 8, DDP over gloo",
-        "row_bytes": ROW_BYTES,
-        "ranks": {},
+def measure(sizes: list[int], found: dict[str, list[dict]]) -> dict:
+    """What was measured by rank, beside what the model says that is fitted on one rank."""
+    report: dict = {"ranks": {}}
+    lengths = found["1"][0]["lengths"]
+    per_token, per_forward = fit(found["1"][0]["fit"])
+    names = ("micro_batch_tokens", "tokens", "forwards", "milliseconds")
+    report["model"] = {
+        "microseconds_per_token": 1e6 * per_token,
+        "microseconds_per_forward": 1e6 * per_forward,
+        "fitted_on": [dict(zip(names, (*of, 1e3 * s), strict=True)) for *of, s in found["1"][0]["fit"]],
     }
-    per_token = per_forward = alone = 0.0
-    lengths: list[int] = []
-    found = start(sizes, repeats)
+    alone = found["1"][0]["whole"]["median_ms"]
     for size in sizes:
         everyone = found[str(size)]
-        first = everyone[0]
-        if size == 1:
-            lengths = first["lengths"]
-            per_token, per_forward = fit(first["fit"])
-            report["model"] = {
-                "microseconds_per_token": 1e6 * per_token,
-                "microseconds_per_forward": 1e6 * per_forward,
-                "fitted_on": [
-                    {"micro_batch_tokens": m, "tokens": t, "forwards": f, "milliseconds": 1e3 * s}
-                    for m, t, f, s in first["fit"]
-                ],
-            }
-        tokens, forwards = slowest(lengths, size, 2048, forward_price(None, CPU))
-        whole = max(rank["whole"]["median_ms"] for rank in everyone)
-        alone = whole if size == 1 else alone
-        crowded = whole / alone
+        first, stages = everyone[0], everyone[0]["stages"]
+        tokens, forwards, _ = share(lengths, size, "cpu")
+        crowded = max(rank["whole"]["median_ms"] for rank in everyone) / alone
         exchange = first["exchange"]["median_ms"] if size > 1 else 0.0
         predicted = 1e3 * (per_token * tokens + per_forward * forwards) * crowded + exchange
-        stages = first["stages"]
+        of_stage = [s["evaluations"] * predicted + s["move_ms"] + 3 * exchange for s in stages]
+        over = [s["milliseconds"] / ms for s, ms in zip(stages, of_stage, strict=True)]
         report["ranks"][str(size)] = {
             "slowest_rank": {"tokens": tokens, "forwards": forwards},
             "slowed_by_the_others": crowded,
@@ -252,76 +237,71 @@ def measure(sizes: list[int], repeats: int) -> dict:
             "exchange": first["exchange"],
             "train_step_ms": first["train_step_ms"],
             "stages": stages,
-            "predicted": {
-                "validation_ms": predicted,
-                "stage_ms": [
-                    stage["evaluations"] * predicted + stage["move_ms"] + 3 * exchange for stage in stages
-                ],
-            },
+            "predicted": {"validation_ms": predicted, "stage_ms": of_stage},
             "measured_over_predicted": {
                 "validation": first["validation"]["median_ms"] / predicted,
-                "stage": [
-                    stage["milliseconds"]
-                    / (stage["evaluations"] * predicted + stage["move_ms"] + 3 * exchange)
-                    for stage in stages
-                ],
+                "stage": over,
             },
         }
-    report["machine"]["load_after"] = os.getloadavg()
-    report["lengths"] = lengths
-    report["plan"] = plan(lengths)
-    return report
+    return {**report, "lengths": lengths, "plan": plan(lengths)}
 
 
 def plan(lengths: list[int]) -> list[dict]:
     """What each number of ranks leaves to the slowest one, and what it receives: no measurement."""
     rows = []
     for size in PLANNED:
-        by_cost = {}
-        for name, device in (("cpu", CPU), ("gpu", torch.device("cuda"))):
-            limit = 2048 if name == "cpu" else 16384
-            cost = forward_price(None, device)
-            tokens, forwards = slowest(lengths, size, limit, cost)
-            alone, times = slowest(lengths, 1, limit, cost)
-            share = (tokens + cost * forwards) / (alone + cost * times)
-            by_cost[name] = {"tokens": tokens, "forwards": forwards, "of_one_rank": share}
-        rows.append({"ranks": size, **by_cost, "bytes_received_per_validation": size * ROW_BYTES})
+        row: dict = {"ranks": size}
+        for device in ("cpu", "gpu"):
+            of = share(lengths, size, "cuda" if device == "gpu" else "cpu")
+            row[device] = dict(zip(("tokens", "forwards", "of_one_rank"), of, strict=True))
+        rows.append({**row, "bytes_received_per_validation": size * ROW_BYTES})
     return rows
 
 
 def table(report: dict) -> str:
-    lines = ["ranks  tokens  forwards  validation ms (predicted)  stage ms (predicted)  exchange ms  τ"]
+    head = [
+        "ranks",
+        "tokens",
+        "forwards",
+        "validation ms (predicted)",
+        "stage ms (predicted)",
+        "exchange ms",
+        "τ",
+    ]
+    rows = []
     for size, row in report["ranks"].items():
-        stages, predicted = row["stages"], row["predicted"]
-        measured = " ".join(f"{stage['milliseconds']:.0f}" for stage in stages)
-        expected = " ".join(f"{ms:.0f}" for ms in predicted["stage_ms"])
-        lines.append(
-            f"{size:>5}  {row['slowest_rank']['tokens']:>6}  {row['slowest_rank']['forwards']:>8}  "
-            f"{row['validation']['median_ms']:>8.1f} ({predicted['validation_ms']:.1f})  "
-            f"{measured} ({expected})  {row['exchange']['median_ms']:.3f}  "
-            f"{' '.join(str(stage['tau']) for stage in stages)}"
-        )
-    return "\n".join(lines)
+        measured = " ".join(f"{stage['milliseconds']:.0f}" for stage in row["stages"])
+        expected = " ".join(f"{ms:.0f}" for ms in row["predicted"]["stage_ms"])
+        rows.append([size, *map(str, row["slowest_rank"].values())])
+        rows[-1] += [f"{row['validation']['median_ms']:.1f} ({row['predicted']['validation_ms']:.1f})"]
+        rows[-1] += [f"{measured} ({expected})", f"{row['exchange']['median_ms']:.3f}"]
+        rows[-1] += [" ".join(str(stage["tau"]) for stage in row["stages"])]
+    return tables.aligned(head, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for ranks_cpu_<date>.json; else only the table")
+    module, name = "stages.ranks", "ranks_cpu"
+    parser = record.parser(module, __doc__, name=name)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="the first must be 1")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.rank_of is not None:
-        return rank_main(arguments.rank_of, arguments.ranks, arguments.repeats)
-    if arguments.ranks[0] != 1:
+    options = parser.parse_args()
+    sizes, repeats = options.ranks, options.repeats
+    if options.rank_of is not None:
+        return as_rank(lambda: rank_main(options.rank_of, sizes, repeats))
+    if sizes[0] != 1:
         parser.error("--ranks must begin with 1, on which the cost model is fitted")
-    report = measure(arguments.ranks, arguments.repeats)
+    head = record.provenance(module, sys.argv[1:], row_bytes=ROW_BYTES)
+    head["note"] = (
+        f"one thread per rank on {head['machine']['cores']} cores: more ranks than cores share them"
+    )
+    head["task"] = (
+        "instruction, 32 examples of at most 256 tokens; embedded model, LoRA rank 8, DDP over gloo"
+    )
+    report = head | measure(sizes, start(module, max(sizes), "--repeats", repeats, "--ranks", *sizes))
     print(table(report))
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        path = arguments.out / f"ranks_cpu_{report['date'][:10]}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(path)
+    if options.out is not None:
+        print(record.write(report, options.out, name))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Validation examples drawn anew before each stage against the same ones in every stage.
 
-    python benchmarks/resampled_validation.py --out benchmarks/results
+    python -m benchmarks.stages.resampled --out benchmarks/results
 
 Of each task 256 examples are held out beside the test set, the same for all runs of a seed, so all train on
 the same batches:
@@ -18,19 +18,27 @@ run that stands in it is not repeated.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import tempfile
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
-import checkout  # noqa: F401  puts it on the path
-
+from benchmarks import RESULTS, record
+from benchmarks.tables import (
+    Results,
+    heading,
+    markdown,
+    missing,
+    newest,
+    percent,
+    rate,
+    signed,
+    source,
+    where,
+)
 from ffkernels import FastForward, FastForwardConfig, ValidationPool
-from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session
 from ffkernels.training.trainer import train
@@ -49,6 +57,7 @@ ARMS = {
     "resampled 8": (8, True),
 }
 FEW = ("fixed 8", "resampled 8")
+OF_STAGE = ("tau", "evaluations", "loss_before", "loss_after")
 PLACE = ("arm", "task", "lr", "seed", "steps")
 
 
@@ -97,18 +106,11 @@ def measure(cell: dict[str, Any], test_examples: int, target: float | None) -> d
 
     with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
         config = TrainConfig(
-            name="run",
-            out=folder,
-            task=cell["task"],
-            lr=cell["lr"],
-            seed=cell["seed"],
-            steps=cell["steps"],
+            **{"name": "run", "out": folder, "threads": 1, "device": "cpu", "evaluate_every": 0},
+            **{name: cell[name] for name in ("task", "lr", "seed", "steps")},
             test_examples=test_examples,
             validation_examples=POOL,
-            evaluate_every=0,
             target_loss=target,
-            threads=1,
-            device="cpu",
         )
         stages = FastForwardConfig(patience=None)
         result = train(config, save=False, on_event=note, attach=attach(cell["arm"], stages))
@@ -120,38 +122,97 @@ def measure(cell: dict[str, Any], test_examples: int, target: float | None) -> d
         "stage_flops": sum(stage.flops for stage in result.stages),
         "curve": tests,
         "stages": [
-            {
-                "step": stage.optimizer_step,
-                "tau": stage.tau,
-                "evaluations": stage.evaluations,
-                "loss_before": stage.loss_before,
-                "loss_after": stage.loss_after,
-            }
+            {"step": stage.optimizer_step, **{name: getattr(stage, name) for name in OF_STAGE}}
             for stage in result.stages
         ],
     }
 
 
+def table(results: Results) -> str:
+    """The same validation examples in every stage, or others; the newest measurement.
+
+    Only tasks and seeds count of which every way was measured.
+    """
+    if (newest_ := newest(results, KIND)) is None:
+        return missing("stages.resampled")
+    name, data = newest_
+    config = data["config"]
+    runs = {
+        (r["lr"], r["arm"], r["task"], r["seed"]): r for r in data["runs"] if r["steps"] == config["steps"]
+    }
+    longer = [run for run in data["runs"] if run["steps"] > config["steps"]]
+    low, high = sorted({lr for lr, *_ in runs})
+    usual, few = ("fixed 32", "resampled 32", "fixed 128"), ("fixed 8", "resampled 8")
+
+    def places(lr: float, arms: Sequence[str]) -> list[tuple[str, int]]:
+        found = dict.fromkeys((task, seed) for _, _, task, seed in runs)
+        return [place for place in found if all((lr, arm, *place) in runs for arm in ("adam", *arms))]
+
+    def saved(lr: float, arm: str, place: tuple[str, int]) -> float | None:
+        adam = runs[(lr, "adam", *place)]
+        reached = (f for _, f, loss in runs[(lr, arm, *place)]["curve"] if loss <= adam["test_loss"] + 1e-4)
+        return next((1 - flops / adam["flops"] for flops in reached), None)
+
+    def spread(shares: Sequence[float | None], form: Callable[[float | None], str]) -> str:
+        if None in shares:
+            return f"not reached in {shares.count(None)} of {len(shares)}"
+        if not shares:
+            return "–"
+        low_end, high_end = (form(end(shares)).removesuffix(" %") for end in (min, max))
+        return f"{form(median(shares))} ({low_end} to {high_end})"
+
+    rows = []
+    for arm in (*usual, *few):
+        at_high = places(high, usual if arm in usual else (*usual, *few))
+        pairs = [(runs[(high, arm, *place)], runs[(high, "fixed 32", *place)]) for place in at_high]
+        rows.append(
+            [
+                of_stage(arm),
+                spread([saved(low, arm, place) for place in places(low, usual)], percent)
+                if arm in usual
+                else "",
+                spread([saved(high, arm, place) for place in at_high], percent),
+                spread([ours["test_loss"] / same["test_loss"] - 1 for ours, same in pairs], signed),
+                f"{median(ours['flops'] / same['flops'] for ours, same in pairs):.2f}" if pairs else "–",
+                str(len(at_high)),
+            ]
+        )
+    ended = f"after {config['steps']} steps at {rate(high)}"
+    head = ["examples of a stage", f"FLOPs saved at {rate(low)}", f"FLOPs saved at {rate(high)}"]
+    head += [f"test loss {ended}, against “the same 32”", "FLOPs until then, against it"]
+    head += [f"runs at {rate(high)}"]
+    words = (
+        f"{heading(config['model'])}, batch {config['batch_size']}, stages every {config['interval']} steps, "
+        f"others out of {config['pool']} held out; tasks × seeds: {len(places(low, usual))} at {rate(low)}, "
+        f"{len(places(high, usual))} at {rate(high)}. {where(data)} {source(name, data)}:"
+    )
+    text = f"{words}\n\n{markdown(head, rows)}"
+    if longer:
+        ends: dict[str, list[str]] = {}
+        for run in longer:
+            ends.setdefault(run["task"], []).append(f"{run['test_loss']:.4f} with {of_stage(run['arm'])}")
+        said = "; ".join(f"{task} {', '.join(each)}" for task, each in ends.items())
+        text += f"\n\nTest losses after {longer[0]['steps']} steps at {rate(high)}, one seed: {said}."
+    return text
+
+
+def of_stage(arm: str) -> str:
+    kind, number = arm.split()
+    return f"the same {number}" if kind == "fixed" else f"{number} others"
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    module, name = "stages.resampled", "resampled_validation_tiny"
+    parser = record.parser(module, __doc__, out=RESULTS, name=name)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--test-examples", type=int, default=200)
     options = parser.parse_args(argv)
-    now = datetime.now(timezone.utc)
-    path = options.out / f"resampled_validation_tiny_{now:%Y-%m-%d}.json"
     settings = {"model": "tiny", "steps": options.steps, "batch_size": 64, "interval": 6, "pool": POOL}
     settings |= {"test_examples": options.test_examples, "seeds": options.seeds, "patience": None}
-    report: dict[str, Any] = {
-        "kind": KIND,
-        "measured_at": now.isoformat(timespec="seconds"),
-        "command": " ".join(["python benchmarks/resampled_validation.py", *(argv or sys.argv[1:])]),
-        "machine": machine_info(),
-        "versions": version_info(),
-        "config": settings,
-        "runs": [],
-    }
+    report = record.provenance(module, sys.argv[1:] if argv is None else argv, kind=KIND)
+    report |= {"config": settings, "runs": []}
+    path = record.path_of(options.out, name, report["measured_at"])
     if path.exists():
         report = json.loads(path.read_text(encoding="utf-8"))
         if report["config"] != settings:
@@ -164,13 +225,9 @@ def main(argv: list[str] | None = None) -> None:
         target = None
         if cell["lr"] == TO_TARGET and cell["arm"] != "adam":
             target = done[("adam", *key[1:])]["test_loss"] + 1e-4
-        done[key] = measure(cell, options.test_examples, target)
-        report["runs"].append(done[key])
-        options.out.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
-        one = done[key]
+        done[key] = one = measure(cell, options.test_examples, target)
+        report["runs"].append(one)
+        record.write(report, path)
         print(*key, one["optimizer_steps"], f"{one['test_loss']:.4f}", f"{one['flops'] / 1e12:.3f} TFLOP")
         print("   ", [stage["tau"] for stage in one["stages"]], flush=True)
 

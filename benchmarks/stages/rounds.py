@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from stage_cases import AUTHORS, BARE, LEAST_ROUNDS, SHORT, STAGE, STEP
+from benchmarks.stages.cases import AUTHORS, BARE, LEAST_ROUNDS, SHORT, STAGE, STEP
 
 MOST_ROUNDS, FEW_ROUNDS, FEW_SHARE = 60, 7, 0.12
 RESAMPLES = 1000

@@ -1,6 +1,6 @@
 """The loss at every τ of real stages, and what each search makes of it.
 
-    python benchmarks/search_noise.py --curves FILE.jsonl --out benchmarks/results
+    python -m benchmarks.stages.search_noise --curves FILE.jsonl --out benchmarks/results
 
 About a quarter of an hour on one core that is free.
 
@@ -15,25 +15,34 @@ interpolated between its neighbours. Second stages also as they follow a first, 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
+import sys
 import time
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from itertools import accumulate, pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import checkout  # noqa: F401  puts it on the path
-
-from ffkernels.reporting.machine import machine_info, version_info
+from benchmarks import record
+from benchmarks.tables import (
+    Results,
+    counted,
+    heading,
+    markdown,
+    missing,
+    newest,
+    percent,
+    rate,
+    source,
+    where,
+)
 from ffkernels.search.search import REFINE_TOLERANCE, LinearSearch, ParabolicSearch, Search
 from ffkernels.search.significance import LEVEL, Rises, critical_values, higher, jackknife_weights
 
+KIND = "search_noise"
 TASKS = ("instruction", "medical", "chat")
 DTYPES = ("bfloat16", "float32")
 RATES = (3e-4, 1e-4, 4e-5)
@@ -46,6 +55,8 @@ DOUBLING = tuple(1 << power for power in range(11))
 # Reached is the sweep's lowest loss where τ is within 10 % of its τ, or the loss within 1 % of the decrease.
 NEAR_TAU, NEAR_LOSS = 0.1, 0.01
 TRIALS = 4000
+PLACE = ("task", "dtype", "lr", "seed", "stage")
+WHAT = ("found", "validations")
 
 
 def sweep(task: str, dtype: str, lr: float, seed: int) -> list[dict[str, Any]]:
@@ -96,19 +107,9 @@ def sweep(task: str, dtype: str, lr: float, seed: int) -> list[dict[str, Any]]:
         beyond = {*range(last, min(2 * best, FARTHEST), max(1, best // 16)), *DOUBLING} - {*curve}
         curve |= {tau: at(tau) for tau in sorted(beyond) if tau > last}
         at(best)
-        stages.append(
-            {
-                "task": task,
-                "dtype": dtype,
-                "lr": lr,
-                "seed": seed,
-                "stage": stage,
-                "swept_to": last,
-                "argmin": best,
-                "tokens": tokens,
-                "sums": sorted(curve.items()),
-            }
-        )
+        place = {"task": task, "dtype": dtype, "lr": lr, "seed": seed, "stage": stage}
+        measured = {"swept_to": last, "argmin": best, "tokens": tokens, "sums": sorted(curve.items())}
+        stages.append({**place, **measured})
     return stages
 
 
@@ -250,6 +251,13 @@ SEARCHES: dict[str, Callable[[Curve], Search]] = {
 }
 
 
+def by_rate(rows: Sequence[Mapping[str, Any]], dtype: str) -> list[tuple[float | None, list]]:
+    """The rows of all rates together, and those of each."""
+    of = [row for row in rows if row["dtype"] == dtype]
+    chosen = [(lr, [row for row in of if lr in (None, row["lr"])]) for lr in (None, *sorted(RATES))]
+    return [(lr, found) for lr, found in chosen if found]
+
+
 def report(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     curves = {key(stage): Curve(stage) for stage in stages}
     rows, warm = [], []
@@ -257,18 +265,13 @@ def report(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         curve = curves[key(stage)]
         slopes = [b - a for a, b in pairwise(curve.swept)]
         found = {name: judged(curve, search(curve)) for name, search in SEARCHES.items()}
-        row = {name: stage[name] for name in ("task", "dtype", "lr", "seed", "stage", "swept_to")}
-        row |= {
-            "argmin": curve.argmin,
-            "turning_points": sum(a * b < 0 for a, b in pairwise(slopes)),
-            "searches": found,
-        }
+        row = {name: stage[name] for name in (*PLACE, "swept_to")} | {"argmin": curve.argmin}
+        row |= {"turning_points": sum(a * b < 0 for a, b in pairwise(slopes)), "searches": found}
         rows.append(row)
         before = curves.get(key(stage | {"stage": stage["stage"] - 1}))
         if before is not None:
-            start = max(1, SEARCHES["parabolic"](before).best_tau)
-            search = replay(curve, ParabolicSearch(FARTHEST, start), Rises(curve.tokens))
-            row["start"] = start
+            row["start"] = max(1, SEARCHES["parabolic"](before).best_tau)
+            search = replay(curve, ParabolicSearch(FARTHEST, row["start"]), Rises(curve.tokens))
             found_from = {"cold": found["parabolic"], "warm": judged(curve, search)}
             warm.append({"dtype": stage["dtype"], "lr": stage["lr"], **found_from})
     groups = [
@@ -280,102 +283,78 @@ def report(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "searches": {name: summary([row["searches"][name] for row in chosen]) for name in SEARCHES},
         }
         for dtype in DTYPES
-        for lr in (None, *sorted(RATES))
-        if (chosen := [row for row in rows if row["dtype"] == dtype and lr in (None, row["lr"])])
+        for lr, chosen in by_rate(rows, dtype)
     ]
-    of = {dtype: [curves[key(s)] for s in stages if s["dtype"] == dtype] for dtype in DTYPES}
-    # At the smallest rate, where a cubic leaves nothing of the curve.
-    slow = {
-        dtype: [curves[key(s)] for s in stages if s["dtype"] == dtype and s["lr"] == min(RATES)]
+    rule: dict[str, Any] = {"level": LEVEL, "trials": TRIALS}
+    for dtype in DTYPES:
+        every = dict(by_rate(stages, dtype))
+        counted_ = [verdicts(curves[key(stage)]) for stage in every.get(None, ())]
+        # At the smallest rate, where a cubic leaves nothing of the curve.
+        slow = [curves[key(stage)] for stage in every.get(min(RATES), ())]
+        if counted_:
+            rule[dtype] = {
+                "verdicts": {name: sum(each[name] for each in counted_) for name in counted_[0]},
+                "sure_of_noise": {str(seen): sure_of_noise(slow, seen, TRIALS) for seen in (1, 2, 4, 8)},
+            }
+    warm_start = {
+        dtype: [
+            {"lr": lr, **{side: summary([each[side] for each in chosen]) for side in ("cold", "warm")}}
+            for lr, chosen in by_rate(warm, dtype)
+        ]
         for dtype in DTYPES
     }
-    rule = {
-        dtype: {
-            "verdicts": {
-                name: sum(each[name] for each in counted)
-                for name in ("beyond", "beyond_sure", "passed", "passed_unsure")
-            },
-            "sure_of_noise": {str(seen): sure_of_noise(slow[dtype], seen, TRIALS) for seen in (1, 2, 4, 8)},
-        }
-        for dtype in DTYPES
-        if (counted := [verdicts(curve) for curve in of[dtype]])
-    }
-    return {
-        "groups": groups,
-        "rule": {"level": LEVEL, "trials": TRIALS, **rule},
-        "warm_start": {
-            dtype: [
-                {"lr": lr, **{side: summary([each[side] for each in chosen]) for side in ("cold", "warm")}}
-                for lr in (None, *sorted(RATES))
-                if (chosen := [w for w in warm if w["dtype"] == dtype and lr in (None, w["lr"])])
-            ]
-            for dtype in DTYPES
-        },
-        "stages": rows,
-    }
+    return {"groups": groups, "rule": rule, "warm_start": warm_start, "stages": rows}
 
 
 def key(stage: Mapping[str, Any]) -> tuple:
-    return tuple(stage[name] for name in ("task", "dtype", "lr", "seed", "stage"))
+    return tuple(stage[name] for name in PLACE)
 
 
-def table(found: Mapping[str, Any]) -> str:
-    lines = []
-    for group in found["groups"]:
-        lr = f"lr {group['lr']:g}" if group["lr"] else "all"
-        lines.append(
-            f"{group['dtype']} {lr}: {group['turning_points']:.0f} turning points, argmin {group['argmin']}"
-        )
-        lines += [
-            f"    {name:18} {one['reached']} of {one['stages']} reached, {one['within_bound']} in bound, "
-            f"{one['mean_evaluations']:.1f} taken, {one['mean_lost']:.2%} lost, {one['worst_lost']:.2%} worst"
-            for name, one in group["searches"].items()
-        ]
-    return "\n".join([*lines, json.dumps(found["rule"]), json.dumps(found["warm_start"], indent=1)])
+def table(results: Results) -> str:
+    """How often each search finds the lowest loss of a full sweep, and in how many evaluations."""
+    if (found := newest(results, KIND)) is None:
+        return missing("stages.search_noise")
+    name, data = found
+    labels = {"linear": "`linear`", "every rise counts": "every rise counts", "parabolic": "`parabolic`"}
+    head = ["frozen base", "learning rate", "stages"]
+    head += [f"{label}: {what}" for label in (*labels.values(), "second stages") for what in WHAT]
+    rows = []
+    for group in (group for group in data["groups"] if group["lr"] is not None):
+        later = next(each["warm"] for each in data["warm_start"][group["dtype"]] if each["lr"] == group["lr"])
+        row = [group["dtype"], rate(group["lr"]), str(group["searches"]["linear"]["stages"])]
+        for one in (*(group["searches"][search] for search in labels), later):
+            row += [percent(one["reached"] / one["stages"]), f"{one['mean_evaluations']:.1f}"]
+        rows.append(row)
+    config = data["config"]
+    words = (
+        f"{heading(config['model'])}, {', '.join(config['tasks'])}, {counted(len(config['seeds']), 'seed')}, "
+        f"the first {config['stages']} stages, batch {config['batch_size']}, {config['validation_examples']} "
+        f"validation examples. {where(data)} {source(name, data)}:"
+    )
+    return f"{words}\n\n{markdown(head, rows)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    module, name = "stages.search_noise", "search_noise_tiny"
+    parser = record.parser(module, __doc__, name=name)
     parser.add_argument(
         "--curves", type=Path, required=True, help="kept between calls; not for the repository"
     )
-    parser.add_argument(
-        "--out", type=Path, help="folder for search_noise_tiny_<date>.json; else only the table"
-    )
     parser.add_argument("--replay", action="store_true", help="only what the file has")
-    arguments = parser.parse_args()
-    load = os.getloadavg()
-    stages = read(arguments.curves) if arguments.replay else sweeps(arguments.curves)
-    found = report(stages)
-    print(table(found))
-    if arguments.out is not None:
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        result = {
-            "kind": "search_noise",
-            "date": date,
-            "command": "python benchmarks/search_noise.py --curves curves.jsonl --out benchmarks/results",
-            "machine": {**machine_info(), "load_before": load, "load_after": os.getloadavg()},
-            "versions": version_info(),
-            "config": {
-                "model": "tiny",
-                "tasks": TASKS,
-                "lr": sorted(RATES),
-                "seeds": list(SEEDS),
-                "stages": STAGES,
-                "interval": INTERVAL,
-                "batch_size": BATCH,
-                "validation_examples": VALIDATION,
-                "max_length": SEEDS,
-                "max_tau": FARTHEST,
-                "near_tau": NEAR_TAU,
-                "near_loss": NEAR_LOSS,
-            },
-            **found,
-        }
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        path = arguments.out / f"search_noise_tiny_{date[:10]}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(path)
+    options = parser.parse_args()
+    head = record.provenance(module, sys.argv[1:], kind=KIND)
+    head["config"] = {
+        "model": "tiny",
+        **{"tasks": TASKS, "lr": sorted(RATES), "seeds": list(SEEDS), "stages": STAGES, "interval": INTERVAL},
+        **{"batch_size": BATCH, "validation_examples": VALIDATION, "max_length": SEEDS},
+        **{"max_tau": FARTHEST, "near_tau": NEAR_TAU, "near_loss": NEAR_LOSS},
+    }
+    stages = read(options.curves) if options.replay else sweeps(options.curves)
+    result = head | report(stages)
+    print(table({name: result}))
+    print(json.dumps({part: result[part] for part in ("rule", "warm_start")}, indent=1))
+    if options.out is not None:
+        print(record.write(result, options.out, name))
 
 
 if __name__ == "__main__":

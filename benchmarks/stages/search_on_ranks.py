@@ -1,6 +1,6 @@
 """One stage on several ranks: the examples shared out, or several τ at once?
 
-    python benchmarks/search_on_ranks.py --out benchmarks/results
+    python -m benchmarks.stages.search_on_ranks --out benchmarks/results
 
     shared    every τ is validated by all ranks, each running its part of the examples (what the library does)
     apart     every rank validates all examples, at a τ of its own: `TauRounds`, a prototype that lives here
@@ -21,30 +21,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import checkout  # noqa: F401  puts it on the path
 import torch
 import torch.distributed as dist
-from bench_ranks import slowest
 
+from benchmarks import RESULTS, record, tables
+from benchmarks.stages import ranks as processes
+from benchmarks.timing import seconds_of
 from ffkernels import ValidationLoss
 from ffkernels.ranks.ranks import LOSS, Ranks
-from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.search.search import REFINE_TOLERANCE, make_search
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
 from ffkernels.validation.fast import LabelledLoss
-from ffkernels.validation.forward_price import forward_price
 
 CPU = torch.device("cpu")
 STEPS, MAX_TAU = 6, 1024
@@ -158,7 +152,8 @@ def stage_of(config: TrainConfig, repeats: int) -> dict[str, Any]:
             move(tau)
             return float(validation())
 
-        def apart(search: TauRounds) -> None:
+        def in_rounds() -> TauRounds:
+            search = TauRounds(ranks.size)
             while taus := search.propose():
                 mine, loss = taus[ranks.rank] if ranks.rank < len(taus) else None, math.nan
                 if mine is not None:
@@ -166,40 +161,34 @@ def stage_of(config: TrainConfig, repeats: int) -> dict[str, Any]:
                     loss = float(validation.run(whole))
                 found = ranks.exchange(LOSS, loss)
                 search.observe({tau: row.a for tau, row in zip(taus, found, strict=False)})
+            return search
 
-        seconds: dict[str, list[float]] = {"shared": [], "apart": []}
+        ways = {"shared": lambda: in_order(shared), "apart": in_rounds}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        ends: dict[str, Any] = {}
         for _ in range(repeats):
-            ranks.exchange(LOSS)
-            begin = time.perf_counter()
-            one = in_order(shared)
-            seconds["shared"].append(time.perf_counter() - begin)
-            several = TauRounds(ranks.size)
-            ranks.exchange(LOSS)
-            begin = time.perf_counter()
-            apart(several)
-            seconds["apart"].append(time.perf_counter() - begin)
+            for name, way in ways.items():
+                ranks.exchange(LOSS)  # together
+                seconds[name].append(seconds_of(lambda name=name, way=way: ends.update({name: way()})))
+        one, several = ends.values()
         found = {
             "model": config.model,
             "task": config.task,
             "lr": config.lr,
             "examples": len(rows),
             "lengths": [row.computed for row in rows],
-            "shared": {
-                "tau": one.best_tau,
-                "loss": one.best_loss,
-                "evaluations": len(one.losses),
-                "seconds": median(seconds["shared"]),
-            },
+            "shared": {"tau": one.best_tau, "loss": one.best_loss, "evaluations": len(one.losses)},
             "apart": {
                 "tau": several.best_tau,
                 "loss": several.losses[several.best_tau],
                 "rounds": several.rounds,
                 "evaluations": len(several.losses),
-                "seconds": median(seconds["apart"]),
             },
             "samples": seconds,
             "loss_before": one.losses[0][1],
         }
+        for name, samples in seconds.items():
+            found[name]["seconds"] = median(samples)
         if ranks.rank == 0:
             found["more_ranks"] = more_ranks(lambda tau: (move(tau), float(validation.run(whole)))[1])
         dist.barrier()
@@ -215,14 +204,8 @@ def more_ranks(loss: Callable[[int], float]) -> list[dict[str, int]]:
         while taus := search.propose():
             known |= {tau: loss(tau) for tau in taus if tau not in known}
             search.observe({tau: known[tau] for tau in taus})
-        rows.append(
-            {
-                "ranks": size,
-                "tau": search.best_tau,
-                "rounds": search.rounds,
-                "evaluations": len(search.losses),
-            }
-        )
+        row = {"ranks": size, "tau": search.best_tau, "rounds": search.rounds}
+        rows.append({**row, "evaluations": len(search.losses)})
     return rows
 
 
@@ -233,20 +216,14 @@ def arithmetic(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for i, size in enumerate(RANKS):
             row: dict[str, Any] = {"times_as_long": longer, "ranks": size}
             row["apart"] = median(stage["more_ranks"][i]["rounds"] for stage in stages)
-            for name, device, limit in (("cpu", CPU, 2048), ("gpu", torch.device("cuda"), 16384)):
-                shares = [share(stage["lengths"], longer, size, limit, device) for stage in stages]
+            for name, device in (("cpu", "cpu"), ("gpu", "cuda")):
+                scaled = [[longer * length for length in stage["lengths"]] for stage in stages]
+                shares = [processes.share(lengths, size, device)[-1] for lengths in scaled]
                 costs = zip(shares, stages, strict=True)
                 row[f"share_{name}"] = median(shares)
                 row[f"shared_{name}"] = median(s * stage["shared"]["evaluations"] for s, stage in costs)
             rows.append(row)
     return rows
-
-
-def share(lengths: list[int], longer: int, ranks: int, limit: int, device: torch.device) -> float:
-    """What is left of a forward of the whole set for the slowest rank."""
-    cost, scaled = forward_price(None, device), [longer * length for length in lengths]
-    (tokens, forwards), (whole, times) = (slowest(scaled, n, limit, cost) for n in (ranks, 1))
-    return (tokens + cost * forwards) / (whole + cost * times)
 
 
 def cells() -> list[TrainConfig]:
@@ -259,51 +236,28 @@ def cells() -> list[TrainConfig]:
 
 
 def rank_main(out: Path, repeats: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     stages = []
     for config in cells():
         stages.append(stage_of(config, repeats))
         if dist.get_rank() == 0:
             out.write_text(json.dumps(stages))
-    dist.destroy_process_group()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    module, name = "stages.search_on_ranks", "search_on_ranks_cpu"
+    parser = record.parser(module, __doc__, out=RESULTS, name=name)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of is not None:
-        return rank_main(options.rank_of, options.repeats)
-    now = datetime.now(timezone.utc)
-    load = os.getloadavg()
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "stages.json"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        own = ["--rank-of", str(out), "--repeats", str(options.repeats)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        subprocess.run([sys.executable, *launcher, __file__, *own], check=True, env=environment)
-        stages = json.loads(out.read_text())
-    report = {
-        "kind": "search-on-ranks",
-        "measured_at": now.isoformat(timespec="seconds"),
-        "command": " ".join(["python benchmarks/search_on_ranks.py", *sys.argv[1:]]),
-        "machine": {**machine_info(), "load_before": load, "load_after": os.getloadavg()},
-        "versions": version_info(),
-        "note": "2 ranks of one thread each over gloo, on cores that other work was using",
-        "stages": stages,
-        "arithmetic": arithmetic(stages),
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"search_on_ranks_cpu_{now:%Y-%m-%d}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        return processes.as_rank(lambda: rank_main(options.rank_of, options.repeats))
+    head = record.provenance(module, sys.argv[1:], kind="search-on-ranks")
+    stages = processes.start(module, 2, "--repeats", options.repeats)
     for stage in stages:
         print(stage["task"], stage["lr"], stage["shared"], stage["apart"])
-    for row in report["arithmetic"]:
-        print({name: round(value, 2) for name, value in row.items()})
-    print(path)
+    rows = arithmetic(stages)
+    print(tables.aligned(list(rows[0]), [[f"{value:.2f}" for value in row.values()] for row in rows], 0))
+    print(record.write({**head, "stages": stages, "arithmetic": rows}, options.out, name))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The results of `bench_stage.py` as a table, and what was promised of captured stages beside it.
+"""The results of `stages/bench.py` as a table, and what was promised of captured stages beside it.
 
 A promise is met, not met, or not resolved: where the spread of what was measured reaches over the limit, or
 too few rounds were run, the numbers do not say. Imports nothing heavy.
@@ -6,7 +6,7 @@ too few rounds were run, the numbers do not say. Imports nothing heavy.
 
 from __future__ import annotations
 
-from stage_cases import (
+from benchmarks.stages.cases import (
     AUTHORS,
     CASES,
     CLEAN,
@@ -20,6 +20,7 @@ from stage_cases import (
     floor,
     linear,
 )
+from benchmarks.tables import aligned, median_of, target
 
 GRAPHS = (STAGE, STEP)
 MOST_GAP, MOST_MEMORY, MOST_LOSS_DIFFERENCE, LEAST_SAME_TAU, LEAST_STAGES = 0.01, 0.35, 1e-5, 0.95, 40
@@ -28,24 +29,28 @@ LEAST_SPEED = {64: 3.0, 1024: 1.3}
 
 def render_stages(result: dict) -> list[str]:
     """A line per case and provider."""
+    rows: list[list[str]] = []
+    for row in result["rows"]:
+        share = row["tokens"] / row["padded_tokens"]
+        planned = " + ".join(f"{n}×{length}" for n, length in row["micro_batches"])
+        weights = f"{row['weights']} weights"
+        weights += f" of {row['gigabytes']:.2f} GB" if "gigabytes" in row else ""
+        rows.append(
+            [
+                f"-- {row['case']}, {row['evaluations']} evaluations per stage, {weights}, {row['tokens']} "
+                f"tokens ({share:.0%} of the padded ones), planned as {planned}"
+            ]
+        )
+        rows += [_provider(name, found) for name, found in row["providers"].items()]
+        rows += [[f"{name}: left out: {reason}"] for name, reason in row["missing"].items()]
+    head = ["provider", "ms per step", "peak GB", "held GB", "gap", "step ms", "gap of a step"]
     lines = [
         "",
         "stages: ms per evaluation, median [20 %, 80 %]; GB at most and held after the first stage; gap over",
         "the captured forward that computes the same; what one more step takes, and its gap [95 %] over so",
         "many rounds; what a stage takes beside its steps; the first stage, captures included",
-        f"{'provider':22}{'ms per step':>27}{'peak GB':>9}{'held GB':>9}{'gap':>8}{'step ms':>10}"
-        f"{'gap of a step':>27}{'rounds':>7}{'fixed ms':>9}{'first s':>9}",
+        aligned([*head, "rounds", "fixed ms", "first s"], rows),
     ]
-    for row in result["rows"]:
-        share = row["tokens"] / row["padded_tokens"]
-        planned = " + ".join(f"{rows}×{length}" for rows, length in row["micro_batches"])
-        lines.append(
-            f"-- {row['case']}, {row['evaluations']} evaluations per stage, {row['weights']} weights"
-            + (f" of {row['gigabytes']:.2f} GB" if "gigabytes" in row else "")
-            + f", {row['tokens']} tokens ({share:.0%} of the padded ones), planned as {planned}"
-        )
-        lines += [_render_provider(name, found) for name, found in row["providers"].items()]
-        lines += [f"{name:22}left out: {reason}" for name, reason in row["missing"].items()]
     if result["left_out"]:
         lines.append(f"-- no time was left for: {'; '.join(result['left_out'])}")
     lines += _render_counts(result["counts"])
@@ -53,22 +58,20 @@ def render_stages(result: dict) -> list[str]:
     if loss:
         values = ", ".join(f"{key} {value:.9f}" for key, value in loss.items() if isinstance(value, float))
         lines.append(f"-- float32 loss of {loss['model']} ({loss['weights']}): {values}")
-    if tau:
-        for name in GRAPHS:
-            if name in tau:
-                cells = ", ".join(f"{key} {value}" for key, value in tau[name].items())
-                lines.append(f"-- {name} beside eager on a {tau['dtype']} base: {cells}")
+    for name in GRAPHS:
+        if tau and name in tau:
+            cells = ", ".join(f"{key} {value}" for key, value in tau[name].items())
+            lines.append(f"-- {name} beside eager on a {tau['dtype']} base: {cells}")
     return [*lines, *(f"error: {error}" for error in result["errors"])]
 
 
-def _render_provider(name: str, found: dict) -> str:
-    taken, memory = found["ms_per_step"], found.get("gigabytes", {})
-    cells = [f"{name:22}", f"{taken['median']:.3f} [{taken['p20']:.3f}, {taken['p80']:.3f}]".rjust(27)]
-    cells += [f"{memory[key]:9.3f}" if key in memory else f"{'':9}" for key in ("peak", "held")]
-    cells += [f"{found['gap']:8.1%}" if "gap" in found else f"{'':8}", f"{found['ms_step']:10.3f}"]
-    gap = found.get("gap_of_step")
-    cells += [_interval(gap).rjust(27) if gap else f"{'':27}", f"{taken['samples']:7}"]
-    return "".join([*cells, f"{found['ms_fixed']:9.2f}{found['first_stage_seconds']:9.2f}"])
+def _provider(name: str, found: dict) -> list[str]:
+    memory, gap = found.get("gigabytes", {}), found.get("gap_of_step")
+    cells = [name, median_of(found["ms_per_step"])]
+    cells += [f"{memory[key]:.3f}" if key in memory else "" for key in ("peak", "held")]
+    cells += [f"{found['gap']:.1%}" if "gap" in found else "", f"{found['ms_step']:.3f}"]
+    cells += [_interval(gap) if gap else "", str(found["ms_per_step"]["samples"])]
+    return [*cells, f"{found['ms_fixed']:.2f}", f"{found['first_stage_seconds']:.2f}"]
 
 
 def _interval(gap: dict) -> str:
@@ -108,14 +111,8 @@ def stage_targets(result: dict) -> list[dict]:
     """
     if result["dry"]:
         return []
-    found = [*_counts(result), *_overhead(result), *_speed(result), *_memory(result), *_agreement(result)]
-    targets = []
-    for what, verdict, measured in found:
-        if isinstance(verdict, bool):
-            verdict = "met" if verdict else "not met"
-        measured = measured or "nothing"
-        targets.append({"what": what, "met": verdict == "met", "verdict": verdict, "measured": measured})
-    return targets
+    promised = [*_counts(result), *_overhead(result), *_speed(result), *_memory(result), *_agreement(result)]
+    return [target(*one) for one in promised]
 
 
 def judged(gap: dict, limit: float) -> str:
@@ -128,14 +125,10 @@ def judged(gap: dict, limit: float) -> str:
 def _counts(result: dict):
     """Counted at the calls; launches besides graphs by the profiler too, where it lived through the stage."""
     providers = result["counts"].get("providers", {})
+    one, whole = "1 graph launch per Fast Forward step", "1 graph launch and 1 host sync per stage"
     promises = (
-        (STEP, "step", "1 graph launch per Fast Forward step and nothing else", {"graphs": 1}),
-        (
-            STAGE,
-            "stage",
-            "1 graph launch and 1 host sync per stage like the one before",
-            {"graphs": 1, "waits": 1},
-        ),
+        (STEP, "step", f"{one} and nothing else", {"graphs": 1}),
+        (STAGE, "stage", f"{whole} like the one before", {"graphs": 1, "waits": 1}),
     )
     for name, per, promise, wanted in promises:
         found, what = providers.get(name, {}), f"{name}: {promise}"

@@ -71,9 +71,14 @@ def version_info() -> dict[str, Any]:
     return versions
 
 
-def command_line(arguments: Sequence[str]) -> str:
-    """The command as a report tells it: of absolute paths the last part, not somebody's folders."""
-    return shlex.join(["ffkernels", *(re.sub(r"(^|=)[/~].*/", r"\1", part) for part in arguments)])
+def command_line(arguments: Sequence[str], *program: str) -> str:
+    """The command as a report tells it: of absolute paths the last part, not somebody's folders.
+
+    ``program`` is this package's own command where it is not given.
+    """
+    return shlex.join(
+        [*(program or ("ffkernels",)), *(re.sub(r"(^|=)[/~].*/", r"\1", part) for part in arguments)]
+    )
 
 
 def git_commit() -> str | None:

@@ -19,7 +19,7 @@ __all__ = ["load_peer", "peer_names"]
 
 PACKAGE = "ffkernels_peers"
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
-NOT_PEERS = {"__init__", "face", "learning_rates"}
+NOT_PEERS = {"__init__", "face", "learning_rates", "memory", "race"}
 
 
 def peer_names() -> list[str]:

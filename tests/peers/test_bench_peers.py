@@ -13,7 +13,7 @@ from ffkernels.training.config import TrainConfig
 
 @pytest.mark.slow
 def test_ours_holds_the_same_after_every_stage_and_the_authors_loop_more_and_more(benchmarks, short):
-    memory = benchmarks("peers_memory")
+    memory = benchmarks("peers.memory")
     plain = TrainConfig(**{**short, "steps": 24, "lr": 3e-2})
     ours = TrainConfig(**{**short, "steps": 24, "lr": 3e-2, "fast_forward": FastForwardConfig(patience=None)})
     methods = {
@@ -35,7 +35,7 @@ def test_ours_holds_the_same_after_every_stage_and_the_authors_loop_more_and_mor
 
 
 def test_a_graph_that_is_kept_counts_until_it_is_freed(benchmarks):
-    live_bytes, cpu = benchmarks("peers_memory").live_bytes, torch.device("cpu")
+    live_bytes, cpu = benchmarks("peers.memory").live_bytes, torch.device("cpu")
     start = live_bytes(cpu)
     weight = torch.ones(1000, requires_grad=True)
     assert live_bytes(cpu) - start == 4000
@@ -68,7 +68,11 @@ def document(*, authors=(20, 4.0), growth=0):
         "beyond_adam": [0] * 5 + [growth],
         "resident": [None] * 6,
     }
+    config = {"model": "tiny", "task": "instruction", "lr": [1e-4], "seeds": [0], "memory_rank": 64}
     return {
+        **{"kind": "peers", "command": "x", "config": {**config, "batch_size": 8}},
+        "machine": {"cpu": "a CPU", "threads": 1, "gpus": []},
+        "versions": dict.fromkeys(("torch", "transformers", "peft")),
         "runs": [
             run("adam", flops=100),
             run("linear", (21, 3.0)),
@@ -83,25 +87,29 @@ def document(*, authors=(20, 4.0), growth=0):
 
 
 def told(benchmarks, found):
-    bench = benchmarks("bench_peers")
+    bench = benchmarks("peers.race")
     found["summary"] = bench.summary(found["runs"])
     found["promises"] = bench.promises(found)
-    return {promise["what"].split(",")[0]: promise for promise in found["promises"]}, bench.table(found)
+    lines = [*bench.table({"peers.json": found}).splitlines(), *bench.told(found)]
+    return {promise["what"].split(",")[0]: promise for promise in found["promises"]}, lines
 
 
 def test_promises_are_judged_by_what_was_found(benchmarks):
-    promises, table = told(benchmarks, document())
+    found = document()
+    promises, table = told(benchmarks, found)
     assert promises["forwards"]["found"] == 2.0
     assert promises["seconds per stage"]["found"] == 4.0 / 1.25
     assert all(promise["met"] for promise in promises.values())
-    assert "| 0.0001 | parabolic | 12 | 2.0000 | 20 | 10 | 1.25 | 125.0 | 50 % |" in table
+    assert "| Fast Forward, `parabolic` | 12 | 20 | 10 | 1.25 | 50 % | 0 % | 0 |" in table
+    row = next(row for row in found["summary"] if row["name"] == "parabolic")
+    assert (row["test_loss"], row["seconds_per_forward"]) == (2.0, 0.125)
     promises, table = told(benchmarks, document(authors=(19, 1.0), growth=50))
     assert not any(promise["met"] for promise in promises.values())
     assert any(line.startswith("NOT KEPT: forwards") for line in table)
 
 
 def test_its_defaults_are_one_learning_rate_and_the_peers_are_warmed_up(benchmarks):
-    bench = benchmarks("bench_peers")
+    bench = benchmarks("peers.race")
     options = bench.parse([])
     assert (options.lr, options.seeds, options.steps, options.batch_size) == ([1e-4], [0, 1], 120, 64)
     assert bench.comparison(options, 1e-4, 0, "runs").peers == ("authors", "peft-prototype")
@@ -109,7 +117,7 @@ def test_its_defaults_are_one_learning_rate_and_the_peers_are_warmed_up(benchmar
 
 @pytest.mark.slow
 def test_the_whole_benchmark_in_small(benchmarks, tmp_path):
-    found = benchmarks("bench_peers").main(["--fast", "--out", str(tmp_path / "peers.json")])
+    found = benchmarks("peers.race").main(["--fast", "--out", str(tmp_path / "peers.json")])
     assert (tmp_path / "peers.json").is_file()
     assert [row["name"] for row in found["memory"]] == [
         "adam", "linear", "parabolic", "authors", "authors-32", "peft-prototype"

@@ -14,15 +14,15 @@ import torch
 @pytest.fixture()
 def peers(benchmarks):
     pytest.importorskip("transformers")
-    return benchmarks("peers.learning_rates").learning_rates
+    return benchmarks("peers.learning_rates")
 
 
 @pytest.fixture()
 def work(benchmarks):
     pytest.importorskip("peft")
-    workloads = benchmarks("learning_rate.workloads").workloads
-    bench = benchmarks("learning_rate.bench").bench.Bench(workloads.Workload("instruction", 4), 0, 8)
-    return benchmarks("learning_rate.contenders").contenders.Work(bench, 8, lr=1e-3, warmup=2)
+    workloads = benchmarks("learning_rate.workloads")
+    bench = benchmarks("learning_rate.bench").Bench(workloads.Workload("instruction", 4), 0, 8)
+    return benchmarks("learning_rate.contenders").Work(bench, 8, lr=1e-3, warmup=2)
 
 
 def weights(work):

@@ -1,0 +1,114 @@
+"""One way to say what was measured where, and to keep it: options, provenance, files.
+
+A module is named as it is run, without ``benchmarks.``: "kernels.step".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+# Whatever fits on a line of this length stands on one: a run, a curve, a row.
+WIDTH = 400
+
+
+def parser(
+    module: str, doc: str, *, out: str | Path | None = None, name: str = ""
+) -> argparse.ArgumentParser:
+    """A parser that shows ``doc`` and knows ``--out``, a file or the folder for ``<name>_<date>.json``."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    where = f"the JSON file, or the folder for {name}_<date>.json" if name else "the JSON file"
+    default = "without it, nothing is written" if out is None else f"default: {out}"
+    made.add_argument("--out", type=Path, default=out, help=f"{where}; {default}")
+    return made
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def provenance(module: str, argv: Sequence[str], **more: Any) -> dict[str, Any]:
+    """What a number needs to be believed: when, by which command, on what machine, with which versions.
+
+    Args:
+        argv: the options that were given.
+        more: what else a result begins with, such as its kind.
+    """
+    # Here, so that whoever only writes a file needs no torch.
+    from ffkernels.reporting.machine import command_line, machine_info, version_info
+
+    load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+    return {
+        **more,
+        "command": command_line(argv, "python", "-m", f"benchmarks.{module}"),
+        "measured_at": now(),
+        "machine": {**machine_info(), "load": load},
+        "versions": version_info(),
+    }
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of a measurement, without where its result went."""
+    return {name: value for name, value in vars(options).items() if name != "out"}
+
+
+def text_of(value: Any, indent: int = 0) -> str:
+    """JSON in lines that a diff can tell apart: what is short stands on one."""
+    flat = json.dumps(value, ensure_ascii=False)
+    if (len(flat) <= WIDTH and indent) or not isinstance(value, (dict, list, tuple)) or not value:
+        return flat
+    pad, (left, right) = "\n" + " " * (indent + 1), "{}" if isinstance(value, dict) else "[]"
+    if isinstance(value, dict):
+        parts = [
+            f"{json.dumps(str(k), ensure_ascii=False)}: {text_of(v, indent + 1)}" for k, v in value.items()
+        ]
+    else:
+        parts = [text_of(one, indent + 1) for one in value]
+    return f"{left}{pad}{f',{pad}'.join(parts)}{pad[:-1]}{right}"
+
+
+def path_of(out: Path, name: str, measured_at: str) -> Path:
+    """The file ``out``, or in the folder ``out`` the one of this name and day."""
+    return out if out.suffix == ".json" else out / f"{name}_{measured_at[:10]}.json"
+
+
+def write(result: Any, out: Path, name: str = "") -> Path:
+    """Write the file in one move: whoever stops this process finds a whole one. Returns where it is.
+
+    Args:
+        out, name: see ``path_of``.
+    """
+    out = path_of(out, name, result["measured_at"]) if name else out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.write_text(text_of(result) + "\n", encoding="utf-8")
+    part.replace(out)
+    return out
+
+
+def add_line(one: dict[str, Any], path: Path) -> None:
+    """Append a line to a file that may end with half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if file.tell() else "") + json.dumps(one))
+
+
+def lines_of(path: Path, key: str) -> dict[str, dict[str, Any]]:
+    """What a file of a JSON line per measurement has, by its key; a last line that was cut off is none."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            one = json.loads(line)
+        except ValueError:
+            continue
+        found[one[key]] = one
+    return found

@@ -1,0 +1,115 @@
+"""Tables of what is measured by the command line, and of all result files; for the documentation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from benchmarks.end_to_end import sft
+from benchmarks.tables import (
+    LABELS,
+    MODELS,
+    ORDER,
+    Results,
+    counted,
+    heading,
+    markdown,
+    named,
+    percent,
+    rate,
+    source,
+)
+
+
+def comparison(data: Mapping[str, Any]) -> str:
+    """The runs of one `compare`, medians over its seeds."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for run in data["runs"]:
+        kinds.setdefault(re.sub(r"-s\d+$", "", run["name"]), []).append(run)
+    entries = {entry["name"]: entry for entry in data["savings"]}
+    config = data["config"]
+    labels = {
+        "adam": f"Adam, lr {rate(config['lr'])}",
+        "adam-tuned": f"Adam, lr {rate(config['tuned_lr'])} (tuned)"
+        if config.get("tuned_lr")
+        else LABELS["adam-tuned"],
+    }
+    head = ["run", "optimizer steps", "validation losses", "TFLOP (measured)", "seconds"]
+    head += ["FLOPs saved (measured)", "FLOPs saved (paper)", "time saved"]
+    rows = []
+    for kind in sorted(kinds, key=lambda kind: (ORDER.index(kind) if kind in ORDER else len(ORDER), kind)):
+        runs = kinds[kind]
+        row = [
+            labels.get(kind, LABELS.get(kind, kind)),
+            f"{median(run['optimizer_steps'] for run in runs):.0f}",
+            f"{median(run['validation_forwards'] for run in runs):.0f}",
+            f"{median(run['flops']['measured'] for run in runs) / 1e12:.3f}",
+            f"{median(run['seconds']['total'] for run in runs):.1f}",
+        ]
+        entry = entries.get(f"{kind}-median") or entries.get(runs[0]["name"])
+        row += [
+            "" if entry is None else percent(entry[c]) for c in ("flops_measured", "flops_paper", "seconds")
+        ]
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def comparisons(results: Results) -> str:
+    """Every committed comparison, the largest batch first."""
+    parts = []
+    found = [(name, data) for name, data in results.items() if is_comparison(data)]
+    for name, data in sorted(found, key=lambda item: (-item[1]["config"]["batch_size"], item[0])):
+        config = data["config"]
+        parts += [
+            f"{heading(config['model'])}, {config['task']}, batch "
+            f"{config['batch_size']}, {counted(len(config['seeds']), 'seed')} "
+            f"{source(name, config)}:",
+            comparison(data),
+        ]
+    return "\n\n".join(parts) or "*None yet.*"
+
+
+def is_comparison(data: Mapping[str, Any]) -> bool:
+    return "savings" in data and "check_every" in data.get("config", {}) and "kind" not in data
+
+
+# What the files of a kind are, by how their names begin.
+FAMILIES = {
+    "end_to_end": "the paper's protocol on every task: what is saved on the way to Adam's test loss",
+    "compare": "Adam against Fast Forward to the same test loss",
+    "sft": "TRL's `SFTTrainer` with and without the callback",
+    "step_cpu": "one `step_` with checkpoint, against foreach, a loop and the state-dict way",
+    "align_cpu": "one `align_`, against foreach, flattened tensors with `torch.dot`, and a loop",
+    "align_in_training": 'what `learning_rate="auto"` costs of a training step',
+    "ranks": "validation and stages on 1, 2 and 4 processes, for [distributed.md](distributed.md)",
+    "search_on_ranks": (
+        "a stage on two processes: shared examples or several τ at once ([distributed.md](distributed.md))"
+    ),
+    "machine_code": "what the Triton kernels compile to for sm_80, sm_90 and sm_100, and rejected variants",
+    "resampled_validation": "the same validation examples in every stage, or others from a pool",
+    "peers": "our Fast Forward beside the authors' loop and PEFT's prototype, on the same work",
+    "alignment_rates": "no learning rate given, beside Adam's sweep: methods, schedules, lengths",
+    "search_noise": "each search on the same measured curves of loss over τ, with a bf16 and a fp32 base",
+    "gpu_check": "tests and benchmarks on a GPU",
+}
+
+
+def files(results: Results) -> str:
+    """Every result file: what it is, on what, and the command that made it."""
+    rows = []
+    for name, data in sorted(results.items()):
+        family = max((f for f in FAMILIES if name.startswith(f)), key=len, default="")
+        what = FAMILIES.get(family, data.get("title", "see its `command`"))
+        if "analysis" in data:
+            what = f"`ffkernels analyze {data['analysis']}`"
+        config, provenance = (data.get(key) or {} for key in ("config", "provenance"))
+        details = [config.get("model"), config.get("task")]
+        details += [f"batch {config['batch_size']}"] if "batch_size" in config else []
+        about = ", ".join(named(text) if text in MODELS else str(text) for text in details if text)
+        made = data.get("command") or config.get("command") or provenance.get("command")
+        if made is None and data.get("kind") == "sft":
+            made = sft.command_of(config)
+        rows.append([f"`{name}`", f"{what}; {about}" if about else what, f"`{made}`" if made else "–"])
+    return markdown(["file under `benchmarks/results/`", "what", "made by"], rows, text_columns=3)
