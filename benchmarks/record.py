@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 # Whatever fits on a line of this length stands on one: a run, a curve, a row.
@@ -100,6 +101,48 @@ def add_line(one: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if file.tell() else "") + json.dumps(one))
+
+
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:500]}"
+
+
+class Report:
+    """A result that is rewritten whenever there is something new, and what failed on its way.
+
+    For a GPU, or in small for a CPU, by the options --seconds and --dry.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, argv: Any = None, **result: Any) -> None:
+        import torch
+
+        parser.add_argument("--seconds", type=float, default=470.0, help="time for everything")
+        parser.add_argument("--dry", action="store_true", help="in small on the CPU, as without a GPU")
+        options = parser.parse_args(argv)
+        self.out, self.begin, self.seconds = options.out, perf_counter(), options.seconds
+        self.dry = options.dry or not torch.cuda.is_available()
+        self.device = torch.device("cpu" if self.dry else f"cuda:{torch.cuda.current_device()}")
+        self.result = {"device": str(self.device), "dry": self.dry, **result, "errors": []}
+
+    def attempt(self, what: str, work: Callable[[], Any]) -> Any:
+        """The value of ``work``, or None with the error on record: one failure must not end the rest."""
+        value = None
+        try:
+            value = work()
+        except Exception as error:
+            self.result["errors"].append(f"{what}: {reason(error)}")
+        print(f"{what}: at {perf_counter() - self.begin:.0f} s", flush=True)
+        return value
+
+    def write(self) -> None:
+        self.result["seconds"] = perf_counter() - self.begin
+        write(self.result, self.out)
+
+    def end(self, failed: Sequence[str]) -> int:
+        """Say what failed; the exit status."""
+        failed = [*self.result["errors"], *failed]
+        print("\n".join(failed))
+        return 1 if failed else 0
 
 
 def lines_of(path: Path, key: str) -> dict[str, dict[str, Any]]:

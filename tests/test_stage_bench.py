@@ -16,6 +16,8 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
+from benchmarks import record
+
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
@@ -262,9 +264,10 @@ def test_graphs_are_counted_first_and_a_failure_ends_none_of_the_others(benchmar
 
     monkeypatch.setattr(bench_stage, "count_both", both)
     monkeypatch.setattr(bench_stage, "count_changes", lambda *a: {"another start": {"graphs": 1}})
-    report = bench_stage.Report(tmp_path / "out.json", CPU, False)
+    parser = record.parser("stages.bench", "", out=tmp_path / "out.json")
+    report = record.Report(parser, [], counts={})
     every = {"authors": "authors", "clean eager": "clean", "bare forward": "bare", "step graph": "step"}
-    bench_stage.count_all(cases.CASES[0], {**every, "stage graph": "stage"}, CPU, report)
+    bench_stage.count_all(cases.CASES[0], {**every, "stage graph": "stage"}, report)
     assert seen == ["stage", "step", "authors", "clean"]
     written = json.loads((tmp_path / "out.json").read_text())
     counts = written["counts"]["providers"]

@@ -11,10 +11,8 @@ bytes. On a machine without a GPU, or with --dry, the same runs in small on the 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -40,7 +38,7 @@ def sides(chosen: AdapterSet, device: torch.device, dry: bool) -> tuple[dict[str
             if name not in missing:
                 found[name] = make(chosen.shapes, device)
         except Exception as error:  # whatever a missing or mismatched compiler may raise
-            missing[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            missing[name] = record.reason(error)
     return found, missing
 
 
@@ -118,32 +116,24 @@ def measure_other_ops(chosen: AdapterSet, device: torch.device, seconds: float) 
 
 def main() -> int:
     parser = record.parser("kernels.step_gpu", __doc__, out="runs/step_gpu.json")
-    parser.add_argument("--seconds", type=float, default=150.0, help="time for the measurements in all")
-    parser.add_argument("--dry", action="store_true", help="small sets on the CPU")
-    options = parser.parse_args()
-    dry = options.dry or not torch.cuda.is_available()
-    device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
-    begin = time.perf_counter()
-    result: dict[str, Any] = {"device": str(device), "dry": dry, "sets": [], "other_ops": [], "errors": []}
+    report = record.Report(parser, sets=[], other_ops=[])
+    result, device, dry = report.result, report.device, report.dry
     size = 1 << (24 if dry else 30)
     result["copy_gb_per_s"] = {"bytes": size, "value": copy_bandwidth(device, size)}
     chosen = dry_sets() if dry else all_sets()
-    share = options.seconds / (len(chosen) + (0 if dry else len(OTHER_OPS_ON) / 2))
+    share = report.seconds / (len(chosen) + (0 if dry else len(OTHER_OPS_ON) / 2))
+
+    def one_set(one: AdapterSet) -> None:
+        result["sets"].append(measure(one, device, 0.3 if dry else share * 0.6, dry))
+        if one.name in OTHER_OPS_ON and not dry:
+            result["other_ops"].append(measure_other_ops(one, device, share * 0.3))
+
     for one in chosen:
-        try:
-            result["sets"].append(measure(one, device, 0.3 if dry else share * 0.6, dry))
-            if one.name in OTHER_OPS_ON and not dry:
-                result["other_ops"].append(measure_other_ops(one, device, share * 0.3))
-        except Exception as error:  # one set must not take the others along
-            result["errors"].append(f"{one.name}: {type(error).__name__}: {error}")
-        if device.type == "cuda":
+        report.attempt(one.name, partial(one_set, one))
+        if not dry:
             torch.cuda.empty_cache()
-        result["seconds"] = time.perf_counter() - begin
-        record.write(result, options.out)
-        print(f"{one.name}: {result['seconds']:.0f} s", flush=True)
-    failed = [f"{s['set']}: wrong results from {s['wrong']}" for s in result["sets"] if s["wrong"]]
-    print("\n".join([*result["errors"], *failed]))
-    return 1 if result["errors"] or failed else 0
+        report.write()
+    return report.end([f"{s['set']}: wrong results from {s['wrong']}" for s in result["sets"] if s["wrong"]])
 
 
 if __name__ == "__main__":

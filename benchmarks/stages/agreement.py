@@ -107,22 +107,21 @@ def tau_agreement(
                 "weights": [weight.clone() for weight in weights],
                 "fault": getattr(executor, "fault", None),
             }
-        compared.append(_compare(search, ends))
         with torch.no_grad():
             torch._foreach_copy_(weights, ends["eager"]["weights"])
+        compared.append(_compare(search, ends))
     for executor in executors.values():
         executor.close()
     return {"dtype": str(dtype), "refused": refused, **_totals(compared), "each": compared}
 
 
 def _compare(search: str, ends: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    eager = ends["eager"]
+    eager = ends.pop("eager")
     found: dict[str, Any] = {"search": search, "tau": eager["tau"], "evaluations": len(eager["losses"])}
     for name, end in ends.items():
-        if name == "eager":
-            continue
         found[name] = {
             "tau": end["tau"],
+            "same_tau": end["tau"] == eager["tau"],
             "same_losses": end["losses"] == eager["losses"],
             "same_weights": all(map(torch.equal, end["weights"], eager["weights"])),
             "fault": end["fault"],
@@ -131,14 +130,9 @@ def _compare(search: str, ends: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _totals(compared: list[dict[str, Any]]) -> dict[str, Any]:
-    names = sorted({name for one in compared for name, value in one.items() if isinstance(value, dict)})
     totals: dict[str, Any] = {"stages": len(compared)}
-    for name in names:
-        ran = [(one["tau"], one[name]) for one in compared if name in one]
-        totals[name] = {
-            "stages": len(ran),
-            "same_tau": sum(other["tau"] == tau for tau, other in ran),
-            "same_losses": sum(other["same_losses"] for _, other in ran),
-            "same_weights": sum(other["same_weights"] for _, other in ran),
-        }
+    for name in (STAGE, STEP):
+        if ran := [one[name] for one in compared if name in one]:
+            sums = {key: sum(end[key] for end in ran) for key in ("same_tau", "same_losses", "same_weights")}
+            totals[name] = {"stages": len(ran), **sums}
     return totals

@@ -23,12 +23,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import record, timing
+from benchmarks.record import Report
 from benchmarks.stages import cases as c
 from benchmarks.stages import profile as profiling
 from benchmarks.stages.agreement import loss_agreement, tau_agreement
@@ -39,6 +40,7 @@ from benchmarks.stages.providers import Bench, makers, timed
 from benchmarks.stages.rounds import Samples, fixed, gap_of_step, of_a_step, take_samples
 from ffkernels.graphs import core as graphs
 
+OF_CASE = ("model", "method", "rank", "length", "lengths", "evaluations")
 AGREEMENT_SECONDS, LEAST_AGREEMENT_SECONDS, LEAST_PROFILE_SECONDS = 30.0, 8.0, 25.0
 
 
@@ -111,12 +113,7 @@ def measure(
     bench = Bench(case, model, device)
     row: dict[str, Any] = {
         "case": case.name,
-        "model": case.model,
-        "method": case.method,
-        "rank": case.rank,
-        "length": case.length,
-        "lengths": case.lengths,
-        "evaluations": case.evaluations,
+        **{name: getattr(case, name) for name in OF_CASE},
         "tokens": bench.real_tokens(),
         "padded_tokens": sum(batch["input_ids"].numel() for batch in bench.batches),
         "micro_batches": [tuple(batch.input_ids.shape) for batch in bench.loss.forward.micro_batches],
@@ -133,7 +130,7 @@ def measure(
             try:
                 providers[name], row["providers"][name] = first_stage(make, device)
             except Exception as error:  # one provider must not take the others along
-                row["missing"][name] = reason(error)
+                row["missing"][name] = record.reason(error)
         if count is not None:
             count(case, providers)
         now = time.perf_counter()
@@ -145,7 +142,7 @@ def measure(
             left=end - now,
         )
         for name, error in failed.items():
-            row["missing"][name] = reason(error)
+            row["missing"][name] = record.reason(error)
             del row["providers"][name]
         for name, taken in samples.items():
             below = None if c.floor(name) == name else samples.get(c.floor(name))
@@ -159,10 +156,6 @@ def measure(
         for provider in reversed(providers.values()):
             provider.close()
     return row
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:500]}"
 
 
 def milliseconds(taken: Samples, bare: Samples | None) -> dict[str, Any]:
@@ -179,7 +172,7 @@ def milliseconds(taken: Samples, bare: Samples | None) -> dict[str, Any]:
     return found
 
 
-def count_all(case: Case, providers: dict[str, Any], device: torch.device, report: Report) -> None:
+def count_all(case: Case, providers: dict[str, Any], report: Report) -> None:
     """What each provider asks of the driver, at the calls: the graphs first, what is promised of them."""
     counts = report.result["counts"]
     counts |= {"case": case.name, "evaluations": case.evaluations, "providers": {}}
@@ -189,64 +182,30 @@ def count_all(case: Case, providers: dict[str, Any], device: torch.device, repor
 
         def both(name: str = name) -> None:
             found, provider = counts["providers"][name], providers[name]
-            found |= count_both(count_calls, provider, case.evaluations, device)
+            found |= count_both(count_calls, provider, case.evaluations, report.device)
             if name in first:
-                found["changed"] = count_changes(provider, case.evaluations, device)
+                found["changed"] = count_changes(provider, case.evaluations, report.device)
 
         report.attempt(f"count of {name}", both)
         report.write()
 
 
-class Report:
-    """The JSON, rewritten in one move whenever there is something new."""
-
-    def __init__(self, path: Path, device: torch.device, dry: bool) -> None:
-        self.path, self.begin = path, time.perf_counter()
-        self.result: dict[str, Any] = {
-            "device": str(device),
-            "dry": dry,
-            "rows": [],
-            "left_out": [],
-            "agreement": {},
-            "counts": {},
-            "errors": [],
-        }
-
-    def attempt(self, what: str, work: Any) -> Any:
-        """The value of `work`, or None with the error on record: one failure must not end the rest."""
-        value = None
-        try:
-            value = work()
-        except Exception as error:
-            self.result["errors"].append(f"{what}: {type(error).__name__}: {str(error)[:1000]}")
-        print(f"{what}: at {time.perf_counter() - self.begin:.0f} s", flush=True)
-        return value
-
-    def write(self) -> None:
-        self.result["seconds"] = time.perf_counter() - self.begin
-        record.write(self.result, self.path)
-
-
 def main() -> int:
-    parser = record.parser("stages.bench", __doc__, out=Path("runs/stages.json"))
-    parser.add_argument("--seconds", type=float, default=470.0, help="time for everything")
-    parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")
-    options = parser.parse_args()
-    dry = options.dry or not torch.cuda.is_available()
-    device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
-    report = Report(options.out, device, dry)
-    result, models = report.result, Models(device, torch.float32 if dry else torch.bfloat16)
+    parser = record.parser("stages.bench", __doc__, out="runs/stages.json")
+    report = record.Report(parser, rows=[], left_out=[], agreement={}, counts={})
+    result, device, dry = report.result, report.device, report.dry
+    models = Models(device, torch.float32 if dry else torch.bfloat16)
     cases = c.DRY_CASES if dry else c.CASES
     if dry:
         torch.set_num_threads(1)  # small work, which several threads only slow down on a busy machine
     else:
         # On a machine that was not asked before, the answer takes some seconds, which are no row's.
         report.attempt("small loop", lambda: graphs.why_no_stage_graph(device))
-    end = report.begin + options.seconds
+    end = report.begin + report.seconds
     for place, case in enumerate(cases):
         if place == (1 if dry else c.ROWS_BEFORE_AGREEMENT):
             models.drop()
-            agreement(report, device, dry, end)
+            agreement(report, end)
         if place == c.ROWS_BEFORE_PROFILE and not dry:
             profile(report, end)
         if place and end - time.perf_counter() < case.seconds:
@@ -256,7 +215,7 @@ def main() -> int:
         def row(case: Case = case, first: bool = not place) -> dict:
             deadline = time.perf_counter() + case.seconds
             model, weights = models.get(case)
-            count = (lambda case, providers: count_all(case, providers, device, report)) if first else None
+            count = (lambda case, providers: count_all(case, providers, report)) if first else None
             return {"weights": weights, **measure(case, model, device, deadline, end, count)}
 
         found = report.attempt(case.name, row)
@@ -266,7 +225,8 @@ def main() -> int:
         report.write()
     models.drop()
     report.write()
-    return finish(result)
+    missing = [(row["case"], name, why) for row in result["rows"] for name, why in row["missing"].items()]
+    return report.end([": ".join(one) for one in missing])
 
 
 def profile(report: Report, end: float) -> None:
@@ -281,24 +241,16 @@ def profile(report: Report, end: float) -> None:
     report.write()
 
 
-def agreement(report: Report, device: torch.device, dry: bool, end: float) -> None:
+def agreement(report: Report, end: float) -> None:
     """Losses and τ compared, the latter as often as there is time until `end`."""
-    name, length, stages, most = (c.TINY, 16, 2, 4) if dry else (c.SMOL, 64, 48, 256)
-    losses = report.attempt("loss agreement", lambda: loss_agreement(name, length, device))
-    report.result["agreement"]["loss"] = losses
+    device, found = report.device, report.result["agreement"]
+    name, length, stages, most = (c.TINY, 16, 2, 4) if report.dry else (c.SMOL, 64, 48, 256)
+    found["loss"] = report.attempt("loss agreement", lambda: loss_agreement(name, length, device))
     report.write()
     left = max(LEAST_AGREEMENT_SECONDS, min(AGREEMENT_SECONDS, end - time.perf_counter()))
-    taus = report.attempt("τ agreement", lambda: tau_agreement(device, stages, left, most, graphs=not dry))
-    report.result["agreement"]["tau"] = taus
+    taus = partial(tau_agreement, device, stages, left, most, graphs=not report.dry)
+    found["tau"] = report.attempt("τ agreement", taus)
     report.write()
-
-
-def finish(result: dict) -> int:
-    failed = list(result["errors"])
-    for row in result["rows"]:
-        failed += [f"{row['case']}: {name}: {why}" for name, why in row["missing"].items()]
-    print("\n".join(failed))
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":

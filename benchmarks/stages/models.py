@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.stages.cases import EXAMPLES, LLAMA, PYTHIA, SMOL, Case
+from benchmarks.stages.cases import EXAMPLES, LLAMA, PYTHIA, SMOL, TINY, Case
+from ffkernels.training import smollm2
 
 MEDIAN, SIGMA, SHORTEST = 0.35, 0.6, 1 / 16  # of mixed lengths, as `cases` says
 TOKENS_PER_FORWARD = 16384  # padded; for ours (its default on a GPU) and for the clean eager loop alike
@@ -17,44 +18,37 @@ TOKENS_PER_FORWARD = 16384  # padded; for ours (its default on a GPU) and for th
 Batches = list[dict[str, torch.Tensor]]
 
 
-def make_config(name: str) -> Any:
-    """A transformers config; the sizes of Pythia and Llama are those of their published ones."""
-    import transformers
-
-    if name == SMOL:
-        from ffkernels.training import smollm2
-
-        return transformers.LlamaConfig(**smollm2.SIZES)
-    if name == PYTHIA:
-        return transformers.GPTNeoXConfig(
-            vocab_size=50304,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            max_position_embeddings=2048,
-        )
-    if name == LLAMA:
-        return transformers.LlamaConfig(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=8192,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        )
-    return transformers.LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+# Of random weights; the sizes of Pythia and Llama are those of their published ones.
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    SMOL: ("LlamaConfig", smollm2.SIZES),
+    PYTHIA: (
+        "GPTNeoXConfig",
+        {
+            **{"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 8192},
+            **{"num_hidden_layers": 24, "num_attention_heads": 16, "max_position_embeddings": 2048},
+        },
+    ),
+    LLAMA: (
+        "LlamaConfig",
+        {
+            **{
+                "vocab_size": 128256,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+            },
+            **{"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192},
+            **{"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        },
+    ),
+    TINY: (
+        "LlamaConfig",
+        {
+            **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+        },
+    ),
+}
 
 
 def make_model(
@@ -63,15 +57,16 @@ def make_model(
     """(model in PEFT, in eval mode; what its weights are), built on the device itself."""
     import transformers
 
-    from ffkernels.training import smollm2
     from ffkernels.training.models import add_adapter, load_model
 
     torch.manual_seed(0)
     if name == SMOL and smollm2.is_whole(smollm2.cached()):
         base, weights = load_model(smollm2.NAME, dtype=dtype, device=device)[0], "pretrained"
     else:
+        kind, sizes = SIZES[name]
+        config = getattr(transformers, kind)(**sizes)
         with device:
-            base = transformers.AutoModelForCausalLM.from_config(make_config(name), dtype=dtype)
+            base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         weights = "random"
     base.config.use_cache = False
     model = add_adapter(base.to(device), method=method, rank=rank, seed=0)
@@ -102,16 +97,15 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Right padding to the longest of these rows, as the usual collators do."""
     longest = max(row["input_ids"].numel() for row in rows)
 
-    def padded(key: str, value: int) -> torch.Tensor:
-        out = torch.full((len(rows), longest), value)
-        for i, row in enumerate(rows):
-            out[i, : row[key].numel()] = row[key]
+    def padded(values: list[torch.Tensor], fill: int) -> torch.Tensor:
+        out = torch.full((len(rows), longest), fill)
+        for row, value in zip(out, values, strict=True):
+            row[: value.numel()] = value
         return out
 
-    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        mask[i, : row["input_ids"].numel()] = 1
-    return {"input_ids": padded("input_ids", 0), "attention_mask": mask, "labels": padded("labels", -100)}
+    ids, labels = ([row[key] for row in rows] for key in ("input_ids", "labels"))
+    mask = padded([torch.ones_like(row) for row in ids], 0)
+    return {"input_ids": padded(ids, 0), "attention_mask": mask, "labels": padded(labels, -100)}
 
 
 def micro_batches(examples: list[dict[str, torch.Tensor]], tokens: int = TOKENS_PER_FORWARD) -> Batches:

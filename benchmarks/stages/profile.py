@@ -183,7 +183,7 @@ def profile_all(out: Path, device: torch.device) -> None:
             provider = every[name]()
             found[name] = count_both(count_stage, provider, COUNTED, device)
         except Exception as error:
-            found[name] = {"missing": f"{type(error).__name__}: {str(error)[:500]}"}
+            found[name] = {"missing": record.reason(error)}
         finally:
             if provider is not None:
                 provider.close()
