@@ -58,10 +58,8 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
-	@mkdir -p $(OUT)/bench
-	$(BIN)/python -m pytest benchmarks/kernels/step.py benchmarks/kernels/align.py \
-	  --benchmark-enable --benchmark-json $(OUT)/bench/benchmark.json
-	@echo "Results are in $(OUT)/bench/."
+	$(BIN)/python -m benchmarks.kernels.step --out $(OUT)/bench
+	$(BIN)/python -m benchmarks.kernels.align --out $(OUT)/bench
 
 bench-e2e: install
 	$(BIN)/python -m benchmarks.end_to_end --out $(OUT)/end-to-end/end_to_end.json $(ARGS)
@@ -75,7 +73,7 @@ gpu-check:
 	  --out $(if $(filter file,$(origin OUT)),runs/gpu-check,$(OUT)) $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	rm -rf $(addprefix $(OUT)/,demo tests bench gpu-check end-to-end)
 	find ffkernels tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 	find ffkernels -name '*.so' -delete

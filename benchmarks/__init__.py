@@ -16,3 +16,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+TASKS = ("instruction", "medical", "chat")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,20 +38,21 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def provenance(module: str, argv: Sequence[str], **more: Any) -> dict[str, Any]:
+def provenance(module: str, argv: Sequence[str] | None = None, **more: Any) -> dict[str, Any]:
     """What a number needs to be believed: when, by which command, on what machine, with which versions.
 
     Args:
-        argv: the options that were given.
+        argv: the options; None, this process's.
         more: what else a result begins with, such as its kind.
     """
     # Here, so that whoever only writes a file needs no torch.
     from ffkernels.reporting.machine import command_line, machine_info, version_info
 
     load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+    given = sys.argv[1:] if argv is None else argv
     return {
         **more,
-        "command": command_line(argv, "python", "-m", f"benchmarks.{module}"),
+        "command": command_line(given, "python", "-m", f"benchmarks.{module}"),
         "measured_at": now(),
         "machine": {**machine_info(), "load": load},
         "versions": version_info(),

@@ -42,9 +42,8 @@ from pathlib import Path
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from benchmarks import ROOT
 from ffkernels.training.tokenizer import ByteTokenizer
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 PACKAGES = ("r-cran-janeaustenr", "dict-jargon", "dict-devil", "wordnet-base")
 AUSTEN = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
@@ -116,10 +115,8 @@ def definitions(root: Path, rng: random.Random) -> list[str]:
                 continue
             fields, gloss = line.split("|", 1)
             fields = fields.split()
-            words = [
-                re.sub(r"\(.*\)$", "", word).replace("_", " ")
-                for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-            ]
+            words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+            words = [re.sub(r"\(.*\)$", "", word).replace("_", " ") for word in words]
             lines.append(f"{', '.join(words)}: {gloss.strip()}.")
     rng.shuffle(lines)
     lines = lines[: len(lines) * 2 // 5]  # so that running prose is the larger part of the corpus
@@ -128,9 +125,8 @@ def definitions(root: Path, rng: random.Random) -> list[str]:
 
 def read_corpus(root: Path, seed: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(training blocks, held-out blocks), int16 of shape (blocks, block + 1)."""
-    missing = [
-        name for name in (AUSTEN, JARGON, DEVIL, f"{WORDNET}/data.noun") if not (root / name).is_file()
-    ]
+    needed = (AUSTEN, JARGON, DEVIL, f"{WORDNET}/data.noun")
+    missing = [name for name in needed if not (root / name).is_file()]
     if missing:
         raise ValueError(
             f"--corpus {root} lacks {', '.join(missing)}; run with --fetch DIR first, then --corpus DIR."
@@ -147,12 +143,9 @@ def read_corpus(root: Path, seed: int, block: int) -> tuple[torch.Tensor, torch.
     documents = [document for part in parts.values() for document in part]
     rng.shuffle(documents)
     tokenizer = ByteTokenizer()
-    stream = [
-        token for document in documents for token in tokenizer.encode(document, add_special_tokens=True)
-    ]
-    blocks = torch.tensor(stream[: len(stream) // (block + 1) * (block + 1)], dtype=torch.int16).view(
-        -1, block + 1
-    )
+    tokens = (tokenizer.encode(document, add_special_tokens=True) for document in documents)
+    stream = torch.tensor([token for document in tokens for token in document], dtype=torch.int16)
+    blocks = stream[: len(stream) // (block + 1) * (block + 1)].view(-1, block + 1)
     held_out = torch.arange(len(blocks)) % 100 == 99
     return blocks[~held_out], blocks[held_out]
 
@@ -200,11 +193,9 @@ def pretrain(args: argparse.Namespace) -> None:
     train, held_out = read_corpus(args.corpus, args.seed, args.context)
     model = GPTNeoXForCausalLM(configuration(args.context))
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {train.numel()} training tokens")
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     order = torch.Generator().manual_seed(args.seed)
@@ -248,28 +239,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--fetch", type=Path, metavar="DIR", help="download and unpack the corpus packages, then stop"
-    )
-    parser.add_argument(
-        "--corpus", type=Path, default=Path("/"), metavar="DIR", help="root below which they lie [/]"
-    )
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "ffkernels/data/tiny", metavar="DIR")
-    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps [%(default)s]")
-    parser.add_argument("--batch", type=int, default=16, help="blocks per step [%(default)s]")
-    parser.add_argument(
-        "--context", type=int, default=256, help="tokens per block, and the model's context [%(default)s]"
-    )
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate [%(default)s]")
-    parser.add_argument("--warmup", type=int, default=100, help="warm-up steps [%(default)s]")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="on matrices [%(default)s]")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=2,
-        help="torch threads [%(default)s]",
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--fetch", type=Path, metavar="DIR", help="download and unpack the corpus packages, then stop")
+    add("--corpus", type=Path, default=Path("/"), metavar="DIR", help="root below which they lie [/]")
+    add("--out", type=Path, default=ROOT / "ffkernels/data/tiny", metavar="DIR")
+    for name, default, what in (
+        ("steps", 2400, "optimizer steps"),
+        ("batch", 16, "blocks per step"),
+        ("context", 256, "tokens per block, and the model's context"),
+        ("lr", 3e-3, "peak learning rate"),
+        ("warmup", 100, "warm-up steps"),
+        ("weight-decay", 0.1, "on matrices"),
+        ("threads", 2, "torch threads"),
+        ("seed", 0, "of the weights and of the order"),
+    ):
+        add(f"--{name}", type=type(default), default=default, help=f"{what} [%(default)s]")
     args = parser.parse_args()
     if args.fetch is not None:
         fetch(args.fetch)

@@ -23,45 +23,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
-from benchmarks.end_to_end.plan import TASKS, TUNED, Plan
+from benchmarks import TASKS, record
+from benchmarks.end_to_end.plan import TUNED, Plan
 from benchmarks.end_to_end.record import KIND, load
 from benchmarks.end_to_end.rounds import Rounds, clock
 
 INTERRUPTED = 130
-CPU: dict[str, Any] = {
-    "methods": ["lora"],
-    "lr": [1e-4, 3e-4],
-    "seeds": [0, 1, 2],
-    "batch_sizes": [64],
-    "max_length": 64,
-    "dtype": "float32",
-    "micro_batch_size": None,
-}
-GPU: dict[str, Any] = {
-    "methods": ["lora", "dora"],
-    "lr": [1e-4, 4e-5, 3e-4, TUNED],
-    "seeds": [0],
-    "batch_sizes": [64, 128, 256, 512],
-    "max_length": 256,
-    "dtype": "bfloat16",
-    # The logits of 64 × 256 tokens over 49,152 words take 3.2 GB in float32, and their gradient as much.
-    "micro_batch_size": 64,
-}
-FAST: dict[str, Any] = {
-    "tasks": ["instruction"],
-    "lr": [3e-4],
-    "seeds": [0],
-    "methods": ["lora"],
-    "batch_sizes": [16],
-    "micro_batch_size": None,
-    "max_length": 64,
-    "steps": 12,
-    "test_examples": 64,
-    "tuned_lr": 1e-2,
-    "dtype": "float32",
-}
+ALWAYS: dict[str, Any] = {"tasks": TASKS, "steps": 120, "test_examples": 1000, "tuned_lr": None}
+SMALL: dict[str, Any] = {"max_length": 64, "dtype": "float32"}  # the embedded model
+CPU = SMALL | {"methods": ["lora"], "lr": [1e-4, 3e-4], "seeds": [0, 1, 2], "batch_sizes": [64]}
+CPU |= {"micro_batch_size": None}
+GPU = {"methods": ["lora", "dora"], "lr": [1e-4, 4e-5, 3e-4, TUNED], "seeds": [0], "max_length": 256}
+# The logits of 64 × 256 tokens over 49,152 words take 3.2 GB in float32, and their gradient as much.
+GPU |= {"batch_sizes": [64, 128, 256, 512], "dtype": "bfloat16", "micro_batch_size": 64}
+FAST = SMALL | {"tasks": ["instruction"], "lr": [3e-4], "seeds": [0], "methods": ["lora"], "steps": 12}
+FAST |= {"batch_sizes": [16], "micro_batch_size": None, "test_examples": 64, "tuned_lr": 1e-2}
 FAST_MAX_TAU = 16
+OF_RUN = ("steps", "max_length", "test_examples", "micro_batch_size", "dtype")
+OF_PLAN = ("tasks", "methods", "batch_sizes", "seeds", "tuned_lr")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -112,40 +91,25 @@ def make_plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
         model = "tiny"
         if on_gpu and not options.fast:
             model, reason = _model_for_gpu()
-    defaults = {"tasks": list(TASKS), "steps": 120, "test_examples": 1000, "tuned_lr": None, **CPU}
-    if on_gpu:
-        defaults |= GPU
-    if model == "tiny":
-        defaults |= {"max_length": CPU["max_length"], "dtype": CPU["dtype"]}
-    if options.fast:
-        defaults |= FAST
-    chosen = {
-        name: value if (given := getattr(options, name, None)) is None else given
-        for name, value in defaults.items()
-    }
+    defaults = ALWAYS | CPU | (GPU if on_gpu else {}) | (SMALL if model == "tiny" else {})
+    defaults |= FAST if options.fast else {}
+    given = {name: getattr(options, name) for name in defaults}
+    chosen = defaults | {name: value for name, value in given.items() if value is not None}
     base = TrainConfig(
         model=model,
-        steps=chosen["steps"],
-        max_length=chosen["max_length"],
-        test_examples=chosen["test_examples"],
-        micro_batch_size=chosen["micro_batch_size"],
         evaluate_every=options.evaluate_every,
         device=options.device,
-        dtype=chosen["dtype"],
         threads=options.threads,
+        **{name: chosen[name] for name in OF_RUN},
     )
     plan = Plan(
         base,
-        tasks=chosen["tasks"],
-        methods=chosen["methods"],
         # The tuned rate comes last: another cell finds it.
         rates=[lr for lr in chosen["lr"] if lr != TUNED] + [None] * (TUNED in chosen["lr"]),
-        batch_sizes=chosen["batch_sizes"],
-        seeds=chosen["seeds"],
         check_every=options.check_every,
-        tuned_lr=chosen["tuned_lr"],
         only=options.cells,
         fast_forward=FastForwardConfig(max_tau=FAST_MAX_TAU) if options.fast else FastForwardConfig(),
+        **{name: chosen[name] for name in OF_PLAN},
     )
     if not list(plan.rounds()):
         raise ValueError(f"--cells {' '.join(options.cells)}: no cell has these words; --list names them")
@@ -171,11 +135,9 @@ def new_document(
     config = comparison.base.to_dict()
     for name in ("name", "out", "task", "method", "lr", "batch_size", "seed", "fast_forward", "target_loss"):
         config.pop(name, None)
-    config |= {"check_every": comparison.check_every, "tolerance": comparison.tolerance}
-    config |= {"tuned_lr": plan.tuned_lr}
-    config["fast_forward"] = {
-        name: value for name, value in asdict(comparison.fast_forward).items() if name != "search"
-    }
+    config |= {name: getattr(comparison, name) for name in ("check_every", "tolerance")}
+    config |= {"tuned_lr": plan.tuned_lr, "fast_forward": asdict(comparison.fast_forward)}
+    del config["fast_forward"]["search"]
     document = record.provenance("end_to_end", argv, kind=KIND, fast=options.fast)
     document |= {"seconds": 0.0, "config": config, "tuned": {}, "cells": [], "left_out": []}
     return document if reason is None else {**document, "note": reason}

@@ -4,6 +4,7 @@ saved likewise (its Figure 3), beside the ranges that it reports and beside a tu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -59,16 +60,11 @@ def in_order(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The cells as one reads them: by method, batch, task and rate, the tuned rate last."""
     tasks = list(dict.fromkeys(cell["task"] for cell in data["cells"]))
     methods = list(dict.fromkeys(cell["method"] for cell in data["cells"]))
-    return sorted(
-        data["cells"],
-        key=lambda c: (
-            methods.index(c["method"]),
-            c["batch_size"],
-            tasks.index(c["task"]),
-            c["tuned"],
-            c["lr"],
-        ),
-    )
+
+    def key(c: Mapping[str, Any]) -> tuple:
+        return methods.index(c["method"]), c["batch_size"], tasks.index(c["task"]), c["tuned"], c["lr"]
+
+    return sorted(data["cells"], key=key)
 
 
 def of_smallest_batch(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -112,8 +108,8 @@ def between(data: Mapping[str, Any], kind: str, cost: str, tuned: bool = False) 
 
     Says in how many cells the target was missed; None where there is no cell.
     """
-    found = [spread(cell, kind) for cell in data["cells"] if cell["tuned"] == tuned]
-    found = [one for one in found if one is not None]
+    cells = (cell for cell in data["cells"] if cell["tuned"] == tuned)
+    found = [one for cell in cells if (one := spread(cell, kind)) is not None]
     values = [one["median"][cost] for one in found if one["median"] is not None]
     if not found:
         return None
@@ -175,16 +171,16 @@ def end_to_end(results: Results, pictures: Mapping[str, Sequence[str]]) -> str:
         several = "; median, and range over the seeds" if len(seeds) > 1 else ""
         if several and any(found["median"] is None for cell in data["cells"] for found in cell["spreads"]):
             several += "; “not reached”: by one of them at least"
-        for caption, body in (
-            (f"**FLOPs saved** (the paper's Figure 2), measured{several}:", figure(data, "flops_measured")),
-            (
-                "**FLOPs saved**, in the paper's count (3 × forward for a training step):",
-                figure(data, "flops_paper"),
-            ),
-            ("**Time saved** (the paper's Figure 3):", figure(data, "seconds")),
-            ("**Work done** until the target, medians:", work(data)),
-        ):
-            parts += [caption, body]
+        parts += [
+            f"**FLOPs saved** (the paper's Figure 2), measured{several}:",
+            figure(data, "flops_measured"),
+            "**FLOPs saved**, in the paper's count (3 × forward for a training step):",
+            figure(data, "flops_paper"),
+            "**Time saved** (the paper's Figure 3):",
+            figure(data, "seconds"),
+            "**Work done** until the target, medians:",
+            work(data),
+        ]
         parts += [f"![{alt}](images/{path})" for path, alt in pictures.get(name, ())]
         if data["left_out"]:
             parts.append(left_out(data["left_out"]))
@@ -213,17 +209,13 @@ def end_to_end_short(results: Results) -> str:
         cells = of_smallest_batch(cells)
         rates = sorted({cell["lr"] for cell in cells})
         by_place = {(cell["task"], cell["lr"]): cell for cell in cells}
+        columns = [*product(("parabolic", "linear"), rates), ("adam-tuned", rates[0])]
         head = [named(data["config"]["model"])]
-        head += [f"`{kind}`, lr {rate(lr)}" for kind in ("parabolic", "linear") for lr in rates]
+        head += [f"`{kind}`, lr {rate(lr)}" for kind, lr in columns[:-1]]
         head.append(f"Adam, tuned lr, against {rate(rates[0])}")
         rows = []
         for task in dict.fromkeys(cell["task"] for cell in cells):
-            row = [task]
-            for kind, lr in [(kind, lr) for kind in ("parabolic", "linear") for lr in rates] + [
-                ("adam-tuned", rates[0])
-            ]:
-                row.append(pair(by_place.get((task, lr)), kind))
-            rows.append(row)
+            rows.append([task, *(pair(by_place.get((task, lr)), kind) for kind, lr in columns)])
         parts.append(markdown(head, rows))
     return "\n\n".join(parts) or "*All three tasks: not measured yet (`make bench-e2e`).*"
 

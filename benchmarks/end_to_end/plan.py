@@ -20,7 +20,6 @@ from ffkernels.training.compare import SWEEP, TUNED_LR, Comparison
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.trainer import train
 
-TASKS = ("instruction", "medical", "chat")
 TUNED = "tuned"
 # The bracketing search first: where time runs out inside a round, the paper's own search is the one to miss.
 SEARCHES = ("parabolic", "linear")

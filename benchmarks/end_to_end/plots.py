@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.end_to_end.figures import KINDS, PAPER, cell_label, in_order, of_smallest_batch
 from benchmarks.end_to_end.table import spread
+from benchmarks.tables import LABELS as LABELS_OF
 from benchmarks.tables import named, rate
 
 if TYPE_CHECKING:
@@ -26,12 +27,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 60_000
 DRAWING = "1"  # to be raised with every change here, so that committed pictures count as old
 DIGEST = "results"
-LABELS = {
-    "adam": "Adam",
-    "linear": "Fast Forward, linear (the paper's)",
-    "parabolic": "Fast Forward, parabolic",
-    "adam-tuned": "Adam, tuned lr",
-}
+LABELS = {kind: LABELS_OF[kind].replace("`", "") for kind in ("adam", *KINDS)}
 
 
 def stem(name: str) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -195,7 +194,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    document = record.provenance(MODULE, sys.argv[1:] if argv is None else argv, kind="sft")
+    document = record.provenance(MODULE, argv, kind="sft")
     document["versions"]["trl"] = trl.__version__
     document |= {"config": record.settings(options), "runs": [], "savings": []}
     for lr in options.lr:

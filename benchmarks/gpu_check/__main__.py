@@ -95,14 +95,8 @@ class Check:
         self.dry = dry
         self.json, self.log = (out / f"gpu_check_{name}.{kind}" for kind in ("json", "log"))
         self.measured = out / f"gpu_check_{name}.measured"  # what a benchmark writes until it ends
-        self.result: dict = {
-            "kind": "gpu-check",
-            "command": command,
-            "dry": dry,
-            "provenance": None,
-            "stages": [],
-            "targets": [],
-        }
+        self.result: dict = {"kind": "gpu-check", "command": command, "dry": dry, "provenance": None}
+        self.result |= {"stages": [], "targets": []}
 
     def run(self, stages: list[Stage], before: dict | None = None) -> dict:
         """All of them, and the table. A machine that a part `before` has looked at is not looked at again."""
@@ -174,11 +168,8 @@ def run(stage: Stage, command: list[str], limit: float, log: Path) -> dict:
         start = stream.tell()
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
             env={**environment(), **stage.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
+            **{"cwd": ROOT, "stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream},
             start_new_session=True,
         )
         late = ""

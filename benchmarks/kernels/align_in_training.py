@@ -10,7 +10,6 @@ align_in_training_cpu_<date>.json.
 
 from __future__ import annotations
 
-import sys
 from statistics import median
 from typing import Any, ClassVar
 
@@ -84,7 +83,7 @@ def main() -> None:
         f"{found['step_seconds'] * 1e3:.0f} ms, {found['share']:.3%} (at most {TARGET:.1%})"
     )
     if options.out is not None:
-        print(record.write({**record.provenance(module, sys.argv[1:]), **found}, options.out, name))
+        print(record.write({**record.provenance(module), **found}, options.out, name))
 
 
 if __name__ == "__main__":

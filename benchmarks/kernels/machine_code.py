@@ -121,7 +121,7 @@ def main() -> None:
     columns = [key for key in rows[0] if key not in ("block", "warps")]
     print(tables.aligned(columns, [[str(row[key]) for key in columns] for row in rows], len(columns)))
     if options.out:
-        result = {**record.provenance(module, sys.argv[1:]), "kernels": rows}
+        result = {**record.provenance(module), "kernels": rows}
         result["versions"] |= {
             "ptxas (sm_80, sm_90)": assembler("ptxas"),
             "ptxas (sm_100)": assembler("ptxas-blackwell"),

@@ -14,7 +14,7 @@ import os
 import random
 import sys
 from importlib.util import find_spec
-from itertools import cycle
+from itertools import cycle, product
 
 # Each tensor in an allocation of its own: an access past its end is then an error, not a neighbour's memory.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
@@ -36,12 +36,8 @@ def moves_are_right(impl: str, device: torch.device) -> bool:
     """step with its scalars on the device and on the host, delta, checkpoint and align, against torch's."""
     accept = torch.ones(1, dtype=torch.int32, device=device)
     k = torch.full((1,), 0.5, device=device)
-    weights = [
-        torch.randn(size + skip, device=device).to(dtype)[skip:]
-        for dtype in DTYPES
-        for size in SIZES
-        for skip in (0, 1)
-    ]
+    kinds = product(DTYPES, SIZES, (0, 1))
+    weights = [torch.randn(size + skip, device=device).to(dtype)[skip:] for dtype, size, skip in kinds]
     mirror = [weight.clone() for weight in weights]
     tables = [ops.TensorTable(weights, impl=impl), ops.TensorTable(mirror, impl="torch")]
     for ours, theirs in zip(*(table.deltas for table in tables), strict=True):
@@ -54,9 +50,8 @@ def moves_are_right(impl: str, device: torch.device) -> bool:
         ops.step_(table, False, 0.0)
         ops.checkpoint_(table)
         ops.step_(table, True, 1.0)
-    grads = [
-        torch.randn(weight.shape, device=device).to(dtype) for weight, dtype in zip(weights, cycle(DTYPES))
-    ]
+    pairs = zip(weights, cycle(DTYPES))
+    grads = [torch.randn(weight.shape, device=device).to(dtype) for weight, dtype in pairs]
     sums = [ops.align_(table, [*grads[:-1], None]) for table in tables]
     return torch.allclose(*sums, rtol=1e-9) and all(
         torch.equal(ours, theirs)
@@ -97,11 +92,8 @@ def decisions_are_right(search: str, rows: int, device: torch.device) -> bool:
             decide.decide(state, loss, sums)
         decide.decide(state, loss, sums)  # after the end nothing changes
         found = state.read()
-        if (found.losses, found.best_tau, found.stopped_because) != (
-            host.losses,
-            host.best_tau,
-            host.stopped_because,
-        ) or found.sure != verdicts[-len(found.sure) :]:
+        ends = [(end.losses, end.best_tau, end.stopped_because) for end in (found, host)]
+        if ends[0] != ends[1] or found.sure != verdicts[-len(found.sure) :]:
             return False
     decide.begin(state, torch.zeros(1, device=device))
     return state.go.item() == 0 and False in verdicts and (rows == 1 or True in verdicts)
@@ -110,10 +102,8 @@ def decisions_are_right(search: str, rows: int, device: torch.device) -> bool:
 def main() -> int:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    right = {
-        f"moves, {impl}": moves_are_right(impl, device)
-        for impl in (("cuda", "triton") if on_gpu else ("torch",))
-    }
+    every = ("cuda", "triton") if on_gpu else ("torch",)
+    right = {f"moves, {impl}": moves_are_right(impl, device) for impl in every}
     if on_gpu or find_spec("triton") is not None:
         if not on_gpu:
             os.environ["TRITON_INTERPRET"] = "1"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from benchmarks.learning_rate.workloads import METHODS, SCHEDULES, TASKS, Workload
+from benchmarks import TASKS
+from benchmarks.learning_rate.workloads import METHODS, SCHEDULES, Workload
 
 LOW = (1e-4, 2e-4, 1e-3, 1e-2)  # what people take who do not look
 SEEDS = (0, 1, 2)  # the evaluation's; from 10 on: calibration

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.learning_rate.plan import LOW
 from benchmarks.learning_rate.workloads import METHODS
 from benchmarks.tables import Results as Files
 from benchmarks.tables import heading, markdown, missing, rate, source, where
@@ -29,67 +30,63 @@ BOUNDS = {
 }
 SPIKE = 1.5  # of the test loss before training
 COMMON = 3e-3  # what "auto" is held to on SmolLM2-135M is Adam there
-LOW = (1e-4, 2e-4, 1e-3, 1e-2)
 
 
 class Results:
     """The runs of a result, each beside Adam tuned on the same workload and seed."""
 
     def __init__(self, data: Result) -> None:
-        self.workloads, self.runs = data["workloads"], data["runs"]
-        self.tuned: dict[tuple[str, int], Line] = {}
-        for line in self.runs:
-            key = line["workload"], line["seed"]
+        self.workloads, runs = data["workloads"], data["runs"]
+        adam: dict[tuple[str, int], list[Line]] = {}
+        for line in runs:
             if line["contender"] == "adam" and line["loss"] is not None:
-                if key not in self.tuned or line["loss"] < self.tuned[key]["loss"]:
-                    self.tuned[key] = line
+                adam.setdefault(place(line), []).append(line)
+        self.tuned = {where: min(lines, key=lambda line: line["loss"]) for where, lines in adam.items()}
+        self.runs = [line for line in runs if place(line) in self.tuned]
 
-    def group(self, line: Line) -> str:
-        return self.workloads[line["workload"]]["group"]
+    def labels(self, line: Line) -> tuple[str, str]:
+        """The parts that a run may belong to."""
+        workload = self.workloads[line["workload"]]
+        return workload["group"], f"{workload['group']}, batch {workload['batch']}"
 
     def of(self, contender: str, lr: float | None = None) -> list[Line]:
         """The runs of a contender, where Adam was run as well."""
-        return [
-            line
-            for line in self.runs
-            if line["contender"] == contender
-            and (lr is None or line["lr"] == lr)
-            and (line["workload"], line["seed"]) in self.tuned
-        ]
+        return [one for one in self.runs if one["contender"] == contender and lr in (None, one["lr"])]
 
     @property
-    def parts(self) -> dict[str, Callable[[Line], bool]]:
+    def parts(self) -> list[str]:
         """What is summed up: each group, and where it has several batches each of them."""
-        found: dict[str, Callable[[Line], bool]] = {}
-        groups = {self.group(line) for line in self.of("auto")}
-        for group in sorted(groups, key=lambda name: [*BOUNDS, name].index(name)):
-            found[group] = lambda line, group=group: self.group(line) == group
-            batches = sorted({self.batch(line) for line in self.of("auto") if self.group(line) == group})
-            for batch in batches if len(batches) > 1 else ():
-                found[f"{group}, batch {batch}"] = lambda line, key=(group, batch): (
-                    (self.group(line), self.batch(line)) == key
-                )
-        return found
-
-    def batch(self, line: Line) -> int:
-        return self.workloads[line["workload"]]["batch"]
+        found: dict[str, set[int]] = {}
+        for line in self.of("auto"):
+            workload = self.workloads[line["workload"]]
+            found.setdefault(workload["group"], set()).add(workload["batch"])
+        parts = []
+        for group in sorted(found, key=lambda name: [*BOUNDS, name].index(name)):
+            parts.append(group)
+            if len(found[group]) > 1:
+                parts += [f"{group}, batch {batch}" for batch in sorted(found[group])]
+        return parts
 
     def above(self, line: Line) -> float:
         """Infinite where the loss is not finite."""
-        best = self.tuned[line["workload"], line["seed"]]["loss"]
+        best = self.tuned[place(line)]["loss"]
         return float("inf") if line["loss"] is None else line["loss"] / best - 1
 
     def share(self, line: Line) -> float:
         """Of the recoverable loss, what is not recovered; infinite where the loss is not finite."""
-        best = self.tuned[line["workload"], line["seed"]]["loss"]
+        best = self.tuned[place(line)]["loss"]
         return float("inf") if line["loss"] is None else (line["loss"] - best) / (line["start"] - best)
 
     def inside(self, workload: str) -> bool:
         """Whether the best rate of the first seed has a worse one at a factor of 2 on both sides."""
         seed = min(seed for name, seed in self.tuned if name == workload)
         best = self.tuned[workload, seed]["lr"]
-        rates = {one["lr"] for one in self.of("adam") if (one["workload"], one["seed"]) == (workload, seed)}
+        rates = {one["lr"] for one in self.of("adam") if place(one) == (workload, seed)}
         return {best / 2, 2 * best} <= rates
+
+
+def place(line: Line) -> tuple[str, int]:
+    return line["workload"], line["seed"]
 
 
 def spiked(line: Line) -> bool:
@@ -100,8 +97,8 @@ def spiked(line: Line) -> bool:
 def verdicts(data: Result) -> str:
     """What is held to bounds, and by which it is missed."""
     results, rows = Results(data), []
-    for part, belongs in results.parts.items():
-        lines = [line for line in results.of("auto") if belongs(line)]
+    for part in results.parts:
+        lines = [line for line in results.of("auto") if part in results.labels(line)]
         above, shares = ([f(line) for line in lines] for f in (results.above, results.share))
         both = {"median": median(above), "worst": max(above)}
         allowed = dict(zip(both, BOUNDS.get(part, ()), strict=False))
@@ -121,48 +118,36 @@ def contenders(data: Result) -> str:
     others = dict.fromkeys(line["contender"] for line in results.runs)
     ways += [(name, name, None) for name in others if name not in ("auto", "adam")]
     ways += [(f"Adam at {rate(lr)}", "adam", lr) for lr in LOW]
-    parts = list(results.parts.items())
-    if len(parts) > 1:  # a group that has its batches beside it is shown by those
-        parts = [one for one in parts if not any(name.startswith(f"{one[0]}, batch") for name, _ in parts)]
+    # A group that has its batches beside it is shown by those.
+    parts = [p for p in results.parts if not any(one.startswith(f"{p}, batch") for one in results.parts)]
     rows = []
     for label, contender, lr in ways:
         row = [label]
-        for _, belongs in parts:
+        for part in parts:
             mine, every = (
-                [line for line in some if line["seed"] == 0 and belongs(line)]
+                [line for line in some if line["seed"] == 0 and part in results.labels(line)]
                 for some in (results.of(contender, lr), results.of("auto"))
             )
-            values = [results.above(line) for line in mine]
-            row.append(
-                f"{percent(median(values))} ({percent(max(values))})" if len(mine) == len(every) else ""
-            )
+            above = [results.above(line) for line in mine]
+            whole = len(mine) == len(every)
+            row.append(f"{percent(median(above))} ({percent(max(above))})" if whole else "")
         if any(row[1:]):
             rows.append(row)
-    return markdown(["above tuned Adam, median (worst), seed 0", *(name for name, _ in parts)], rows)
+    return markdown(["above tuned Adam, median (worst), seed 0", *parts], rows)
 
 
 def workloads(data: Result) -> str:
     """A row per workload: what Adam was tuned to, and each seed's "auto"."""
     results, rows = Results(data), []
     for name in sorted({line["workload"] for line in results.of("auto")}, key=list(results.workloads).index):
-        lines = sorted(
-            (line for line in results.of("auto") if line["workload"] == name), key=lambda line: line["seed"]
-        )
+        lines = [line for line in results.of("auto") if line["workload"] == name]
+        lines.sort(key=lambda line: line["seed"])
         best = results.tuned[name, lines[0]["seed"]]
         tuned = rate(best["lr"]) + ("" if results.inside(name) else " (at the grid's end)")
-        rows.append(
-            [
-                labelled(results.workloads[name]),
-                tuned,
-                f"{best['start']:.3f}",
-                f"{best['loss']:.4f}",
-                ", ".join(percent(results.above(line)) for line in lines),
-                ", ".join(percent(results.share(line)) for line in lines),
-                each(lines, "rate", lambda value: rate(float(f"{value:.2g}"))),
-                each(lines, "rise", str),
-                each(lines, "undos", str),
-            ]
-        )
+        row = [labelled(results.workloads[name]), tuned, f"{best['start']:.3f}", f"{best['loss']:.4f}"]
+        row += [", ".join(percent(f(line)) for line in lines) for f in (results.above, results.share)]
+        row.append(each(lines, "rate", lambda value: rate(float(f"{value:.2g}"))))
+        rows.append([*row, each(lines, "rise", str), each(lines, "undos", str)])
     head = ["workload", "Adam tuned at", "L₀", "L*", "auto above L*, by seed", "not recovered"]
     return markdown([*head, "last rate", "steps of rise", "undone"], rows)
 
@@ -181,7 +166,7 @@ def misses(data: Result) -> str:
     """Every run of "auto" beyond the worst that is allowed, or spiked."""
     results, found = Results(data), []
     for line in results.of("auto"):
-        above, bound = results.above(line), BOUNDS.get(results.group(line), (0.0, float("inf")))[1]
+        above, bound = results.above(line), BOUNDS.get(results.labels(line)[0], (0.0, float("inf")))[1]
         if round(above, 4) > bound or spiked(line):
             said = f"- {labelled(results.workloads[line['workload']])}, seed {line['seed']}: {percent(above)}"
             said += "" if line.get("rate") is None else f", rate {line['rate']:.2g} at its end"
@@ -196,18 +181,12 @@ def beside_common(data: Result) -> str:
     """ "auto" beside Adam at one common rate, task by task."""
     results, rows = Results(data), []
     for line in results.of("auto"):
-        same = [one for one in results.of("adam", COMMON) if one["workload"] == line["workload"]]
-        for other in (one for one in same if one["seed"] == line["seed"]):
-            best = results.tuned[line["workload"], line["seed"]]
-            rows.append(
-                [
-                    labelled(results.workloads[line["workload"]]),
-                    f"{line['loss']:.4f}",
-                    percent(line["loss"] / other["loss"] - 1),
-                    f"{percent(results.above(line))} ({rate(best['lr'])})",
-                    rate(float(f"{line['rate']:.2g}")),
-                ]
-            )
+        for other in (one for one in results.of("adam", COMMON) if place(one) == place(line)):
+            best = results.tuned[place(line)]
+            row = [labelled(results.workloads[line["workload"]]), f"{line['loss']:.4f}"]
+            row.append(percent(line["loss"] / other["loss"] - 1))
+            row.append(f"{percent(results.above(line))} ({rate(best['lr'])})")
+            rows.append([*row, rate(float(f"{line['rate']:.2g}"))])
     head = ["workload", "auto", f"above Adam at {rate(COMMON)}", "above Adam's best (at)", "last rate"]
     return markdown(head, rows)
 
@@ -230,11 +209,9 @@ def newest_of_each(results: Files) -> dict[str, tuple[str, Mapping[str, Any]]]:
 
 def learning_rates(results: Files) -> str:
     """All of it."""
-    parts = [
-        part
-        for name, data in newest_of_each(results).values()
-        for part in (conditions(name, data), all_tables(data))
-    ]
+    parts = []
+    for name, data in newest_of_each(results).values():
+        parts += [conditions(name, data), all_tables(data)]
     return "\n\n".join(parts) or missing("learning_rate")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-TASKS = ("instruction", "medical", "chat")
 SCHEDULES = ("constant", "linear")
 RANK, LENGTH, WARMUP = 8, 64, 8
 

@@ -19,7 +19,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from importlib import import_module, metadata
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from typing import Any
@@ -29,14 +30,12 @@ from torch import nn
 
 from benchmarks.learning_rate.contenders import Contender, Work
 
-__all__ = ["PACKAGES", "PEERS", "versions"]
-
-# What is imported, and the name under which it is installed.
+# What is imported, the name under which it is installed, and how the names of its contenders begin.
 PACKAGES = {
-    "torch_lr_finder": "torch-lr-finder",
-    "lightning": "lightning",
-    "prodigyopt": "prodigyopt",
-    "schedulefree": "schedulefree",
+    "torch_lr_finder": ("torch-lr-finder", "torch-lr-finder"),
+    "lightning": ("lightning", "lightning"),
+    "prodigyopt": ("prodigyopt", "prodigy"),
+    "schedulefree": ("schedulefree", "schedule-free"),
 }
 
 
@@ -45,19 +44,8 @@ def package(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        name = PACKAGES[module.partition(".")[0]]
+        name, _ = PACKAGES[module.partition(".")[0]]
         raise ImportError(f"this contender needs the package {name} ({error}): pip install {name}") from error
-
-
-def versions() -> dict[str, str]:
-    """Of those packages that are installed, by the name under which they are installed."""
-    found = {}
-    for name in PACKAGES.values():
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 class Lossy(nn.Module):
@@ -135,15 +123,9 @@ def with_lightning(work: Work, steps: int = 100) -> tuple[float, int]:
 
     tuned = Tuned()
     with silent(), tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        options = {**dict.fromkeys(quiet, False), "default_root_dir": folder}
+        trainer = pl.Trainer(accelerator="cpu", devices=1, **options)
         loader = torch.utils.data.DataLoader(range(steps), batch_size=1)
         finder = tuner.Tuner(trainer).lr_find(tuned, loader, num_training=steps)
         lr = finder.suggestion()
@@ -225,27 +207,19 @@ def greedy(work: Work, *, validating: bool = False) -> Contender:
 
 
 EVERY: dict[str, Callable[[Work], Contender]] = {
-    "torch-lr-finder": lambda work: range_test(work, with_torch_lr_finder),
-    "torch-lr-finder, free": lambda work: range_test(work, with_torch_lr_finder, free=True),
-    "torch-lr-finder, minimum / 10, free": lambda work: range_test(
-        work, with_torch_lr_finder, free=True, minimum=True
+    "torch-lr-finder": partial(range_test, suggest=with_torch_lr_finder),
+    "torch-lr-finder, free": partial(range_test, suggest=with_torch_lr_finder, free=True),
+    "torch-lr-finder, minimum / 10, free": partial(
+        range_test, suggest=with_torch_lr_finder, free=True, minimum=True
     ),
-    "lightning": lambda work: range_test(work, with_lightning),
-    "lightning, free": lambda work: range_test(work, with_lightning, free=True),
+    "lightning": partial(range_test, suggest=with_lightning),
+    "lightning, free": partial(range_test, suggest=with_lightning, free=True),
     "prodigy": prodigy,
     "schedule-free": schedule_free,
     "greedy": greedy,
-    "greedy, validating": lambda work: greedy(work, validating=True),
+    "greedy, validating": partial(greedy, validating=True),
 }
-
-# By the beginning of a contender's name; the others need nothing that is not here anyway.
-NEEDED = {
-    "torch-lr-finder": "torch_lr_finder",
-    "lightning": "lightning",
-    "prodigy": "prodigyopt",
-    "schedule-free": "schedulefree",
-}
-MISSING = {name: PACKAGES[module] for name, module in NEEDED.items() if find_spec(module) is None}
+MISSING = {starts: name for module, (name, starts) in PACKAGES.items() if find_spec(module) is None}
 # Those that can run here.
 PEERS = {name: make for name, make in EVERY.items() if name.partition(",")[0] not in MISSING}
 if MISSING:

@@ -23,7 +23,6 @@ one JSON file.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    document = record.provenance(MODULE, sys.argv[1:] if argv is None else argv, kind="peers")
+    document = record.provenance(MODULE, argv, kind="peers")
     document |= {"config": record.settings(options), "memory": memory(options), "runs": []}
     name = f"peers_{Path(options.model).name}"
     with tempfile.TemporaryDirectory(prefix="ffkernels-") as logs:

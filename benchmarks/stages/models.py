@@ -18,36 +18,21 @@ TOKENS_PER_FORWARD = 16384  # padded; for ours (its default on a GPU) and for th
 Batches = list[dict[str, torch.Tensor]]
 
 
-# Of random weights; the sizes of Pythia and Llama are those of their published ones.
-SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+NAMES += ("max_position_embeddings",)
+ROPE = {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+
+
+def sizes(*values: int, **more: Any) -> dict[str, Any]:
+    return dict(zip(NAMES, values, strict=True), **more)
+
+
+# Those of Pythia and Llama are those of their published ones.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     SMOL: ("LlamaConfig", smollm2.SIZES),
-    PYTHIA: (
-        "GPTNeoXConfig",
-        {
-            **{"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 8192},
-            **{"num_hidden_layers": 24, "num_attention_heads": 16, "max_position_embeddings": 2048},
-        },
-    ),
-    LLAMA: (
-        "LlamaConfig",
-        {
-            **{
-                "vocab_size": 128256,
-                "hidden_size": 4096,
-                "intermediate_size": 14336,
-                "num_hidden_layers": 32,
-            },
-            **{"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192},
-            **{"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-        },
-    ),
-    TINY: (
-        "LlamaConfig",
-        {
-            **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-            **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
-        },
-    ),
+    PYTHIA: ("GPTNeoXConfig", sizes(50304, 2048, 8192, 24, 16, 2048)),
+    LLAMA: ("LlamaConfig", sizes(128256, 4096, 14336, 32, 32, 8192, num_key_value_heads=8, **ROPE)),
+    TINY: ("LlamaConfig", sizes(300, 32, 64, 2, 4, 64, num_key_value_heads=2)),
 }
 
 
@@ -63,8 +48,8 @@ def make_model(
     if name == SMOL and smollm2.is_whole(smollm2.cached()):
         base, weights = load_model(smollm2.NAME, dtype=dtype, device=device)[0], "pretrained"
     else:
-        kind, sizes = SIZES[name]
-        config = getattr(transformers, kind)(**sizes)
+        kind, given = CONFIGS[name]
+        config = getattr(transformers, kind)(**given)
         with device:
             base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         weights = "random"

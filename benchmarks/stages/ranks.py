@@ -291,7 +291,7 @@ def main() -> None:
         return as_rank(lambda: rank_main(options.rank_of, sizes, repeats))
     if sizes[0] != 1:
         parser.error("--ranks must begin with 1, on which the cost model is fitted")
-    head = record.provenance(module, sys.argv[1:], row_bytes=ROW_BYTES)
+    head = record.provenance(module, row_bytes=ROW_BYTES)
     head["note"] = (
         f"one thread per rank on {head['machine']['cores']} cores: more ranks than cores share them"
     )

@@ -19,13 +19,12 @@ run that stands in it is not repeated.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks import RESULTS, record
+from benchmarks import RESULTS, TASKS, record
 from benchmarks.tables import (
     Results,
     heading,
@@ -44,7 +43,6 @@ from ffkernels.training.session import Session
 from ffkernels.training.trainer import train
 
 KIND = "resampled-validation"
-TASKS = ("instruction", "medical", "chat")
 POOL = 256
 TO_TARGET, PAST_TARGET = 1e-4, 3e-4
 # Examples per validation, and whether they are drawn anew.
@@ -210,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     settings = {"model": "tiny", "steps": options.steps, "batch_size": 64, "interval": 6, "pool": POOL}
     settings |= {"test_examples": options.test_examples, "seeds": options.seeds, "patience": None}
-    report = record.provenance(module, sys.argv[1:] if argv is None else argv, kind=KIND)
+    report = record.provenance(module, argv, kind=KIND)
     report |= {"config": settings, "runs": []}
     path = record.path_of(options.out, name, report["measured_at"])
     if path.exists():

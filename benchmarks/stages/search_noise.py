@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks import record
+from benchmarks import TASKS, record
 from benchmarks.tables import (
     Results,
     counted,
@@ -43,7 +42,6 @@ from ffkernels.search.search import REFINE_TOLERANCE, LinearSearch, ParabolicSea
 from ffkernels.search.significance import LEVEL, Rises, critical_values, higher, jackknife_weights
 
 KIND = "search_noise"
-TASKS = ("instruction", "medical", "chat")
 DTYPES = ("bfloat16", "float32")
 RATES = (3e-4, 1e-4, 4e-5)
 # Two runs of each: seed and the tokens that an example is cut to.
@@ -342,7 +340,7 @@ def main() -> None:
     )
     parser.add_argument("--replay", action="store_true", help="only what the file has")
     options = parser.parse_args()
-    head = record.provenance(module, sys.argv[1:], kind=KIND)
+    head = record.provenance(module, kind=KIND)
     head["config"] = {
         "model": "tiny",
         **{"tasks": TASKS, "lr": sorted(RATES), "seeds": list(SEEDS), "stages": STAGES, "interval": INTERVAL},

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import RESULTS, record, tables
+from benchmarks import RESULTS, TASKS, record, tables
 from benchmarks.stages import ranks as processes
 from benchmarks.timing import seconds_of
 from ffkernels import ValidationLoss
@@ -228,11 +227,7 @@ def arithmetic(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def cells() -> list[TrainConfig]:
     common = {"device": "cpu", "threads": 1, "test_examples": 16, "steps": STEPS, "warmup_steps": 0}
-    return [
-        TrainConfig(**common, task=task, lr=lr, batch_size=64)
-        for task in ("instruction", "medical", "chat")
-        for lr in (1e-4, 3e-4)
-    ]
+    return [TrainConfig(**common, task=task, lr=lr, batch_size=64) for task in TASKS for lr in (1e-4, 3e-4)]
 
 
 def rank_main(out: Path, repeats: int) -> None:
@@ -251,7 +246,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank_of is not None:
         return processes.as_rank(lambda: rank_main(options.rank_of, options.repeats))
-    head = record.provenance(module, sys.argv[1:], kind="search-on-ranks")
+    head = record.provenance(module, kind="search-on-ranks")
     stages = processes.start(module, 2, "--repeats", options.repeats)
     for stage in stages:
         print(stage["task"], stage["lr"], stage["shared"], stage["apart"])
