@@ -89,6 +89,12 @@ def source(name: str, data: Mapping[str, Any]) -> str:
     return f"(`{data['command']}`; `{name}`)"
 
 
+def captioned(name: str, data: Mapping[str, Any], said: str, head: Row, rows: Iterable[Row]) -> str:
+    """A table under its conditions: the model, what is ``said``, the machine and where it comes from."""
+    words = f"{heading(data['config']['model'])}, {said}. {where(data)} {source(name, data)}:"
+    return f"{words}\n\n{markdown(head, rows)}"
+
+
 def newest(results: Results, kind: str) -> tuple[str, Mapping[str, Any]] | None:
     """The file of this kind whose name, which ends with its date, is the last; None where there is none."""
     return max(

@@ -7,20 +7,8 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from benchmarks import tables
 from benchmarks.end_to_end import sft
-from benchmarks.tables import (
-    LABELS,
-    MODELS,
-    ORDER,
-    Results,
-    counted,
-    heading,
-    markdown,
-    named,
-    percent,
-    rate,
-    source,
-)
 
 
 def comparison(data: Mapping[str, Any]) -> str:
@@ -30,42 +18,39 @@ def comparison(data: Mapping[str, Any]) -> str:
         kinds.setdefault(re.sub(r"-s\d+$", "", run["name"]), []).append(run)
     entries = {entry["name"]: entry for entry in data["savings"]}
     config = data["config"]
-    labels = {
-        "adam": f"Adam, lr {rate(config['lr'])}",
-        "adam-tuned": f"Adam, lr {rate(config['tuned_lr'])} (tuned)"
-        if config.get("tuned_lr")
-        else LABELS["adam-tuned"],
-    }
+    labels = {**tables.LABELS, "adam": f"Adam, lr {tables.rate(config['lr'])}"}
+    if config.get("tuned_lr"):
+        labels["adam-tuned"] = f"Adam, lr {tables.rate(config['tuned_lr'])} (tuned)"
     head = ["run", "optimizer steps", "validation losses", "TFLOP (measured)", "seconds"]
     head += ["FLOPs saved (measured)", "FLOPs saved (paper)", "time saved"]
     rows = []
-    for kind in sorted(kinds, key=lambda kind: (ORDER.index(kind) if kind in ORDER else len(ORDER), kind)):
+    order = {kind: place for place, kind in enumerate(tables.ORDER)}
+    for kind in sorted(kinds, key=lambda kind: (order.get(kind, len(order)), kind)):
         runs = kinds[kind]
         row = [
-            labels.get(kind, LABELS.get(kind, kind)),
+            labels.get(kind, kind),
             f"{median(run['optimizer_steps'] for run in runs):.0f}",
             f"{median(run['validation_forwards'] for run in runs):.0f}",
             f"{median(run['flops']['measured'] for run in runs) / 1e12:.3f}",
             f"{median(run['seconds']['total'] for run in runs):.1f}",
         ]
         entry = entries.get(f"{kind}-median") or entries.get(runs[0]["name"])
-        row += [
-            "" if entry is None else percent(entry[c]) for c in ("flops_measured", "flops_paper", "seconds")
-        ]
+        costs = ("flops_measured", "flops_paper", "seconds")
+        row += ["" if entry is None else tables.percent(entry[cost]) for cost in costs]
         rows.append(row)
-    return markdown(head, rows)
+    return tables.markdown(head, rows)
 
 
-def comparisons(results: Results) -> str:
+def comparisons(results: tables.Results) -> str:
     """Every committed comparison, the largest batch first."""
     parts = []
     found = [(name, data) for name, data in results.items() if is_comparison(data)]
     for name, data in sorted(found, key=lambda item: (-item[1]["config"]["batch_size"], item[0])):
         config = data["config"]
         parts += [
-            f"{heading(config['model'])}, {config['task']}, batch "
-            f"{config['batch_size']}, {counted(len(config['seeds']), 'seed')} "
-            f"{source(name, config)}:",
+            f"{tables.heading(config['model'])}, {config['task']}, batch "
+            f"{config['batch_size']}, {tables.counted(len(config['seeds']), 'seed')} "
+            f"{tables.source(name, config)}:",
             comparison(data),
         ]
     return "\n\n".join(parts) or "*None yet.*"
@@ -96,7 +81,7 @@ FAMILIES = {
 }
 
 
-def files(results: Results) -> str:
+def files(results: tables.Results) -> str:
     """Every result file: what it is, on what, and the command that made it."""
     rows = []
     for name, data in sorted(results.items()):
@@ -107,9 +92,9 @@ def files(results: Results) -> str:
         config, provenance = (data.get(key) or {} for key in ("config", "provenance"))
         details = [config.get("model"), config.get("task")]
         details += [f"batch {config['batch_size']}"] if "batch_size" in config else []
-        about = ", ".join(named(text) if text in MODELS else str(text) for text in details if text)
+        about = ", ".join(tables.MODELS.get(text, str(text)) for text in details if text)
         made = data.get("command") or config.get("command") or provenance.get("command")
         if made is None and data.get("kind") == "sft":
             made = sft.command_of(config)
         rows.append([f"`{name}`", f"{what}; {about}" if about else what, f"`{made}`" if made else "–"])
-    return markdown(["file under `benchmarks/results/`", "what", "made by"], rows, text_columns=3)
+    return tables.markdown(["file under `benchmarks/results/`", "what", "made by"], rows, text_columns=3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -68,14 +69,11 @@ class Plan:
 
     def rounds(self) -> Iterator[tuple[Cell, int]]:
         """Cells and seeds in the order in which they are run."""
-        for batch_size in self.batch_sizes:
-            for seed in self.seeds:
-                for method in self.methods:
-                    for lr in self.rates:
-                        for task in self.tasks:
-                            cell = Cell(task, method, lr, batch_size)
-                            if all(part in cell.name.split() for part in self.only):
-                                yield cell, seed
+        order = (self.batch_sizes, self.seeds, self.methods, self.rates, self.tasks)
+        for batch_size, seed, method, lr, task in product(*order):
+            cell = Cell(task, method, lr, batch_size)
+            if all(part in cell.name.split() for part in self.only):
+                yield cell, seed
 
     def known_rate(self, cell: Cell, found: Mapping[str, Mapping[str, Any]]) -> float | None:
         """Adam's tuned learning rate for the cell's task, where it has been given, measured or found."""

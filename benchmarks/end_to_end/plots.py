@@ -102,12 +102,8 @@ def draw_saved(figure: Figure, data: Mapping[str, Any]) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     figure.get_layout_engine().set(wspace=0.08)
     heights = {kind: 0.26 * (1 - number) for number, kind in enumerate(KINDS)}
-    for axes, cost, title in zip(
-        panels,
-        ("flops_paper", "seconds"),
-        ("FLOPs saved (%),\nthe paper's count", "time saved (%)\n"),
-        strict=True,
-    ):
+    titles = {"flops_paper": "FLOPs saved (%),\nthe paper's count", "seconds": "time saved (%)\n"}
+    for axes, (cost, title) in zip(panels, titles.items(), strict=True):
         clean_axes(axes)
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x", color="#e6e6e6", linewidth=0.8)
@@ -121,16 +117,9 @@ def draw_saved(figure: Figure, data: Mapping[str, Any]) -> None:
                     continue
                 middle = found["median"][cost]
                 error = [[middle - found["low"][cost]], [found["high"][cost] - middle]]
-                axes.barh(
-                    place - offset,
-                    middle,
-                    height=0.24,
-                    color=STYLES[kind]["color"],
-                    xerr=error,
-                    error_kw={"elinewidth": 1, "ecolor": "#333333"},
-                    label=label,
-                    zorder=2,
-                )
+                bars = {"height": 0.24, "color": STYLES[kind]["color"], "label": label, "zorder": 2}
+                whiskers = {"elinewidth": 1, "ecolor": "#333333"}
+                axes.barh(place - offset, middle, xerr=error, error_kw=whiskers, **bars)
                 label = None
                 if middle < -1:  # beyond the frame: a number instead of a scale on which nothing else is seen
                     number = f"← {100 * middle:.0f}".replace("-", "−")
@@ -186,16 +175,8 @@ def _curves(axes: Axes, runs: list[Mapping[str, Any]], size: float) -> dict[str,
         points = [(flops / size, loss) for _, flops, _, loss in run["curve"] if loss is not None]
         if run["kind"] not in LABELS or not points:
             continue
-        style = STYLES[run["kind"]]
-        (line,) = axes.plot(
-            *zip(*points, strict=True),
-            color=style["color"],
-            linestyle=style["linestyle"],
-            marker=style["marker"],
-            markevery=[-1],
-            markersize=5,
-            linewidth=1.4,
-        )
+        style = {name: STYLES[run["kind"]][name] for name in ("color", "linestyle", "marker")}
+        (line,) = axes.plot(*zip(*points, strict=True), **style, markevery=[-1], markersize=5, linewidth=1.4)
         drawn[LABELS[run["kind"]]] = line
         if run["kind"] == "adam":
             axes.axhline(run["target"], color=TEXT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)

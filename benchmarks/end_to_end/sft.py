@@ -28,6 +28,9 @@ from benchmarks import record
 from benchmarks.tables import Results, counted, markdown, percent, rate
 
 MODULE, TOLERANCE = "end_to_end.sft", 1e-4
+# Of both trainers: nothing that is not measured.
+PLAIN = {"lr_scheduler_type": "constant", "report_to": [], "logging_strategy": "no", "save_strategy": "no"}
+PLAIN |= {"gradient_checkpointing": False, "disable_tqdm": True, "dataloader_pin_memory": False}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -144,43 +147,29 @@ def run(
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
             learning_rate=lr,
-            lr_scheduler_type="constant",
             max_length=options.max_length,
             seed=seed,
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
             use_cpu=not torch.cuda.is_available(),
             bf16=options.bf16,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
+            **PLAIN,
         )
+        adapter = {"r": options.rank, "lora_alpha": options.alpha}
         trainer = SFTTrainer(
             model=model,
             args=args,
             train_dataset=data["train"],
             eval_dataset={"validation": data["validation"], "test": data["test"]},
             processing_class=tokenizer,
-            peft_config=LoraConfig(
-                r=options.rank,
-                lora_alpha=options.alpha,
-                target_modules=attention_targets(model),
-                task_type="CAUSAL_LM",
-            ),
+            peft_config=LoraConfig(target_modules=attention_targets(model), task_type="CAUSAL_LM", **adapter),
         )
         for callback in [ff, measure] if fast_forward else [measure]:
             trainer.add_callback(callback)
         trainer.train()
     last = measure.curve[-1]
     return {
-        "name": "fast_forward" if fast_forward else "plain",
-        "lr": lr,
-        "seed": seed,
+        **{"name": "fast_forward" if fast_forward else "plain", "lr": lr, "seed": seed},
         "optimizer_steps": last["step"],
-        "test_loss": last["test_loss"],
-        "flops": last["flops"],
-        "seconds": last["seconds"],
+        **{name: last[name] for name in ("test_loss", "flops", "seconds")},
         "curve": measure.curve,
         "stages": [stage.to_dict() for stage in ff.stages],
         "reached": None if target is None else last["test_loss"] <= target,

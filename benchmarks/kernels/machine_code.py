@@ -88,12 +88,9 @@ def measure(variant: Variant, folder: Path) -> list[dict]:
                 narrow = "" if dtype == torch.float32 else ".U16"
                 found.append(
                     {
-                        "variant": variant.name,
-                        "kernel": kernel,
-                        "architecture": f"sm_{architecture}",
+                        **{"variant": variant.name, "kernel": kernel, "architecture": f"sm_{architecture}"},
                         "dtype": str(dtype).removeprefix("torch."),
-                        "block": variant.block,
-                        "warps": variant.warps,
+                        **{"block": variant.block, "warps": variant.warps},
                         "registers": code.registers,
                         "spills": code.count("LDL", "STL"),
                         "instructions": len(code.instructions),

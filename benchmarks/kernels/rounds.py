@@ -7,7 +7,6 @@ thread; warm and cold as ``timing`` says.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from statistics import median
 from typing import Any
 
 import torch
@@ -103,13 +102,3 @@ def shares_of_time(results: Mapping[str, Any], stem: str, head: list[str], other
         for name, result in data["adapters"].items()
     ]
     return tables.markdown(head, rows)
-
-
-def look_at(find: Callable[[list], object], grads: list, others: list, rounds: int = 51) -> dict[str, float]:
-    """Median microseconds of looking at gradients: at their old addresses, and at new ones."""
-    found: dict[str, list[float]] = {"old": [], "new": []}
-    for _ in range(rounds):
-        for which in (grads, others):
-            for name in ("new", "old"):
-                found[name].append(timing.seconds_of(lambda which=which: find(which)))
-    return {name: median(times) * 1e6 for name, times in found.items()}

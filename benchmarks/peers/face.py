@@ -12,7 +12,7 @@ time there; their sum is not affected.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -87,19 +87,19 @@ class Peer:
         self.optimizer_steps += 1
         self.after_step()
 
-    @contextmanager
-    def moving(self) -> Iterator[None]:
+    def moving(self) -> AbstractContextManager[None]:
         """Charge what runs inside to the peer's weight moves."""
-        begin = perf_counter()
-        yield
-        self._seconds["move"] += perf_counter() - begin
+        return self._charging("move")
+
+    def validating(self) -> AbstractContextManager[None]:
+        """Charge what runs inside to the peer's validations."""
+        return self._charging("validate")
 
     @contextmanager
-    def validating(self) -> Iterator[None]:
-        """Charge what runs inside to the peer's validations."""
+    def _charging(self, what: str) -> Iterator[None]:
         begin = perf_counter()
         yield
-        self._seconds["validate"] += perf_counter() - begin
+        self._seconds[what] += perf_counter() - begin
 
     def wait_for_training(self) -> None:
         """Let the device finish what it was given before the stage."""

@@ -29,22 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import RESULTS, record
+from benchmarks import RESULTS, record, tables
 from benchmarks.peers.memory import INTERVAL, PLAIN, attach_of, measure
-from benchmarks.tables import (
-    LABELS,
-    ORDER,
-    Results,
-    counted,
-    heading,
-    markdown,
-    missing,
-    newest,
-    percent,
-    rate,
-    source,
-    where,
-)
 
 MODULE = "peers.race"
 TOLERANCE = 1e-4
@@ -163,18 +149,14 @@ def race(options: argparse.Namespace, lr: float, seed: int, logs: str) -> list[d
 
 def row(name: str, lr: float, seed: int, config: Any, result: Any) -> dict[str, Any]:
     whole = ("optimizer_steps", "test_loss", "flops", "seconds", "validation_forwards")
+    stages = [stage.to_dict() for stage in result.stages]
+    for stage in stages:  # the number of its losses in their place: they are hundreds
+        stage["forwards"] = len(stage.pop("losses"))
     return {
         **{"name": name, "lr": lr, "seed": seed, "trained_at_lr": config.lr},
         **{key: getattr(result, key) for key in whole},
         "reached": result.reached_target,
-        # With the number of a stage's losses in their place: they are hundreds.
-        "stages": [
-            {
-                "forwards" if key == "losses" else key: len(value) if key == "losses" else value
-                for key, value in one
-            }
-            for one in (stage.to_dict().items() for stage in result.stages)
-        ],
+        "stages": stages,
     }
 
 
@@ -247,10 +229,10 @@ def told(document: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(results: Results) -> str:
+def table(results: tables.Results) -> str:
     """Each way to fast-forward on the same work, and what it holds on to; the newest measurement."""
-    if (found := newest(results, "peers")) is None:
-        return missing(MODULE)
+    if (found := tables.newest(results, "peers")) is None:
+        return tables.missing(MODULE)
     name, data = found
     config, held = data["config"], {one["name"]: one for one in data["memory"]}
     head = ["way", "optimizer steps", "validation losses", "in a stage", "seconds of a stage"]
@@ -258,9 +240,9 @@ def table(results: Results) -> str:
     rows = []
     for lr in config["lr"]:
         of = {one["name"]: one for one in data["summary"] if one["lr"] == lr}
-        for kind in (kind for kind in ORDER if kind in of):
+        for kind in (kind for kind in tables.ORDER if kind in of):
             one, staged = of[kind], of[kind]["forwards_per_stage"] is not None
-            row = [LABELS[kind] + (f", lr {rate(lr)}" if len(config["lr"]) > 1 else "")]
+            row = [tables.LABELS[kind] + (f", lr {tables.rate(lr)}" if len(config["lr"]) > 1 else "")]
             row[0] += "" if one["reached"] == one["seeds"] else f" ({one['reached']}/{one['seeds']} reached)"
             row.append(f"{one['optimizer_steps']:.0f}")
             parts = (
@@ -270,16 +252,15 @@ def table(results: Results) -> str:
             )
             row += [format(one[part], form) if staged else "" for part, form in parts]
             saved = (one["saved_flops_measured"], 1 - one["seconds"] / of[PLAIN]["seconds"])
-            row += ["" if kind == PLAIN else percent(share) for share in saved]
+            row += ["" if kind == PLAIN else tables.percent(share) for share in saved]
             row.append(f"{held[kind]['adapters_per_stage']:.0f}" if staged and kind in held else "")
             rows.append(row)
-    words = (
-        f"{heading(config['model'])}, {config['task']}, learning rate "
-        f"{', '.join(map(rate, config['lr']))}, batch {config['batch_size']}, "
-        f"{counted(len(config['seeds']), 'seed')}; memory at rank {config['memory_rank']}. {where(data)} "
-        f"{source(name, data)}:"
+    said = (
+        f"{config['task']}, learning rate {', '.join(map(tables.rate, config['lr']))}, batch "
+        f"{config['batch_size']}, {tables.counted(len(config['seeds']), 'seed')}; memory at rank "
+        f"{config['memory_rank']}"
     )
-    return f"{words}\n\n{markdown(head, rows)}"
+    return tables.captioned(name, data, said, head, rows)
 
 
 if __name__ == "__main__":

@@ -62,17 +62,18 @@ class Operators(TorchDispatchMode):
 @contextmanager
 def _waits(device: torch.device) -> Iterator[list[str]]:
     """What torch says of every call that waits for the device; nothing on a CPU."""
+    found: list[str] = []
+    if device.type != "cuda":
+        yield found
+        return
+    before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found: list[str] = []
-        before = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
+        torch.cuda.set_sync_debug_mode("warn")
         try:
             yield found
         finally:
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode(before)
+            torch.cuda.set_sync_debug_mode(before)
             found += [str(one.message) for one in said if WAITED in str(one.message)]
 
 

@@ -138,14 +138,10 @@ class Job:
         found: dict = {name: summary(samples, 1e3, "_ms") for name, samples in self.samples.items()}
         plain = [taken for i, taken in enumerate(self.steps, start=1) if i % INTERVAL]
         found["train_step_ms"] = 1e3 * median(plain)
+        names = {"milliseconds": "seconds", "validate_ms": "validate_seconds", "move_ms": "move_seconds"}
         found["stages"] = [
-            {
-                "tau": stage.tau,
-                "evaluations": stage.evaluations,
-                "milliseconds": 1e3 * stage.seconds,
-                "validate_ms": 1e3 * stage.validate_seconds,
-                "move_ms": 1e3 * stage.move_seconds,
-            }
+            {"tau": stage.tau, "evaluations": stage.evaluations}
+            | {ms: 1e3 * getattr(stage, name) for ms, name in names.items()}
             for stage in self.ff.stages
         ]
         if self.size == 1:

@@ -24,19 +24,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks import RESULTS, TASKS, record
-from benchmarks.tables import (
-    Results,
-    heading,
-    markdown,
-    missing,
-    newest,
-    percent,
-    rate,
-    signed,
-    source,
-    where,
-)
+from benchmarks import RESULTS, TASKS, record, tables
 from ffkernels import FastForward, FastForwardConfig, ValidationPool
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session
@@ -126,13 +114,13 @@ def measure(cell: dict[str, Any], test_examples: int, target: float | None) -> d
     }
 
 
-def table(results: Results) -> str:
+def table(results: tables.Results) -> str:
     """The same validation examples in every stage, or others; the newest measurement.
 
     Only tasks and seeds count of which every way was measured.
     """
-    if (newest_ := newest(results, KIND)) is None:
-        return missing("stages.resampled")
+    if (newest_ := tables.newest(results, KIND)) is None:
+        return tables.missing("stages.resampled")
     name, data = newest_
     config = data["config"]
     runs = {
@@ -163,34 +151,28 @@ def table(results: Results) -> str:
     for arm in (*usual, *few):
         at_high = places(high, usual if arm in usual else (*usual, *few))
         pairs = [(runs[(high, arm, *place)], runs[(high, "fixed 32", *place)]) for place in at_high]
-        rows.append(
-            [
-                of_stage(arm),
-                spread([saved(low, arm, place) for place in places(low, usual)], percent)
-                if arm in usual
-                else "",
-                spread([saved(high, arm, place) for place in at_high], percent),
-                spread([ours["test_loss"] / same["test_loss"] - 1 for ours, same in pairs], signed),
-                f"{median(ours['flops'] / same['flops'] for ours, same in pairs):.2f}" if pairs else "–",
-                str(len(at_high)),
-            ]
-        )
-    ended = f"after {config['steps']} steps at {rate(high)}"
-    head = ["examples of a stage", f"FLOPs saved at {rate(low)}", f"FLOPs saved at {rate(high)}"]
-    head += [f"test loss {ended}, against “the same 32”", "FLOPs until then, against it"]
-    head += [f"runs at {rate(high)}"]
-    words = (
-        f"{heading(config['model'])}, batch {config['batch_size']}, stages every {config['interval']} steps, "
-        f"others out of {config['pool']} held out; tasks × seeds: {len(places(low, usual))} at {rate(low)}, "
-        f"{len(places(high, usual))} at {rate(high)}. {where(data)} {source(name, data)}:"
+        flops = [ours["flops"] / same["flops"] for ours, same in pairs]
+        at_low = [saved(low, arm, place) for place in places(low, usual) if arm in usual]
+        row = [of_stage(arm), spread(at_low, tables.percent) if arm in usual else ""]
+        row.append(spread([saved(high, arm, place) for place in at_high], tables.percent))
+        row.append(spread([ours["test_loss"] / same["test_loss"] - 1 for ours, same in pairs], tables.signed))
+        rows.append([*row, f"{median(flops):.2f}" if flops else "–", str(len(at_high))])
+    slow, fast = map(tables.rate, (low, high))
+    head = ["examples of a stage", f"FLOPs saved at {slow}", f"FLOPs saved at {fast}"]
+    head += [f"test loss after {config['steps']} steps at {fast}, against “the same 32”"]
+    head += ["FLOPs until then, against it", f"runs at {fast}"]
+    said = (
+        f"batch {config['batch_size']}, stages every {config['interval']} steps, others out of "
+        f"{config['pool']} held out; tasks × seeds: {len(places(low, usual))} at {slow}, "
+        f"{len(places(high, usual))} at {fast}"
     )
-    text = f"{words}\n\n{markdown(head, rows)}"
+    text = tables.captioned(name, data, said, head, rows)
     if longer:
         ends: dict[str, list[str]] = {}
         for run in longer:
             ends.setdefault(run["task"], []).append(f"{run['test_loss']:.4f} with {of_stage(run['arm'])}")
         said = "; ".join(f"{task} {', '.join(each)}" for task, each in ends.items())
-        text += f"\n\nTest losses after {longer[0]['steps']} steps at {rate(high)}, one seed: {said}."
+        text += f"\n\nTest losses after {longer[0]['steps']} steps at {fast}, one seed: {said}."
     return text
 
 

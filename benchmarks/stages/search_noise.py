@@ -25,19 +25,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks import TASKS, record
-from benchmarks.tables import (
-    Results,
-    counted,
-    heading,
-    markdown,
-    missing,
-    newest,
-    percent,
-    rate,
-    source,
-    where,
-)
+from benchmarks import TASKS, record, tables
 from ffkernels.search.search import REFINE_TOLERANCE, LinearSearch, ParabolicSearch, Search
 from ffkernels.search.significance import LEVEL, Rises, critical_values, higher, jackknife_weights
 
@@ -287,7 +275,7 @@ def report(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for dtype in DTYPES:
         every = dict(by_rate(stages, dtype))
         counted_ = [verdicts(curves[key(stage)]) for stage in every.get(None, ())]
-        # At the smallest rate, where a cubic leaves nothing of the curve.
+        # At the smallest tables.rate, where a cubic leaves nothing of the curve.
         slow = [curves[key(stage)] for stage in every.get(min(RATES), ())]
         if counted_:
             rule[dtype] = {
@@ -308,10 +296,10 @@ def key(stage: Mapping[str, Any]) -> tuple:
     return tuple(stage[name] for name in PLACE)
 
 
-def table(results: Results) -> str:
+def table(results: tables.Results) -> str:
     """How often each search finds the lowest loss of a full sweep, and in how many evaluations."""
-    if (found := newest(results, KIND)) is None:
-        return missing("stages.search_noise")
+    if (found := tables.newest(results, KIND)) is None:
+        return tables.missing("stages.search_noise")
     name, data = found
     labels = {"linear": "`linear`", "every rise counts": "every rise counts", "parabolic": "`parabolic`"}
     head = ["frozen base", "learning rate", "stages"]
@@ -319,17 +307,17 @@ def table(results: Results) -> str:
     rows = []
     for group in (group for group in data["groups"] if group["lr"] is not None):
         later = next(each["warm"] for each in data["warm_start"][group["dtype"]] if each["lr"] == group["lr"])
-        row = [group["dtype"], rate(group["lr"]), str(group["searches"]["linear"]["stages"])]
+        row = [group["dtype"], tables.rate(group["lr"]), str(group["searches"]["linear"]["stages"])]
         for one in (*(group["searches"][search] for search in labels), later):
-            row += [percent(one["reached"] / one["stages"]), f"{one['mean_evaluations']:.1f}"]
+            row += [tables.percent(one["reached"] / one["stages"]), f"{one['mean_evaluations']:.1f}"]
         rows.append(row)
     config = data["config"]
-    words = (
-        f"{heading(config['model'])}, {', '.join(config['tasks'])}, {counted(len(config['seeds']), 'seed')}, "
-        f"the first {config['stages']} stages, batch {config['batch_size']}, {config['validation_examples']} "
-        f"validation examples. {where(data)} {source(name, data)}:"
+    said = (
+        f"{', '.join(config['tasks'])}, {tables.counted(len(config['seeds']), 'seed')}, the first "
+        f"{config['stages']} stages, batch {config['batch_size']}, {config['validation_examples']} "
+        "validation examples"
     )
-    return f"{words}\n\n{markdown(head, rows)}"
+    return tables.captioned(name, data, said, head, rows)
 
 
 def main() -> None:

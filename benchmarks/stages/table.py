@@ -203,13 +203,10 @@ def _speed(result: dict):
 def _memory(result: dict):
     what = f"{LLAMA} 32×1024: peak memory of the validation at most {MOST_MEMORY} of clean eager"
     row = _row(result, _first(LLAMA, 1024))
-
-    def peak(name: str) -> float | None:
-        found = {} if row is None else row["providers"].get(name, {})
-        return found.get("gigabytes", {}).get("peak")
-
+    found = {} if row is None else row["providers"]
+    peaks = {name: one.get("gigabytes", {}).get("peak") for name, one in found.items()}
     for name in (EAGER, _graph(row)):
-        ours, clean = peak(name), peak(CLEAN)
+        ours, clean = peaks.get(name), peaks.get(CLEAN)
         if clean is None or ours is None:
             yield f"{what}, {name}", "not measured", ""
         else:
