@@ -39,7 +39,7 @@ def place(request, device, monkeypatch):
     """The device, with a stand-in for CUDA's graphs where it is the CPU."""
     if device.type == "cpu":
         name = "ffkernels_fake_cuda"
-        path = Path(__file__).parents[1] / "engine" / "fake_cuda.py"
+        path = Path(__file__).parents[1] / "graphs" / "fake_cuda.py"
         if name not in sys.modules:
             spec = importlib.util.spec_from_file_location(name, path)
             sys.modules[name] = importlib.util.module_from_spec(spec)
