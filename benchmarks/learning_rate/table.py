@@ -221,7 +221,11 @@ def beside_common(data: Result) -> str:
     return markdown(head, rows)
 
 
-def all_tables(data: Result) -> str:
+def summary(data: Result) -> str:
     parts = [verdicts(data), "Beyond what is allowed in the worst case, or with a spike:", misses(data)]
     parts.append(contenders(data) if data["config"]["model"] == "tiny" else beside_common(data))
-    return "\n\n".join([*parts, workloads(data)])
+    return "\n\n".join(parts)
+
+
+def all_tables(data: Result) -> str:
+    return f"{summary(data)}\n\n{workloads(data)}"
