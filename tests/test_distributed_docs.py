@@ -68,7 +68,7 @@ def test_what_is_said_about_several_taus_at_once_is_what_was_measured():
     assert f"six stages took {seconds[0]:.1f} s so and {seconds[1]:.1f} s with shared examples" in TEXT
     rounds, evaluations = [s["rounds"] for s in apart], [s["evaluations"] for s in shared]
     assert f"in {min(rounds)} to {max(rounds)} rounds of whole forwards" in TEXT
-    assert f"in place of {min(evaluations)} to {max(evaluations)}\nof halves" in TEXT
+    assert f"in place of {min(evaluations)} to {max(evaluations)} of halves" in " ".join(TEXT.split())
     assert sorted(abs(a["tau"] - s["tau"]) for a, s in zip(apart, shared, strict=True)) == [0] * 5 + [1]
     for row in several_taus_rows():
         assert row in TEXT, row

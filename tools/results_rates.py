@@ -32,7 +32,9 @@ def learning_rates_by_workload(results: Results) -> str:
     """A row per workload."""
     found = newest(results).items()
     return (
-        "\n\n".join(f"{heading(model)} (`{name}`):\n\n{table.workloads(data)}" for model, (name, data) in found)
+        "\n\n".join(
+            f"{heading(model)} (`{name}`):\n\n{table.workloads(data)}" for model, (name, data) in found
+        )
         or NOTHING
     )
 

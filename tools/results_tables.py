@@ -260,7 +260,10 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "step_cpu": ("one `step_` with checkpoint, against foreach, a loop and the state-dict way", ""),
     "align_cpu": ("one `align_`, against foreach, flattened tensors with `torch.dot`, and a loop", ""),
     "align_in_training": ('what `learning_rate="auto"` costs of a training step', ""),
-    "ranks": ("validation and stages on 1, 2 and 4 processes, for [distributed.md](../../docs/distributed.md)", ""),
+    "ranks": (
+        "validation and stages on 1, 2 and 4 processes, for [distributed.md](../../docs/distributed.md)",
+        "",
+    ),
     "search_on_ranks": (
         "a stage on two processes: shared examples or several τ at once ([distributed.md](../../docs/distributed.md))",
         "",
