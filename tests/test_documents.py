@@ -1,4 +1,4 @@
-"""The documents as a reader meets them: README fits a screen and its code runs; every link leads somewhere."""
+"""The documents as a reader meets them: README fits a screen, its code runs, every link leads somewhere."""
 
 from __future__ import annotations
 

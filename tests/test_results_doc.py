@@ -347,7 +347,7 @@ def test_the_words_on_sft_are_those_of_the_file():
 
 
 def test_what_is_said_of_the_searches_is_what_was_measured():
-    said = " ".join(DOC.split())
+    said = " ".join((DOC + FILES).split())
     data = json.loads(max(RESULTS.glob("search_noise_tiny_*.json")).read_text(encoding="utf-8"))
     assert f"The loss at every τ was measured over {len(data['stages'])} stages" in said
     names = {
@@ -364,7 +364,11 @@ def test_what_is_said_of_the_searches_is_what_was_measured():
         for name, one in found:
             cells = [dtype, one["stages"], name, one["reached"], f"{one['mean_evaluations']:.1f}"]
             cells += [f"{100 * one[lost]:.2f} %" for lost in ("mean_lost", "worst_lost")]
-            assert f"| {' | '.join(map(str, cells))} |" in said
+            row = f"| {' | '.join(map(str, cells))} |"
+            assert row in FILES and (row in DOC) == (name in ("`linear`", "`parabolic`"))
+    warm = [data["warm_start"][dtype] for dtype in ("bfloat16", "float32")]
+    means = [each["warm"]["mean_evaluations"] for some in warm for each in some if each["lr"] is None]
+    assert f"as in training, take {min(means):.0f} to {max(means):.0f} losses" in said
     slow = next(g for g in data["groups"] if g["dtype"] == "bfloat16" and g["lr"] == 4e-5)
     linear = slow["searches"]["linear"]
     assert f"`linear` finds {linear['reached']} of {linear['stages']}" in said

@@ -99,24 +99,6 @@ def comparison(data: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
-def comparisons(results: Results) -> str:
-    """Every committed comparison, the largest batch first."""
-    parts = []
-    found = [(name, data) for name, data in results.items() if is_comparison(data)]
-    for name, data in sorted(found, key=lambda item: (-item[1]["config"]["batch_size"], item[0])):
-        config = data["config"]
-        parts += [
-            f"{heading(config['model'])}, {config['task']}, batch "
-            f"{config['batch_size']}, {counted(len(config['seeds']), 'seed')} (`{name}`):",
-            comparison(data),
-        ]
-    return "\n\n".join(parts) or "*None yet.*"
-
-
-def is_comparison(data: Mapping[str, Any]) -> bool:
-    return "savings" in data and "check_every" in data.get("config", {}) and "kind" not in data
-
-
 def sft(results: Results) -> str:
     """SFTTrainer with the callback against without."""
     rows = []
@@ -265,7 +247,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
         "",
     ),
     "search_on_ranks": (
-        "a stage on two processes: shared examples or several τ at once ([distributed.md](../../docs/distributed.md))",
+        "a stage on two processes: shared examples or several τ at once "
+        "([distributed.md](../../docs/distributed.md))",
         "",
     ),
     "machine_code": (
@@ -304,7 +287,6 @@ def files(results: Results) -> str:
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "files": files,
-    "comparisons": comparisons,
     "peers": peers,
     "search-noise": search_noise,
     "sft": sft,
