@@ -66,6 +66,14 @@ def test_what_is_said_of_the_paper_s_search_at_a_small_batch():
     assert "at batch 16 more than it saves" in SAID
 
 
+@pytest.mark.parametrize("batch", [64, 16])
+def test_that_no_learning_rate_saves_as_much_is_in_the_result_file(batch):
+    savings = {e["name"]: e for e in load(f"compare_tiny_batch{batch}_2026-11-29.json")["savings"]}
+    auto, ours, tuned = (savings[f"{kind}-median"] for kind in ("auto", "parabolic", "adam-tuned"))
+    assert tuned["flops_measured"] > auto["flops_measured"] >= ours["flops_measured"]
+    assert '`learning_rate="auto"` saves as much, without stages.' in SAID
+
+
 def test_the_first_sentence_is_the_parabolic_median():
     report = load("compare_tiny_batch64_2026-11-29.json")
     saved = next(entry for entry in report["savings"] if entry["name"] == "parabolic-median")
