@@ -23,11 +23,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 
 import results_plots  # noqa: E402
 import results_rates  # noqa: E402
-from results_figures import end_to_end, end_to_end_files, end_to_end_short  # noqa: E402
+from results_figures import end_to_end, end_to_end_files  # noqa: E402
 from results_resampled import resampled_validation  # noqa: E402
 from results_tables import BLOCKS, Results, comparison  # noqa: E402
 
-DOCUMENTS = ("docs/results.md", "docs/learning-rate.md", "README.md")
+DOCUMENTS = ("docs/results.md", "docs/learning-rate.md", "benchmarks/results/README.md", "README.md")
 IMAGES = "docs/images"
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 
@@ -59,9 +59,8 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
     }
     found["resampled-validation"] = lambda: resampled_validation(results)
     found["end-to-end"] = lambda: end_to_end(results, shown)
-    found["end-to-end-short"] = lambda: end_to_end_short(results)
     found["learning-rates"] = lambda: results_rates.learning_rates(results)
-    found["learning-rates-short"] = lambda: results_rates.learning_rates_short(results)
+    found["learning-rates-by-workload"] = lambda: results_rates.learning_rates_by_workload(results)
     for name, data in results.items():
         if name.startswith("compare_"):
             found[name] = lambda data=data: comparison(data)

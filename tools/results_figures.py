@@ -200,39 +200,3 @@ def left_out(rounds: Sequence[Mapping[str, Any]]) -> str:
         f"{cell} (seed{'s' * (len(of) > 1)} {', '.join(map(str, sorted(of)))})" for cell, of in seeds.items()
     ]
     return f"Not measured to the end, for want of time or as the file says: {'; '.join(cells)}."
-
-
-def end_to_end_short(results: Results) -> str:
-    """For README: a line per task, the two searches' FLOPs and time saved at each learning rate."""
-    parts = []
-    for data in end_to_end_files(results).values():
-        # One table of one line per task: of LoRA at the smallest batch, which every task has.
-        cells = [c for c in in_order(data) if not c["tuned"] and c["method"] == data["cells"][0]["method"]]
-        if not cells:
-            continue
-        cells = of_smallest_batch(cells)
-        rates = sorted({cell["lr"] for cell in cells})
-        by_place = {(cell["task"], cell["lr"]): cell for cell in cells}
-        head = [named(data["config"]["model"])]
-        head += [f"`{kind}`, lr {rate(lr)}" for kind in ("parabolic", "linear") for lr in rates]
-        head.append(f"Adam, tuned lr, against {rate(rates[0])}")
-        rows = []
-        for task in dict.fromkeys(cell["task"] for cell in cells):
-            row = [task]
-            for kind, lr in [(kind, lr) for kind in ("parabolic", "linear") for lr in rates] + [
-                ("adam-tuned", rates[0])
-            ]:
-                row.append(pair(by_place.get((task, lr)), kind))
-            rows.append(row)
-        parts.append(table(head, rows))
-    return "\n\n".join(parts) or "*All three tasks: not measured yet (`make bench-e2e`).*"
-
-
-def pair(cell: Mapping[str, Any] | None, kind: str) -> str:
-    """FLOPs (measured) and time saved, medians."""
-    found = spread(cell, kind) if cell is not None else None
-    if found is None:
-        return "–"
-    if found["median"] is None:
-        return "not reached"
-    return f"{percent(found['median']['flops_measured'])}, {percent(found['median']['seconds'])}"

@@ -23,19 +23,20 @@ def newest(results: Results) -> dict[str, tuple[str, Mapping[str, Any]]]:
 
 
 def learning_rates(results: Results) -> str:
-    """All of it."""
-    parts = [
-        part for name, data in newest(results).values() for part in (said(name, data), table.all_tables(data))
-    ]
-    return "\n\n".join(parts) or NOTHING
+    """ "auto" beside its bounds and beside the other contenders, what misses first."""
+    found = newest(results).values()
+    return "\n\n".join(f"{said(*one)}\n\n{table.summary(one[1])}" for one in found) or NOTHING
 
 
-def learning_rates_short(results: Results) -> str:
-    """ "auto" beside its bounds."""
-    parts = []
-    for model, (name, data) in newest(results).items():
-        parts += [said(name, data), (table.verdicts if model == "tiny" else table.beside_common)(data)]
-    return "\n\n".join(parts) or NOTHING
+def learning_rates_by_workload(results: Results) -> str:
+    """A row per workload."""
+    found = newest(results).items()
+    return (
+        "\n\n".join(
+            f"{heading(model)} (`{name}`):\n\n{table.workloads(data)}" for model, (name, data) in found
+        )
+        or NOTHING
+    )
 
 
 def said(name: str, data: Mapping[str, Any]) -> str:

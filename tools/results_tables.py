@@ -99,25 +99,6 @@ def comparison(data: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
-def comparisons(results: Results) -> str:
-    """Every committed comparison, the largest batch first."""
-    parts = []
-    found = [(name, data) for name, data in results.items() if is_comparison(data)]
-    for name, data in sorted(found, key=lambda item: (-item[1]["config"]["batch_size"], item[0])):
-        config = data["config"]
-        parts += [
-            f"{heading(config['model'])}, {config['task']}, batch "
-            f"{config['batch_size']}, {counted(len(config['seeds']), 'seed')} "
-            f"(`{config['command']}`; `{name}`):",
-            comparison(data),
-        ]
-    return "\n\n".join(parts) or "*None yet.*"
-
-
-def is_comparison(data: Mapping[str, Any]) -> bool:
-    return "savings" in data and "check_every" in data.get("config", {}) and "kind" not in data
-
-
 def sft(results: Results) -> str:
     """SFTTrainer with the callback against without."""
     rows = []
@@ -261,9 +242,13 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "step_cpu": ("one `step_` with checkpoint, against foreach, a loop and the state-dict way", ""),
     "align_cpu": ("one `align_`, against foreach, flattened tensors with `torch.dot`, and a loop", ""),
     "align_in_training": ('what `learning_rate="auto"` costs of a training step', ""),
-    "ranks": ("validation and stages on 1, 2 and 4 processes, for [distributed.md](distributed.md)", ""),
+    "ranks": (
+        "validation and stages on 1, 2 and 4 processes, for [distributed.md](../../docs/distributed.md)",
+        "",
+    ),
     "search_on_ranks": (
-        "a stage on two processes: shared examples or several τ at once ([distributed.md](distributed.md))",
+        "a stage on two processes: shared examples or several τ at once "
+        "([distributed.md](../../docs/distributed.md))",
         "",
     ),
     "machine_code": (
@@ -297,12 +282,11 @@ def files(results: Results) -> str:
         if data.get("kind") == "sft":
             made = sft_command(config)
         rows.append([f"`{name}`", f"{what}; {about}" if about else what, f"`{made}`" if made else "–"])
-    return table([f"file under `{'benchmarks/results/'}`", "what", "made by"], rows, text_columns=3)
+    return table(["file", "what", "made by"], rows, text_columns=3)
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "files": files,
-    "comparisons": comparisons,
     "peers": peers,
     "search-noise": search_noise,
     "sft": sft,

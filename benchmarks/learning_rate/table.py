@@ -221,7 +221,12 @@ def beside_common(data: Result) -> str:
     return markdown(head, rows)
 
 
+def summary(data: Result) -> str:
+    tiny = data["config"]["model"] == "tiny"  # bounds are of the embedded model
+    shown, other = (verdicts(data), contenders(data)) if tiny else (beside_common(data), "")
+    words = "Beyond what is allowed in the worst case, or with a spike:"
+    return "\n\n".join(part for part in (shown, words, misses(data), other) if part)
+
+
 def all_tables(data: Result) -> str:
-    parts = [verdicts(data), "Beyond what is allowed in the worst case, or with a spike:", misses(data)]
-    parts.append(contenders(data) if data["config"]["model"] == "tiny" else beside_common(data))
-    return "\n\n".join([*parts, workloads(data)])
+    return f"{summary(data)}\n\n{workloads(data)}"

@@ -9,7 +9,7 @@ on the seed alone. Each task has a source that needs no download and one on the 
 | medical | diagnoses and their notes, ICD-10-CM | Meditron's guidelines | everything |
 | chat | the Chit-Chat Challenge's conversations | UltraChat 200k | everything |
 
-``load_file`` reads a file of one's own. docs/tasks.md says more.
+``load_file`` reads a file of one's own. docs/paper.md says more.
 """
 
 from __future__ import annotations
