@@ -6,23 +6,25 @@ For the time of the context, what a forward or a backward pass may write is repl
                           training's sees the backward pass, and each of their gradients is freed at once
     buffers, tensors      copies
     lists, dicts          copies; attributes are what they were afterwards
-    random generators     put back
-    autocast's cache      not used
+    random generators     put back, the model's own too
+    caches                of autocast and of parametrizations: not used
 
 Frozen weights, and large integer tensors, which are quantised weights, are not copied: nothing writes them.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ffkernels.engine.evaluation_mode import keep_random_state
+from ffkernels.engine.generators import keep_generators, own_generators
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.token_count import uncounted
 
@@ -40,11 +42,24 @@ def apart(model: nn.Module) -> Iterator[None]:
         stack.enter_context(uncounted())
         for device in {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}:
             stack.enter_context(keep_random_state(device))
+        stack.enter_context(keep_generators(own_generators(model)))
+        stack.enter_context(_parametrized_anew())
         stack.enter_context(_without_gradients(model))
         stack.enter_context(_stand_ins(model))
         stack.callback(torch.set_autocast_cache_enabled, cached)
         torch.set_autocast_cache_enabled(False)
         yield
+
+
+@contextmanager
+def _parametrized_anew() -> Iterator[None]:
+    """Nothing is read from, nor left in, what ``parametrize.cached()`` keeps for training's forward."""
+    before = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before
 
 
 @contextmanager
@@ -69,10 +84,11 @@ def stand_in(value: Any, made: dict[int, Any]) -> Any:
             made[id(value)] = _tensor(value)
         return made[id(value)]
     kind = type(value)
-    if kind in (dict, OrderedDict):
-        return kind((key, stand_in(one, made)) for key, one in value.items())
-    if kind is defaultdict:
-        return defaultdict(value.default_factory, {key: stand_in(one, made) for key, one in value.items()})
+    if kind in (dict, OrderedDict, defaultdict, Counter):
+        new = value.copy()
+        for key, one in value.items():
+            new[key] = stand_in(one, made)
+        return new
     if kind in (list, tuple, set):
         return kind(stand_in(one, made) for one in value)
     if kind is deque:

@@ -140,6 +140,8 @@ _CORRECTED: dict[str, Formula] = {"aten::convolution_backward": _convolution_bac
 # Parts of names, between underscores.
 _PRODUCTS = {"matmul", "gemm", "gemv", "linear", "attention", "attn", "rnn", "lstm", "gru", "mha", "scan"}
 _PRODUCTS |= {"dot", "vdot", "einsum", "trilinear", "experts", "moe", "conv", "convolution", "mlp", "encoder"}
+_PRODUCTS |= {"cdist", "euclidean", "cholesky", "solve", "qr", "svd", "eig", "eigh", "inv", "lu", "det"}
+_PRODUCTS |= {"matrix", "householder"}
 # Elementwise, or data laid out anew.
 _NO_PRODUCTS = ("upsample", "thnn", "flatten", "reorder", "pack", "convert", "quantize", "combination")
 

@@ -188,6 +188,23 @@ def test_a_product_without_a_formula_is_named_once(unannounced):
     assert [str(w.message).split()[2] for w in said] == ["aten._trilinear", "ffkernels_test.fused_gemm"]
 
 
+def test_decompositions_and_distances_are_named(unannounced):
+    square, points = torch.eye(4), torch.ones(30, 4)
+
+    def run():
+        torch.linalg.solve(square, square)
+        torch.linalg.cholesky(square)
+        torch.linalg.matrix_exp(square)
+        torch.cdist(points, points)
+        torch.linalg.vector_norm(square)
+        torch.diagonal(square)
+
+    with pytest.warns(notices.FFKernelsNotice, match="has no formula") as said:
+        assert count_flops(run) == 0
+    named = [str(w.message).split()[2].split(".")[1] for w in said]
+    assert named == ["_euclidean_dist", "_linalg_solve_ex", "linalg_cholesky_ex", "linalg_matrix_exp"]
+
+
 def test_a_formula_that_is_registered_is_used(unannounced):
     def double(x):
         return 2 * x
