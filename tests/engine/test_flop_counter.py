@@ -166,6 +166,20 @@ def test_operations_of_gpus_by_hand(operation, args, result, flops):
     )
 
 
+@pytest.mark.parametrize("name", ["gemm_4bit", "gemv_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm"])
+@pytest.mark.parametrize("form", ["returned", "with outliers", "out="])
+def test_products_of_packed_weights_by_hand(name, form):
+    """(2, 3, 4) by a weight of 5·4 numbers, which lie in 10 bytes."""
+
+    class Operation:
+        _qualified_op_name = f"bitsandbytes::{name}"
+
+    out = meta(2, 3, 5)
+    given = {"returned": {"out_val": out}, "with outliers": {"out_val": (out, None)}}
+    given = given.get(form, {"out_val": None, "out": out})
+    assert formula_of(Operation())(meta(2, 3, 4), meta(10, 1), [5, 4], **given) == 2 * 6 * 5 * 4
+
+
 @pytest.fixture
 def unannounced(monkeypatch):
     monkeypatch.setattr(notices, "_announced", set())
