@@ -6,6 +6,7 @@ For the time of the context, what a forward or a backward pass may write is repl
                           training's sees the backward pass, and each of their gradients is freed at once
     buffers, tensors      copies
     lists, dicts          copies; attributes are what they were afterwards
+    what hooks fill       lists and dicts that a hook uses, attributes of its object: as before afterwards
     random generators     put back, the model's own too
     caches                of autocast and of parametrizations: not used
 
@@ -14,6 +15,7 @@ Frozen weights, and large integer tensors, which are quantised weights, are not 
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +26,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ffkernels.engine.evaluation_mode import keep_random_state
-from ffkernels.engine.generators import keep_generators, own_generators
+from ffkernels.engine.generators import keep_generators, own_generators, used_by
 from ffkernels.engine.interrupts import interrupt_later
 from ffkernels.engine.token_count import uncounted
 
@@ -32,6 +34,8 @@ __all__ = ["apart", "stand_in"]
 
 # Elements; beyond, integers are weights.
 _LARGE = 2**16
+_DICTS = (dict, OrderedDict, defaultdict, Counter)
+_FILLED = (list, deque, set, *_DICTS)
 
 
 @contextmanager
@@ -44,6 +48,7 @@ def apart(model: nn.Module) -> Iterator[None]:
             stack.enter_context(keep_random_state(device))
         stack.enter_context(keep_generators(own_generators(model)))
         stack.enter_context(_parametrized_anew())
+        stack.enter_context(_books_of_hooks(model))
         stack.enter_context(_without_gradients(model))
         stack.enter_context(_stand_ins(model))
         stack.callback(torch.set_autocast_cache_enabled, cached)
@@ -60,6 +65,24 @@ def _parametrized_anew() -> Iterator[None]:
         yield
     finally:
         parametrize._cache_enabled, parametrize._cache = before
+
+
+@contextmanager
+def _books_of_hooks(model: nn.Module) -> Iterator[None]:
+    """Features that hooks collect for a loss are those of training's forward, each once."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
+    hooks = [hook for m in model.modules() for kind in kinds for hook in vars(m).get(kind, {}).values()]
+    objects = {id(one): one for one in (getattr(hook, "__self__", hook) for hook in hooks)}
+    attributes = [one.__dict__ for one in objects.values() if type(getattr(one, "__dict__", None)) is dict]
+    filled = [*attributes, *(one for hook in hooks for one in used_by(hook) if type(one) in _FILLED)]
+    before = [(one, copy.copy(one)) for one in {id(one): one for one in filled}.values()]
+    try:
+        yield
+    finally:
+        with interrupt_later():
+            for one, saved in before:
+                one.clear()
+                (one.update if hasattr(one, "update") else one.extend)(saved)
 
 
 @contextmanager
@@ -84,7 +107,7 @@ def stand_in(value: Any, made: dict[int, Any]) -> Any:
             made[id(value)] = _tensor(value)
         return made[id(value)]
     kind = type(value)
-    if kind in (dict, OrderedDict, defaultdict, Counter):
+    if kind in _DICTS:
         new = value.copy()
         for key, one in value.items():
             new[key] = stand_in(one, made)

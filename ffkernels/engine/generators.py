@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["keep_generators", "own_generators"]
+__all__ = ["keep_generators", "own_generators", "used_by"]
 
 # How many objects deep, and from how many items on something is data and holds none.
 DEPTH, DATA = 5, 64
@@ -55,12 +55,13 @@ def _inside(value: Any) -> Iterator[Any]:
         if len(value) < DATA:
             yield from list(value.values() if isinstance(value, dict) else value)
     elif callable(value):
-        yield from _used_by(value)
+        yield from used_by(value)
     elif isinstance(attributes := getattr(value, "__dict__", None), dict):
         yield from list(attributes.values())
 
 
-def _used_by(function: Any) -> Iterator[Any]:
+def used_by(function: Any) -> Iterator[Any]:
+    """What a function, method or callable object reads from outside of its arguments, one step far."""
     while isinstance(function, partial):
         yield from (*function.args, *function.keywords.values())
         function = function.func

@@ -161,6 +161,34 @@ def test_what_a_forward_writes_is_written_once():
     assert len(seen) == 2 and way.counted[shapes(inputs)][1].measured > 0
 
 
+class Features:
+    """As a distillation loss collects them."""
+
+    def __init__(self):
+        self.seen, self.calls = [], 0
+
+    def keep(self, module, args, output):
+        self.seen.append(output)
+        self.calls += 1
+
+
+def test_what_hooks_collect_is_of_trainings_forward_and_once():
+    runs = []
+    for way in (None, StepFlops()):
+        torch.manual_seed(0)
+        model, kept, last = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), Features(), {}
+        model[0].register_forward_hook(kept.keep)
+        model[1].register_forward_hook(lambda module, args, output, last=last: last.setdefault("it", output))
+
+        def loss(model, inputs, kept=kept, last=last):
+            found = model(inputs["input"]).sum() + sum(one.square().mean() for one in kept.seen)
+            return found + last["it"].square().mean()
+
+        runs.append(gradients(model, [{"input": torch.randn(2, 4)}], way, loss))
+        assert (len(kept.seen), kept.calls, len(last)) == (1, 1, 1)
+    assert same(*runs) and [cost.measured for _, cost in way.counted.values()] == [2 * (20 * 4 + 15 * 6)]
+
+
 class Layer(nn.Linear):
     def forward(self, x):
         return x + nn.functional.dropout(super().forward(x))
