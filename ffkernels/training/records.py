@@ -75,7 +75,7 @@ def segments_of(record: Any, tokenizer: Any, where: str) -> Segments:
 
 
 def _conversation(record: Record, fields: tuple[str, ...], tokenizer: Any, where: str) -> Segments:
-    messages, system = turns(record[fields[0]], where), record.get("system")
+    messages, system = turns(record[fields[0]], where, fields[0]), record.get("system")
     if isinstance(system, str) and system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return conversation(messages, tokenizer, where, tools=_tools(record, where))

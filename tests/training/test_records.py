@@ -134,10 +134,12 @@ def test_a_template_gets_tools_and_calls_as_objects(templated, shaped):
             {"messages": [says("assistant", None, tool_calls=[{"name": "add"}])]},
             r"each of 'tool_calls' must be",
         ),
+        ({"messages": [says("assistant", None, tool_calls=5)]}, r"each of 'tool_calls' must be"),
+        ({"conversations": "hi"}, "'conversations' must be a list of at least one"),
         ({"messages": [says("user", "a"), says("assistant", "b", weight=0)]}, "no turn of the assistant"),
         (
             {"conversations": [{"from": "narrator", "value": "a"}]},
-            "has the role 'narrator'; allowed are system",
+            r"conversations\[0\] has the role 'narrator'; allowed are system",
         ),
         ({"messages": [says("assistant", "a")], "tools": "{"}, "'tools' is not JSON"),
         ({"messages": [says("assistant", "a")], "tools": {"a": 1}}, "'tools' must be a list, not dict"),
