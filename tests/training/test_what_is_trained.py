@@ -454,6 +454,53 @@ def compiled(options):
     assert ff.stages[-1].loss_after == pytest.approx(
         float(ValidationLoss(model, [stacked_texts()])()), rel=1e-6
     )
+    given = {"torch_compile": True, "torch_compile_backend": "eager"}
+    train(small("LlamaForCausalLM"), texts(), options, **given)
+
+
+@row("flex attention", WORKS)
+def flex_attention(options):
+    """On a CPU it has no backward: the gradients are those of the same model's other attention."""
+    model, batch = small("LlamaForCausalLM"), stacked_texts()
+    model(**batch).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    expected = float(model(**batch).loss)
+    model.set_attn_implementation("flex_attention")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with (
+        torch.compiler.set_stance("force_eager"),  # it compiles itself, for a minute
+        FastForward(model, optimizer, [batch], EVERY_2) as ff,
+    ):
+        assert float(ff.validation()) == pytest.approx(expected, rel=1e-5)
+        for _ in range(2):
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
+                p.grad = gradient.clone()
+            optimizer.step()
+    (stage,) = ff.stages
+    model.set_attn_implementation("sdpa")
+    assert stage.tau > 0 and stage.loss_after == pytest.approx(float(model(**batch).loss), rel=1e-5)
+    assert stage.flops > 0
+
+
+class PulledBack(torch.optim.SGD):
+    """As Lookahead: every step ends between the weights that it made and slow ones of its own."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        weights = self.param_groups[0]["params"]
+        slow = [self.state[p].setdefault("slow", p.clone()) for p in weights]
+        super().step(closure)
+        for p, s in zip(weights, slow, strict=True):
+            p.copy_(s.lerp_(p, 0.5))
+
+
+@row("an optimizer that draws moved weights back (Lookahead, schedule-free, MADGRAD)", REFUSED)
+def drawn_back(options):
+    model, batch = small("LlamaForCausalLM"), stacked_texts()
+    with pytest.raises(
+        ValueError, match="PulledBack has weights of its own .* 50% of a move of the weights was"
+    ):
+        FastForward(model, PulledBack(model.parameters(), lr=0.1), [batch], EVERY_2)
 
 
 @row("autocast around the forward only", WORKS)
