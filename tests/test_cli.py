@@ -309,7 +309,7 @@ def test_what_is_left_out_is_said_once(invoke, quick, sums, tmp_path):
     result = invoke("train", *quick, *flags)
     flat = " ".join(result.stdout.split())
     assert (
-        "Left out of sums.jsonl: 1 line of which a test example is equal. Left out of other.jsonl: 1" in flat
+        "Left out of sums.jsonl: 1 line equal to one of the file that is tested on. Left out of oth" in flat
     )
     assert "A batch of 512 is larger than the 95 training examples" in flat
     assert result.exit_code == 0 and flat.count("Left out of other.jsonl") == 1

@@ -18,7 +18,7 @@ def on_data(name: str, counts: Counter[str], max_length: int, unit: str = "line"
         EMPTY: "with nothing to learn from, empty or white space",
         REPEATED: "repeated word for word",
         SAME_START: f"equal to another in all of their first {max_length} tokens",
-        HELD_OUT: "of which a test example is equal",
+        HELD_OUT: "equal to one of the file that is tested on",
         BEYOND: "beyond the test examples that were asked for",
     }
     left_out = [f"{_number(counts[key], unit)} {reason}" for key, reason in reasons.items() if counts[key]]

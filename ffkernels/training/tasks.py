@@ -164,12 +164,14 @@ def load_file(
         return replace(task, remarks=tuple(on_data(path.name, counts, max_length)))
     test_path = Path(test_data)
     test, test_counts = _read(test_path, tokenizer, max_length)
+    held_out = {tuple(example["input_ids"]) for example in test}  # also of those that are not tested on
     random.Random(seed).shuffle(test)
     test_counts[BEYOND] = len(test[test_examples:])
     del test[test_examples:]
-    held_out = {tuple(example["input_ids"]) for example in test}
     others = [example for example in examples if tuple(example["input_ids"]) not in held_out]
     counts[HELD_OUT] = len(examples) - len(others)
+    if not others:
+        raise ValueError(f"test_data={str(test_path)!r}: must not have all the lines of {path}")
     task = _split(task_name(path), others, seed, **{**sizes, "test_examples": 0})
     files = ((path, counts), (test_path, test_counts))
     remarks = [remark for file, of in files for remark in on_data(file.name, of, max_length)]

@@ -219,9 +219,14 @@ def test_another_file_is_tested_on_and_shares_nothing(tmp_path):
     task = load_file(train, BYTES, **{**SIZES, "test_examples": 9}, test_data=test)
     texts = [{chr(e["input_ids"][0]) for e in split} for split in (task.train, task.validation, task.test)]
     assert texts[2] == set("efxy") and texts[0] | texts[1] == set("abcd") and len(task.validation) == 1
-    assert task.remarks == ("Left out of own.jsonl: 2 lines of which a test example is equal.",)
+    assert task.remarks == ("Left out of own.jsonl: 2 lines equal to one of the file that is tested on.",)
     few = load_file(train, BYTES, **{**SIZES, "test_examples": 3}, test_data=test)
     assert len(few.test) == 3
+    assert few.remarks[0] == task.remarks[0] and sorted(map(str, few.train)) == sorted(map(str, task.train))
+    with pytest.raises(
+        ValueError, match=r"^test_data='.*own\.jsonl': must not have all the lines of .*own\."
+    ):
+        load_file(train, BYTES, **SIZES, test_data=train)
     assert few.remarks[-1] == "Left out of held.jsonl: 1 line beyond the test examples that were asked for."
 
 

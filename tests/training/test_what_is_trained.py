@@ -498,7 +498,7 @@ class PulledBack(torch.optim.SGD):
 def drawn_back(options):
     model, batch = small("LlamaForCausalLM"), stacked_texts()
     with pytest.raises(
-        ValueError, match="PulledBack has weights of its own .* 50% of a move of the weights was"
+        ValueError, match=r"PulledBack has weights of its own .* 50% of a move of the weights was"
     ):
         FastForward(model, PulledBack(model.parameters(), lr=0.1), [batch], EVERY_2)
 
