@@ -89,6 +89,14 @@ def says(role, content, **more):
             },
             [("Assistant: hi\nUser: a\nAssistant: ", False), ("b\n", True)],
         ),
+        (
+            {
+                "system": "Be brief.",
+                "prompt": [says("user", "a")],
+                "completion": [says("assistant", "b")],
+            },
+            [("System: Be brief.\nUser: a\nAssistant: ", False), ("b\n", True)],
+        ),
         ({"text": "read", "messages": None, "prompt": None}, [("read", True)]),
         ({"text": "not", "prompt": "read", "response": "this"}, [("read", False), ("this", True)]),
     ],
@@ -135,6 +143,7 @@ def test_a_template_gets_tools_and_calls_as_objects(templated, shaped):
             r"each of 'tool_calls' must be",
         ),
         ({"messages": [says("assistant", None, tool_calls=5)]}, r"each of 'tool_calls' must be"),
+        ({"prompt": [says("user", "a")], "completion": [5]}, r"completion\[0\] must be an object"),
         ({"conversations": "hi"}, "'conversations' must be a list of at least one"),
         ({"messages": [says("user", "a"), says("assistant", "b", weight=0)]}, "no turn of the assistant"),
         (
