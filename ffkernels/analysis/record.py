@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.reporting.plots import save_figure
 from ffkernels.reporting.report import plain
+from ffkernels.reporting.written import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +51,6 @@ def save(
     }
     written, picture = folder / f"{name}.json", folder / f"{name}.png"
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    written.write_text(text, encoding="utf-8")
+    write_text(written, text)
     save_figure(lambda figure: draw(figure, data), picture)
     return written, picture

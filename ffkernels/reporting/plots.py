@@ -16,6 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ffkernels.reporting.savings import Run
+from ffkernels.reporting.written import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +41,7 @@ STYLES: dict[str, dict[str, Any]] = {
 # Of runs of one kind with other settings: the first has its kind's.
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 SGD = {"color": STYLES["adam"]["color"], "marker": "o", "linestyle": "none", "markersize": 3.5}
+LEGEND_CHARACTERS = 90  # beside each other, with their marks
 LEGEND = {"frameon": True, "edgecolor": "none", "facecolor": "white", "framealpha": 0.85}
 TEXT = "#333333"
 PATH = "steps along the path: optimizer steps + Fast Forward steps (τ)"
@@ -123,7 +125,8 @@ def save_figure(draw: Callable[[Figure], None], path: Path) -> None:
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
-        figure.savefig(path, dpi=DPI)
+        with written(path):
+            figure.savefig(path, dpi=DPI)
 
 
 def _test_loss(
@@ -224,7 +227,8 @@ def _taus(figure: Figure, runs: Sequence[Run]) -> None:
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("optimizer step at which the stage ran")
     axes.set_ylabel("τ*: times the update was repeated")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, frameon=False)
+    columns = min(3, max(1, LEGEND_CHARACTERS // max(map(len, labelled))))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0, frameon=False)
 
 
 def draw_learning_rates(figure: Figure, runs: Sequence[Run]) -> None:
@@ -235,6 +239,7 @@ def draw_learning_rates(figure: Figure, runs: Sequence[Run]) -> None:
     for run in runs:
         label, style, steps = kind_label(run), style_of(run), run.log.steps
         line = {"color": style["color"], "linewidth": 1.2, "alpha": _alpha(runs, run)}
+        line["linestyle"] = LINES[run.variant_number % len(LINES)]
         at = [step["optimizer_step"] for step in steps]
         tested = [test["optimizer_step"] for test in run.log.tests]
         test_losses = [test["loss"] for test in run.log.tests]

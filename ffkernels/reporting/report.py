@@ -24,6 +24,7 @@ from ffkernels.reporting.document import markdown, percent, runs_table, spread_l
 from ffkernels.reporting.plots import draw_all
 from ffkernels.reporting.recorder import RunLog
 from ffkernels.reporting.savings import Run, Spread, compare_runs, spreads
+from ffkernels.reporting.written import write_text
 from ffkernels.search.search import SEARCHES
 
 if TYPE_CHECKING:
@@ -92,12 +93,10 @@ def build_report(
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(plain(data), runs, several, _caveats(runs, several, target_tolerance), folder)
-    pictures = draw_all(runs, folder)
     text = json.dumps(report.data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / "report.json").write_text(text, encoding="utf-8")
-    (folder / "report.md").write_text(
-        markdown(report.data, runs, several, report.caveats, pictures), encoding="utf-8"
-    )
+    write_text(folder / "report.json", text)
+    pictures = draw_all(runs, folder)
+    write_text(folder / "report.md", markdown(report.data, runs, several, report.caveats, pictures))
     report.files = [folder / "report.json", folder / "report.md", *pictures.values()]
     return report
 

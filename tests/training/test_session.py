@@ -90,6 +90,31 @@ def test_a_learning_rate_that_fast_forward_found_multiplies_the_schedule(config)
     assert [event["lr"] for event in log.steps] == [0.5e-3] + [8e-3] * 5
 
 
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_examples_beyond_the_positions_are_counted_or_refused_where_a_table_ends(config, kind, tmp_path):
+    import transformers
+
+    cls, sizes = getattr(transformers, kind), {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 300}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 7, "eos_token_id": 1, "bos_token_id": 1}
+    cls(cls.config_class(**sizes, tokenizer_class="ByteTokenizer")).save_pretrained(tmp_path / "model")
+    config = replace(config, model=str(tmp_path / "model"), method="full", fast_forward=None)
+    if kind == "GPT2LMHeadModel":
+        with pytest.raises(
+            ValueError, match=r"^max_length=\d+: must be at most 7, the positions that the mod"
+        ):
+            open_session(config)
+        return
+    with open_session(config) as session:
+        task = session.task
+        lengths = [len(example["input_ids"]) for example in (*task.train, *task.validation, *task.test)]
+        beyond = sum(length > 7 for length in lengths)
+        assert 0 < beyond < len(lengths)
+        assert session.remarks == [
+            f"Of {len(lengths)} examples {beyond}, of up to {max(lengths)} tokens, are longer than the 7 "
+            "positions that the model was made for; lower max_length (--max-length)."
+        ]
+
+
 def test_step_is_its_three_parts(config):
     with open_session(config) as parts, open_session(config) as whole:
         for step in range(3):

@@ -545,6 +545,27 @@ def flex(options):
     assert cost[0].measured == count_flops(lambda: twin(**batch))
 
 
+class PulledBack(torch.optim.SGD):
+    """As Lookahead: every step ends between the weights that it made and slow ones of its own."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        weights = self.param_groups[0]["params"]
+        slow = [self.state[p].setdefault("slow", p.clone()) for p in weights]
+        super().step(closure)
+        for p, s in zip(weights, slow, strict=True):
+            p.copy_(s.lerp_(p, 0.5))
+
+
+@row("an optimizer that draws moved weights back (Lookahead, schedule-free, MADGRAD)", REFUSED)
+def drawn_back(options):
+    model, batch = small("LlamaForCausalLM"), stacked_texts()
+    with pytest.raises(
+        ValueError, match=r"PulledBack has weights of its own .* 50% of a move of the weights was"
+    ):
+        FastForward(model, PulledBack(model.parameters(), lr=0.1), [batch], EVERY_2)
+
+
 @row("autocast around the forward only", WORKS)
 def autocast(options):
     model = small("LlamaForCausalLM")
