@@ -22,9 +22,8 @@ from ffkernels import ops
 from ffkernels.engine.alignment import Alignment
 from ffkernels.engine.auto_rate import AutoRate
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.faded_rate import FadedRate
 from ffkernels.engine.price import SAME_GRADIENTS, StagePrice
-from ffkernels.engine.schedule import StageSchedule
+from ffkernels.engine.schedule import FadedRate, StageSchedule
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.ranks import ALIGNMENT, Ranks
 from ffkernels.search.search import Search

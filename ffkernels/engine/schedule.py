@@ -28,6 +28,10 @@ Where alignment is not known (an optimizer with a closure) a stage runs as long 
 docs/algorithm.md derives it. ``patience`` other than "auto" looks at no alignment: a number ends Fast Forward
 for good after so many stages in a row that found no step (the paper's section 5.1), None runs one at every
 interval.
+
+Under a rate that a schedule has brought below ``FADED`` of the highest so far none runs, whatever
+``patience`` is: a schedule falls to 0 so that the last steps average out the noise of the batches, and a stage
+repeats such a step until it is as long as those from before the fall.
 """
 
 from __future__ import annotations
@@ -35,11 +39,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from ffkernels.engine.config import PAPERS_PATIENCE, FastForwardConfig
+from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.digests import digest
 from ffkernels.search.search import BASELINE_NOT_FINITE, Search
 
-__all__ = ["FEWEST", "StageSchedule"]
+__all__ = ["FADED", "FEWEST", "FadedRate", "StageSchedule"]
 
 FEWEST = 4  # losses: at τ = 0, 1 and 2, and one more where the bracket allows it
 
@@ -148,3 +155,42 @@ class StageSchedule:
         self.ended = self.undone or (bool(state["switched_off"]) and isinstance(self._patience, int))
         last = state.get("last_stage")
         self.last = None if last is None else (int(last[0]), int(last[1]), last[2])
+
+
+FADED = 0.02
+
+
+class FadedRate:
+    """To be asked before every optimizer step.
+
+    Attributes:
+        highest: the largest learning rate so far; 0 before the first step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self.highest = 0.0
+
+    def look(self, due: bool) -> bool:
+        """Whether the coming step's rate has faded. Rates that are tensors are read where ``due`` only."""
+        rates = [group.get("lr") for group in self._optimizer.param_groups]
+        if any(rate is None for rate in rates):
+            return False  # the optimizer chooses its own
+        if not due and any(isinstance(rate, torch.Tensor) for rate in rates):
+            return False
+        rate = max(map(float, rates))
+        self.highest = max(self.highest, rate)
+        faded = rate < FADED * self.highest
+        if faded and due:
+            announce_once(
+                "rate-faded",
+                "no Fast Forward stage where the learning rate has fallen from "
+                f"{self.highest:.3g} to {rate:.3g}: it would repeat the small step until the fall is undone",
+            )
+        return faded
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"highest_rate": self.highest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.highest = float(state.get("highest_rate", 0.0))

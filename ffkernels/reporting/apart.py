@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ffkernels.engine.token_count import uncounted
+from ffkernels.engine.price import uncounted
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.validation.evaluation_mode import keep_random_state
 from ffkernels.validation.generators import keep_generators, own_generators, used_by
