@@ -30,8 +30,8 @@ for good after so many stages in a row that found no step (the paper's section 5
 interval.
 
 Under a rate that a schedule has brought below ``FADED`` of the highest so far none runs, whatever
-``patience`` is: a schedule falls to 0 so that the last steps average out the noise of the batches, and a stage
-repeats such a step until it is as long as those from before the fall.
+``patience`` is: a schedule falls to 0 so that the last steps average out the noise of the batches, and a
+stage repeats such a step until it is as long as those from before the fall.
 """
 
 from __future__ import annotations
