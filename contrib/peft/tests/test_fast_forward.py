@@ -219,7 +219,7 @@ class TestFastForwardOptimizer:
             ([3.0, 2.0, math.nan, 9.0], 2, 3, 1),
             ([3.0, 2.0, math.inf, 9.0], 2, 3, 1),
             ([math.nan, 1.0], 2, 1, 0),
-            ([-math.inf, 1.0], 2, 1, 0),
+            ([3.0, 2.0, -math.inf, 9.0], 2, 3, 1),
             ([3.0, 2.0, 1.0, 1.5, KeyboardInterrupt], 1024, 4, 2),
             ([3.0, KeyboardInterrupt], 1024, 1, 0),
         ],
