@@ -20,6 +20,8 @@ from ffkernels.reporting.savings import Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:  # for annotations; matplotlib is imported when something is drawn
+    Axes = Figure = Any
 
 Event = Mapping[str, Any]  # of a run log
 
@@ -41,7 +43,10 @@ STYLES: dict[str, dict[str, Any]] = {
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 SGD = {"color": STYLES["adam"]["color"], "marker": "o", "linestyle": "none", "markersize": 3.5}
 LEGEND = {"frameon": True, "edgecolor": "none", "facecolor": "white", "framealpha": 0.85}
+# A legend on top of its panel.
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0, "frameon": False}
 TEXT = "#333333"
+DOTTED = {"color": TEXT, "linewidth": 0.9, "linestyle": (0, (1, 2)), "zorder": 0}
 PATH = "steps along the path: optimizer steps + Fast Forward steps (τ)"
 UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
 
@@ -182,7 +187,7 @@ def _saved(runs: Sequence[Run], group: str, cost: str) -> str:
 def _target_line(axes: Axes, runs: Sequence[Run]) -> None:
     targets = sorted({run.target for run in runs if run.kind == "adam" and run.target is not None})
     for target in targets:
-        axes.axhline(target, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
+        axes.axhline(target, **DOTTED)
     if targets:
         axes.annotate(
             f"target {targets[0]:.4f}" if len(targets) == 1 else "targets",
@@ -224,7 +229,7 @@ def _taus(figure: Figure, runs: Sequence[Run]) -> None:
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("optimizer step at which the stage ran")
     axes.set_ylabel("τ*: times the update was repeated")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, frameon=False)
+    axes.legend(**ABOVE)
 
 
 def draw_learning_rates(figure: Figure, runs: Sequence[Run]) -> None:
@@ -259,7 +264,7 @@ def draw_learning_rates(figure: Figure, runs: Sequence[Run]) -> None:
     figure.align_ylabels()
     losses.legend(loc="upper right", fontsize=9, **LEGEND)
     rates.set_yscale("log")
-    alignments.axhline(0.0, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
+    alignments.axhline(0.0, **DOTTED)
     alignments.set_xlim(left=0)
     alignments.xaxis.get_major_locator().set_params(integer=True)
     alignments.set_xlabel("optimizer step")
@@ -350,8 +355,17 @@ def _alpha(runs: Sequence[Run], run: Run) -> float:
     return 1.0 if sum(other.group == run.group for other in runs) == 1 else 0.55
 
 
-def clean_axes(axes: Axes) -> None:
-    """The house style of a panel: no frame above and on the right, faint horizontal lines behind the data."""
+def clean_axes(
+    axes: Axes, x: str | None = None, y: str | None = None, *, title: str = "", integer: str = ""
+) -> None:
+    """The house style of a panel: no frame above and on the right, faint horizontal lines behind the data.
+
+    ``x`` and ``y`` are its labels; the axes named in ``integer``, as in ``"xy"``, have whole numbers alone.
+    """
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.set(**{f"{name}label": text for name, text in (("x", x), ("y", y)) if text is not None})
+    axes.set_title(title, loc="left")
+    for name in integer:
+        getattr(axes, f"{name}axis").get_major_locator().set_params(integer=True)

@@ -7,8 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ffkernels.analysis.accuracy import accuracy, answered, draw, mcnemar, wilson
-from ffkernels.analysis.likelihood import choice_scores
-from ffkernels.analysis.multiple_choice import Question, from_examples
+from ffkernels.analysis.multiple_choice import Question, choice_scores, from_examples
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
@@ -61,8 +60,6 @@ def test_a_benchmark_of_ones_own(config, tmp_path):
     assert found["questions"] == 4 and found["chance"] == 0.5 and found["benchmark"] == str(path)
     with pytest.raises(ValueError, match="max_question_length=65: this model takes 64 tokens at most"):
         accuracy(config, benchmark=str(path), max_question_length=65)
-    with pytest.raises(ValueError, match="questions=0: must be an integer of at least 1"):
-        accuracy(config, questions=0)
 
 
 def test_answered_by_sum_and_by_mean():

@@ -101,18 +101,3 @@ def test_the_picture(data):
         assert list(line.get_ydata()) == [loss for _, loss, *_ in run["tests"]]
     assert list(taus.lines[0].get_ydata()) == [stage["tau"] for stage in data["runs"][1]["stages"]]
     draw(Figure(), {**data, "switched_off_at": None})
-
-
-@pytest.mark.parametrize(
-    ("changes", "arguments", "message"),
-    [
-        ({}, {"window": 0}, "window=0: must be an integer of at least 1"),
-        ({"evaluate_every": 0}, {}, "evaluate_every=0: must be from 1 to the window of 40"),
-        ({"evaluate_every": 9}, {"window": 8}, "evaluate_every=9: must be from 1 to the window of 8"),
-        ({}, {"min_delta": float("nan")}, "min_delta=nan: must be a number of at least 0"),
-        ({"lr": 1e30, "warmup_steps": 0}, {}, r"lr=1e\+30: adam diverged after \d+ steps"),
-    ],
-)
-def test_what_is_refused(config, changes, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        convergence(replace(config, **changes), **arguments)

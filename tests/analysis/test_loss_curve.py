@@ -100,10 +100,3 @@ def test_the_picture(data):
     plain, forward = both.lines[0].get_ydata(), both.lines[1].get_ydata()
     assert plain[0] == forward[0] == data["optimizer"]["start"]
     assert plain[-1] == data["optimizer"]["steps"][-1]["test_loss"]
-
-
-def test_settings_that_make_no_curve_are_refused(config):
-    with pytest.raises(ValueError, match="fast_forward is None"):
-        loss_curve(replace(config, fast_forward=None))
-    with pytest.raises(ValueError, match="evaluate_every=0"):
-        loss_curve(config, evaluate_every=0)

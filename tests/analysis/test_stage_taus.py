@@ -117,10 +117,3 @@ def test_a_stage_without_a_condition_is_drawn(data):
     figure = Figure()
     draw(figure, {**data, "stages": stages})
     assert sum(len(line.get_xdata()) for line in figure.axes[2].lines) == 8
-
-
-def test_settings_without_stages_are_refused(config):
-    with pytest.raises(ValueError, match="fast_forward is None"):
-        stage_taus(replace(config, fast_forward=None))
-    with pytest.raises(ValueError, match="seeds"):
-        stage_taus(config, seeds=())
