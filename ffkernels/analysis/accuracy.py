@@ -14,16 +14,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from ffkernels.analysis.multiple_choice import Question, choice_scores, from_examples, load_benchmark
 from ffkernels.analysis.options import at_least
-from ffkernels.analysis.race import outcome, race
+from ffkernels.analysis.race import race
 from ffkernels.analysis.show import Data, Table, Watch
 from ffkernels.reporting.plots import LEGEND, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session
-from ffkernels.training.trainer import RunResult
 
 __all__ = ["SCORES", "accuracy", "answered", "draw", "mcnemar", "table", "what_was_seen", "wilson"]
 
@@ -45,7 +43,7 @@ def accuracy(
     max_question_length: int | None = None,
     check_every: int = 3,
     watch: Watch | None = None,
-) -> dict[str, Any]:
+) -> Data:
     """Accuracy on multiple choice before training, after Adam and after Fast Forward (the paper's §5.2).
 
     Args:
@@ -91,14 +89,13 @@ def accuracy(
             asked.extend(load_benchmark(benchmark, session.tokenizer, **how))
         ask("before")
 
-    def end(name: str, result: RunResult) -> None:
+    def end(name: str) -> None:
         ask(name)
         current.clear()  # the next model may need its memory
 
     config = config.with_fast_forward()
-    stages = {"ff": config.fast_forward}
-    adam, results = race(config, stages, check_every=check_every, watch=watch, on_session=begin, on_end=end)
-    trained = {"adam": outcome(adam), "ff": outcome(results["ff"], adam)}
+    stages, watched = {"ff": config.fast_forward}, {"watch": watch, "on_session": begin, "on_end": end}
+    trained = race(config, stages, check_every=check_every, **watched)
     counts = [len(question.choices) for question in asked]
     untrained = {"optimizer_steps": 0, "test_loss": None}
     return {

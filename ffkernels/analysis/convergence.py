@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import tempfile
 from dataclasses import replace
-from typing import Any
 
 from ffkernels.analysis.options import at_least
 from ffkernels.analysis.race import APART, TOLERANCE, outcome, run
@@ -27,7 +26,7 @@ Test = tuple[int, float, int, int]  # optimizer step, test loss, FLOPs in the pa
 
 def convergence(
     config: TrainConfig, *, window: int = 40, min_delta: float = 0.0, watch: Watch | None = None
-) -> dict[str, Any]:
+) -> Data:
     """Final losses and FLOPs of Adam and of Fast Forward, both trained to convergence (the paper's §5.1).
 
     Args:
@@ -63,12 +62,12 @@ def convergence(
             one = replace(config, name=name, out=folder, fast_forward=stages, target_loss=None)
             tests: list[Test] = []
 
-            def flat(event: dict[str, Any], tests: list[Test] = tests) -> bool:
+            def flat(event: Data, tests: list[Test] = tests) -> bool:
                 if event["event"] != "test":
                     return False
                 flops = event["flops"]
                 tests.append((event["optimizer_step"], event["loss"], flops["paper"], flops["measured"]))
-                return _converged(tests, every, window, min_delta)
+                return has_converged(tests, window, min_delta, every)
 
             result = run(one, watch, stop_when=flat)
             if not math.isfinite(result.test_loss):
@@ -80,7 +79,7 @@ def convergence(
             runs.append(
                 {
                     "name": name,
-                    "converged": _converged(tests, every, window, min_delta),
+                    "converged": has_converged(tests, window, min_delta, every),
                     "best_test_loss": min(loss for _, loss, *_ in looks[name]),
                     **outcome(result),
                     "tests": [list(test) for test in tests],
@@ -101,20 +100,17 @@ def _regular(tests: list[Test], every: int) -> list[Test]:
     return [test for test in tests if test[0] % every == 0]
 
 
-def _converged(tests: list[Test], every: int, window: int, min_delta: float) -> bool:
-    """Whether a run is looked at after its last test, and has converged."""
-    looks = [(step, loss) for step, loss, *_ in _regular(tests, every)]
-    return tests[-1][0] % every == 0 and has_converged(looks, window, min_delta)
+def has_converged(tests: list[Test], window: int, min_delta: float, every: int = 1) -> bool:
+    """Whether the lowest loss of ``tests`` fell by at most ``min_delta`` in ``window`` steps.
+
+    It is asked, and looked at, every ``every`` steps alone.
+    """
+    now, losses = tests[-1][0], {step: loss for step, loss, *_ in _regular(tests, every)}
+    before = [loss for step, loss in losses.items() if step <= now - window]
+    return now in losses and bool(before) and min(before) - min(losses.values()) <= min_delta
 
 
-def has_converged(tests: list[tuple[int, float]], window: int, min_delta: float) -> bool:
-    """Whether the lowest loss of ``tests`` (step, loss) fell by at most ``min_delta`` in ``window`` steps."""
-    now = tests[-1][0]
-    before = [loss for step, loss in tests if step <= now - window]
-    return bool(before) and min(before) - min(loss for _, loss in tests) <= min_delta
-
-
-def switched_off_at(stages: list[dict[str, Any]], patience: int | None) -> int | None:
+def switched_off_at(stages: list[Data], patience: int | None) -> int | None:
     """The optimizer step after whose stage Fast Forward was switched off; None when it never was."""
     failures = 0
     for stage in stages:
@@ -125,7 +121,7 @@ def switched_off_at(stages: list[dict[str, Any]], patience: int | None) -> int |
     return None
 
 
-def _to_adams_best(adam: list[Test], ff: list[Test]) -> dict[str, Any] | None:
+def _to_adams_best(adam: list[Test], ff: list[Test]) -> Data | None:
     target = min(loss for _, loss, *_ in adam) + TOLERANCE
     whole = next(test for test in adam if test[1] <= target)
     reached = next((test for test in ff if test[1] <= target), None)

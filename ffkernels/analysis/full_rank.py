@@ -12,9 +12,8 @@ the model: nothing here takes the answer for known.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, cells, outcome, race
+from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, cells, race
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
 from ffkernels.analysis.sweeps import rank_config
 from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
@@ -28,7 +27,7 @@ VARIANTS = ("low-rank", "full-rank", "full-attention", "full")
 
 def full_rank(
     config: TrainConfig, *, full_lr: float | None = None, check_every: int = 1, watch: Watch | None = None
-) -> dict[str, Any]:
+) -> Data:
     """Fast Forward on low-rank, full-rank and full fine-tuning side by side (the paper's Fig. 8).
 
     Args:
@@ -60,18 +59,16 @@ def full_rank(
         one = configs.get(variant, config)
         if variant == "full-rank":
             one = rank_config(config, model["hidden"], "proportional")
-        stages = {variant: config.fast_forward}
-        adam, results = race(one, stages, check_every=check_every, watch=watch, on_session=look)
-        forwarded = outcome(results[variant], adam)
-        taus = [stage["tau"] for stage in forwarded["stages"]]
+        stages = {"ff": config.fast_forward}
+        outcomes = race(one, stages, check_every=check_every, watch=watch, on_session=look)
+        taus = [stage["tau"] for stage in outcomes["ff"]["stages"]]
         runs.append(
             {
                 "variant": variant,
                 "name": f"{one.method} r={one.rank}" if one.method in ("lora", "dora") else one.method,
                 "lr": one.lr,
                 "trainable": model["trainable"],
-                "adam": outcome(adam),
-                "ff": forwarded,
+                **outcomes,
                 "ff_steps": sum(taus),
                 "stages_without_a_step": taus.count(0),
             }

@@ -24,7 +24,7 @@ from torch import Tensor
 from ffkernels.analysis.options import at_least
 from ffkernels.analysis.rank_correlation import partial_spearman, spearman
 from ffkernels.analysis.show import Data, Table
-from ffkernels.analysis.weight_space import cosine, cosines, flat, gradients_of
+from ffkernels.analysis.weight_space import cosines, flat, gradients_of
 from ffkernels.reporting.plots import ABOVE, DOTTED, STYLES, TEXT, Axes, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Batch, Session, open_session, stages_of
@@ -42,14 +42,11 @@ def gradient_consistency(config: TrainConfig, *, batches: int = 8) -> Data:
         batches: B, how many batches of ``config.batch_size`` training examples are compared, at least 2.
 
     Returns:
-        ``start``: a point, that is ``consistency``, ``lowest`` and ``highest`` of the pairs, ``norm`` of ḡ,
-        and ``descent``, None at the start.
-        ``stages``: of each ``optimizer_step``, ``tau``, ``loss_before``, ``loss_after`` (validation), and the
-        points ``before`` and ``after``.
-        ``tau_and_consistency``, ``tau_and_stage``: ``rho``, ``p`` and ``n`` (``rank_correlation``) of τ* with
-        the consistency before the stage, and with the stage's number. Both drift during training, so the
-        former has ``partial`` too: what is left of its ρ with the stage's number held fixed.
-        ``batches``, ``batch_size``, ``trainable``, ``config``.
+        ``start``: the ``agreement`` there; ``stages``: of each ``optimizer_step``, ``tau``, ``loss_before``,
+        ``loss_after`` (validation), and the agreements ``before`` and ``after``; ``tau_and_consistency``,
+        ``tau_and_stage``: ``spearman`` of τ* with the consistency before the stage and with the stage's
+        number. Both drift during training, so the former has ``partial`` too: what is left of its ρ with the
+        number held fixed. ``batches``, ``batch_size``, ``trainable``, ``config``.
 
     Raises:
         ValueError: for fewer than 2 batches, or more than there are disjoint ones.
@@ -104,7 +101,7 @@ def agreement(gradients: Tensor, update: Tensor | None = None) -> dict[str, floa
         "lowest": float(pairs.min()),
         "highest": float(pairs.max()),
         "norm": float(mean.norm()),
-        "descent": cosine(-mean, update) if moved else None,
+        "descent": float(cosines(torch.stack([-mean, update]))[0, 1]) if moved else None,
     }
 
 

@@ -40,14 +40,11 @@ def gradient_similarity(config: TrainConfig, *, window: int | None = None) -> Da
         window: how many earlier steps are compared with; None means all.
 
     Returns:
-        ``adam`` and ``fast_forward``, each with
-        ``gradients``, ``updates``: row t holds the cosines with steps t − window … t − 1, oldest first, so
-        the last is with the step before; None where a vector is zero.
-        ``stages``: [optimizer_step, tau] each; one after step n, counted from 1, is between rows n − 1 and n.
-        ``losses``: of each step's batch before its update.
-        ``previous``, ``earlier``: mean cosine of a gradient with the step before's, and with all kept ones.
-        ``across``, ``within``: the former over steps that follow a stage with τ* > 0, and over the others.
-        Besides ``window``, ``bytes_kept`` (of one run, on the device), ``trainable``, ``config``.
+        ``adam`` and ``fast_forward``, each with ``gradients``, ``updates``: row t holds the cosines with
+        steps t − window … t − 1, None where a vector is zero; ``stages``: [optimizer_step, tau] each, one
+        after step n, counted from 1, between rows n − 1 and n; ``losses`` of each step's batch before its
+        update; and the ``summary``. Besides ``window``, ``bytes_kept`` (of one run, on the device),
+        ``trainable``, ``config``.
 
     Raises:
         ValueError: for a window below 1.
@@ -82,7 +79,9 @@ def _one_run(config: TrainConfig, window: int | None) -> tuple[Data, dict[str, i
 
 
 def summary(rows: list[list[float | None]], stages: list[list[int]]) -> dict[str, float | None]:
-    """Means over a run's rows of cosines: ``previous``, ``earlier``, ``across`` and ``within``."""
+    """Mean cosines of a gradient with the step before's (``previous``) and with all kept ones (``earlier``);
+    and the former over steps that follow a stage with τ* > 0 (``across``), and over the others (``within``).
+    """
     moved = {step for step, tau in stages if tau > 0}
     previous = dict(_previous(rows))
     cosines = {

@@ -25,7 +25,7 @@ __all__ = ["along_the_path", "draw", "loss_curve", "table", "what_was_seen"]
 Points = list[tuple[float, float]]
 
 
-def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any]:
+def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
     """Losses of a run with Fast Forward and of the plain optimizer's (the paper's Figs. 4 and 9).
 
     Args:
@@ -34,13 +34,12 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any
             before the first and after the last step.
 
     Returns:
-        ``config``; ``fast_forward``: ``start`` (test loss before the first step), ``steps``, each with
+        ``fast_forward``: ``start`` (test loss before the first step), ``steps``, each with
         ``optimizer_step``, ``train_loss`` (of its batch, before the update) and ``test_loss`` (after step and
-        stage; None where none was measured), and ``stages``, each with ``optimizer_step``, ``tau``,
-        ``losses`` and ``test_losses``, both as ``[τ, loss]`` in the order of the search; ``optimizer``:
-        ``start`` and ``steps`` of the plain run; ``reached``: the first measured optimizer step at which
-        the run with Fast Forward has the plain run's final test loss, None where it never has. Losses are
-        nats per token.
+        stage; or None), and ``stages``, each with ``optimizer_step``, ``tau``, ``losses`` and
+        ``test_losses``, both as ``[τ, loss]`` in the order of the search; ``optimizer``: ``start`` and
+        ``steps`` of the plain run; ``reached``: the first measured optimizer step at which Fast Forward has
+        the plain run's final test loss, or None; ``config``. Losses are nats per token.
 
     Raises:
         ValueError: when ``config`` has no Fast Forward or ``evaluate_every`` is below 1.
@@ -88,7 +87,7 @@ def _test_loss(calls: Iterator[tuple[float, float]], wanted: float) -> float:
     return next(test for loss, test in calls if loss == wanted or (math.isnan(loss) and math.isnan(wanted)))
 
 
-def _run(session: Session, evaluate_every: int) -> dict[str, Any]:
+def _run(session: Session, evaluate_every: int) -> Data:
     """Train all steps; the test loss also after each step that a stage followed."""
     start, steps = session.test_loss(), []
     stages = session.ff.stages if session.ff is not None else []
@@ -101,13 +100,13 @@ def _run(session: Session, evaluate_every: int) -> dict[str, Any]:
     return {"start": start, "steps": steps}
 
 
-def _tested(run: dict[str, Any]) -> Points:
+def _tested(run: Data) -> Points:
     """(optimizer step, test loss) wherever it was measured, the start first."""
     tests = [(step["optimizer_step"], step["test_loss"]) for step in run["steps"]]
     return [(0, run["start"]), *((step, loss) for step, loss in tests if loss is not None)]
 
 
-def along_the_path(run: dict[str, Any]) -> tuple[Points, list[Points]]:
+def along_the_path(run: Data) -> tuple[Points, list[Points]]:
     """The test loss along the path: a point per optimizer step, and per stage its points up to τ*.
 
     Of a stage the τ are those at which the validation loss fell; whether the test loss fell too is seen.
@@ -152,7 +151,7 @@ def what_was_seen(data: Data) -> list[str]:
     ]
 
 
-def _searched(data: Data) -> list[dict[str, Any]]:
+def _searched(data: Data) -> list[Data]:
     return [stage for stage in data["fast_forward"]["stages"] if stage["losses"]]
 
 

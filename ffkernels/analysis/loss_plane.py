@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +27,9 @@ from ffkernels.training.session import Session, open_session
 from ffkernels.validation.loss import ValidationLoss
 
 __all__ = ["draw", "loss_plane", "table", "what_was_seen"]
+
+# A run's weights on its way, (P,) float32 each, with their optimizer step.
+Way = list[tuple[int, Tensor]]
 
 UNTIL = ("loss", "steps")
 CHECK_EVERY = 3  # optimizer steps between test losses of a run that has a target
@@ -62,14 +64,13 @@ def loss_plane(
             Fast Forward has searched with the validation examples.
 
     Returns:
-        ``kind``: "plane", or "line" where the ends and the start are on one.
-        ``x``, ``y``, ``loss``: coordinates of the grid, and its losses, a row per y.
-        ``points``: ``start``, ``sgd`` and ``ff``, each with ``x``, ``y``, ``loss`` (on the grid's examples),
-        ``test_loss`` (on all), ``distance`` (from the start) and ``optimizer_steps``.
-        ``ways``: of ``sgd`` and ``ff``, lists of [optimizer_step, x, y].
-        ``between``: losses evenly spread on the straight line from W_SGD to W_FF, both included.
-        ``cosine`` of W_SGD − W₀ and W_FF − W₀; ``stages``, [optimizer_step, tau] each; ``reached``, whether
-        W_FF has W_SGD's test loss; ``until``, ``examples``, ``bytes_kept``, ``trainable``, ``config``.
+        ``kind``: "plane", or "line" where the ends and the start are on one; ``x``, ``y``, ``loss``:
+        coordinates of the grid, and its losses, a row per y; ``points``: ``start``, ``sgd`` and ``ff``, each
+        with ``x``, ``y``, ``loss`` (on the grid's examples), ``test_loss`` (on all), ``distance`` (from the
+        start) and ``optimizer_steps``; ``ways`` of ``sgd`` and ``ff``: [optimizer_step, x, y] each;
+        ``between``: losses evenly spread on the straight line from W_SGD to W_FF, both included; ``cosine``
+        of W_SGD − W₀ and W_FF − W₀; ``stages``: [optimizer_step, tau] each; ``reached``: whether W_FF has
+        W_SGD's test loss; ``until``, ``examples``, ``bytes_kept``, ``trainable``, ``config``.
 
     Raises:
         ValueError: naming an argument out of range; when a run diverged; when nothing moved.
@@ -83,59 +84,37 @@ def loss_plane(
     config = config.with_fast_forward()
     with open_session(replace(config, fast_forward=None)) as session:
         start_loss = session.test_loss()
-        sgd = _run(session)
+        sgd, sgd_loss = _run(session)
     del session  # the second run may need its memory
     with open_session(config) as session:
-        target = sgd.test_loss + TOLERANCE
-        ff = _run(session, target if until == "loss" else None)
+        target = sgd_loss + TOLERANCE
+        ff, ff_loss = _run(session, target if until == "loss" else None)
         held_out, tokens = session.task.test[:examples], config.eval_tokens
         loss = ValidationLoss(session.model, held_out, collator=session.collator, micro_batch_tokens=tokens)
         shown = _losses_around(session, sgd, ff, loss, grid, margin)
         stages = [[stage.optimizer_step, stage.tau] for stage in session.ff.stages]
-    start = sgd.start.double()
-    to_sgd, to_ff = sgd.end.double() - start, ff.end.double() - start
-    for name, moved, test_loss, steps in (
-        ("start", torch.zeros(1), start_loss, 0),
-        ("sgd", to_sgd, sgd.test_loss, sgd.steps),
-        ("ff", to_ff, ff.test_loss, ff.steps),
-    ):
-        of_run = {"distance": float(moved.norm()), "test_loss": test_loss, "optimizer_steps": steps}
-        shown["points"][name] |= of_run
+    start = sgd[0][1].double()
+    moved = {name: weights.double() - start for name, (_, weights) in _ends(sgd, ff).items()}
+    for name, test_loss in (("start", start_loss), ("sgd", sgd_loss), ("ff", ff_loss)):
+        point = {"distance": float(moved[name].norm()), "test_loss": test_loss}
+        shown["points"][name] |= {**point, "optimizer_steps": _ends(sgd, ff)[name][0]}
+    to_sgd, to_ff = moved["sgd"], moved["ff"]
     return {
         **shown,
         "cosine": float(to_sgd @ to_ff / (to_sgd.norm() * to_ff.norm())),
         "stages": stages,
         "until": until,
-        "reached": ff.test_loss <= target,
+        "reached": ff_loss <= target,
         "examples": len(held_out),
-        "bytes_kept": sum(weights.nbytes for way in (sgd, ff) for _, weights in way.kept),
+        "bytes_kept": sum(weights.nbytes for _, weights in sgd + ff),
         "trainable": start.numel(),
         "config": config.to_dict(),
     }
 
 
-class _Way(NamedTuple):
-    """Copies of a run's weights on its way, (P,) float32 each, by optimizer step; and how it ended."""
-
-    kept: list[tuple[int, Tensor]]
-    test_loss: float
-
-    @property
-    def start(self) -> Tensor:
-        return self.kept[0][1]
-
-    @property
-    def end(self) -> Tensor:
-        return self.kept[-1][1]
-
-    @property
-    def steps(self) -> int:
-        return self.kept[-1][0]
-
-
-def _run(session: Session, target: float | None = None) -> _Way:
-    """Train, until the test loss is at most ``target`` where one is given."""
-    kept, stride = [(0, flat(session.trainable))], math.ceil(session.steps / POINTS)
+def _run(session: Session, target: float | None = None) -> tuple[Way, float]:
+    """Train, until the test loss is at most ``target`` where one is given; the way and the last loss."""
+    way, stride = [(0, flat(session.trainable))], math.ceil(session.steps / POINTS)
     stages = session.ff.stages if session.ff is not None else []
     for step in range(1, session.steps + 1):
         before = len(stages)
@@ -144,42 +123,44 @@ def _run(session: Session, target: float | None = None) -> _Way:
         if target is not None and (staged or step % CHECK_EVERY == 0):
             reached = session.test_loss() <= target
         if staged or reached or step % stride == 0 or step == session.steps:
-            kept.append((step, flat(session.trainable)))
+            way.append((step, flat(session.trainable)))
         if reached:
             break
-    test_loss = session.test_loss()
-    if not math.isfinite(test_loss):
-        raise ValueError(
-            f"a run diverged at lr={session.config.lr:g}: its test loss is {test_loss}; lower the lr"
-        )
-    return _Way(kept, test_loss)
+    loss = session.test_loss()
+    if not math.isfinite(loss):
+        raise ValueError(f"a run diverged at lr={session.config.lr:g}: its test loss is {loss}; lower the lr")
+    return way, loss
+
+
+def _ends(sgd: Way, ff: Way) -> dict[str, tuple[int, Tensor]]:
+    return {"start": sgd[0], "sgd": sgd[-1], "ff": ff[-1]}
 
 
 def _losses_around(
-    session: Session, sgd: _Way, ff: _Way, loss: ValidationLoss, grid: int, margin: float
+    session: Session, sgd: Way, ff: Way, loss: ValidationLoss, grid: int, margin: float
 ) -> Data:
-    ends = {"start": sgd.start, "sgd": sgd.end, "ff": ff.end}
+    ends = {name: weights for name, (_, weights) in _ends(sgd, ff).items()}
     plane = plane_through(*ends.values())
     at = {name: plane.at(weights) for name, weights in ends.items()}
-    ways = {name: [[n, *plane.at(w)] for n, w in run.kept] for name, run in (("sgd", sgd), ("ff", ff))}
-    drawn = [*at.values(), *((x, y) for points in ways.values() for _, x, y in points)]
-    xs, ys = spans(drawn, grid, margin)
+    ways = {name: [[step, *plane.at(w)] for step, w in way] for name, way in (("sgd", sgd), ("ff", ff))}
+    xs, ys = spans([*at.values(), *((x, y) for way in ways.values() for _, x, y in way)], grid, margin)
     ys = ys if plane.v is not None else [0.0]
 
     def losses(vectors: Iterable[Tensor]) -> list[float]:
         return losses_at(vectors, session.trainable, loss)
 
     rows = [losses(plane.weights(x, y) for x in xs) for y in ys]
-    at_ends = dict(zip(ends, losses(ends.values()), strict=True))
+    at_ends = losses(ends.values())
+    places = zip(at.items(), at_ends, strict=True)
     shares = (i / (BETWEEN - 1) for i in range(BETWEEN))
     return {
         "kind": "plane" if plane.v is not None else "line",
         "x": xs,
         "y": ys,
         "loss": rows,
-        "points": {n: {"x": at[n][0], "y": at[n][1], "loss": at_ends[n]} for n in ends},
+        "points": {name: {"x": x, "y": y, "loss": value} for (name, (x, y)), value in places},
         "ways": ways,
-        "between": losses(torch.lerp(sgd.end.double(), ff.end.double(), share) for share in shares),
+        "between": losses(torch.lerp(ends["sgd"].double(), ends["ff"].double(), share) for share in shares),
     }
 
 

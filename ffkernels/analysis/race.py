@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ffkernels.analysis.show import Watch, percent
+from ffkernels.analysis.show import Data, Watch, percent
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.reporting.plots import ABOVE, STYLES, Axes, clean_axes
+from ffkernels.reporting.plots import STYLES
 from ffkernels.training.compare import Comparison, Interrupted
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session, stages_of
 from ffkernels.training.trainer import RunResult, train
 
-__all__ = ["cells", "draw_saved", "draw_steps", "outcome", "race", "run"]
+__all__ = ["cells", "outcome", "race", "run"]
 
 # How far above Adam's test loss, in nats, counts as reached.
 TOLERANCE = 1e-4
@@ -41,24 +41,22 @@ def race(
     check_every: int = 3,
     watch: Watch | None = None,
     on_session: Callable[[Session], Any] | None = None,
-    on_end: Callable[[str, RunResult], Any] = lambda name, result: None,
-) -> tuple[RunResult, dict[str, RunResult]]:
+    on_end: Callable[[str], Any] = lambda name: None,
+) -> dict[str, Data]:
     """Adam for all of ``config``'s steps, then each contender until its test loss is Adam's + ``TOLERANCE``.
 
     Args:
         config: the Adam run; its ``name``, ``out``, ``fast_forward`` and ``target_loss`` are set here.
         contenders: Fast Forward's settings by a name for the run.
         check_every: optimizer steps between test losses of the contenders; each stage is followed by one.
-        on_session: gets each run's session before its first step.
-        on_end: is told each run's name (Adam's is ``"adam"``) and result when it has ended.
+        on_session, on_end: get each run's session before its first step, and its name when it has ended.
 
     Returns:
-        Adam's result, and the contenders' by their names.
+        The ``outcome`` of "adam", and by their names those of the contenders.
 
     Raises:
         ValueError: when Adam diverged.
     """
-    results: dict[str, RunResult] = {}
     with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
         # Of Adam's test losses the last alone counts.
         base = replace(config, out=folder, evaluate_every=0)
@@ -69,19 +67,20 @@ def race(
                 f"lr={config.lr!r}: Adam diverged after {adam.optimizer_steps} steps, so there is no test "
                 "loss to reach; take a smaller learning rate"
             )
-        on_end("adam", adam)
+        on_end("adam")
+        outcomes = {"adam": outcome(adam)}
         for name, fast_forward in contenders.items():
             contender = comparison.until(adam, config.seed, name, fast_forward=fast_forward)
-            results[name] = run(contender, watch, on_session)
-            on_end(name, results[name])
-    return adam, results
+            outcomes[name] = outcome(run(contender, watch, on_session), adam)
+            on_end(name)
+    return outcomes
 
 
 def run(
     config: TrainConfig,
     watch: Watch | None = None,
     on_session: Callable[[Session], Any] | None = None,
-    stop_when: Callable[[dict[str, Any]], bool] = lambda event: False,
+    stop_when: Callable[[Data], bool] = lambda event: False,
 ) -> RunResult:
     """One run that keeps nothing but what it returns.
 
@@ -100,7 +99,7 @@ def run(
         on_session(session)
         return stages_of(session)
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Data) -> None:
         nonlocal stopped
         watch.event(event)
         if stop_when(event):
@@ -116,7 +115,7 @@ def run(
     return result
 
 
-def outcome(result: RunResult, adam: RunResult | None = None) -> dict[str, Any]:
+def outcome(result: RunResult, adam: RunResult | None = None) -> Data:
     """A run as plain data: cost, stages and, against ``adam``, what it saved.
 
     ``saved`` are fractions of Adam's FLOPs in both conventions, None where the target was not reached; a
@@ -137,32 +136,8 @@ def outcome(result: RunResult, adam: RunResult | None = None) -> dict[str, Any]:
     return data
 
 
-def cells(run: dict[str, Any]) -> list[Any]:
+def cells(run: Data) -> list[Any]:
     """An ``outcome`` in the ``COLUMNS`` of a table."""
     saved, taus = run["saved"], [stage["tau"] for stage in run["stages"]]
     shares = [percent(saved["paper"]), percent(saved["measured"])] if saved else ["not reached"] * 2
     return [run["optimizer_steps"], len(taus), sum(taus), *shares]
-
-
-def draw_saved(axes: Axes, xs: Sequence[float], outcomes: Sequence[dict[str, Any]]) -> None:
-    """A panel of the FLOPs saved at each ``x``; where the target was not reached there is a gap."""
-    clean_axes(axes, y="FLOPs saved against Adam (%)")
-    axes.axhline(0, color=STYLES["adam"]["color"], linewidth=1)
-    for name, style in CONVENTIONS.items():
-        saved = [100 * one["saved"][name] if one["saved"] else math.nan for one in outcomes]
-        axes.plot(xs, saved, **style, markersize=5, linewidth=1.6, label=f"{name} FLOPs")
-    missed = [x for x, one in zip(xs, outcomes, strict=True) if not one["saved"]]
-    if missed:
-        axes.plot(missed, [0] * len(missed), "x", color="#B00020", markersize=7, label="target not reached")
-    axes.margins(y=0.15)
-    axes.legend(**ABOVE)
-
-
-def draw_steps(axes: Axes, xs: Sequence[float], adams: Sequence[int], outcomes: Sequence[dict]) -> None:
-    """A panel of the optimizer steps to the target, Adam's beside Fast Forward's."""
-    clean_axes(axes, y="optimizer steps to Adam's test loss")
-    axes.plot(xs, adams, color=STYLES["adam"]["color"], linestyle=":", linewidth=1.6, label="Adam")
-    steps = [one["optimizer_steps"] for one in outcomes]
-    axes.plot(xs, steps, **{**STYLES["parabolic"], "linewidth": 1.6}, label="with Fast Forward")
-    axes.set_ylim(0, 1.12 * max(*adams, *steps))
-    axes.legend(**ABOVE)

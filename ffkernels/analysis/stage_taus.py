@@ -1,15 +1,13 @@
 """How far each stage goes (the paper's Fig. 11), and whether the gradient foretells it (Fig. 12).
 
-A stage repeats the last optimizer update τ* times. Of the gradient that this update was made from, the mean
-over its batch, two quantities are taken in the moment the stage has ended:
+Of the gradient that the repeated update was made from, two quantities are taken as the stage ends:
 
     gradient norm       ‖g‖₂ over all trainable tensors
-    condition number    of each gradient matrix σ_max / σ_min, the median over the matrices
+    condition number    of each gradient matrix (of LoRA those of A and of B of every module; vectors and
+                        matrices of zeros are left out) σ_max / σ_min, the median over the matrices
 
-A gradient matrix is the gradient of one trainable matrix, of LoRA the A (r × in) and the B (out × r) of each
-adapted module; vectors, such as DoRA's magnitudes, have no condition number and are left out. σ_min is the
-smallest singular value that is not negligible: above σ_max · max(rows, columns) · ε with float32's ε, below
-which it would be rounding. A matrix of zeros is left out.
+σ_min is the smallest singular value above σ_max · max(rows, columns) · ε with float32's ε: what is smaller
+would be rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import cycle
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +36,7 @@ WIDE = 30
 NAMES = {"gradient_norm": "gradient norm", "condition_number": "condition number"}
 
 
-def stage_taus(config: TrainConfig, *, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+def stage_taus(config: TrainConfig, *, seeds: Sequence[int] = (0, 1, 2)) -> Data:
     """τ* of every stage of one run per seed, with the gradient's norm and condition number (Figs. 11 and 12).
 
     Args:
@@ -47,12 +44,10 @@ def stage_taus(config: TrainConfig, *, seeds: Sequence[int] = (0, 1, 2)) -> dict
         seeds: of data split and order and of the adapter; each replaces ``config.seed``.
 
     Returns:
-        ``config``; ``stages``: for each its ``seed``, ``number`` in its run (from 1), ``optimizer_step``,
-        ``tau``, ``evaluations``, ``loss_before``, ``loss_after``, ``lr``, ``gradient_norm``,
-        ``condition_number``, ``condition_largest`` (over the matrices) and ``matrices`` (their number);
-        ``correlations``: of τ* with each quantity and with ``optimizer_step`` Spearman's
-        ``{"rho", "p", "n"}`` over all stages, with ``partial``, what is left of ρ when the ranks of the
-        optimizer step are held fixed: during training everything drifts together.
+        ``stages``: for each its ``seed``, ``number`` in its run (from 1), ``optimizer_step``, ``tau``,
+        ``evaluations``, ``loss_before``, ``loss_after``, ``lr`` and ``gradient_facts``; ``correlations`` of
+        τ* over all stages with both quantities and with ``optimizer_step``: ``spearman`` with ``partial``,
+        what is left of ρ when the ranks of the optimizer step are held fixed; ``config``.
 
     Raises:
         ValueError: when ``config`` has no Fast Forward, or there is no seed.
@@ -61,7 +56,7 @@ def stage_taus(config: TrainConfig, *, seeds: Sequence[int] = (0, 1, 2)) -> dict
         raise ValueError("config.fast_forward is None: stages need a FastForwardConfig")
     if not seeds:
         raise ValueError("seeds is empty: give one or more")
-    stages: list[dict[str, Any]] = []
+    stages: list[Data] = []
 
     def record(stage: Stage) -> None:  # called inside optimizer.step(), where the gradients still stand
         stages.append(
@@ -86,7 +81,7 @@ def stage_taus(config: TrainConfig, *, seeds: Sequence[int] = (0, 1, 2)) -> dict
     return {"config": config.to_dict(), "stages": stages, "correlations": _correlations(stages)}
 
 
-def gradient_facts(gradients: Iterable[Tensor | None]) -> dict[str, Any]:
+def gradient_facts(gradients: Iterable[Tensor | None]) -> Data:
     """Norm over all gradients, median and largest condition number over those that are matrices."""
     gradients = [g.detach() for g in gradients if g is not None]
     squares = sum(float(g.double().square().sum()) for g in gradients)
@@ -114,7 +109,7 @@ def condition_number(matrix: Tensor) -> float:
     return largest / float(kept[-1])
 
 
-def _correlations(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _correlations(stages: Sequence[Data]) -> Data:
     found = {}
     for quantity in (*NAMES, "optimizer_step"):
         known = [s for s in stages if math.isfinite(s[quantity]) and math.isfinite(s["loss_before"])]
@@ -189,7 +184,7 @@ def draw(figure: Figure, data: Data) -> None:
     panels["gradient_norm"].set_ylabel("τ*")
 
 
-def _correlation_text(found: dict[str, Any]) -> str:
+def _correlation_text(found: Data) -> str:
     if found["rho"] is None:
         return f"no correlation to speak of (n = {found['n']})"
     partial = "" if found["partial"] is None else f"; at equal step {found['partial']:.2f}"

@@ -7,23 +7,15 @@ gains lying about.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-from ffkernels.analysis.race import (
-    APART,
-    COLUMNS,
-    TOLERANCE,
-    cells,
-    draw_saved,
-    draw_steps,
-    outcome,
-    race,
-)
+from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, TOLERANCE, cells, race
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
-from ffkernels.reporting.plots import Figure
+from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.session import Session
 
 __all__ = ["SCALINGS", "draw", "interval", "rank", "rank_config", "table", "what_was_seen"]
 
@@ -36,7 +28,7 @@ def interval(
     intervals: Sequence[int] = tuple(range(1, 11)),
     check_every: int = 1,
     watch: Watch | None = None,
-) -> dict[str, Any]:
+) -> Data:
     """FLOPs and optimizer steps to Adam's test loss for each interval (the paper's Fig. 14).
 
     Args:
@@ -54,15 +46,15 @@ def interval(
     """
     _each_once(intervals=intervals)
     config = config.with_fast_forward()
-    contenders = {f"interval-{k}": dataclasses.replace(config.fast_forward, interval=k) for k in intervals}
-    adam, results = race(config, contenders, check_every=check_every, watch=watch)
-    runs = zip(intervals, results.values(), strict=True)
+    contenders = {f"interval-{k}": replace(config.fast_forward, interval=k) for k in intervals}
+    outcomes = race(config, contenders, check_every=check_every, watch=watch)
+    adam = outcomes.pop("adam")
     return {
-        "adam": outcome(adam),
-        "target_loss": adam.test_loss + TOLERANCE,
+        "adam": adam,
+        "target_loss": adam["test_loss"] + TOLERANCE,
         "check_every": check_every,
         "config": config.to_dict(),
-        "runs": [{"interval": k, **outcome(result, adam)} for k, result in runs],
+        "runs": [{"interval": k, **one} for k, one in zip(intervals, outcomes.values(), strict=True)],
     }
 
 
@@ -73,7 +65,7 @@ def rank(
     scaling: str = "proportional",
     check_every: int = 1,
     watch: Watch | None = None,
-) -> dict[str, Any]:
+) -> Data:
     """FLOPs that Fast Forward saves against Adam of the same rank and learning rate (the paper's Fig. 7).
 
     Args:
@@ -96,16 +88,14 @@ def rank(
     config = config.with_fast_forward()
     runs = []
     for one in [rank_config(config, r, scaling) for r in ranks]:  # all are checked before the first one runs
-        trainable: list[int] = []
-        name, count = (
-            f"rank-{one.rank}",
-            lambda session, seen=trainable: seen.append(session.meter.trainable_numel),
-        )
-        adam, results = race(
-            one, {name: one.fast_forward}, check_every=check_every, watch=watch, on_session=count
-        )
-        found = {"trainable": trainable[0], "adam": outcome(adam), "ff": outcome(results[name], adam)}
-        runs.append({"rank": one.rank, "alpha": one.alpha, **found})
+        weights: list[int] = []
+
+        def count(session: Session, weights: list[int] = weights) -> None:
+            weights.append(session.meter.trainable_numel)
+
+        stages = {"ff": one.fast_forward}
+        outcomes = race(one, stages, check_every=check_every, watch=watch, on_session=count)
+        runs.append({"rank": one.rank, "alpha": one.alpha, "trainable": weights[0], **outcomes})
     return {"scaling": scaling, "check_every": check_every, "config": config.to_dict(), "runs": runs}
 
 
@@ -118,7 +108,7 @@ def rank_config(config: TrainConfig, rank: int, scaling: str) -> TrainConfig:
     if scaling not in SCALINGS:
         raise ValueError(f"scaling={scaling!r}: must be one of {', '.join(map(repr, SCALINGS))}")
     alpha = config.alpha * rank / config.rank if scaling == "proportional" else config.alpha
-    return dataclasses.replace(config, rank=rank, alpha=alpha)
+    return replace(config, rank=rank, alpha=alpha)
 
 
 def _each_once(**swept: Sequence[int]) -> None:
@@ -127,7 +117,7 @@ def _each_once(**swept: Sequence[int]) -> None:
             raise ValueError(f"{name}={tuple(values)!r}: must be one or more integers, each once")
 
 
-def _runs(data: Data) -> tuple[str, list[int], list[dict[str, Any]]]:
+def _runs(data: Data) -> tuple[str, list[int], list[Data]]:
     """What was swept, its values, and Fast Forward's outcomes there."""
     runs, swept = data["runs"], "rank" if "scaling" in data else "interval"
     return swept, [run[swept] for run in runs], [run.get("ff", run) for run in runs]
@@ -159,23 +149,30 @@ def what_was_seen(data: Data) -> list[str]:
 
 
 def draw(figure: Figure, data: Data) -> None:
-    """FLOPs saved and optimizer steps over the rank or the interval."""
+    """FLOPs saved, with a gap where the target was not reached, and optimizer steps; over what was swept."""
     figure.set_size_inches(9.0, 3.8)
-    panels = figure.subplots(1, 2, gridspec_kw=APART)
-    swept, values, outcomes = _runs(data)
-    draw_saved(panels[0], values, outcomes)
-    draw_steps(
-        panels[1],
-        values,
-        [run.get("adam", data.get("adam"))["optimizer_steps"] for run in data["runs"]],
-        outcomes,
-    )
+    panels = saved, steps = figure.subplots(1, 2, gridspec_kw=APART)
+    swept, xs, outcomes = _runs(data)
+    clean_axes(saved, y="FLOPs saved against Adam (%)")
+    saved.axhline(0, color=STYLES["adam"]["color"], linewidth=1)
+    for name, style in CONVENTIONS.items():
+        shares = [100 * one["saved"][name] if one["saved"] else math.nan for one in outcomes]
+        saved.plot(xs, shares, **style, markersize=5, linewidth=1.6, label=f"{name} FLOPs")
+    missed = [x for x, one in zip(xs, outcomes, strict=True) if not one["saved"]]
+    if missed:
+        saved.plot(missed, [0] * len(missed), "x", color="#B00020", markersize=7, label="target not reached")
+    saved.margins(y=0.15)
+    clean_axes(steps, y="optimizer steps to Adam's test loss")
+    adams = [run.get("adam", data.get("adam"))["optimizer_steps"] for run in data["runs"]]
+    steps.plot(xs, adams, color=STYLES["adam"]["color"], linestyle=":", linewidth=1.6, label="Adam")
+    taken = [one["optimizer_steps"] for one in outcomes]
+    steps.plot(xs, taken, **STYLES["parabolic"], linewidth=1.6, label="with Fast Forward")
+    steps.set_ylim(0, 1.12 * max(*adams, *taken))
     for axes in panels:
+        axes.legend(**ABOVE)
+        axes.set_xlabel("interval: optimizer steps from stage to stage")
         if swept == "rank":
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(values, labels=map(str, values))
-            axes.minorticks_off()
             axes.set_xlabel("rank of the adapter")
-        else:
-            axes.set_xticks(values)
-            axes.set_xlabel("interval: optimizer steps from stage to stage")
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(xs, labels=map(str, xs))
+        axes.minorticks_off()

@@ -42,7 +42,7 @@ MARKS: dict[str, dict[str, Any]] = {
 }
 
 
-def tau_sweep(config: TrainConfig, *, at: Sequence[int] = (6, 12, 24), taus: int = 100) -> dict[str, Any]:
+def tau_sweep(config: TrainConfig, *, at: Sequence[int] = (6, 12, 24), taus: int = 100) -> Data:
     """Sweep τ from 0 to ``taus`` after each optimizer step of ``at`` (the paper's Fig. 10).
 
     Args:
@@ -54,8 +54,8 @@ def tau_sweep(config: TrainConfig, *, at: Sequence[int] = (6, 12, 24), taus: int
 
     Returns:
         ``config``; ``taus``; ``sweeps``: for each step ``optimizer_step``, ``lr``, ``train_loss`` (of its
-        batch, before the update), ``validation`` and ``test`` (losses in nats per token, one per τ), and
-        their shapes ``of_validation`` and ``of_test`` (see ``shape``).
+        batch, before the update), ``validation`` and ``test`` (nats per token, one per τ) and their
+        ``shape``, ``of_validation`` and ``of_test``.
 
     Raises:
         ValueError: when ``at`` or ``taus`` is out of range, or the run has diverged before a sweep.
@@ -113,17 +113,15 @@ def sweep_table(
     return measured
 
 
-def shape(losses: Sequence[float]) -> dict[str, Any]:
+def shape(losses: Sequence[float]) -> Data:
     """What can be said about ``losses`` at τ = 0, 1, …, of which there must be three or more.
 
     Returns:
-        ``argmin``: the first τ with the lowest loss; ``decrease``: f(0) minus that loss;
-        ``convex_share``: the fraction of finite second differences above 0;
-        ``convex_until``: the largest τ up to which all of them are (0 when the first is not);
-        ``turning_points``: how often the curve turns from falling to rising or back;
-        ``unimodal``: whether it never falls again once it has risen;
-        ``linear``, ``parabolic``: where that search would stop with ``max_tau`` at the end of the curve, see
-        ``replay``.
+        ``argmin``: the first τ with the lowest loss; ``decrease``: f(0) minus that loss; ``convex_share``:
+        the fraction of finite second differences above 0; ``convex_until``: the largest τ up to which all
+        are; ``turning_points``: how often the curve turns from falling to rising or back; ``unimodal``:
+        whether it never falls again once it has risen; ``linear``, ``parabolic``: the ``replay`` of that
+        search.
 
     Raises:
         ValueError: for fewer than three losses, or when the one at τ = 0 is not finite.
@@ -149,12 +147,11 @@ def shape(losses: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def replay(search: str, losses: Sequence[float]) -> dict[str, Any]:
+def replay(search: str, losses: Sequence[float]) -> Data:
     """Run a search of the library over known losses, which need not be trained for again.
 
-    Returns:
-        ``tau``: where it stops; ``evaluations``: losses it asked for; ``stopped_because``; ``found``: the
-        share of the curve's whole decrease that it gets, NaN where the curve never falls.
+    ``tau`` is where it stops, at most at the end of the curve; ``evaluations``: losses it asked for;
+    ``found``: the share of the whole decrease that it gets, NaN where the curve never falls.
     """
     machine = make_search(search, max_tau=len(losses) - 1)
     while (tau := machine.propose()) is not None:

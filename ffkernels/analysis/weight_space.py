@@ -23,7 +23,7 @@ from ffkernels.ops.notices import announce_once
 from ffkernels.training.session import Batch, Session
 from ffkernels.validation.evaluation_mode import keep_random_state
 
-__all__ = ["Plane", "cosine", "cosines", "flat", "flat_gradient", "gradients_of", "inner_products"]
+__all__ = ["Plane", "cosines", "flat", "flat_gradient", "gradients_of", "inner_products"]
 __all__ += ["losses_at", "plane_through", "spans"]
 
 _SLICE = 1 << 20
@@ -74,11 +74,6 @@ def cosines(rows: Tensor) -> Tensor:
     products = inner_products(rows, rows)
     norms = products.diagonal().sqrt()
     return (products / (norms[:, None] * norms[None, :])).clamp(-1.0, 1.0)
-
-
-def cosine(x: Tensor, y: Tensor) -> float:
-    """The cosine of two vectors, (P,) each; NaN where one is zero."""
-    return float(cosines(torch.stack([x, y]))[0, 1])
 
 
 @dataclass(frozen=True)
