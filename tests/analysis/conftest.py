@@ -6,6 +6,31 @@ import pytest
 from typer.testing import CliRunner
 
 
+@pytest.fixture(scope="session")
+def run_of(small):
+    """Settings of a run of the small model: changes of them, and Fast Forward's, None for no stages."""
+    from ffkernels.engine.config import FastForwardConfig
+    from ffkernels.training.config import TrainConfig
+
+    def make(stages=None, **changes):
+        return TrainConfig(**{**small, **changes}, fast_forward=stages and FastForwardConfig(**stages))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def drawn():
+    """The panels of the figure that ``draw`` fills with ``data``."""
+    from matplotlib.figure import Figure
+
+    def panels(draw, data):
+        figure = Figure()
+        draw(figure, data)
+        return figure.axes
+
+    return panels
+
+
 @pytest.fixture
 def analyze(small, tmp_path):
     """Runs an analyze command on the small model; its output in words, and the data it wrote."""

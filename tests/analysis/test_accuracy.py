@@ -4,20 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
-from matplotlib.figure import Figure
 
 from ffkernels.analysis.accuracy import accuracy, answered, draw, mcnemar, wilson
 from ffkernels.analysis.multiple_choice import Question, choice_scores, from_examples
-from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    return TrainConfig(
-        **{**small, "steps": 12, "lr": 3e-3, "seed": 1}, fast_forward=FastForwardConfig(interval=3)
-    )
+def config(run_of):
+    return run_of(dict(interval=3), steps=12, lr=3e-3, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +105,8 @@ def test_mcnemar(adam_only, ff_only, p):
     }
 
 
-def test_the_picture(data):
-    figure = Figure()
-    draw(figure, data)
-    (axes,) = figure.axes
+def test_the_picture(data, drawn):
+    (axes,) = drawn(draw, data)
     points = [container.lines[0] for container in axes.containers]
     for line, score in zip(points, ("sum", "mean"), strict=True):
         assert list(line.get_ydata()) == [100 * model[score]["accuracy"] for model in data["models"]]

@@ -3,16 +3,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from matplotlib.figure import Figure
 
 from ffkernels.analysis.full_rank import VARIANTS, draw, full_rank
-from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    return TrainConfig(**{**small, "steps": 12, "lr": 3e-4}, fast_forward=FastForwardConfig(interval=3))
+def config(run_of):
+    return run_of(dict(interval=3), steps=12, lr=3e-4)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +39,9 @@ def test_what_the_stages_took_is_counted(data):
         assert steps == list(range(3, 3 * len(taus) + 1, 3))
 
 
-def test_the_picture(data):
+def test_the_picture(data, drawn):
     missed = [*data["runs"][:3], {**data["runs"][3], "ff": {**data["runs"][3]["ff"], "saved": None}}]
-    figure = Figure()
-    draw(figure, {**data, "runs": missed})
-    taus, saved = figure.axes
+    taus, saved = drawn(draw, {**data, "runs": missed})
     for line, run in zip(taus.lines, data["runs"], strict=True):
         assert line.get_label() == run["name"]
         assert list(line.get_ydata()) == [stage["tau"] for stage in run["ff"]["stages"]]
@@ -55,8 +50,8 @@ def test_the_picture(data):
     assert [text.get_text() for text in saved.texts].count("–") == 2
 
 
-def test_a_run_without_stages(config):
+def test_a_run_without_stages(config, drawn):
     data = full_rank(replace(config, steps=2))
     assert [run["ff"]["stages"] for run in data["runs"]] == [[]] * 4
     assert [run["ff_steps"] for run in data["runs"]] == [0] * 4
-    draw(Figure(), data)  # nothing to show is no error
+    drawn(draw, data)  # nothing to show is no error

@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 from ffkernels.analysis.gradient_consistency import agreement, draw, gradient_consistency, what_was_seen
 from ffkernels.analysis.rank_correlation import partial_spearman, spearman
-from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 from ffkernels.training.trainer import train
 
 
@@ -41,8 +39,8 @@ def test_going_straight_to_the_minimum_is_descent_one_and_zero_when_there():
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    return TrainConfig(**{**small, "steps": 9}, fast_forward=FastForwardConfig(interval=3, max_tau=30))
+def config(run_of):
+    return run_of(dict(interval=3, max_tau=30), steps=9)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def data(config):
 
 
 def test_measuring_does_not_change_the_run(config, data, tmp_path):
-    plain = train(TrainConfig(**{**vars(config), "out": str(tmp_path)}), save=False)
+    plain = train(replace(config, out=str(tmp_path)), save=False)
     assert [(s["optimizer_step"], s["tau"]) for s in data["stages"]] == [
         (stage.optimizer_step, stage.tau) for stage in plain.stages
     ]
@@ -86,7 +84,7 @@ def test_the_batches_are_disjoint_and_the_same_each_time(config, data, monkeypat
     monkeypatch.setattr(
         Session, "batch", lambda self, examples: seen.append(examples) or batch(self, examples)
     )
-    again = gradient_consistency(TrainConfig(**{**vars(config), "steps": 1}), batches=4)
+    again = gradient_consistency(replace(config, steps=1), batches=4)
     compared = [tuple(e["input_ids"]) for examples in seen[:4] for e in examples]
     assert len(compared) == len(set(compared)) == 32
     assert again["start"] == data["start"] and again["stages"] == []
@@ -125,13 +123,10 @@ def test_what_was_seen_follows_the_data():
     assert "No Fast Forward stage was due" in what_was_seen(_invented([], []))[0]
 
 
-def test_the_picture(data):
-    figure, empty = Figure(), Figure()
-    draw(figure, data)
-    upper, _, below = figure.axes[:3]
+def test_the_picture(data, drawn):
+    upper, _, below = drawn(draw, data)[:3]
     before, after = (line.get_ydata() for line in upper.lines[-2:])
     assert list(before) == [stage["before"]["consistency"] for stage in data["stages"]]
     assert list(after) == [stage["after"]["consistency"] for stage in data["stages"]]
     assert below.collections[0].get_offsets()[:, 1].tolist() == [stage["tau"] for stage in data["stages"]]
-    draw(empty, _invented([], []))
-    assert len(empty.axes) == 2
+    assert len(drawn(draw, _invented([], []))) == 2

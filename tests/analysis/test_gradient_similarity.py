@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 from ffkernels.analysis.gradient_similarity import (
     CosineHistory,
@@ -16,8 +15,6 @@ from ffkernels.analysis.gradient_similarity import (
     what_was_seen,
 )
 from ffkernels.analysis.weight_space import flat, flat_gradient
-from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session, stages_of
 
 
@@ -57,8 +54,8 @@ def test_summary_tells_across_a_stage_from_within():
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    return TrainConfig(**{**small, "steps": 8}, fast_forward=FastForwardConfig(interval=3, max_tau=30))
+def config(run_of):
+    return run_of(dict(interval=3, max_tau=30), steps=8)
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +118,8 @@ def test_what_was_seen_follows_the_data(data):
     assert "not lower than the 0.75" in higher[2]
 
 
-def test_the_picture(data):
-    figure = Figure()
-    draw(figure, data)
-    adam, ff, _, gradients, updates = figure.axes
+def test_the_picture(data, drawn):
+    adam, ff, _, gradients, updates = drawn(draw, data)
     for axes, of in ((gradients, "gradients"), (updates, "updates")):
         drawn = [list(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 7]
         assert drawn == [[row[-1] for row in data[run][of][1:]] for run in ("adam", "fast_forward")]

@@ -1,24 +1,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from ffkernels.analysis import loss_plane as module
 from ffkernels.analysis import weight_space
 from ffkernels.analysis.loss_plane import draw, loss_plane, what_was_seen
 from ffkernels.analysis.weight_space import flat, losses_at, plane_through
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
 from ffkernels.validation.loss import ValidationLoss
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    return TrainConfig(**{**small, "steps": 12}, fast_forward=FastForwardConfig(interval=3, max_tau=60))
+def config(run_of):
+    return run_of(dict(interval=3, max_tau=60), steps=12)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def weights_after(config, steps):
 
 
 def test_the_points_are_the_runs_own_ends(config, data):
-    adam = TrainConfig(**{**vars(config), "fast_forward": None})
+    adam = replace(config, fast_forward=None)
     taken = data["points"]["ff"]["optimizer_steps"]
     start = weights_after(adam, 0)
     ends = {"start": start, "sgd": weights_after(adam, 12), "ff": weights_after(config, taken)}
@@ -93,19 +92,18 @@ def test_the_grid_holds_everything_drawn_with_room(data):
     json.dumps(data, allow_nan=False)
 
 
-def test_a_stage_that_finds_nothing_leaves_a_line(config, monkeypatch):
+def test_a_stage_that_finds_nothing_leaves_a_line(config, monkeypatch, drawn):
     told = []
     monkeypatch.setattr(weight_space, "announce_once", lambda key, message: told.append(message))
-    never = TrainConfig(**{**vars(config), "fast_forward": FastForwardConfig(warmup=100)})
+    never = replace(config, fast_forward=FastForwardConfig(warmup=100))
     line = loss_plane(never, until="steps", grid=5, examples=4)
     assert line["kind"] == "line" and line["y"] == [0.0] and len(line["loss"]) == 1
     assert line["points"]["ff"]["x"] == line["points"]["sgd"]["x"] and line["points"]["ff"]["y"] == 0.0
     assert len(told) == 1 and "a line and no plane" in told[0]
     assert "At 9 places on the straight line" in what_was_seen(line)[1]
     assert "no barrier was seen" in what_was_seen(line)[1]
-    figure = Figure()
-    draw(figure, line)
-    assert list(figure.axes[0].lines[0].get_ydata()) == line["loss"][0]
+    panels = drawn(draw, line)
+    assert list(panels[0].lines[0].get_ydata()) == line["loss"][0]
 
 
 def test_what_was_seen_follows_the_data(data):
@@ -119,13 +117,12 @@ def test_what_was_seen_follows_the_data(data):
     assert f"{min(map(min, data['loss'])):.3f}" in seen[2]
 
 
-def test_the_picture(data):
-    figure = Figure()
-    draw(figure, data)
-    lines = {line.get_label(): line for line in figure.axes[0].lines}
+def test_the_picture(data, drawn):
+    panels = drawn(draw, data)
+    lines = {line.get_label(): line for line in panels[0].lines}
     for label, name in (("$W_0$", "start"), ("$W_{SGD}$, Adam", "sgd"), ("$W_{FF}$, Fast Forward", "ff")):
         point = data["points"][name]
         line = lines[f"{label}: {point['loss']:.3f}"]
         assert (*line.get_xdata(), *line.get_ydata()) == (point["x"], point["y"])
     assert torch.tensor(data["loss"]).isfinite().all()
-    draw(Figure(), {**data, "loss": [[1.0] * 5] * 5})  # no contour to find
+    drawn(draw, {**data, "loss": [[1.0] * 5] * 5})  # no contour to find

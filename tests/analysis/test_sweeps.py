@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from matplotlib.figure import Figure
 
 from ffkernels.analysis.sweeps import draw, interval, rank, rank_config
-from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    return TrainConfig(**{**small, "steps": 12, "lr": 3e-4}, fast_forward=FastForwardConfig(interval=3))
+def config(run_of):
+    return run_of(dict(interval=3), steps=12, lr=3e-4)
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +16,8 @@ def ranks(config):
 
 
 @pytest.fixture(scope="module")
-def swept(small):
-    stages = FastForwardConfig(search="linear", max_tau=64)
-    config = TrainConfig(**{**small, "steps": 20, "lr": 3e-4}, fast_forward=stages)
+def swept(run_of):
+    config = run_of(dict(search="linear", max_tau=64), steps=20, lr=3e-4)
     return {**interval(config, intervals=(1, 3, 30)), "given": config.to_dict()}
 
 
@@ -46,10 +42,8 @@ def test_alpha_by_rank(config):
     assert rank_config(config, 2, "fixed").rank == 2
 
 
-def test_the_picture_of_ranks(ranks):
-    figure = Figure()
-    draw(figure, ranks)
-    saved, steps = figure.axes
+def test_the_picture_of_ranks(ranks, drawn):
+    saved, steps = drawn(draw, ranks)
     lines = {line.get_label(): line for line in (*saved.lines, *steps.lines)}
     assert list(lines["paper FLOPs"].get_ydata()) == [100 * r["ff"]["saved"]["paper"] for r in ranks["runs"]]
     assert list(lines["Adam"].get_ydata()) == [12, 12]
@@ -70,10 +64,8 @@ def test_each_interval_has_its_stages(swept):
     assert never["saved"] == {"paper": 0.0, "measured": 0.0}
 
 
-def test_the_picture_of_intervals(swept):
-    figure = Figure()
-    draw(figure, swept)
-    saved, steps = figure.axes
+def test_the_picture_of_intervals(swept, drawn):
+    saved, steps = drawn(draw, swept)
     measured, paper = (
         next(line for line in saved.lines if line.get_label() == f"{name} FLOPs")
         for name in ("measured", "paper")
@@ -87,10 +79,9 @@ def test_the_picture_of_intervals(swept):
     ]
 
 
-def test_a_target_that_was_not_reached_is_a_gap_with_a_mark(swept):
+def test_a_target_that_was_not_reached_is_a_gap_with_a_mark(swept, drawn):
     missed = {**swept, "runs": [swept["runs"][0], {**swept["runs"][1], "saved": None}]}
-    figure = Figure()
-    draw(figure, missed)
-    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    panels = drawn(draw, missed)
+    lines = {line.get_label(): line for line in panels[0].lines}
     assert str(lines["measured FLOPs"].get_ydata()[1]) == "nan"
     assert list(lines["target not reached"].get_xdata()) == [3]

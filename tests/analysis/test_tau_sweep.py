@@ -5,18 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from ffkernels import FastForward, ops
 from ffkernels.analysis.tau_sweep import draw, replay, shape, sweep_table, tau_sweep
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    return TrainConfig(**small)
+def config(run_of):
+    return run_of()
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +126,9 @@ def test_training_goes_on_as_if_nothing_had_been_looked_at(config, data):
     assert tau_sweep(config, at=(4,), taus=12)["sweeps"][0] == data["sweeps"][1]
 
 
-def test_the_picture(data):
-    figure = Figure()
-    draw(figure, data)
-    for axes, measured in zip(figure.axes, ("validation", "test"), strict=True):
+def test_the_picture(data, drawn):
+    panels = drawn(draw, data)
+    for axes, measured in zip(panels, ("validation", "test"), strict=True):
         curves = [line for line in axes.lines if len(line.get_xdata()) == 13]
         assert [list(line.get_ydata()) for line in curves] == [s[measured] for s in data["sweeps"]]
         points = [line for line in axes.lines if len(line.get_xdata()) == 1]

@@ -20,8 +20,6 @@ from ffkernels.analysis.weight_space import (
     plane_through,
     spans,
 )
-from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session, stages_of
 
 WAITING = partial(stages_of, defer=True)
@@ -61,8 +59,8 @@ def test_a_zero_vector_has_no_cosine():
     assert torch.isnan(cosines(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))[0]).all()
 
 
-def test_the_gradient_is_a_training_steps_and_leaves_no_trace(small):
-    config = TrainConfig(**{**small, "dropout": 0.5, "micro_batch_size": 3})
+def test_the_gradient_is_a_training_steps_and_leaves_no_trace(run_of):
+    config = run_of(dropout=0.5, micro_batch_size=3)
     with open_session(config) as session:
         random = torch.get_rng_state()
         gradient, again = gradients_of(session, [session.load(0)] * 2)
@@ -73,9 +71,8 @@ def test_the_gradient_is_a_training_steps_and_leaves_no_trace(small):
         assert torch.equal(flat_gradient(session.trainable), gradient)
 
 
-def test_waiting_stages_make_the_same_run(small):
-    stages = FastForwardConfig(interval=3, warmup=1, max_tau=20)
-    config = TrainConfig(**small, fast_forward=stages)
+def test_waiting_stages_make_the_same_run(run_of):
+    config = run_of(dict(interval=3, warmup=1, max_tau=20))
     with open_session(config) as session:
         for step in range(8):
             session.step(step)
@@ -93,8 +90,8 @@ def test_waiting_stages_make_the_same_run(small):
         assert [stage.tau for stage in session.ff.stages] == taus and max(taus) > 0
 
 
-def test_without_fast_forward_no_stage_waits(small):
-    with open_session(TrainConfig(**small), attach=WAITING) as session:
+def test_without_fast_forward_no_stage_waits(run_of):
+    with open_session(run_of(), attach=WAITING) as session:
         assert session.ff is None
 
 
