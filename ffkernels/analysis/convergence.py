@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import replace
 
 from ffkernels.analysis.options import at_least
-from ffkernels.analysis.race import APART, TOLERANCE, outcome, run
+from ffkernels.analysis.race import APART, TOLERANCE, draw_taus, outcome, run
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
 from ffkernels.engine.config import PAPERS_PATIENCE
 from ffkernels.reporting.plots import LEGEND, STYLES, Figure, clean_axes, flop_unit
@@ -177,14 +177,10 @@ def draw(figure: Figure, data: Data) -> None:
     if at is not None:
         losses.plot(at[3] / size, at[1], "X", color=style["color"], markersize=9, label="switched off")
     losses.legend(loc="upper right", **LEGEND)
-    steps, found = ([stage[key] for stage in ff["stages"]] for key in ("optimizer_step", "tau"))
-    taus.plot(steps, found, **{**style, "linewidth": 1.4})
-    clean_axes(
-        taus, "optimizer step at which the stage ran", "τ*: Fast Forward steps of the stage", integer="y"
-    )
+    draw_taus(taus, ff["stages"], **style)
     if off is not None:
         taus.axvline(off, color=STYLES["adam"]["color"], linewidth=1, linestyle=":")
         place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "top", "rotation": 90}
         taus.annotate(f"switched off after step {off}", (off, 1), **place)
     taus.set_xlim(left=0)
-    taus.set_ylim(bottom=-0.02 * max(found, default=1))
+    taus.set_ylim(bottom=-0.02 * max((stage["tau"] for stage in ff["stages"]), default=1))

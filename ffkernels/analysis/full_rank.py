@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, cells, race
+from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, cells, draw_taus, race
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
 from ffkernels.analysis.sweeps import rank_config
 from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
@@ -102,19 +102,8 @@ def draw(figure: Figure, data: Data) -> None:
     figure.set_size_inches(9.6, 3.8)
     taus, saved = figure.subplots(1, 2, gridspec_kw=APART)
     runs, legend = data["runs"], {**ABOVE, "ncols": 2}
-    clean_axes(
-        taus, "optimizer step at which the stage ran", "τ*: Fast Forward steps of the stage", integer="x"
-    )
     for run, kind in zip(runs, ("parabolic", "linear", "adam-tuned", "other"), strict=True):
-        stages = [(stage["optimizer_step"], stage["tau"]) for stage in run["ff"]["stages"]]
-        taus.plot(
-            [step for step, _ in stages],
-            [tau for _, tau in stages],
-            **STYLES[kind],
-            markersize=6,
-            linewidth=1.4,
-            label=run["name"],
-        )
+        draw_taus(taus, run["ff"]["stages"], **STYLES[kind], label=run["name"])
     taus.set_ylim(bottom=0)
     taus.legend(**legend)
     clean_axes(saved, y="FLOPs saved against Adam (%)")

@@ -127,19 +127,12 @@ def _disjoint_batches(session: Session, count: int) -> list[Batch]:
 
 
 def table(data: Data) -> Table:
-    header = [
-        "after step",
-        "τ*",
-        "consistency before",
-        "consistency after",
-        "descent before",
-        "descent after",
-    ]
+    measured = [f"{of} {when}" for of in ("consistency", "descent") for when in ("before", "after")]
     rows = [["start", None, data["start"]["consistency"], None, None, None]]
     for stage in data["stages"]:
-        measured = [stage[when][of] for of in ("consistency", "descent") for when in ("before", "after")]
-        rows.append([stage["optimizer_step"], stage["tau"], *measured])
-    return header, rows
+        points = [stage[when][of] for of, when in map(str.split, measured)]
+        rows.append([stage["optimizer_step"], stage["tau"], *points])
+    return ["after step", "τ*", *measured], rows
 
 
 def what_was_seen(data: Data) -> list[str]:
@@ -199,14 +192,9 @@ def draw(figure: Figure, data: Data) -> None:
         title = _correlation(found).replace("-", "−")
     label = "consistency: mean cosine of two batches' gradients before the stage"
     clean_axes(axes, label, "τ*: times the update\nwas repeated", title=title)
-    points = axes.scatter(
-        [stage["before"]["consistency"] for stage in stages],
-        [stage["tau"] for stage in stages],
-        c=[stage["optimizer_step"] for stage in stages],
-        cmap="viridis_r",
-        s=45,
-        zorder=3,
-    )
+    steps, taus = ([stage[key] for stage in stages] for key in ("optimizer_step", "tau"))
+    before = [stage["before"]["consistency"] for stage in stages]
+    points = axes.scatter(before, taus, c=steps, cmap="viridis_r", s=45, zorder=3)
     axes.set_ylim(bottom=0)
     bar = below.colorbar(points, ax=axes, label="optimizer step", pad=0.02)
     bar.outline.set_visible(False)

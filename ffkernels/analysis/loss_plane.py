@@ -93,12 +93,12 @@ def loss_plane(
         loss = ValidationLoss(session.model, held_out, collator=session.collator, micro_batch_tokens=tokens)
         shown = _losses_around(session, sgd, ff, loss, grid, margin)
         stages = [[stage.optimizer_step, stage.tau] for stage in session.ff.stages]
-    start = sgd[0][1].double()
-    moved = {name: weights.double() - start for name, (_, weights) in _ends(sgd, ff).items()}
-    for name, test_loss in (("start", start_loss), ("sgd", sgd_loss), ("ff", ff_loss)):
-        point = {"distance": float(moved[name].norm()), "test_loss": test_loss}
-        shown["points"][name] |= {**point, "optimizer_steps": _ends(sgd, ff)[name][0]}
-    to_sgd, to_ff = moved["sgd"], moved["ff"]
+    start, moved = sgd[0][1].double(), []
+    reached = (*sgd[0], start_loss), (*sgd[-1], sgd_loss), (*ff[-1], ff_loss)
+    for point, (step, weights, test_loss) in zip(shown["points"].values(), reached, strict=True):
+        moved.append(weights.double() - start)
+        point |= {"distance": float(moved[-1].norm()), "test_loss": test_loss, "optimizer_steps": step}
+    _, to_sgd, to_ff = moved
     return {
         **shown,
         "cosine": float(to_sgd @ to_ff / (to_sgd.norm() * to_ff.norm())),
@@ -132,14 +132,10 @@ def _run(session: Session, target: float | None = None) -> tuple[Way, float]:
     return way, loss
 
 
-def _ends(sgd: Way, ff: Way) -> dict[str, tuple[int, Tensor]]:
-    return {"start": sgd[0], "sgd": sgd[-1], "ff": ff[-1]}
-
-
 def _losses_around(
     session: Session, sgd: Way, ff: Way, loss: ValidationLoss, grid: int, margin: float
 ) -> Data:
-    ends = {name: weights for name, (_, weights) in _ends(sgd, ff).items()}
+    ends = {"start": sgd[0][1], "sgd": sgd[-1][1], "ff": ff[-1][1]}
     plane = plane_through(*ends.values())
     at = {name: plane.at(weights) for name, weights in ends.items()}
     ways = {name: [[step, *plane.at(w)] for step, w in way] for name, way in (("sgd", sgd), ("ff", ff))}

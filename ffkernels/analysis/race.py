@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ffkernels.analysis.show import Data, Watch, percent
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.reporting.plots import STYLES
+from ffkernels.reporting.plots import STYLES, Axes, clean_axes
 from ffkernels.training.compare import Comparison, Interrupted
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session, stages_of
 from ffkernels.training.trainer import RunResult, train
 
-__all__ = ["cells", "outcome", "race", "run"]
+__all__ = ["cells", "draw_taus", "outcome", "race", "run"]
 
 # How far above Adam's test loss, in nats, counts as reached.
 TOLERANCE = 1e-4
@@ -141,3 +141,11 @@ def cells(run: Data) -> list[Any]:
     saved, taus = run["saved"], [stage["tau"] for stage in run["stages"]]
     shares = [percent(saved["paper"]), percent(saved["measured"])] if saved else ["not reached"] * 2
     return [run["optimizer_steps"], len(taus), sum(taus), *shares]
+
+
+def draw_taus(axes: Axes, stages: Sequence[Data], **style: Any) -> None:
+    """A panel, or one more line of it: τ* of each stage over the optimizer steps."""
+    label = "optimizer step at which the stage ran"
+    clean_axes(axes, label, "τ*: Fast Forward steps of the stage", integer="xy")
+    steps, taus = ([stage[key] for stage in stages] for key in ("optimizer_step", "tau"))
+    axes.plot(steps, taus, **{**style, "linewidth": 1.4})

@@ -59,15 +59,12 @@ def stage_taus(config: TrainConfig, *, seeds: Sequence[int] = (0, 1, 2)) -> Data
     stages: list[Data] = []
 
     def record(stage: Stage) -> None:  # called inside optimizer.step(), where the gradients still stand
+        kept = ("optimizer_step", "tau", "evaluations", "loss_before", "loss_after")
         stages.append(
             {
                 "seed": seed,
                 "number": len(session.ff.stages),
-                "optimizer_step": stage.optimizer_step,
-                "tau": stage.tau,
-                "evaluations": stage.evaluations,
-                "loss_before": stage.loss_before,
-                "loss_after": stage.loss_after,
+                **{key: getattr(stage, key) for key in kept},
                 "lr": session.learning_rate(stage.optimizer_step - 1),
                 **gradient_facts(p.grad for p in session.trainable),
             }
