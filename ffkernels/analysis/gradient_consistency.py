@@ -15,7 +15,6 @@ Source: Rahamim et al., arXiv 2409.04206, Figure 13. Costs B gradients per point
 from __future__ import annotations
 
 import random
-from functools import partial
 from statistics import median
 
 import torch
@@ -27,7 +26,7 @@ from ffkernels.analysis.show import Data, Table
 from ffkernels.analysis.weight_space import cosines, flat, gradients_of
 from ffkernels.reporting.plots import ABOVE, DOTTED, STYLES, TEXT, Axes, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import Batch, Session, open_session, stages_of
+from ffkernels.training.session import Batch, Session, open_session, waiting_stages
 
 __all__ = ["agreement", "draw", "gradient_consistency", "table", "what_was_seen"]
 
@@ -53,7 +52,7 @@ def gradient_consistency(config: TrainConfig, *, batches: int = 8) -> Data:
     """
     at_least(2, batches=batches)  # pairs are compared
     config = config.with_fast_forward()
-    with open_session(config, attach=partial(stages_of, defer=True)) as session:
+    with open_session(config, attach=waiting_stages) as session:
         compared = _disjoint_batches(session, batches)
         start = _point(session, compared, None)
         stages = []

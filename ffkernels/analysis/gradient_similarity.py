@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -25,7 +24,7 @@ from ffkernels.analysis.show import Data, Table
 from ffkernels.analysis.weight_space import flat, flat_gradient, inner_products
 from ffkernels.reporting.plots import ABOVE, STYLES, TEXT, Axes, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import open_session, stages_of
+from ffkernels.training.session import open_session, waiting_stages
 
 __all__ = ["CosineHistory", "draw", "gradient_similarity", "summary", "table", "what_was_seen"]
 
@@ -57,7 +56,7 @@ def gradient_similarity(config: TrainConfig, *, window: int | None = None) -> Da
 
 
 def _one_run(config: TrainConfig, window: int | None) -> tuple[Data, dict[str, int]]:
-    with open_session(config, attach=partial(stages_of, defer=True)) as session:
+    with open_session(config, attach=waiting_stages) as session:
         window = min(window or session.steps, session.steps)
         size = sum(w.numel() for w in session.trainable)
         gradients, updates = (CosineHistory(window, size, session.device) for _ in range(2))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import cycle, pairwise
 from typing import Any
 
@@ -27,7 +26,7 @@ from ffkernels.reporting.plots import TEXT, Figure, clean_axes
 from ffkernels.search.search import make_search
 from ffkernels.stage.weights import local_tensors, trainable_weights
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import open_session, stages_of
+from ffkernels.training.session import open_session, waiting_stages
 
 __all__ = ["draw", "replay", "shape", "sweep_table", "table", "tau_sweep", "what_was_seen"]
 
@@ -67,7 +66,7 @@ def tau_sweep(config: TrainConfig, *, at: Sequence[int] = (6, 12, 24), taus: int
         raise ValueError(f"taus={taus}: must be at least 2")
     config = replace(config, steps=at[-1], epochs=None)
     sweeps = []
-    with open_session(config, attach=partial(stages_of, defer=True)) as session:
+    with open_session(config, attach=waiting_stages) as session:
         for step in range(session.steps):
             loss = session.backward(session.load(step))
             if step + 1 not in at:

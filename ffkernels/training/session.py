@@ -31,7 +31,7 @@ from ffkernels.training.tasks import Example, Task, collate, load_file, load_tas
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.pool import ValidationPool
 
-__all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task", "stages_of"]
+__all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task", "waiting_stages"]
 
 # Makes what runs the stages instead of FastForward: ``.stages`` (a list of Stage) and ``.detach()``; with
 # ``.state_dict()`` and ``.load_state_dict()`` its runs can be resumed.
@@ -224,17 +224,18 @@ def open_session(config: TrainConfig, *, attach: Attach | None = None) -> Sessio
 
 
 def stages_of(session: Session, **how: Any) -> FastForward | None:
-    """What runs the stages that the session's settings ask for; ``how`` are FastForward's own arguments.
-
-    ``open_session(config, attach=partial(stages_of, defer=True))`` is a run in which a stage waits for
-    ``session.ff.run_due_stage()``: in between the weights are those of the optimizer's step alone. It is the
-    same run, bit for bit, as long as nothing else moves the weights.
-    """
+    """What runs the stages that the session's settings ask for; ``how`` are FastForward's own arguments."""
     config = session.config.fast_forward
     if config is None:
         return None
     validation = session.validation if config.interval is not None else None
     return FastForward(session.model, session.optimizer, validation, config, **how)
+
+
+# For ``open_session(config, attach=waiting_stages)``: a stage waits for ``session.ff.run_due_stage()``. In
+# between the weights are those of the optimizer's step alone; the run is the same, bit for bit, as long as
+# nothing else moves them.
+waiting_stages = partial(stages_of, defer=True)
 
 
 def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:

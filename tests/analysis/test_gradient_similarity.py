@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from ffkernels.analysis.gradient_similarity import (
     what_was_seen,
 )
 from ffkernels.analysis.weight_space import flat, flat_gradient
-from ffkernels.training.session import open_session, stages_of
+from ffkernels.training.session import open_session, waiting_stages
 
 
 @pytest.mark.parametrize("window", [1, 3, 7, 20])
@@ -65,7 +64,7 @@ def data(config):
 
 def test_rows_are_cosines_of_the_runs_own_gradients_and_updates(config, data):
     gradients, updates = [], []
-    with open_session(config, attach=partial(stages_of, defer=True)) as session:
+    with open_session(config, attach=waiting_stages) as session:
         for step in range(8):
             session.backward(session.load(step))
             gradients.append(flat_gradient(session.trainable).double())

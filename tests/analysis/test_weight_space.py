@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -20,9 +19,7 @@ from ffkernels.analysis.weight_space import (
     plane_through,
     spans,
 )
-from ffkernels.training.session import open_session, stages_of
-
-WAITING = partial(stages_of, defer=True)
+from ffkernels.training.session import open_session
 
 
 def test_flat_copies_in_order():
@@ -69,30 +66,6 @@ def test_the_gradient_is_a_training_steps_and_leaves_no_trace(run_of):
         assert all(w.grad is None for w in session.trainable)
         session.backward(session.load(0))
         assert torch.equal(flat_gradient(session.trainable), gradient)
-
-
-def test_waiting_stages_make_the_same_run(run_of):
-    config = run_of(dict(interval=3, warmup=1, max_tau=20))
-    with open_session(config) as session:
-        for step in range(8):
-            session.step(step)
-        expected, taus = flat(session.trainable), [stage.tau for stage in session.ff.stages]
-    with open_session(config, attach=WAITING) as session:
-        for step in range(8):
-            session.step(step)
-            before = flat(session.trainable)
-            due = session.ff.stage_due
-            assert due == (step in (3, 6))
-            stage = session.ff.run_due_stage()
-            assert (stage is not None) == due and not session.ff.stage_due
-            assert torch.equal(before, flat(session.trainable)) == (stage is None or stage.tau == 0)
-        assert torch.equal(flat(session.trainable), expected)
-        assert [stage.tau for stage in session.ff.stages] == taus and max(taus) > 0
-
-
-def test_without_fast_forward_no_stage_waits(run_of):
-    with open_session(run_of(), attach=WAITING) as session:
-        assert session.ff is None
 
 
 @pytest.fixture
