@@ -84,7 +84,10 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
 
 def _test_loss(calls: Iterator[tuple[float, float]], wanted: float) -> float:
     """The test loss taken with the validation loss ``wanted``; calls that only counted FLOPs are skipped."""
-    return next(test for loss, test in calls if loss == wanted or (math.isnan(loss) and math.isnan(wanted)))
+    for loss, test in calls:
+        if loss == wanted or (math.isnan(loss) and math.isnan(wanted)):
+            return test
+    raise RuntimeError(f"no test loss was measured with the validation loss {wanted}")
 
 
 def _run(session: Session, evaluate_every: int) -> Data:
