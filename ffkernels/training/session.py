@@ -32,7 +32,7 @@ from ffkernels.validation.evaluation_mode import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.pool import ValidationPool
 
-__all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task"]
+__all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task", "waiting_stages"]
 
 # Makes what runs the stages instead of FastForward: ``.stages`` (a list of Stage) and ``.detach()``; with
 # ``.state_dict()`` and ``.load_state_dict()`` its runs can be resumed.
@@ -112,12 +112,7 @@ class Session:
         self.order = DataOrder(len(self.task.train), config.batch_size, config.seed)
         self.meter = FlopMeter(sum(p.numel() for p in self.trainable))
         self.test = self._loss(self.task.test) if self.task.test else None
-        if attach is not None:
-            self.ff = attach(self)
-        elif config.fast_forward is not None:
-            stages = config.fast_forward.interval is not None
-            validation = self.validation if stages else None
-            self.ff = FastForward(self.model, self.optimizer, validation, config.fast_forward)
+        self.ff = (attach or stages_of)(self)
         try:
             if "validation" in vars(self):
                 _ = self.validation.flops  # counted at its first reading: here, outside anybody's clock
@@ -252,6 +247,21 @@ def open_session(config: TrainConfig, *, attach: Attach | None = None) -> Sessio
             what to do.
     """
     return Session(config, attach=attach)
+
+
+def stages_of(session: Session, **how: Any) -> FastForward | None:
+    """What runs the stages that the session's settings ask for; ``how`` are FastForward's own arguments."""
+    config = session.config.fast_forward
+    if config is None:
+        return None
+    validation = session.validation if config.interval is not None else None
+    return FastForward(session.model, session.optimizer, validation, config, **how)
+
+
+# For ``open_session(config, attach=waiting_stages)``: a stage waits for ``session.ff.run_due_stage()``. In
+# between the weights are those of the optimizer's step alone; the run is the same, bit for bit, as long as
+# nothing else moves them.
+waiting_stages = partial(stages_of, defer=True)
 
 
 def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:

@@ -9,7 +9,7 @@ from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.recorder import read_run
 from ffkernels.stage.record import Stage
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import open_session
+from ffkernels.training.session import open_session, waiting_stages
 from ffkernels.training.trainer import train
 
 STAGES = FastForwardConfig(interval=4, max_tau=16)
@@ -193,3 +193,32 @@ def test_a_run_goes_on_with_the_loop_it_was_saved_with(config):
 def test_attach_may_decline(config):
     result = train(replace(config, fast_forward=STAGES), attach=lambda session: None)
     assert result.stages == [] and result.optimizer_steps == 6
+
+
+def flat(weights):
+    return torch.cat([weight.detach().flatten() for weight in weights])
+
+
+def test_waiting_stages_make_the_same_run(config):
+    stages = FastForwardConfig(interval=3, warmup=1, max_tau=20)
+    config = replace(config, steps=10, fast_forward=stages)
+    with open_session(config) as session:
+        for step in range(8):
+            session.step(step)
+        expected, taus = flat(session.trainable), [stage.tau for stage in session.ff.stages]
+    with open_session(config, attach=waiting_stages) as session:
+        for step in range(8):
+            session.step(step)
+            before = flat(session.trainable)
+            due = session.ff.stage_due
+            assert due == (step in (3, 6))
+            stage = session.ff.run_due_stage()
+            assert (stage is not None) == due and not session.ff.stage_due
+            assert torch.equal(before, flat(session.trainable)) == (stage is None or stage.tau == 0)
+        assert torch.equal(flat(session.trainable), expected)
+        assert [stage.tau for stage in session.ff.stages] == taus and max(taus) > 0
+
+
+def test_without_fast_forward_no_stage_waits(config):
+    with open_session(config, attach=waiting_stages) as session:
+        assert session.ff is None
