@@ -82,8 +82,8 @@ def compare(
         float | None,
         typer.Option(
             help="Learning rate of the tuned Adam row (default: for tiny as measured, 1e-2 on instruction, "
-            "2e-2 on the others; for other models, data and adapters 3e-3, a row called untuned; where whole "
-            "weights train --sweep)."
+            "2e-2 on the others, called untuned at another batch size, length, schedule or dtype; for other "
+            "models, data and adapters 3e-3, called untuned; where whole weights train --sweep)."
         ),
     ] = None,
     sweep: Annotated[
@@ -124,12 +124,12 @@ def compare(
         check_every=check_every,
     )
     console = _console()
-    with ProgressBars(console, quiet, tokens=True) as bars:
-        try:
+    try:
+        with ProgressBars(console, quiet, tokens=True, runs=comparison.runs) as bars:
             results, protocol = run_comparison(comparison, on_run=bars.start, on_event=bars.event)
-        except Interrupted as error:
-            typer.echo(f"interrupted in {error}; finished runs are in {out}: ffkernels report {out}/*.jsonl")
-            raise typer.Exit(INTERRUPTED) from None
+    except Interrupted as error:
+        typer.echo(f"interrupted in {error}; finished runs are in {out}: ffkernels report {out}/*.jsonl")
+        raise typer.Exit(INTERRUPTED) from None
     provenance = {"command": command_line(sys.argv[1:]), "date": date.today().isoformat()}
     _write_report([result.log for result in results], out, {**provenance, **base.to_dict(), **protocol})
 
@@ -219,13 +219,13 @@ def train(
     if log.exists() and log.stat().st_size and not resume and not overwrite:
         raise ValueError(f"{log} exists: --resume goes on, --overwrite replaces it, or take another --name")
     console = _console()
-    with ProgressBars(console, quiet, tokens=True) as bars:
-        bars.start(config)
-        try:
+    try:
+        with ProgressBars(console, quiet, tokens=True) as bars:
+            bars.start(config)
             result = run_training(config, resume=resume, on_event=bars.event)
-        except KeyboardInterrupt:  # the second, or one before the first step
-            typer.echo(f"Ended at once. {on_disk(out / name)}")
-            raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt:  # the second, or one before the first step
+        typer.echo(f"Ended at once. {on_disk(out / name)}")
+        raise typer.Exit(INTERRUPTED) from None
     for line in how_it_ended(result, config.method):
         typer.echo(line)
     if result.interrupted:

@@ -150,9 +150,10 @@ def test_compare_writes_the_report(invoke, quick, tmp_path):
     took = [json.loads((out / f"{n}.jsonl").read_text().splitlines()[-1])["test_seconds"] for n in names]
     assert min(took) > 0 and f"The test losses took {sum(took):.1f} s beside them." in text
     assert " ".join(result.stdout.split()).count("adam-s0: 88 training examples;") == 1
-    assert (
-        result.stdout.count("% cut") == 1 and "s for test losses" in result.stdout and list(out.glob("*.png"))
-    )
+    assert result.stdout.count("at most; 0 cut") == 1 and "s for test losses" in result.stdout
+    assert list(out.glob("*.png")) and "linear-s0: 6 steps or test loss" in result.stdout
+    assert re.search(r"All 5 runs: about 0:\d\d:\d\d left", result.stdout)
+    assert re.search(r"; run 5 of 5, about 0:\d\d:\d\d left", " ".join(result.stdout.split()))
     assert all((out / f"{name}.jsonl").is_file() for name in names)
     last = re.sub(r"\s+", "", result.stdout.strip().splitlines()[-1])
     assert f"reportisin{out}" in last
@@ -308,7 +309,7 @@ def test_what_is_left_out_is_said_once(invoke, quick, sums, tmp_path):
     result = invoke("train", *quick, *flags)
     flat = " ".join(result.stdout.split())
     assert (
-        "Left out of sums.jsonl: 1 line of which a test example is equal. Left out of other.jsonl: 1" in flat
+        "Left out of sums.jsonl: 1 line equal to one of the file that is tested on. Left out of oth" in flat
     )
     assert "A batch of 512 is larger than the 95 training examples" in flat
     assert result.exit_code == 0 and flat.count("Left out of other.jsonl") == 1

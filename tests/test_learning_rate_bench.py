@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -205,23 +207,43 @@ def test_loss_above_tuned_and_what_is_not_recovered(bench):
 
 def test_what_the_documentation_says_of_it(bench, tool, tmp_path):
     rates, doc = bench.table, tool("results_doc")
-    assert (
-        rates.learning_rates({})
-        == rates.learning_rates_short({})
-        == ("*Not measured yet: `python -m benchmarks.learning_rate`.*")
-    )
+    nothing = "*Not measured yet: `python -m benchmarks.learning_rate`.*"
+    assert rates.learning_rates({}) == rates.learning_rates_by_workload({}) == nothing
     data = a_result(bench)
     path = tmp_path / "benchmarks" / "results" / "alignment_rates_tiny_2026-01-01.json"
     record.write(data, path)
     assert json.loads(path.read_text(encoding="utf-8")) == data
-    text = doc.builders(doc.read_results(tmp_path))["learning-rates"]()
+    build = doc.builders(doc.read_results(tmp_path))
+    text = build["learning-rates"]()
     verdict = (
         "| constant, 120 steps | 2 | +2.5 % | +4.0 % | +11.0 % | +20.0 % | 0 | +1.5 %, +4.0 % | median |"
     )
-    assert verdict in text and verdict in rates.learning_rates_short(doc.read_results(tmp_path))
+    assert verdict in text
     assert "| Adam at 1e-4 | +22.0 % (+40.0 %) |" in text
     assert "| Adam at 2e-4 |" not in text, "it was run on one of two workloads"
-    assert "LoRA, α = 16, medical, batch 4, 120 steps, constant | 1e-2 (at the grid's end) | 3.000" in text
+    row = "LoRA, α = 16, medical, batch 4, 120 steps, constant | 1e-2 (at the grid's end) | 3.000"
+    assert row in build["learning-rates-by-workload"]() and row not in text
+
+
+def test_what_the_page_opens_with_is_what_was_measured(bench):
+    root = Path(__file__).resolve().parents[1]
+    page = (root / "docs" / "learning-rate.md").read_text(encoding="utf-8")
+    said = " ".join(page.partition("## ")[0].split())
+    newest = max((root / "benchmarks" / "results").glob("alignment_rates_tiny_*.json"))
+    results = bench.table.Results(json.loads(newest.read_text(encoding="utf-8")))
+
+    def steps(line):
+        return results.workloads[line["workload"]]["steps"]
+
+    above = {"": [results.above(line) for line in results.of("auto") if steps(line) == 120]}
+    for schedule in ("constant", "linear"):
+        group = f"{schedule}, 120 steps"
+        above[schedule] = [
+            results.above(line) for line in results.of("auto") if group in results.labels(line)
+        ]
+    constant, linear, worst = median(above["constant"]), median(above["linear"]), max(above[""])
+    assert f"by {100 * constant:.1f} % at a constant rate and {100 * linear:.1f} % under a linear" in said
+    assert f"at worst {100 * worst:.1f} %" in said
 
 
 def test_a_miss_is_named_with_where_it_ended(bench):

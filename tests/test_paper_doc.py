@@ -1,7 +1,8 @@
-"""docs/coming-from-the-paper.md names every flag of the authors' script, and only options that exist."""
+"""docs/paper.md names every flag of the authors' script, and only options that exist."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -16,7 +17,7 @@ from ffkernels.training import options
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.presets import BLANK, PRESETS, TABLES, preset
 
-DOC = (Path(__file__).resolve().parents[1] / "docs" / "coming-from-the-paper.md").read_text(encoding="utf-8")
+DOC = (Path(__file__).resolve().parents[1] / "docs" / "paper.md").read_text(encoding="utf-8")
 AUTHORS = {
     "task": "chat",
     "model_name": "meta-llama/Meta-Llama-3-8B",
@@ -71,7 +72,10 @@ def test_every_option_of_ours_exists():
     assert used and used <= ours, used - ours
     running = re.sub(r"```.*?```", "", DOC, flags=re.S)
     everywhere = {name for name in re.findall(r"`(--[a-z-]+)(?: [^`]*)?`", running)}
-    assert len(everywhere) > 15 and everywhere <= ours | {f"--{name}" for name in AUTHORS}, everywhere - ours
+    figures = set().union(*map(option_names, commands()["analyze"].commands.values()))
+    allowed = ours | figures | option_names(commands()["tokens"]) | {f"--{name}" for name in AUTHORS}
+    allowed.add("--help")
+    assert len(everywhere) > 15 and everywhere <= allowed, everywhere - allowed
     for row in ROWS:
         assert row[2] == "none needed" or re.search(r"`--[a-z]", row[2]), row
 
@@ -91,6 +95,14 @@ def test_every_command_line_is_accepted():
 def test_every_analyze_command_is_in_the_table_of_figures():
     named = set(re.findall(r"`ffkernels analyze ([a-z-]+)`", FIGURES))
     assert set(commands()["analyze"].commands) <= named
+
+
+def test_every_function_in_the_table_of_figures_exists():
+    names = re.findall(r"\| `([a-z_]+)\.([a-z_]+)` \|", FIGURES)
+    assert len(names) == len(commands()["analyze"].commands)
+    for module, function in names:
+        found = importlib.import_module(f"ffkernels.analysis.{module}")
+        assert callable(getattr(found, function)) and callable(found.draw), module
 
 
 def test_the_long_command_is_the_preset_and_the_authors_default():
@@ -114,9 +126,8 @@ def test_presets_that_are_named_exist():
     assert len(named) > 2 and named <= set(PRESETS)
 
 
-def test_the_tables_in_the_documents_are_the_presets():
-    tasks = (Path(__file__).resolve().parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+def test_the_table_of_presets_is_that_of_the_code():
     for task, (lr, batch_size, rank, micro_batches) in TABLES.items():
         micro = ["blank" if of is BLANK else str(of) for of in micro_batches.values()]
         cells = [task, f"{lr:.0e}".replace("e-0", "e-"), str(batch_size), str(rank), *micro]
-        assert f"\n| {' | '.join(cells)} |\n" in tasks
+        assert f"\n| {' | '.join(cells)} |\n" in DOC

@@ -26,9 +26,9 @@ from benchmarks.learning_rate import table as learning_rate
 from benchmarks.peers import race
 from benchmarks.stages import resampled, search_noise
 from benchmarks.tables import Results
-from tools.results_tables import comparison, comparisons, files
+from tools.results_tables import comparison, files
 
-DOCUMENTS = ("docs/results.md", "docs/learning-rate.md", "README.md")
+DOCUMENTS = ("docs/results.md", "docs/learning-rate.md", "benchmarks/results/README.md", "README.md")
 IMAGES = "docs/images"
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 
@@ -57,7 +57,6 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
         raise ValueError(f"two results draw {', '.join(twice)}: of one kind keep the newer, or rename one")
     made: dict[str, Callable[[Results], str]] = {
         "files": files,
-        "comparisons": comparisons,
         "peers": race.table,
         "search-noise": search_noise.table,
         "sft": sft.table,
@@ -65,9 +64,8 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
         "align": align.table,
         "resampled-validation": resampled.table,
         "end-to-end": lambda results: figures.end_to_end(results, shown),
-        "end-to-end-short": figures.end_to_end_short,
         "learning-rates": learning_rate.learning_rates,
-        "learning-rates-short": learning_rate.learning_rates_short,
+        "learning-rates-by-workload": learning_rate.learning_rates_by_workload,
     }
     found = {name: partial(build, results) for name, build in made.items()}
     found |= {

@@ -41,25 +41,6 @@ def comparison(data: Mapping[str, Any]) -> str:
     return tables.markdown(head, rows)
 
 
-def comparisons(results: tables.Results) -> str:
-    """Every committed comparison, the largest batch first."""
-    parts = []
-    found = [(name, data) for name, data in results.items() if is_comparison(data)]
-    for name, data in sorted(found, key=lambda item: (-item[1]["config"]["batch_size"], item[0])):
-        config = data["config"]
-        parts += [
-            f"{tables.heading(config['model'])}, {config['task']}, batch "
-            f"{config['batch_size']}, {tables.counted(len(config['seeds']), 'seed')} "
-            f"{tables.source(name, config)}:",
-            comparison(data),
-        ]
-    return "\n\n".join(parts) or "*None yet.*"
-
-
-def is_comparison(data: Mapping[str, Any]) -> bool:
-    return "savings" in data and "check_every" in data.get("config", {}) and "kind" not in data
-
-
 # What the files of a kind are, by how their names begin.
 FAMILIES = {
     "end_to_end": "the paper's protocol on every task: what is saved on the way to Adam's test loss",
@@ -68,9 +49,10 @@ FAMILIES = {
     "step_cpu": "one `step_` with checkpoint, against foreach, a loop and the state-dict way",
     "align_cpu": "one `align_`, against foreach, flattened tensors with `torch.dot`, and a loop",
     "align_in_training": 'what `learning_rate="auto"` costs of a training step',
-    "ranks": "validation and stages on 1, 2 and 4 processes, for [distributed.md](distributed.md)",
+    "ranks": "validation and stages on 1, 2 and 4 processes, for [distributed.md](../../docs/distributed.md)",
     "search_on_ranks": (
-        "a stage on two processes: shared examples or several τ at once ([distributed.md](distributed.md))"
+        "a stage on two processes: shared examples or several τ at once "
+        "([distributed.md](../../docs/distributed.md))"
     ),
     "machine_code": "what the Triton kernels compile to for sm_80, sm_90 and sm_100, and rejected variants",
     "resampled_validation": "the same validation examples in every stage, or others from a pool",
@@ -97,4 +79,4 @@ def files(results: tables.Results) -> str:
         if made is None and data.get("kind") == "sft":
             made = sft.command_of(config)
         rows.append([f"`{name}`", f"{what}; {about}" if about else what, f"`{made}`" if made else "–"])
-    return tables.markdown(["file under `benchmarks/results/`", "what", "made by"], rows, text_columns=3)
+    return tables.markdown(["file", "what", "made by"], rows, text_columns=3)

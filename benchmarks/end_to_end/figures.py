@@ -4,7 +4,6 @@ saved likewise (its Figure 3), beside the ranges that it reports and beside a tu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from statistics import median
 from typing import Any
 
@@ -196,35 +195,3 @@ def left_out(rounds: Sequence[Mapping[str, Any]]) -> str:
         f"{cell} (seed{'s' * (len(of) > 1)} {', '.join(map(str, sorted(of)))})" for cell, of in seeds.items()
     ]
     return f"Not measured to the end, for want of time or as the file says: {'; '.join(cells)}."
-
-
-def end_to_end_short(results: Results) -> str:
-    """For README: a line per task, the two searches' FLOPs and time saved at each learning rate."""
-    parts = []
-    for data in end_to_end_files(results).values():
-        # One table of one line per task: of LoRA at the smallest batch, which every task has.
-        cells = [c for c in in_order(data) if not c["tuned"] and c["method"] == data["cells"][0]["method"]]
-        if not cells:
-            continue
-        cells = of_smallest_batch(cells)
-        rates = sorted({cell["lr"] for cell in cells})
-        by_place = {(cell["task"], cell["lr"]): cell for cell in cells}
-        columns = [*product(("parabolic", "linear"), rates), ("adam-tuned", rates[0])]
-        head = [named(data["config"]["model"])]
-        head += [f"`{kind}`, lr {rate(lr)}" for kind, lr in columns[:-1]]
-        head.append(f"Adam, tuned lr, against {rate(rates[0])}")
-        rows = []
-        for task in dict.fromkeys(cell["task"] for cell in cells):
-            rows.append([task, *(pair(by_place.get((task, lr)), kind) for kind, lr in columns)])
-        parts.append(markdown(head, rows))
-    return "\n\n".join(parts) or "*All three tasks: not measured yet (`make bench-e2e`).*"
-
-
-def pair(cell: Mapping[str, Any] | None, kind: str) -> str:
-    """FLOPs (measured) and time saved, medians."""
-    found = spread(cell, kind) if cell is not None else None
-    if found is None:
-        return "–"
-    if found["median"] is None:
-        return "not reached"
-    return f"{percent(found['median']['flops_measured'])}, {percent(found['median']['seconds'])}"

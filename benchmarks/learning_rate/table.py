@@ -191,10 +191,15 @@ def beside_common(data: Result) -> str:
     return markdown(head, rows)
 
 
+def summary(data: Result) -> str:
+    tiny = data["config"]["model"] == "tiny"  # bounds are of the embedded model
+    shown, other = (verdicts(data), contenders(data)) if tiny else (beside_common(data), "")
+    words = "Beyond what is allowed in the worst case, or with a spike:"
+    return "\n\n".join(part for part in (shown, words, misses(data), other) if part)
+
+
 def all_tables(data: Result) -> str:
-    parts = [verdicts(data), "Beyond what is allowed in the worst case, or with a spike:", misses(data)]
-    parts.append(contenders(data) if data["config"]["model"] == "tiny" else beside_common(data))
-    return "\n\n".join([*parts, workloads(data)])
+    return f"{summary(data)}\n\n{workloads(data)}"
 
 
 def newest_of_each(results: Files) -> dict[str, tuple[str, Mapping[str, Any]]]:
@@ -208,18 +213,18 @@ def newest_of_each(results: Files) -> dict[str, tuple[str, Mapping[str, Any]]]:
 
 
 def learning_rates(results: Files) -> str:
-    """All of it."""
-    parts = []
-    for name, data in newest_of_each(results).values():
-        parts += [conditions(name, data), all_tables(data)]
-    return "\n\n".join(parts) or missing("learning_rate")
+    """ "auto" beside its bounds and beside the other contenders, what misses first."""
+    found = newest_of_each(results).values()
+    return "\n\n".join(f"{conditions(*one)}\n\n{summary(one[1])}" for one in found) or missing(
+        "learning_rate"
+    )
 
 
-def learning_rates_short(results: Files) -> str:
-    """ "auto" beside its bounds."""
+def learning_rates_by_workload(results: Files) -> str:
+    """A row per workload."""
     parts = []
     for model, (name, data) in newest_of_each(results).items():
-        parts += [conditions(name, data), (verdicts if model == "tiny" else beside_common)(data)]
+        parts.append(f"{heading(model)} (`{name}`):\n\n{workloads(data)}")
     return "\n\n".join(parts) or missing("learning_rate")
 
 

@@ -12,7 +12,8 @@ from benchmarks.stages.models import make_model
 from benchmarks.stages.providers import BareForward, Bench, graph_executor
 from ffkernels import ops
 from ffkernels.search.search import make_search
-from ffkernels.stage.eager import EagerExecutor, StageProgram
+from ffkernels.stage.eager import EagerExecutor
+from ffkernels.stage.program import StageProgram
 from ffkernels.validation.loss import ValidationLoss
 
 INTERVAL, BATCH, LEARNING_RATE = 6, 16, 5e-4

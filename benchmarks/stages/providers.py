@@ -41,7 +41,8 @@ from benchmarks.stages.models import TOKENS_PER_FORWARD, Batches, collate, make_
 from benchmarks.timing import seconds_of
 from ffkernels import ops
 from ffkernels.search.search import LinearSearch, ParabolicSearch, Search
-from ffkernels.stage.eager import EagerExecutor, StageProgram
+from ffkernels.stage.eager import EagerExecutor
+from ffkernels.stage.program import StageProgram
 from ffkernels.validation.evaluation_mode import evaluation_mode
 from ffkernels.validation.fast import LabelledLoss
 from ffkernels.validation.loss import ValidationLoss

@@ -12,24 +12,21 @@ Fast Forward has reached Adam's test loss.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from ffkernels.analysis.likelihood import choice_scores
-from ffkernels.analysis.multiple_choice import Question, from_examples, load_benchmark
-from ffkernels.analysis.race import Watch, outcome, race
-from ffkernels.reporting.plots import LEGEND, STYLES, clean_axes
+from ffkernels.analysis.multiple_choice import Question, choice_scores, from_examples, load_benchmark
+from ffkernels.analysis.options import at_least
+from ffkernels.analysis.race import race
+from ffkernels.analysis.show import Data, Table, Watch
+from ffkernels.reporting.plots import LEGEND, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session
-from ffkernels.training.trainer import RunResult
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["SCORES", "accuracy", "answered", "draw", "mcnemar", "what_was_seen", "wilson"]
+__all__ = ["SCORES", "accuracy", "answered", "draw", "mcnemar", "table", "what_was_seen", "wilson"]
 
 SCORES = ("sum", "mean")
-MODELS = ("before", "adam", "ff")
+MODELS = {"before": "before training", "adam": "after Adam", "ff": "after Fast Forward"}
 # The 97.5 % quantile of the normal distribution.
 Z95 = 1.959963984540054
 # Tokens per question at most where a benchmark is read and the model itself would take more.
@@ -45,10 +42,8 @@ def accuracy(
     opening: float = 0.5,
     max_question_length: int | None = None,
     check_every: int = 3,
-    tolerance: float = 1e-4,
-    batch_size: int = 64,
     watch: Watch | None = None,
-) -> dict[str, Any]:
+) -> Data:
     """Accuracy on multiple choice before training, after Adam and after Fast Forward (the paper's §5.2).
 
     Args:
@@ -60,7 +55,6 @@ def accuracy(
         max_question_length: tokens of a prompt and a choice together, where a benchmark is given; None takes
             what the model can, at most 1,024.
         check_every: optimizer steps between test losses of the Fast Forward run.
-        batch_size: sequences per forward at most when scoring.
 
     Returns:
         ``questions`` (how many), ``choices`` (least, most), ``chance``; ``models``, of "before", "adam" and
@@ -70,40 +64,40 @@ def accuracy(
     Raises:
         ValueError, RuntimeError: when the benchmark cannot be read; the message names the line.
     """
-    if isinstance(questions, bool) or not isinstance(questions, int) or questions < 1:
-        raise ValueError(f"questions={questions!r}: must be an integer of at least 1")
+    at_least(1, questions=questions)
     asked: list[Question] = []
     answers: dict[str, dict[str, list[bool]]] = {}
     current: list[Session] = []
 
     def ask(name: str) -> None:
-        session = current[-1]
-        pad = session.tokenizer.pad_token_id
-        scores = choice_scores(session.model, asked, pad_token_id=pad, batch_size=batch_size)
-        answers[name] = answered(asked, scores)
+        model, pad = current[0].model, current[0].tokenizer.pad_token_id
+        answers[name] = answered(asked, choice_scores(model, asked, pad_token_id=pad))
 
     def begin(session: Session) -> None:
         current[:] = [session]
-        if not asked:
-            asked.extend(_ask_what(session, benchmark, questions, choices, opening, max_question_length))
-            ask("before")
+        if asked:
+            return
+        if benchmark is None:
+            how = {"choices": choices, "opening": opening, "limit": questions, "seed": config.seed}
+            asked.extend(from_examples(session.task.test, **how))
+        else:
+            limit = getattr(session.model.config, "max_position_embeddings", None) or LONGEST
+            length = max_question_length or min(LONGEST, limit)
+            if length > limit:
+                raise ValueError(f"max_question_length={length}: this model takes {limit} tokens at most")
+            how = {"max_length": length, "limit": questions, "seed": config.seed}
+            asked.extend(load_benchmark(benchmark, session.tokenizer, **how))
+        ask("before")
 
-    def end(name: str, result: RunResult) -> None:
+    def end(name: str) -> None:
         ask(name)
         current.clear()  # the next model may need its memory
 
     config = config.with_fast_forward()
-    adam, results = race(
-        config,
-        {"ff": config.fast_forward},
-        check_every=check_every,
-        tolerance=tolerance,
-        watch=watch,
-        on_session=begin,
-        on_end=end,
-    )
-    trained = {"adam": outcome(adam), "ff": outcome(results["ff"], adam)}
+    stages, watched = {"ff": config.fast_forward}, {"watch": watch, "on_session": begin, "on_end": end}
+    trained = race(config, stages, check_every=check_every, **watched)
     counts = [len(question.choices) for question in asked]
+    untrained = {"optimizer_steps": 0, "test_loss": None}
     return {
         "benchmark": str(benchmark) if benchmark else f"{config.data or config.task}, held-out examples",
         "questions": len(asked),
@@ -113,8 +107,7 @@ def accuracy(
         "models": [
             {
                 "name": name,
-                "optimizer_steps": trained[name]["optimizer_steps"] if name in trained else 0,
-                "test_loss": trained[name]["test_loss"] if name in trained else None,
+                **{key: trained.get(name, untrained)[key] for key in untrained},
                 **{score: wilson(sum(answers[name][score]), len(asked)) for score in SCORES},
             }
             for name in MODELS
@@ -122,24 +115,6 @@ def accuracy(
         "paired": {score: mcnemar(answers["adam"][score], answers["ff"][score]) for score in SCORES},
         **trained,
     }
-
-
-def _ask_what(
-    session: Session,
-    benchmark: str | None,
-    questions: int,
-    choices: int,
-    opening: float,
-    longest: int | None,
-) -> list[Question]:
-    seed = session.config.seed
-    if benchmark is None:
-        return from_examples(session.task.test, choices=choices, opening=opening, limit=questions, seed=seed)
-    limit = getattr(session.model.config, "max_position_embeddings", None) or LONGEST
-    length = longest or min(LONGEST, limit)
-    if length > limit:
-        raise ValueError(f"max_question_length={length}: this model takes {limit} tokens at most")
-    return load_benchmark(benchmark, session.tokenizer, max_length=length, limit=questions, seed=seed)
 
 
 def answered(questions: Sequence[Question], scores: Sequence[Sequence[float]]) -> dict[str, list[bool]]:
@@ -155,9 +130,7 @@ def answered(questions: Sequence[Question], scores: Sequence[Sequence[float]]) -
 def wilson(correct: int, n: int) -> dict[str, float]:
     """``correct`` of ``n`` as an accuracy with Wilson's 95 % score interval (1927)."""
     if not 0 <= correct <= n or n < 1:
-        raise ValueError(
-            f"correct={correct!r} of n={n!r}: must be counts, correct at most n and n at least 1"
-        )
+        raise ValueError(f"correct={correct!r} of n={n!r}: must be counts, correct <= n and n at least 1")
     share, z2 = correct / n, Z95 * Z95
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
@@ -173,26 +146,30 @@ def mcnemar(adam: Sequence[bool], ff: Sequence[bool]) -> dict[str, float]:
     Under equal accuracy, who is right where only one is, is a fair coin; ``p`` is how often it would be at
     least as one-sided.
     """
-    adam_only = sum(a and not f for a, f in zip(adam, ff, strict=True))
-    ff_only = sum(f and not a for a, f in zip(adam, ff, strict=True))
-    both = sum(a and f for a, f in zip(adam, ff, strict=True))
+    pairs = Counter(zip(map(bool, adam), map(bool, ff), strict=True))
+    adam_only, ff_only = pairs[True, False], pairs[False, True]
     n = adam_only + ff_only
     tail = sum(math.comb(n, k) for k in range(min(adam_only, ff_only) + 1))
-    return {
-        "adam_only": adam_only,
-        "ff_only": ff_only,
-        "both": both,
-        "neither": len(adam) - n - both,
-        "p": min(1.0, 2 * tail / 2**n),
-    }
+    counts = {"adam_only": adam_only, "ff_only": ff_only, "both": pairs[True, True]}
+    return {**counts, "neither": pairs[False, False], "p": min(1.0, 2 * tail / 2**n)}
 
 
-def what_was_seen(data: dict[str, Any]) -> list[str]:
-    """The data in sentences."""
-    paired = data["paired"]
+def table(data: Data) -> Table:
+    header = ["model", "optimizer steps", "test loss", "accuracy, sum", "95 %", "accuracy, mean", "95 %"]
+    rows = []
+    for model in data["models"]:
+        cells = []
+        for one in (model[score] for score in SCORES):
+            cells.append(f"{100 * one['accuracy']:.1f} %")
+            cells.append(f"{100 * one['low']:.1f} – {100 * one['high']:.1f}")
+        rows.append([MODELS[model["name"]], model["optimizer_steps"], model["test_loss"], *cells])
+    return header, rows
+
+
+def what_was_seen(data: Data) -> list[str]:
     seen = []
     for score, words in (("sum", "By summed log-likelihood"), ("mean", "By the mean per token")):
-        pair = paired[score]
+        pair = data["paired"][score]
         seen.append(
             f"{words}, Adam alone is right on {pair['adam_only']} of {data['questions']} questions and Fast "
             f"Forward alone on {pair['ff_only']} (McNemar's exact test: p = {pair['p']:.2g})."
@@ -202,41 +179,28 @@ def what_was_seen(data: dict[str, Any]) -> list[str]:
     return seen
 
 
-def draw(figure: Figure, data: dict[str, Any]) -> None:
+def draw(figure: Figure, data: Data) -> None:
     """Accuracies with their 95 % intervals, and chance."""
     figure.set_size_inches(6.4, 4.0)
     axes = figure.add_subplot()
-    clean_axes(axes)
-    titles = {"before": "before training", "adam": "after Adam", "ff": "after Fast Forward"}
+    clean_axes(axes, y=f"accuracy (%), {data['questions']} questions, 95 % intervals")
     scores = {"sum": ("summed log-likelihood", "parabolic"), "mean": ("mean per token", "linear")}
+    places = range(len(data["models"]))
     for shift, (score, (label, kind)) in zip((-0.1, 0.1), scores.items(), strict=True):
         found = [model[score] for model in data["models"]]
-        below = [100 * (one["accuracy"] - one["low"]) for one in found]
-        above = [100 * (one["high"] - one["accuracy"]) for one in found]
-        axes.errorbar(
-            [x + shift for x in range(len(found))],
-            [100 * one["accuracy"] for one in found],
-            yerr=[below, above],
-            fmt=STYLES[kind]["marker"],
-            color=STYLES[kind]["color"],
-            markersize=7,
-            capsize=4,
-            label=label,
-        )
+        middle = [100 * one["accuracy"] for one in found]
+        ends = [
+            [100 * (one["accuracy"] - one["low"]) for one in found],
+            [100 * (one["high"] - one["accuracy"]) for one in found],
+        ]
+        style = {"color": STYLES[kind]["color"], "fmt": STYLES[kind]["marker"], "markersize": 7, "capsize": 4}
+        axes.errorbar([x + shift for x in places], middle, yerr=ends, **style, label=label)
     chance = 100 * data["chance"]
     axes.axhline(chance, color=STYLES["adam"]["color"], linewidth=1, linestyle=":")
-    axes.annotate(
-        "chance",
-        (1, chance),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        xytext=(0, 4),
-        textcoords="offset points",
-        fontsize=9,
-    )
-    axes.set_xticks(range(len(data["models"])), labels=[titles[model["name"]] for model in data["models"]])
-    axes.set_xlim(-0.5, len(data["models"]) - 0.5)
+    place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 4), "textcoords": "offset points"}
+    axes.annotate("chance", (1, chance), **place, ha="right", fontsize=9)
+    axes.set_xticks(places, labels=[MODELS[model["name"]] for model in data["models"]])
+    axes.set_xlim(-0.5, len(places) - 0.5)
     highest = max(model[score]["high"] for model in data["models"] for score in SCORES)
     axes.set_ylim(0, min(100, 125 * highest))  # room for the legend
-    axes.set_ylabel(f"accuracy (%), {data['questions']} questions, 95 % intervals")
     axes.legend(loc="upper left", **LEGEND)

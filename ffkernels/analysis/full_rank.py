@@ -1,9 +1,9 @@
 """Does Fast Forward need a low rank? LoRA of low and of full rank, and the weights themselves. Fig. 8.
 
-    lora-r8              an adapter of the rank that was asked for
-    lora-r<hidden>       one of the hidden size: as many directions as a square projection has
-    full-attention       no adapter: the attention projections' own weights train
-    full                 no adapter: every weight trains
+    low-rank          an adapter of the rank that was asked for
+    full-rank         one of the hidden size: as many directions as a square projection has
+    full-attention    no adapter: the attention projections' own weights train
+    full              no adapter: every weight trains
 
 What is measured is how many Fast Forward steps the stages take and what they save. What comes out depends on
 the model: nothing here takes the answer for known.
@@ -11,127 +11,111 @@ the model: nothing here takes the answer for known.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
-from ffkernels.analysis.race import ABOVE, APART, CONVENTIONS, Watch, outcome, race
-from ffkernels.analysis.rank_sweep import rank_config
-from ffkernels.reporting.plots import STYLES, clean_axes
+from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, cells, draw_taus, race
+from ffkernels.analysis.show import Data, Table, Watch, than_adam
+from ffkernels.analysis.sweeps import rank_config
+from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.models import load_model
 from ffkernels.training.session import Session
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["VARIANTS", "draw", "full_rank"]
+__all__ = ["VARIANTS", "draw", "full_rank", "table", "what_was_seen"]
 
 VARIANTS = ("low-rank", "full-rank", "full-attention", "full")
 
 
 def full_rank(
-    config: TrainConfig,
-    *,
-    variants: Sequence[str] = VARIANTS,
-    full_lr: float | None = None,
-    check_every: int = 1,
-    tolerance: float = 1e-4,
-    watch: Watch | None = None,
-) -> dict[str, Any]:
+    config: TrainConfig, *, full_lr: float | None = None, check_every: int = 1, watch: Watch | None = None
+) -> Data:
     """Fast Forward on low-rank, full-rank and full fine-tuning side by side (the paper's Fig. 8).
 
     Args:
         config: the low-rank Adam run; the others change its rank (``alpha / rank`` stays) or its method. Its
             ``fast_forward`` is when and how the stages search.
-        variants: which of ``VARIANTS``.
         full_lr: learning rate where a model's own weights train; None takes ``config.lr``.
 
     Returns:
-        ``runs``, one per variant: its ``name``, ``lr``, ``trainable`` weights, ``adam`` and ``ff`` (see
+        ``runs``, one per ``variant``: its ``name``, ``lr``, ``trainable`` weights, ``adam`` and ``ff`` (see
         ``race.outcome``), ``ff_steps`` (Σ τ* over the stages) and ``stages_without_a_step``.
 
     Raises:
         ValueError: naming what was given and what is allowed; also when Adam diverged.
     """
-    wrong = [variant for variant in variants if variant not in VARIANTS]
-    if wrong or not variants or len(set(variants)) != len(variants):
-        raise ValueError(
-            f"variants={tuple(variants)!r}: must be of {', '.join(map(repr, VARIANTS))}, each once"
-        )
     if config.method not in ("lora", "dora"):
         raise ValueError(f"method={config.method!r}: the low-rank run needs 'lora' or 'dora'")
     config = config.with_fast_forward()
-    own = [variant for variant in variants if variant in ("full-attention", "full")]
     lr = config.lr if full_lr is None else full_lr
     # Made now, so that what cannot be is refused before anything runs.
-    of_own = {variant: dataclasses.replace(config, method=variant, lr=lr) for variant in own}
-    seen: dict[str, int] = {}  # of the model, from the latest run
+    configs = {variant: replace(config, method=variant, lr=lr) for variant in ("full-attention", "full")}
+    model: dict[str, int] = {}  # of the latest run
 
     def look(session: Session) -> None:
-        seen["hidden"] = session.model.config.hidden_size
-        seen["trainable"] = session.meter.trainable_numel
+        model["hidden"] = session.model.config.hidden_size
+        model["trainable"] = session.meter.trainable_numel
 
     runs = []
-    for variant in variants:
-        one = of_own.get(variant, config)
+    for variant in VARIANTS:
+        one = configs.get(variant, config)
         if variant == "full-rank":
-            hidden = seen["hidden"] if seen else load_model(config.model)[0].config.hidden_size
-            one = rank_config(config, hidden, "proportional")
-        adam, results = race(
-            one,
-            {variant: config.fast_forward},
-            check_every=check_every,
-            tolerance=tolerance,
-            watch=watch,
-            on_session=look,
-        )
-        forwarded = outcome(results[variant], adam)
+            one = rank_config(config, model["hidden"], "proportional")
+        stages = {"ff": config.fast_forward}
+        outcomes = race(one, stages, check_every=check_every, watch=watch, on_session=look)
+        taus = [stage["tau"] for stage in outcomes["ff"]["stages"]]
         runs.append(
             {
                 "variant": variant,
                 "name": f"{one.method} r={one.rank}" if one.method in ("lora", "dora") else one.method,
                 "lr": one.lr,
-                "trainable": seen["trainable"],
-                "adam": outcome(adam),
-                "ff": forwarded,
-                "ff_steps": sum(stage["tau"] for stage in forwarded["stages"]),
-                "stages_without_a_step": sum(stage["tau"] == 0 for stage in forwarded["stages"]),
+                "trainable": model["trainable"],
+                **outcomes,
+                "ff_steps": sum(taus),
+                "stages_without_a_step": taus.count(0),
             }
         )
     return {"check_every": check_every, "config": config.to_dict(), "runs": runs}
 
 
-def draw(figure: Figure, data: dict[str, Any]) -> None:
+def table(data: Data) -> Table:
+    header = ["what trains", "weights", "lr", "Adam's test loss", *COLUMNS]
+    return header, [
+        [run["name"], run["trainable"], run["lr"], run["adam"]["test_loss"], *cells(run["ff"])]
+        for run in data["runs"]
+    ]
+
+
+def what_was_seen(data: Data) -> list[str]:
+    seen = []
+    for run in data["runs"]:
+        forwarded, none = run["ff"], run["stages_without_a_step"]
+        took = f"{run['name']}: {len(forwarded['stages'])} stages took {run['ff_steps']} steps"
+        if forwarded["saved"]:
+            cost = f"Adam's test loss for {than_adam(forwarded['saved']['measured'])}"
+        else:
+            cost = f"Adam's test loss was not reached in {forwarded['optimizer_steps']} optimizer steps"
+        seen.append(f"{took}{f', {none} of them none' if none else ''}; {cost}.")
+    return seen
+
+
+def draw(figure: Figure, data: Data) -> None:
     """τ* of every stage, and the FLOPs saved, of each way to train."""
     figure.set_size_inches(9.6, 3.8)
     taus, saved = figure.subplots(1, 2, gridspec_kw=APART)
-    runs = data["runs"]
-    styles = [STYLES[name] for name in ("parabolic", "linear", "adam-tuned", "other")]
-    clean_axes(taus)
-    for run, style in zip(runs, styles, strict=False):
-        steps = [stage["optimizer_step"] for stage in run["ff"]["stages"]]
-        found = [stage["tau"] for stage in run["ff"]["stages"]]
-        taus.plot(steps, found, **style, markersize=6, linewidth=1.4, label=run["name"])
+    runs, legend = data["runs"], {**ABOVE, "ncols": 2}
+    for run, kind in zip(runs, ("parabolic", "linear", "adam-tuned", "other"), strict=True):
+        draw_taus(taus, run["ff"]["stages"], **STYLES[kind], label=run["name"])
     taus.set_ylim(bottom=0)
-    taus.xaxis.get_major_locator().set_params(integer=True)
-    taus.set_xlabel("optimizer step at which the stage ran")
-    taus.set_ylabel("τ*: Fast Forward steps of the stage")
-    taus.legend(**{**ABOVE, "ncols": 2})
-    clean_axes(saved)
+    taus.legend(**legend)
+    clean_axes(saved, y="FLOPs saved against Adam (%)")
     saved.grid(axis="x", visible=False)
     saved.axhline(0, color=STYLES["adam"]["color"], linewidth=1)
+    places = range(len(runs))
     for shift, (name, style) in zip((-0.2, 0.2), CONVENTIONS.items(), strict=True):
-        bars = saved.bar(
-            [x + shift for x in range(len(runs))],
-            [100 * run["ff"]["saved"][name] if run["ff"]["saved"] else 0 for run in runs],
-            width=0.38,
-            color=style["color"],
-            label=f"{name} FLOPs",
-        )
-        texts = [f"{100 * run['ff']['saved'][name]:.0f}" if run["ff"]["saved"] else "–" for run in runs]
-        saved.bar_label(bars, labels=[text.replace("-", "−") for text in texts], fontsize=9, padding=2)
-    saved.set_xticks(range(len(runs)), labels=[run["name"].replace(" ", "\n") for run in runs])
+        shares = [100 * run["ff"]["saved"][name] if run["ff"]["saved"] else None for run in runs]
+        heights, label = [share or 0 for share in shares], f"{name} FLOPs"
+        bars = saved.bar([x + shift for x in places], heights, width=0.38, color=style["color"], label=label)
+        texts = ["–" if share is None else f"{share:.0f}".replace("-", "−") for share in shares]
+        saved.bar_label(bars, labels=texts, fontsize=9, padding=2)
+    saved.set_xticks(places, labels=[run["name"].replace(" ", "\n") for run in runs])
     saved.margins(y=0.12)  # room for the numbers
-    saved.set_ylabel("FLOPs saved against Adam (%)")
-    saved.legend(**{**ABOVE, "ncols": 2})
+    saved.legend(**legend)

@@ -3,40 +3,35 @@
     g_t     the gradient that optimizer step t uses       S[t][s] = cos(g_t, g_s), s < t
     Δ_t     the update that it makes, without the stage   U[t][s] = cos(Δ_t, Δ_s), s < t
 
-The plain optimizer and Fast Forward train on the same batches in the same order from the same start, so what
-differs is where they are. A high S says that training keeps walking the same way; a stage walks that way
-until it stops paying, so S should fall where a stage lies between s and t.
+Both runs train on the same batches in the same order from the same start. A high S says that training keeps
+walking the same way; a stage walks that way until it stops paying, so S should fall where one lies between.
 
-Source: Rahamim et al., arXiv 2409.04206, Figure 6. Costs the two runs; memory 2 · window · 4·P bytes, window
-being all steps unless told otherwise.
+Source: Rahamim et al., arXiv 2409.04206, Figure 6. Costs the two runs; memory 2 · window · 4·P bytes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ffkernels.analysis.between_steps import flat, flat_gradient, inner_products, waiting_stages
-from ffkernels.reporting.plots import STYLES, TEXT, clean_axes
+from ffkernels.analysis.options import at_least
+from ffkernels.analysis.show import Data, Table
+from ffkernels.analysis.weight_space import flat, flat_gradient, inner_products
+from ffkernels.reporting.plots import ABOVE, STYLES, TEXT, Axes, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import open_session
+from ffkernels.training.session import open_session, waiting_stages
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+__all__ = ["CosineHistory", "draw", "gradient_similarity", "summary", "table", "what_was_seen"]
 
-__all__ = ["CosineHistory", "draw", "gradient_similarity", "what_was_seen"]
-
-RUNS = ("adam", "fast_forward")
 LABELS = {"adam": "Adam", "fast_forward": "Fast Forward"}
 
 
-def gradient_similarity(config: TrainConfig, *, window: int | None = None) -> dict[str, Any]:
+def gradient_similarity(config: TrainConfig, *, window: int | None = None) -> Data:
     """Train without and with Fast Forward, and compare each step's gradient and update with earlier ones.
 
     Args:
@@ -44,35 +39,28 @@ def gradient_similarity(config: TrainConfig, *, window: int | None = None) -> di
         window: how many earlier steps are compared with; None means all.
 
     Returns:
-        ``adam`` and ``fast_forward``, each with
-        ``gradients``, ``updates``: row t holds the cosines with steps t − window … t − 1, oldest first, so
-        the last is with the step before; None where a vector is zero.
-        ``stages``: [optimizer_step, tau] each; one after step n, counted from 1, is between rows n − 1 and n.
-        ``losses``: of each step's batch before its update.
-        ``previous``, ``earlier``: mean cosine of a gradient with the step before's, and with all kept ones.
-        ``across``, ``within``: the former over steps that follow a stage with τ* > 0, and over the others.
-        Besides ``window``, ``bytes_kept`` (of one run, on the device), ``trainable``, ``config``.
+        ``adam`` and ``fast_forward``, each with ``gradients``, ``updates``: row t holds the cosines with
+        steps t − window … t − 1, None where a vector is zero; ``stages``: [optimizer_step, tau] each, one
+        after step n, counted from 1, between rows n − 1 and n; ``losses`` of each step's batch before its
+        update; and the ``summary``. Besides ``window``, ``bytes_kept`` (of one run, on the device),
+        ``trainable``, ``config``.
 
     Raises:
         ValueError: for a window below 1.
     """
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window={window!r}: must be an integer of at least 1, or None for all steps")
+    if window is not None:
+        at_least(1, window=window)
     config = config.with_fast_forward()
-    kept = {}
-    data: dict[str, Any] = {}
-    for name, fast_forward in (("adam", None), ("fast_forward", config.fast_forward)):
-        data[name], kept = _one_run(dataclasses.replace(config, fast_forward=fast_forward), window)
-    return {**data, **kept, "config": config.to_dict()}
+    adam, kept = _one_run(replace(config, fast_forward=None), window)
+    return {"adam": adam, "fast_forward": _one_run(config, window)[0], **kept, "config": config.to_dict()}
 
 
-def _one_run(config: TrainConfig, window: int | None) -> tuple[dict[str, Any], dict[str, int]]:
+def _one_run(config: TrainConfig, window: int | None) -> tuple[Data, dict[str, int]]:
     with open_session(config, attach=waiting_stages) as session:
         window = min(window or session.steps, session.steps)
         size = sum(w.numel() for w in session.trainable)
-        gradients = CosineHistory(window, size, session.device)
-        updates = CosineHistory(window, size, session.device)
-        run: dict[str, Any] = {"gradients": [], "updates": [], "stages": [], "losses": []}
+        gradients, updates = (CosineHistory(window, size, session.device) for _ in range(2))
+        run: Data = {"gradients": [], "updates": [], "stages": [], "losses": []}
         for step in range(session.steps):
             run["losses"].append(session.backward(session.load(step)))
             run["gradients"].append(gradients.add(flat_gradient(session.trainable)))
@@ -83,30 +71,30 @@ def _one_run(config: TrainConfig, window: int | None) -> tuple[dict[str, Any], d
             if stage is not None:
                 run["stages"].append([stage.optimizer_step, stage.tau])
     run["losses"] = [float(loss) for loss in run["losses"]]
-    if not all(loss == loss for loss in run["losses"]):
+    if any(map(math.isnan, run["losses"])):
         raise ValueError(f"the training loss is not a number at lr={config.lr:g}: it diverged; lower the lr")
-    return {**run, **summary(run["gradients"], run["stages"])}, {
-        "window": window,
-        "bytes_kept": gradients.nbytes + updates.nbytes,
-        "trainable": size,
-    }
+    kept = {"window": window, "bytes_kept": gradients.nbytes + updates.nbytes, "trainable": size}
+    return {**run, **summary(run["gradients"], run["stages"])}, kept
 
 
 def summary(rows: list[list[float | None]], stages: list[list[int]]) -> dict[str, float | None]:
-    """Means over a run's rows of cosines: ``previous``, ``earlier``, ``across`` and ``within``."""
+    """Mean cosines of a gradient with the step before's (``previous``) and with all kept ones (``earlier``);
+    and the former over steps that follow a stage with τ* > 0 (``across``), and over the others (``within``).
+    """
     moved = {step for step, tau in stages if tau > 0}
-    previous = {t: row[-1] for t, row in enumerate(rows) if row and row[-1] is not None}
-    return {
-        "previous": _mean(previous.values()),
-        "earlier": _mean(c for row in rows for c in row if c is not None),
-        "across": _mean(c for t, c in previous.items() if t in moved),
-        "within": _mean(c for t, c in previous.items() if t not in moved),
+    previous = dict(_previous(rows))
+    cosines = {
+        "previous": list(previous.values()),
+        "earlier": [c for row in rows for c in row if c is not None],
+        "across": [c for t, c in previous.items() if t in moved],
+        "within": [c for t, c in previous.items() if t not in moved],
     }
+    return {name: fmean(values) if values else None for name, values in cosines.items()}
 
 
-def _mean(values: Any) -> float | None:
-    values = list(values)
-    return fmean(values) if values else None
+def _previous(rows: list[list[float | None]]) -> list[tuple[int, float]]:
+    """(row, its cosine with the row before), where there is one."""
+    return [(t, row[-1]) for t, row in enumerate(rows) if row and row[-1] is not None]
 
 
 class CosineHistory:
@@ -126,11 +114,10 @@ class CosineHistory:
 
         None where either is zero. Products are accumulated in float64.
         """
-        window, kept = len(self._rows), min(self._seen, len(self._rows))
-        norm = float(inner_products(vector[None], vector[None]).sqrt())
-        oldest = self._seen % window if kept == window else 0
-        order = [(oldest + i) % window for i in range(kept)]
-        products = inner_products(self._rows[:kept], vector[None])[:, 0].tolist() if kept else []
+        window, norm = len(self._rows), float(inner_products(vector[None], vector[None]).sqrt())
+        order = [i % window for i in range(max(0, self._seen - window), self._seen)]
+        kept = self._rows[: len(order)]
+        products = inner_products(kept, vector[None])[:, 0].tolist()
         scales = [norm * self._norms[i] for i in order]
         cosines = [products[i] / scale if scale else None for i, scale in zip(order, scales, strict=True)]
         place = self._seen % window
@@ -140,76 +127,68 @@ class CosineHistory:
         return cosines
 
 
-def what_was_seen(data: dict[str, Any]) -> list[str]:
-    """The data in sentences."""
+def table(data: Data) -> Table:
+    header = ["cosine with gradients of", "the step before", "across a stage", "within", "all earlier steps"]
+    means = ("previous", "across", "within", "earlier")
+    return header, [[label, *(data[name][mean] for mean in means)] for name, label in LABELS.items()]
+
+
+def what_was_seen(data: Data) -> list[str]:
     adam, ff = data["adam"], data["fast_forward"]
-    sentences = []
-    for of, key in (("the step before's", "previous"), ("all earlier ones", "earlier")):
-        if adam[key] is not None and ff[key] is not None:
-            sentences.append(
-                f"A gradient's mean cosine with {of} is {ff[key]:.2f} with Fast Forward and {adam[key]:.2f} "
-                "with Adam alone."
-            )
-    if ff["across"] is None:
-        sentences.append("No stage moved the weights and was followed by a step.")
-    elif ff["within"] is not None:
-        lower = ff["across"] < ff["within"]
-        sentences.append(
-            f"From one step to the next it is {ff['across']:.2f} where a stage lies between, "
-            f"{'lower' if lower else 'not lower'} than the {ff['within']:.2f} where none does."
+    seen = [
+        f"A gradient's mean cosine with {of} is {ff[key]:.2f} with Fast Forward and {adam[key]:.2f} "
+        "with Adam alone."
+        for of, key in (("the step before's", "previous"), ("all earlier ones", "earlier"))
+        if None not in (adam[key], ff[key])
+    ]
+    across, within = ff["across"], ff["within"]
+    if across is None:
+        seen.append("No stage moved the weights and was followed by a step.")
+    elif within is not None:
+        seen.append(
+            f"From one step to the next it is {across:.2f} where a stage lies between, "
+            f"{'lower' if across < within else 'not lower'} than the {within:.2f} where none does."
         )
-    sentences.append(
+    seen.append(
         f"Kept for that: {data['window']} gradients and as many updates of {data['trainable']:,} numbers, "
         f"{data['bytes_kept'] / 1e6:.1f} MB at a time."
     )
-    return [sentence.replace(" -", " −") for sentence in sentences]
+    return seen
 
 
-def draw(figure: Figure, data: dict[str, Any]) -> None:
+def draw(figure: Figure, data: Data) -> None:
     """Top: cosines of gradients, a matrix per run. Below: gradient and update against the step before's."""
     figure.set_size_inches(7.2, 7.4)
     above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     panels = above.subplots(1, 2, sharey=True)
-    for axes, name in zip(panels, RUNS, strict=True):
+    for axes, (name, label) in zip(panels, LABELS.items(), strict=True):
         image = _matrix(axes, data[name])
-        axes.set_title(LABELS[name], loc="left")
+        axes.set_title(label, loc="left")
         axes.set_xlabel("earlier optimizer step")
     panels[0].set_ylabel("optimizer step")
     bar = above.colorbar(image, ax=panels, label="cosine of the two gradients", shrink=0.9, pad=0.02)
     bar.outline.set_visible(False)
 
     upper, lower = below.subplots(2, 1, sharex=True)
-    for axes, of, label in ((upper, "gradients", "of the gradients"), (lower, "updates", "of the updates Δ")):
-        clean_axes(axes)
+    clean_axes(upper, y="cosine\nof the gradients")
+    compared = "optimizer step, compared with the one before it (vertical line: a stage lies between them)"
+    clean_axes(lower, compared, "cosine\nof the updates Δ", integer="x")
+    for axes, of in ((upper, "gradients"), (lower, "updates")):
         for step, tau in data["fast_forward"]["stages"]:
             if tau and step < len(data["fast_forward"][of]):  # the first step from where the stage went
                 axes.axvline(step + 1, color="#dddddd", linewidth=1.2, zorder=0)
-        for name in RUNS:
-            rows = data[name][of]
-            known = [(t + 1, row[-1]) for t, row in enumerate(rows) if row and row[-1] is not None]
-            style = STYLES["adam" if name == "adam" else "parabolic"]
-            axes.plot(
-                *zip(*known, strict=True) if known else ([], []),
-                color=style["color"],
-                marker=style["marker"],
-                markersize=3.5,
-                linewidth=1.2,
-                label=LABELS[name],
-            )
-        axes.set_ylabel(f"cosine\n{label}")
-    lower.set_xlabel(
-        "optimizer step, compared with the one before it (vertical line: a stage lies between them)"
-    )
-    lower.xaxis.get_major_locator().set_params(integer=True)
-    upper.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, frameon=False)
+        for (name, label), kind in zip(LABELS.items(), ("adam", "parabolic"), strict=True):
+            known = _previous(data[name][of])
+            steps, cosines = [t + 1 for t, _ in known], [value for _, value in known]
+            axes.plot(steps, cosines, **STYLES[kind], markersize=3.5, linewidth=1.2, label=label)
+    upper.legend(**{**ABOVE, "ncols": 2})
 
 
-def _matrix(axes: Axes, run: dict[str, Any]) -> Any:
+def _matrix(axes: Axes, run: Data) -> Any:
     rows, steps = run["gradients"], len(run["gradients"])
     square = [[math.nan] * steps for _ in range(steps)]
     for t, row in enumerate(rows):
-        for s, value in zip(range(t - len(row), t), row, strict=True):
-            square[t][s] = math.nan if value is None else value
+        square[t][t - len(row) : t] = [math.nan if value is None else value for value in row]
     edge = (0.5, steps + 0.5)
     image = axes.imshow(square, cmap="RdBu_r", vmin=-1, vmax=1, extent=(*edge, *edge[::-1]))
     for step, tau in run["stages"]:

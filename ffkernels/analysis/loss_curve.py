@@ -1,8 +1,7 @@
 """The loss during training, optimizer steps and Fast Forward steps told apart (the paper's Figs. 4 and 9).
 
-A run with Fast Forward is followed along its path, on which an optimizer step is 1 long and a stage τ*. The
-test loss is measured after optimizer steps, and during a stage at every τ that the search tries, right after
-its validation loss: the search does not see it. Beside it runs the plain optimizer from the same start, with
+On a run's path an optimizer step is 1 long and a stage τ*; during a stage the test loss is measured at every
+τ that the search tries, which does not see it. Beside it runs the plain optimizer from the same start, with
 the same data order and learning rate.
 """
 
@@ -11,24 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ffkernels.analysis.show import Data, Table
 from ffkernels.engine.fast_forward import FastForward
-from ffkernels.reporting.plots import LEGEND, PATH, SGD, STYLES, TEXT, accepted, clean_axes, draw_walk
+from ffkernels.reporting import plots
+from ffkernels.reporting.plots import STYLES, Figure, clean_axes
+from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session, open_session
 from ffkernels.validation.loss import ValidationLoss
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from ffkernels.training.config import TrainConfig
-
-__all__ = ["along_the_path", "draw", "loss_curve"]
+__all__ = ["along_the_path", "draw", "loss_curve", "table", "what_was_seen"]
 
 Points = list[tuple[float, float]]
 
 
-def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any]:
+def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
     """Losses of a run with Fast Forward and of the plain optimizer's (the paper's Figs. 4 and 9).
 
     Args:
@@ -37,13 +34,12 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any
             before the first and after the last step.
 
     Returns:
-        ``config``; ``fast_forward``: ``start`` (test loss before the first step), ``steps``, each with
+        ``fast_forward``: ``start`` (test loss before the first step), ``steps``, each with
         ``optimizer_step``, ``train_loss`` (of its batch, before the update) and ``test_loss`` (after step and
-        stage; None where none was measured), and ``stages``, each with ``optimizer_step``, ``tau``,
-        ``losses`` and ``test_losses``, both as ``[τ, loss]`` in the order of the search; ``optimizer``:
-        ``start`` and ``steps`` of the plain run; ``reached``: the first measured optimizer step at which
-        the run with Fast Forward has the plain run's final test loss, None where it never has. Losses are
-        nats per token.
+        stage; or None), and ``stages``, each with ``optimizer_step``, ``tau``, ``losses`` and
+        ``test_losses``, both as ``[τ, loss]`` in the order of the search; ``optimizer``: ``start`` and
+        ``steps`` of the plain run; ``reached``: the first measured optimizer step at which Fast Forward has
+        the plain run's final test loss, or None; ``config``. Losses are nats per token.
 
     Raises:
         ValueError: when ``config`` has no Fast Forward or ``evaluate_every`` is below 1.
@@ -52,7 +48,7 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any
         raise ValueError("config.fast_forward is None: give a FastForwardConfig")
     if evaluate_every < 1:
         raise ValueError(f"evaluate_every={evaluate_every}: must be at least 1")
-    measured: list[tuple[float, float]] = []  # validation and test loss of each call, in order
+    measured: Points = []  # validation and test loss of each call, in order
 
     def attach(session: Session) -> FastForward:
         def both(model: Any) -> Any:
@@ -61,7 +57,7 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any
             return loss
 
         watched = ValidationLoss(session.model, both)
-        return FastForward(session.model, session.optimizer, watched, session.config.fast_forward)
+        return FastForward(session.model, session.optimizer, watched, config.fast_forward)
 
     with open_session(config, attach=attach) as session:
         forward = _run(session, evaluate_every)
@@ -78,37 +74,42 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> dict[str, Any
     with open_session(replace(config, fast_forward=None)) as session:
         plain = _run(session, evaluate_every)
     final = plain["steps"][-1]["test_loss"]
-    tested = ((s["optimizer_step"], s["test_loss"]) for s in forward["steps"] if s["test_loss"] is not None)
     return {
         "config": config.to_dict(),
         "fast_forward": forward,
         "optimizer": plain,
-        "reached": next((step for step, loss in tested if loss <= final), None),
+        "reached": next((step for step, loss in _tested(forward)[1:] if loss <= final), None),
     }
 
 
-def _test_loss(calls: Iterator[tuple[float, float]], validation_loss: float) -> float:
-    """The test loss measured with this validation loss; calls that only counted FLOPs are skipped."""
-    for validation, test in calls:
-        if validation == validation_loss or (math.isnan(validation) and math.isnan(validation_loss)):
+def _test_loss(calls: Iterator[tuple[float, float]], wanted: float) -> float:
+    """The test loss taken with the validation loss ``wanted``; calls that only counted FLOPs are skipped."""
+    for loss, test in calls:
+        if loss == wanted or (math.isnan(loss) and math.isnan(wanted)):
             return test
-    raise RuntimeError(f"no test loss was measured with the validation loss {validation_loss}")
+    raise RuntimeError(f"no test loss was measured with the validation loss {wanted}")
 
 
-def _run(session: Session, evaluate_every: int) -> dict[str, Any]:
+def _run(session: Session, evaluate_every: int) -> Data:
     """Train all steps; the test loss also after each step that a stage followed."""
     start, steps = session.test_loss(), []
+    stages = session.ff.stages if session.ff is not None else []
     for step in range(session.steps):
-        stages = len(session.ff.stages) if session.ff is not None else 0
+        before = len(stages)
         train_loss = session.step(step)
-        staged = session.ff is not None and len(session.ff.stages) > stages
-        due = staged or (step + 1) % evaluate_every == 0 or step + 1 == session.steps
+        due = len(stages) > before or (step + 1) % evaluate_every == 0 or step + 1 == session.steps
         test_loss = session.test_loss() if due else None
         steps.append({"optimizer_step": step + 1, "train_loss": train_loss, "test_loss": test_loss})
     return {"start": start, "steps": steps}
 
 
-def along_the_path(run: dict[str, Any]) -> tuple[Points, list[Points]]:
+def _tested(run: Data) -> Points:
+    """(optimizer step, test loss) wherever it was measured, the start first."""
+    tests = [(step["optimizer_step"], step["test_loss"]) for step in run["steps"]]
+    return [(0, run["start"]), *((step, loss) for step, loss in tests if loss is not None)]
+
+
+def along_the_path(run: Data) -> tuple[Points, list[Points]]:
     """The test loss along the path: a point per optimizer step, and per stage its points up to τ*.
 
     Of a stage the τ are those at which the validation loss fell; whether the test loss fell too is seen.
@@ -124,48 +125,63 @@ def along_the_path(run: dict[str, Any]) -> tuple[Points, list[Points]]:
             continue
         tests = dict(map(tuple, stage["test_losses"]))
         points.append((x, tests[0]))  # of the optimizer step alone
-        stages.append([(x + tau, tests[tau]) for tau, _ in accepted(stage)])
+        stages.append([(x + tau, tests[tau]) for tau, _ in plots.accepted(stage)])
         forwarded += stage["tau"]
     return points, stages
 
 
-def draw(figure: Figure, data: dict[str, Any]) -> None:
+def table(data: Data) -> Table:
+    rows = []
+    for stage in _searched(data):
+        tau = stage["tau"]
+        losses = [dict(stage[of])[at] for of in ("losses", "test_losses") for at in (0, tau)]
+        rows.append([stage["optimizer_step"], tau, *losses])
+    return ["step", "τ*", "validation τ=0", "at τ*", "test τ=0", "at τ*"], rows
+
+
+def what_was_seen(data: Data) -> list[str]:
+    walked = [stage for stage in _searched(data) if stage["tau"] > 0]
+    tests = [dict(stage["test_losses"]) for stage in walked]
+    fell = sum(test[stage["tau"]] < test[0] for stage, test in zip(walked, tests, strict=True))
+    (steps, alone), (_, forwarded) = (_tested(data[run])[-1] for run in ("optimizer", "fast_forward"))
+    reached = data["reached"]
+    there = "never had the former" if reached is None else f"had the former after {reached}"
+    took = f"In {fell} of the {len(walked)} stages that took steps the test loss fell too."
+    return [
+        took if walked else "No stage took a step.",
+        f"Test loss after {steps} optimizer steps: {alone:.4f} without, {forwarded:.4f} with Fast Forward, "
+        f"which {there}.",
+    ]
+
+
+def _searched(data: Data) -> list[Data]:
+    return [stage for stage in data["fast_forward"]["stages"] if stage["losses"]]
+
+
+def draw(figure: Figure, data: Data) -> None:
     """Left along the path: training and validation loss, then test loss; right both runs over steps."""
     figure.set_size_inches(11.5, 6.4)
     panels = figure.subplot_mosaic([["walk", "both"], ["path", "both"]], width_ratios=(3, 2))
     forward, plain = data["fast_forward"], data["optimizer"]
     style = STYLES[data["config"]["fast_forward"]["search"]]
-    draw_walk(panels["walk"], style, forward["steps"], forward["stages"])
+    plots.draw_walk(panels["walk"], style, forward["steps"], forward["stages"])
     panels["walk"].set_title("training and validation loss", loc="left")
 
     axes = panels["path"]
-    clean_axes(axes)
+    clean_axes(axes, plots.PATH, "loss (nats per token)", title="test loss")
     points, stages = along_the_path(forward)
-    axes.plot(*zip(*points, strict=True), **SGD, zorder=3, label="after an optimizer step")
+    axes.plot(*zip(*points, strict=True), **plots.SGD, zorder=3, label="after an optimizer step")
     for number, stage in enumerate(stages):
         label = "after a Fast Forward step" if number == 0 else None
         size = 2.0 if len(stage) > 30 else 4.0
-        axes.plot(*zip(*stage, strict=True), **_line(style), markersize=size, linewidth=1.2, label=label)
+        axes.plot(*zip(*stage, strict=True), **style, markersize=size, linewidth=1.2, label=label)
     axes.sharex(panels["walk"])
-    axes.set_xlim(left=0)
-    axes.set_xlabel(PATH)
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title("test loss", loc="left")
-    axes.legend(loc="upper right", fontsize=9, **LEGEND)
 
     axes = panels["both"]
-    clean_axes(axes)
+    clean_axes(axes, "optimizer steps", title="test loss, the same learning rate")
     for run, look, label in ((plain, STYLES["adam"], "optimizer alone"), (forward, style, "Fast Forward")):
-        tested = [(s["optimizer_step"], s["test_loss"]) for s in run["steps"] if s["test_loss"] is not None]
-        tested = [(0, run["start"]), *tested]
-        axes.plot(*zip(*tested, strict=True), **_line(look), markersize=3, linewidth=1.4, label=label)
-    final = plain["steps"][-1]["test_loss"]
-    axes.axhline(final, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("optimizer steps")
-    axes.set_title("test loss, the same learning rate", loc="left")
-    axes.legend(loc="upper right", fontsize=9, **LEGEND)
-
-
-def _line(style: dict[str, Any]) -> dict[str, Any]:
-    return {"color": style["color"], "marker": style["marker"], "linestyle": "-"}
+        axes.plot(*zip(*_tested(run), strict=True), **look, markersize=3, linewidth=1.4, label=label)
+    axes.axhline(plain["steps"][-1]["test_loss"], **plots.DOTTED)
+    for axes in (panels["path"], panels["both"]):
+        axes.set_xlim(left=0)
+        axes.legend(loc="upper right", fontsize=9, **plots.LEGEND)

@@ -1,53 +1,56 @@
-"""Multiple-choice questions as tokens, and where they come from.
+"""Multiple-choice questions as tokens, where they come from, and how likely a model finds each choice.
 
     held out      a task's own test examples: a prompt, how it goes on, and how other examples do
     a JSONL file  {"question": "…", "choices": ["…", "…"], "answer": 1} on every line
     PubMedQA      the 1,000 expert-labelled questions, answered yes, no or maybe, from the Hugging Face hub
 
-A question is what the model is given (the prompt) and two or more continuations (the choices), of which one
-is the answer. What is too long is cut: a prompt keeps its end, a choice its beginning.
+What is too long is cut: a prompt keeps its end, a choice its beginning.
+
+    score(choice) = Σ log p(token | prompt, the choice's tokens before it)        nats, in float64
+
+Sequences (prompt and one choice) are sorted by length and right-padded: under causal attention nothing to
+the left of the padding sees it. Only the logits at the choices' own tokens are normalised, in float32.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffkernels.training.examples import IGNORED, Example, start_tokens
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-__all__ = ["PUBMEDQA", "Question", "from_examples", "load_benchmark"]
+from ffkernels.analysis.options import at_least
+from ffkernels.training.examples import IGNORED, Example, collate, start_tokens
+from ffkernels.training.jsonl import BOM, parsed
+from ffkernels.validation.causal_lm import model_device
+from ffkernels.validation.evaluation_mode import evaluation_mode
+
+__all__ = ["PUBMEDQA", "Question", "choice_scores", "from_examples", "load_benchmark"]
 
 PUBMEDQA = "pubmedqa"
 PUBMEDQA_SOURCE = ("qiaojin/PubMedQA", "pqa_labeled", "train")
 DECISIONS = ("yes", "no", "maybe")
+# Logits of one batch at most: 256 MiB of float32. A vocabulary of 128,000 leaves room for 524 tokens.
+LOGITS = 1 << 26
 NEEDED = "`question` (a text), `choices` (two or more texts) and `answer` (a number from 0, or its text)"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question in tokens.
+    """One question in tokens."""
 
-    Attributes:
-        prompt: what all choices follow; at least one token, because a model says nothing of a first token.
-        choices: two or more continuations of at least one token each.
-        answer: which of them is right, counted from 0.
-    """
-
-    prompt: tuple[int, ...]
-    choices: tuple[tuple[int, ...], ...]
-    answer: int
+    prompt: tuple[int, ...]  # at least one token: a model says nothing of a first token
+    choices: tuple[tuple[int, ...], ...]  # two or more continuations of at least one token each
+    answer: int  # which of them is right, counted from 0
 
 
-@dataclass(frozen=True)
-class _Text:
-    question: str
-    choices: tuple[str, ...]
-    answer: int
+_Text = tuple[str, tuple[str, ...], int]  # a question in words: question, choices, answer
 
 
 def from_examples(
@@ -67,8 +70,7 @@ def from_examples(
     Raises:
         ValueError: when an argument is out of range, or there are not so many different continuations.
     """
-    if isinstance(choices, bool) or not isinstance(choices, int) or choices < 2:
-        raise ValueError(f"choices={choices!r}: must be an integer of at least 2")
+    at_least(2, choices=choices)
     if not 0 <= opening < 1:
         raise ValueError(f"opening={opening!r}: must be a number from 0 to below 1")
     pairs = [_cut(example, opening) for example in examples]
@@ -121,9 +123,8 @@ def load_benchmark(
         ValueError: naming the file and the line, where something is missing or wrong.
         RuntimeError: when PubMedQA cannot be fetched.
     """
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 4:
-        raise ValueError(f"max_length={max_length!r}: must be an integer of at least 4")
-    texts = _pubmedqa() if source == PUBMEDQA else list(_read(Path(source)))
+    at_least(4, max_length=max_length)
+    texts = _pubmedqa() if source == PUBMEDQA else _read(Path(source))
     if limit is not None and limit < len(texts):
         texts = random.Random(seed).sample(texts, limit)
     start = start_tokens(tokenizer)
@@ -131,63 +132,55 @@ def load_benchmark(
 
 
 def _tokens(text: _Text, encode: Callable[..., list[int]], start: list[int], max_length: int) -> Question:
-    question = text.question.rstrip()
-    gap = text.question[len(question) :]
+    words, texts, answer = text
+    question = words.rstrip()
+    gap = words[len(question) :]
     choices = []
-    for choice in text.choices:
+    for choice in texts:
         between = gap or ("" if choice[:1].isspace() else " ")
         choices.append(tuple(encode(between + choice, add_special_tokens=False)[: max_length // 2]))
     room = max_length - len(start) - max(map(len, choices))
     prompt = encode(question, add_special_tokens=False)
-    return Question((*start, *prompt[max(0, len(prompt) - room) :]), tuple(choices), text.answer)
+    return Question((*start, *prompt[max(0, len(prompt) - room) :]), tuple(choices), answer)
 
 
-def _read(path: Path) -> Iterable[_Text]:
+def _read(path: Path) -> list[_Text]:
     if not path.is_file():
         raise ValueError(
             f"benchmark {str(path)!r} is not a file; give a JSONL file whose lines have {NEEDED}, "
             f"or {PUBMEDQA!r}"
         )
-    found = False
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                record = json.loads(line) if line.strip() else None
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error}).") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}).") from error
-            if line.strip():
-                found = True
-                yield _question(record, where)
-    if not found:
+    lines = [(f"{path}, line {n}", line) for n, line in enumerate(path.read_bytes().splitlines(), start=1)]
+    texts = [_question(parsed(line, where), where) for where, line in lines if line.removeprefix(BOM).strip()]
+    if not texts:
         raise ValueError(f"{path} has no questions; each line must have {NEEDED}.")
+    return texts
 
 
 def _question(record: Any, where: str) -> _Text:
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}: a JSON {type(record).__name__}; each line must be an object with {NEEDED}."
-        )
+    def need(good: object, complaint: str) -> None:
+        if not good:
+            raise ValueError(f"{where}: {complaint}.")
+
+    need(
+        isinstance(record, dict), f"a JSON {type(record).__name__}; each line must be an object with {NEEDED}"
+    )
     missing = [key for key in ("question", "choices", "answer") if key not in record]
-    if missing:
-        raise ValueError(f"{where}: has the keys {sorted(record)}, not {missing[0]!r}; needed are {NEEDED}.")
+    need(
+        not missing,
+        f"has the keys {sorted(record)}, not {', '.join(map(repr, missing))}; needed are {NEEDED}",
+    )
     question, choices, answer = (record[key] for key in ("question", "choices", "answer"))
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{where}: 'question' is {question!r}; it must be a text that is not empty.")
+    asked = isinstance(question, str) and question.strip()
+    need(asked, f"'question' is {question!r}; it must be a text that is not empty")
     good = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
-    if not good or len(set(choices)) != len(choices) or len(choices) < 2:
-        raise ValueError(f"{where}: 'choices' is {choices!r}; it must be two or more different texts.")
-    if isinstance(answer, str) and answer in choices:
-        answer = choices.index(answer)
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise ValueError(
-            f"{where}: 'answer' is {answer!r}; it must be a number from 0 to {len(choices) - 1}, or one of "
-            "the choices."
-        )
-    return _Text(question, tuple(choices), answer)
+    several = good and 2 <= len(choices) == len(set(choices))
+    need(several, f"'choices' is {choices!r}; it must be two or more different texts")
+    right = choices.index(answer) if isinstance(answer, str) and answer in choices else answer
+    counted = isinstance(right, int) and not isinstance(right, bool) and 0 <= right < len(choices)
+    last = len(choices) - 1
+    need(counted, f"'answer' is {answer!r}; it must be a number from 0 to {last}, or one of the choices")
+    return question, tuple(choices), right
 
 
 def _pubmedqa() -> list[_Text]:
@@ -195,12 +188,11 @@ def _pubmedqa() -> list[_Text]:
     name, configuration, split = PUBMEDQA_SOURCE
     try:
         from datasets import load_dataset
-    except ImportError as error:
-        raise RuntimeError(
-            f"PubMedQA is read with datasets: pip install 'ffkernels[tasks]' ({error})"
-        ) from error
-    try:
+
         rows = load_dataset(name, configuration, split=split)
+    except ImportError as error:
+        message = f"PubMedQA is read with datasets: pip install 'ffkernels[tasks]' ({error})"
+        raise RuntimeError(message) from error
     except Exception as error:  # what the hub's client raises differs by version, and by what failed
         first = str(error).strip().split("\n", 1)[0]
         raise RuntimeError(
@@ -208,10 +200,57 @@ def _pubmedqa() -> list[_Text]:
             "Without a network give a JSONL file (--benchmark FILE), or no --benchmark: then the questions "
             "are made from the task's own test examples"
         ) from error
-    return [_pubmedqa_question(row) for row in rows]
+    texts = []
+    for row in rows:
+        abstract, question = "\n".join(row["context"]["contexts"]), row["question"]
+        prompt = f"Abstract: {abstract}\nQuestion: {question}\nAnswer (yes, no or maybe):"
+        texts.append((prompt, DECISIONS, DECISIONS.index(row["final_decision"].strip().lower())))
+    return texts
 
 
-def _pubmedqa_question(row: dict[str, Any]) -> _Text:
-    abstract = "\n".join(row["context"]["contexts"])
-    prompt = f"Abstract: {abstract}\nQuestion: {row['question']}\nAnswer (yes, no or maybe):"
-    return _Text(prompt, DECISIONS, DECISIONS.index(row["final_decision"].strip().lower()))
+def choice_scores(
+    model: nn.Module, questions: Sequence[Question], *, pad_token_id: int, batch_size: int = 64
+) -> list[list[float]]:
+    """The log-likelihood of every choice given its prompt, summed over the choice's tokens, in nats.
+
+    Args:
+        model: a causal language model whose ``model(input_ids, attention_mask).logits`` has the shape (rows,
+            tokens, vocabulary); evaluated in eval mode and left as it was.
+        pad_token_id: stands where it is masked; any token will do.
+        batch_size: sequences per forward at most; fewer where their logits would not fit ``LOGITS``.
+
+    Returns:
+        One list per question, one score per choice. Divide by ``len(choice)`` for the mean per token.
+    """
+    at_least(1, batch_size=batch_size)
+    device = model_device(model)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1 << 17
+    scores = [[0.0] * len(question.choices) for question in questions]
+    with evaluation_mode(model, device):
+        for rows in _batches(questions, batch_size, LOGITS // vocabulary):
+            texts = [(questions[q].prompt, questions[q].choices[c]) for q, c in rows]
+            examples = [Example([*p, *answer], [IGNORED] * len(p) + [*answer]) for p, answer in texts]
+            batch = collate(examples, pad_token_id)
+            labels = batch.pop("labels")[:, 1:].to(device)
+            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits[:, :-1]
+            wanted = labels != IGNORED
+            nats = F.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none").double()
+            row_of = wanted.nonzero()[:, 0]
+            sums = torch.zeros(len(rows), dtype=torch.float64, device=device).index_add_(0, row_of, nats)
+            for (question, choice), total in zip(rows, sums.tolist(), strict=True):
+                scores[question][choice] = -total
+    return scores
+
+
+def _batches(questions: Sequence[Question], batch_size: int, tokens: int) -> Iterator[list[tuple[int, int]]]:
+    """(question, choice) by falling length; a batch passes neither ``batch_size`` nor padded ``tokens``."""
+    lengths = {
+        (q, c): len(question.prompt) + len(choice)
+        for q, question in enumerate(questions)
+        for c, choice in enumerate(question.choices)
+    }
+    rows = sorted(lengths, key=lengths.get, reverse=True)
+    while rows:
+        size = max(1, min(batch_size, tokens // lengths[rows[0]]))
+        yield rows[:size]
+        rows = rows[size:]

@@ -1,20 +1,18 @@
 """The options that every analyze command shares, and the training settings they come to.
 
-    @shared_options(omit=("steps",), lr=3e-4)
-    def tau_sweep(ctx: typer.Context, at: Annotated[str, typer.Option(help="…")] = "6,12,24") -> None:
-        config = settings(ctx)
+    command(act, {"at": ("6,12,24", "Optimizer steps after which …")}, omit=("steps",), lr=3e-4)
 
-``shared_options`` puts the options below behind the command's own, with the defaults given there, and
-``settings`` reads them from the context. Only typer is imported here, so that ``--help`` is quick.
+is a command with the option ``--at`` and the shared ones, and of another learning rate; ``act(ctx)`` asks
+``settings(ctx)`` for what they come to. Only typer is imported here, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from functools import wraps
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,9 +21,7 @@ from ffkernels.training import options
 if TYPE_CHECKING:
     from ffkernels.training.config import TrainConfig
 
-__all__ = ["integers", "settings", "shared_options"]
-
-Command = Callable[..., None]
+__all__ = ["at_least", "command", "integers", "settings"]
 
 Out = Annotated[Path, typer.Option(help="Folder of the JSON file and the picture.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress line.")]
@@ -66,44 +62,47 @@ SHARED: dict[str, tuple[Any, Any]] = {
 }
 
 
-def shared_options(*, omit: Iterable[str] = (), **defaults: Any) -> Callable[[Command], Command]:
-    """Give a command that takes the context and options of its own the shared options too.
+def command(
+    act: Callable[[typer.Context], None],
+    own: Mapping[str, tuple[Any, ...]],
+    *,
+    omit: Iterable[str] = (),
+    **defaults: Any,
+) -> Callable[..., None]:
+    """``act`` as a typer command that has options of its own and the shared ones, read from the context.
 
-    ``omit`` names shared options the command has no use for, the keywords change defaults. An option of the
-    command's own replaces the shared one of its name.
+    ``own`` options are (default, help), with a default of None (None, help, type); one of a shared option's
+    name replaces it. ``omit`` names shared options of no use here, the keywords change defaults.
     """
-    omit = set(omit)
-    unknown = sorted((omit | defaults.keys()) - SHARED.keys())
+    unknown = sorted((set(omit) | defaults.keys()) - SHARED.keys())
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no shared option; there are {', '.join(SHARED)}")
+    options: dict[str, tuple[Any, Any]] = {}
+    for name, (default, text, *kind) in own.items():
+        annotation = kind[0] | None if kind else type(default)
+        options[name] = (Annotated[annotation, typer.Option(help=text)], default)
+    for name, (annotation, default) in SHARED.items():
+        if name not in omit and name not in own:
+            options[name] = (annotation, defaults.get(name, default))
 
-    def decorate(command: Command) -> Command:
-        hints = get_type_hints(command, include_extras=True)
-        own = list(inspect.signature(command).parameters.values())
-        names = {parameter.name for parameter in own}
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters = [p.replace(kind=kind, annotation=hints[p.name]) for p in own]
-        for name, (annotation, default) in SHARED.items():
-            if name not in omit and name not in names:
-                default = defaults.get(name, default)
-                parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
+    def run(ctx: typer.Context, **_: Any) -> None:
+        act(ctx)
 
-        @wraps(command)
-        def with_shared(**values: Any) -> None:
-            command(**{name: value for name, value in values.items() if name in names})
-
-        with_shared.__signature__ = inspect.Signature(parameters)
-        with_shared.__annotations__ = {p.name: p.annotation for p in parameters}
-        return with_shared
-
-    return decorate
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("ctx", kind, annotation=typer.Context),
+        *(inspect.Parameter(n, kind, annotation=a, default=d) for n, (a, d) in options.items()),
+    ]
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def settings(ctx: typer.Context) -> TrainConfig:
     """The training run that the command's options describe, with Fast Forward.
 
     It is never switched off for good (``patience=None``), unless the command has that option: an analysis
-    wants every stage.
+    wants every stage. ``--no-fast-forward``, where a command has that, leaves the plain optimizer.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
@@ -112,15 +111,22 @@ def settings(ctx: typer.Context) -> TrainConfig:
     config = options.training(ctx, fast_forward=options.stages(ctx, **fixed))
     if config.test_examples == 0:
         raise ValueError("test_examples=0: must be at least 1: an analysis measures test losses")
-    return config
+    return config if ctx.params.get("fast_forward", True) else replace(config, fast_forward=None)
 
 
-def integers(text: str, option: str, low: int = 1) -> tuple[int, ...]:
-    """``"6,12,24"`` as rising integers of at least ``low``; an error names the ``option``."""
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """``"6,12,24"`` as rising integers of at least 1; an error names the ``option``."""
     try:
         values = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
         values = ()
-    if not values or values[0] < low:
-        raise ValueError(f"{option}={text!r}: must be integers of at least {low}, such as 6,12,24")
+    if not values or values[0] < 1:
+        raise ValueError(f"{option}={text!r}: must be integers of at least 1, such as 6,12,24")
     return values
+
+
+def at_least(low: int, **values: Any) -> None:
+    """Raise ValueError, naming it, for a value that is not an integer of at least ``low``."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name}={value!r}: must be an integer of at least {low}")

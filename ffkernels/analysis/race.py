@@ -5,41 +5,33 @@ Both start from the same adapter and see the same batches. The runs write no fil
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+from ffkernels.analysis.show import Data, Watch, percent
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.fast_forward import FastForward
-from ffkernels.reporting.plots import STYLES, clean_axes
+from ffkernels.reporting.plots import STYLES, Axes, clean_axes
 from ffkernels.training.compare import Comparison, Interrupted
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import Session
+from ffkernels.training.session import Session, stages_of
 from ffkernels.training.trainer import RunResult, train
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+__all__ = ["cells", "draw_taus", "outcome", "race", "run"]
 
-__all__ = ["ABOVE", "APART", "CONVENTIONS", "Watch", "draw_saved", "draw_steps", "outcome", "race", "run"]
-
+# How far above Adam's test loss, in nats, counts as reached.
+TOLERANCE = 1e-4
 # FLOPs are counted in two conventions (see reporting.flops), drawn always in these styles.
 CONVENTIONS = {
     "measured": {"color": STYLES["parabolic"]["color"], "marker": "o", "linestyle": "-"},
     "paper": {"color": STYLES["linear"]["color"], "marker": "s", "linestyle": "--"},
 }
-# A legend on top of its panel, and room between two panels.
-ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0, "frameon": False}
+# Room between two panels.
 APART = {"wspace": 0.08}
-
-
-@dataclasses.dataclass(frozen=True)
-class Watch:
-    """Who is told what: ``run`` each run before it starts, ``event`` its log events, for a progress bar."""
-
-    run: Callable[[TrainConfig], None] | None = None
-    event: Callable[[dict[str, Any]], None] | None = None
+# The columns that ``cells`` fills.
+COLUMNS = ["optimizer steps", "stages", "Σ τ*", "saved, paper", "saved, measured"]
 
 
 def race(
@@ -47,54 +39,48 @@ def race(
     contenders: Mapping[str, FastForwardConfig],
     *,
     check_every: int = 3,
-    tolerance: float = 1e-4,
     watch: Watch | None = None,
-    on_session: Callable[[Session], None] | None = None,
-    on_end: Callable[[str, RunResult], None] | None = None,
-) -> tuple[RunResult, dict[str, RunResult]]:
-    """Adam for all of ``config``'s steps, then each contender until its test loss is Adam's + ``tolerance``.
+    on_session: Callable[[Session], Any] | None = None,
+    on_end: Callable[[str], Any] = lambda name: None,
+) -> dict[str, Data]:
+    """Adam for all of ``config``'s steps, then each contender until its test loss is Adam's + ``TOLERANCE``.
 
     Args:
         config: the Adam run; its ``name``, ``out``, ``fast_forward`` and ``target_loss`` are set here.
         contenders: Fast Forward's settings by a name for the run.
         check_every: optimizer steps between test losses of the contenders; each stage is followed by one.
-        on_session: gets each run's session before its first step.
-        on_end: is told each run's name (Adam's is ``"adam"``) and result when it has ended.
+        on_session, on_end: get each run's session before its first step, and its name when it has ended.
 
     Returns:
-        Adam's result, and the contenders' by their names.
+        The ``outcome`` of "adam", and by their names those of the contenders.
 
     Raises:
         ValueError: when Adam diverged.
     """
-    results: dict[str, RunResult] = {}
     with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
-        comparison = Comparison(
-            dataclasses.replace(config, out=folder, evaluate_every=0),  # only Adam's last test loss counts
-            check_every=check_every,
-            tolerance=tolerance,
-        )
+        # Of Adam's test losses the last alone counts.
+        base = replace(config, out=folder, evaluate_every=0)
+        comparison = Comparison(base, check_every=check_every, tolerance=TOLERANCE)
         adam = run(comparison.adam(config.seed), watch, on_session)
         if not math.isfinite(adam.test_loss):
             raise ValueError(
                 f"lr={config.lr!r}: Adam diverged after {adam.optimizer_steps} steps, so there is no test "
                 "loss to reach; take a smaller learning rate"
             )
-        if on_end is not None:
-            on_end("adam", adam)
+        on_end("adam")
+        outcomes = {"adam": outcome(adam)}
         for name, fast_forward in contenders.items():
             contender = comparison.until(adam, config.seed, name, fast_forward=fast_forward)
-            results[name] = run(contender, watch, on_session)
-            if on_end is not None:
-                on_end(name, results[name])
-    return adam, results
+            outcomes[name] = outcome(run(contender, watch, on_session), adam)
+            on_end(name)
+    return outcomes
 
 
 def run(
     config: TrainConfig,
     watch: Watch | None = None,
-    on_session: Callable[[Session], None] | None = None,
-    stop_when: Callable[[dict[str, Any]], bool] | None = None,
+    on_session: Callable[[Session], Any] | None = None,
+    stop_when: Callable[[Data], bool] = lambda event: False,
 ) -> RunResult:
     """One run that keeps nothing but what it returns.
 
@@ -106,21 +92,17 @@ def run(
         Interrupted: after Ctrl-C.
     """
     watch = watch or Watch()
-    if watch.run is not None:
-        watch.run(config)
+    watch.run(config)
     stopped = False
 
-    def attach(session: Session) -> FastForward | None:
+    def attach(session: Session) -> Any:
         on_session(session)
-        if config.fast_forward is None:
-            return None
-        return FastForward(session.model, session.optimizer, session.validation, config.fast_forward)
+        return stages_of(session)
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Data) -> None:
         nonlocal stopped
-        if watch.event is not None:
-            watch.event(event)
-        if stop_when is not None and stop_when(event):
+        watch.event(event)
+        if stop_when(event):
             stopped = True
             raise KeyboardInterrupt  # train's way of being asked to end after this step
 
@@ -133,26 +115,19 @@ def run(
     return result
 
 
-def outcome(result: RunResult, adam: RunResult | None = None) -> dict[str, Any]:
+def outcome(result: RunResult, adam: RunResult | None = None) -> Data:
     """A run as plain data: cost, stages and, against ``adam``, what it saved.
 
     ``saved`` are fractions of Adam's FLOPs in both conventions, None where the target was not reached; a
     negative one is a loss. Time is left to ``ffkernels compare``, which warms up before it looks at a clock.
     """
+    kept = ("optimizer_step", "tau", "losses", "stopped_because")
     data = {
         "optimizer_steps": result.optimizer_steps,
         "test_loss": result.test_loss,
         "flops": dict(result.flops),
         "validation_forwards": result.validation_forwards,
-        "stages": [
-            {
-                "optimizer_step": stage.optimizer_step,
-                "tau": stage.tau,
-                "losses": [[tau, loss] for tau, loss in stage.losses],
-                "stopped_because": stage.stopped_because,
-            }
-            for stage in result.stages
-        ],
+        "stages": [{key: stage[key] for key in kept} for stage in (s.to_dict() for s in result.stages)],
     }
     if adam is not None:
         data["reached"] = bool(result.reached_target)
@@ -161,30 +136,16 @@ def outcome(result: RunResult, adam: RunResult | None = None) -> dict[str, Any]:
     return data
 
 
-def draw_saved(axes: Axes, xs: Sequence[float], outcomes: Sequence[dict[str, Any]]) -> None:
-    """A panel of the FLOPs saved at each ``x``; where the target was not reached there is a gap."""
-    clean_axes(axes)
-    axes.axhline(0, color=STYLES["adam"]["color"], linewidth=1)
-    for name, style in CONVENTIONS.items():
-        saved = [100 * one["saved"][name] if one["saved"] else math.nan for one in outcomes]
-        axes.plot(xs, saved, **style, markersize=5, linewidth=1.6, label=f"{name} FLOPs")
-    missed = [x for x, one in zip(xs, outcomes, strict=True) if not one["saved"]]
-    if missed:
-        axes.plot(missed, [0] * len(missed), "x", color="#B00020", markersize=7, label="target not reached")
-    axes.set_ylabel("FLOPs saved against Adam (%)")
-    axes.margins(y=0.15)
-    axes.legend(**ABOVE)
+def cells(run: Data) -> list[Any]:
+    """An ``outcome`` in the ``COLUMNS`` of a table."""
+    saved, taus = run["saved"], [stage["tau"] for stage in run["stages"]]
+    shares = [percent(saved["paper"]), percent(saved["measured"])] if saved else ["not reached"] * 2
+    return [run["optimizer_steps"], len(taus), sum(taus), *shares]
 
 
-def draw_steps(axes: Axes, xs: Sequence[float], adams: Sequence[int], outcomes: Sequence[dict]) -> None:
-    """A panel of the optimizer steps to the target, Adam's beside Fast Forward's."""
-    clean_axes(axes)
-    axes.plot(xs, adams, color=STYLES["adam"]["color"], linestyle=":", linewidth=1.6, label="Adam")
-    steps = [one["optimizer_steps"] for one in outcomes]
-    style = STYLES["parabolic"]
-    axes.plot(
-        xs, steps, color=style["color"], marker=style["marker"], linewidth=1.6, label="with Fast Forward"
-    )
-    axes.set_ylim(0, 1.12 * max(*adams, *steps))
-    axes.set_ylabel("optimizer steps to Adam's test loss")
-    axes.legend(**ABOVE)
+def draw_taus(axes: Axes, stages: Sequence[Data], **style: Any) -> None:
+    """A panel, or one more line of it: τ* of each stage over the optimizer steps."""
+    label = "optimizer step at which the stage ran"
+    clean_axes(axes, label, "τ*: Fast Forward steps of the stage", integer="xy")
+    steps, taus = ([stage[key] for stage in stages] for key in ("optimizer_step", "tau"))
+    axes.plot(steps, taus, **{**style, "linewidth": 1.4})

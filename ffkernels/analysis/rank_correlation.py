@@ -1,6 +1,6 @@
 """Does one quantity rise with another? Spearman's ρ, and how often chance alone would show as much.
 
-    ρ = Pearson's correlation of the ranks        ties share the mean of their ranks
+    ρ = Pearson's correlation of the ranks
     p = (1 + #{|ρ| of a shuffled pairing ≥ |ρ|}) / (1 + shuffles)
 
 The p-value takes the pairs for independent of each other. Those of one training run are not: what drifts
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from itertools import groupby
 
 __all__ = ["partial_spearman", "ranks", "spearman"]
 
@@ -21,30 +22,24 @@ SHUFFLES = 4999
 def ranks(values: Sequence[float]) -> list[float]:
     """Rank of each value, the smallest 1; equal ones share the mean of theirs."""
     order = sorted(range(len(values)), key=values.__getitem__)
-    ranked = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        end = start
-        while end < len(order) and values[order[end]] == values[order[start]]:
-            end += 1
-        for position in range(start, end):
-            ranked[order[position]] = (start + end + 1) / 2
-        start = end
+    ranked, before = [0.0] * len(values), 0
+    for _, group in groupby(order, key=values.__getitem__):
+        equal = list(group)
+        for i in equal:
+            ranked[i] = before + (len(equal) + 1) / 2
+        before += len(equal)
     return ranked
 
 
 def spearman(x: Sequence[float], y: Sequence[float], *, shuffles: int = SHUFFLES) -> dict[str, float | None]:
     """``{"rho", "p", "n"}`` of the pairs (x[i], y[i]); rho and p are None with fewer than three pairs, or
-    where all x or all y are equal.
-
-    Raises:
-        ValueError: when x and y differ in length.
+    where all x or all y are equal. ValueError when x and y differ in length.
     """
     if len(x) != len(y):
         raise ValueError(f"{len(x)} values of x and {len(y)} of y: one of each makes a pair")
     n = len(x)
     a, b = _centred(ranks(x)), _centred(ranks(y))
-    scale = (sum(v * v for v in a) * sum(v * v for v in b)) ** 0.5
+    scale = (_dot(a, a) * _dot(b, b)) ** 0.5
     if n < 3 or scale == 0.0:
         return {"rho": None, "p": None, "n": n}
     rho = _dot(a, b) / scale

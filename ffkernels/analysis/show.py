@@ -1,49 +1,68 @@
-"""What an analyze command shows: a line while it works, then a table, what was seen, where the files are."""
+"""What an analyze command shows while it works and when it is done, and the two files that it writes.
+
+<name>.json    {"analysis": name, "command": …, "date": …, "machine": {…}, "versions": {…}, "data": {…}}
+<name>.png     the picture of that data
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from ffkernels.analysis.race import Watch
+    from ffkernels.training.config import TrainConfig
 
-__all__ = ["finish", "percent", "than_adam", "watching", "working"]
+__all__ = ["Watch", "finish", "percent", "than_adam", "watching", "working"]
 
 INTERRUPTED = 130
 
+Data = dict[str, Any]  # what an analysis returns: plain values
 Cell = str | int | float | None
+Table = tuple[list[str], list[list[Cell]]]  # the columns' names, and rows
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told what: ``run`` each run before it starts, ``event`` its log events, for a progress bar."""
+
+    run: Callable[[TrainConfig], Any] = lambda config: None
+    event: Callable[[dict[str, Any]], Any] = lambda event: None
 
 
 @contextmanager
-def working(what: str, flags: dict[str, Any]) -> Iterator[None]:
-    """A spinner with ``what`` and the seconds passed, on a terminal and not with ``--quiet``."""
+def working(what: str, quiet: bool) -> Iterator[None]:
+    """A spinner with ``what`` and the seconds passed, on a terminal and not when ``quiet``."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    shown = console.is_terminal and not flags["quiet"]
+    shown = console.is_terminal and not quiet
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         progress.add_task(what, total=None)
         yield
 
 
 @contextmanager
-def watching(flags: dict[str, Any]) -> Iterator[Watch]:
-    """Progress bars on a terminal, and a clean end on Ctrl-C."""
+def watching(quiet: bool) -> Iterator[Watch]:
+    """A progress bar per run on a terminal, and a clean end on Ctrl-C."""
     from rich.console import Console
 
-    from ffkernels.analysis.race import Watch
     from ffkernels.training.compare import Interrupted
     from ffkernels.training.progress import ProgressBars
 
     console = Console(stderr=True)
-    with ProgressBars(console, flags["quiet"] or not console.is_terminal) as bars:
+    with ProgressBars(console, quiet or not console.is_terminal) as bars:
         try:
             yield Watch(bars.start, bars.event)
         except Interrupted as error:
@@ -51,30 +70,28 @@ def watching(flags: dict[str, Any]) -> Iterator[Watch]:
             raise typer.Exit(INTERRUPTED) from None
 
 
-def finish(
-    name: str,
-    data: dict[str, Any],
-    draw: Callable[..., None],
-    flags: dict[str, Any],
-    *,
-    header: Sequence[str],
-    rows: Sequence[Sequence[Cell]],
-    seen: Sequence[str],
-) -> None:
-    """Print the table and the sentences, write the files of ``record.save`` and say where they are.
+def finish(name: str, data: Data, analysis: Any, out: str | os.PathLike[str]) -> None:
+    """Print what ``analysis`` makes of its data, write the two files and say where they are.
 
-    Numbers in ``rows`` are shown to four significant digits, None as a dash; the first column stands left.
+    Args:
+        data: NaN and infinities become null in the file.
+        analysis: has ``table(data)``; ``what_was_seen(data)``, sentences; ``draw(figure, data)``. Numbers in
+            the table are shown to four significant digits, None as a dash.
+        out: a folder, made when missing; older files of the same name are replaced.
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from ffkernels.analysis.record import save
-    from ffkernels.reporting.machine import command_line
+    from ffkernels.reporting.machine import command_line, machine_info, version_info
+    from ffkernels.reporting.plots import save_figure
+    from ffkernels.reporting.report import plain
+    from ffkernels.reporting.written import write_text
 
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a file or a pipe has no width
+    header, rows = analysis.table(data)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for number, heading in enumerate(header):
         table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
@@ -82,9 +99,23 @@ def finish(
         table.add_row(*(Text(_text(cell)) for cell in row))  # a str would be read as markup
     console.print(table)
     typer.echo()
-    for sentence in seen:
-        console.print(sentence, highlight=False, markup=False)
-    written, picture = save(name, data, draw, flags["out"], command_line(sys.argv[1:]))
+    for sentence in analysis.what_was_seen(data):
+        console.print(re.sub(r" -(?=\d)", " −", sentence), highlight=False, markup=False)
+
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "analysis": name,
+        "command": command_line(sys.argv[1:]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "machine": machine_info(),
+        "versions": version_info(),
+        "data": plain(data),
+    }
+    written, picture = folder / f"{name}.json", folder / f"{name}.png"
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(written, text)
+    save_figure(lambda figure: analysis.draw(figure, data), picture)
     typer.echo(f"\nData: {written}\nPicture: {picture}")
 
 

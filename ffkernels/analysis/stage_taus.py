@@ -1,47 +1,42 @@
 """How far each stage goes (the paper's Fig. 11), and whether the gradient foretells it (Fig. 12).
 
-A stage repeats the last optimizer update τ* times. Of the gradient that this update was made from, the mean
-over its batch, two quantities are taken in the moment the stage has ended:
+Of the gradient that the repeated update was made from, two quantities are taken as the stage ends:
 
     gradient norm       ‖g‖₂ over all trainable tensors
-    condition number    of each gradient matrix σ_max / σ_min, the median over the matrices
+    condition number    of each gradient matrix (of LoRA those of A and of B of every module; vectors and
+                        matrices of zeros are left out) σ_max / σ_min, the median over the matrices
 
-A gradient matrix is the gradient of one trainable matrix, of LoRA the A (r × in) and the B (out × r) of each
-adapted module; vectors, such as DoRA's magnitudes, have no condition number and are left out. σ_min is the
-smallest singular value that is not negligible: above σ_max · max(rows, columns) · ε with float32's ε, below
-which it would be rounding. A matrix of zeros is left out.
+σ_min is the smallest singular value above σ_max · max(rows, columns) · ε with float32's ε: what is smaller
+would be rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import cycle
 from statistics import median
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ffkernels.analysis.rank_correlation import partial_spearman, spearman
-from ffkernels.reporting.plots import LEGEND, clean_axes
+from ffkernels.analysis.show import Data, Table
+from ffkernels.reporting.plots import LEGEND, Figure, clean_axes
 from ffkernels.stage.record import Stage
-from ffkernels.training.session import Session, open_session
+from ffkernels.training.config import TrainConfig
+from ffkernels.training.session import open_session
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from ffkernels.training.config import TrainConfig
-
-__all__ = ["condition_number", "draw", "gradient_facts", "stage_taus"]
+__all__ = ["condition_number", "draw", "gradient_facts", "stage_taus", "table", "what_was_seen"]
 
 SEED_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
 # A quantity whose largest value is more than so many times its smallest is drawn on a logarithmic axis.
 WIDE = 30
-QUANTITIES = ("gradient_norm", "condition_number")
+NAMES = {"gradient_norm": "gradient norm", "condition_number": "condition number"}
 
 
-def stage_taus(config: TrainConfig, *, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+def stage_taus(config: TrainConfig, *, seeds: Sequence[int] = (0, 1, 2)) -> Data:
     """τ* of every stage of one run per seed, with the gradient's norm and condition number (Figs. 11 and 12).
 
     Args:
@@ -49,12 +44,10 @@ def stage_taus(config: TrainConfig, *, seeds: Sequence[int] = (0, 1, 2)) -> dict
         seeds: of data split and order and of the adapter; each replaces ``config.seed``.
 
     Returns:
-        ``config``; ``stages``: for each its ``seed``, ``number`` in its run (from 1), ``optimizer_step``,
-        ``tau``, ``evaluations``, ``loss_before``, ``loss_after``, ``lr``, ``gradient_norm``,
-        ``condition_number``, ``condition_largest`` (over the matrices) and ``matrices`` (their number);
-        ``correlations``: of τ* with each quantity and with ``optimizer_step`` Spearman's
-        ``{"rho", "p", "n"}`` over all stages, with ``partial``, what is left of ρ when the ranks of the
-        optimizer step are held fixed: during training everything drifts together.
+        ``stages``: for each its ``seed``, ``number`` in its run (from 1), ``optimizer_step``, ``tau``,
+        ``evaluations``, ``loss_before``, ``loss_after``, ``lr`` and ``gradient_facts``; ``correlations`` of
+        τ* over all stages with both quantities and with ``optimizer_step``: ``spearman`` with ``partial``,
+        what is left of ρ when the ranks of the optimizer step are held fixed; ``config``.
 
     Raises:
         ValueError: when ``config`` has no Fast Forward, or there is no seed.
@@ -63,37 +56,29 @@ def stage_taus(config: TrainConfig, *, seeds: Sequence[int] = (0, 1, 2)) -> dict
         raise ValueError("config.fast_forward is None: stages need a FastForwardConfig")
     if not seeds:
         raise ValueError("seeds is empty: give one or more")
-    stages: list[dict[str, Any]] = []
-    for seed in seeds:
-        with open_session(replace(config, seed=seed)) as session:
-            session.ff.on_stage = _recorder(session, seed, stages)
-            for step in range(session.steps):
-                session.step(step)
-    return {"config": config.to_dict(), "stages": stages, "correlations": _correlations(stages)}
+    stages: list[Data] = []
 
-
-def _recorder(session: Session, seed: int, stages: list[dict[str, Any]]) -> Callable[[Stage], None]:
-    """Called by Fast Forward inside ``optimizer.step()``, where the gradients still stand."""
-
-    def record(stage: Stage) -> None:
+    def record(stage: Stage) -> None:  # called inside optimizer.step(), where the gradients still stand
+        kept = ("optimizer_step", "tau", "evaluations", "loss_before", "loss_after")
         stages.append(
             {
                 "seed": seed,
                 "number": len(session.ff.stages),
-                "optimizer_step": stage.optimizer_step,
-                "tau": stage.tau,
-                "evaluations": stage.evaluations,
-                "loss_before": stage.loss_before,
-                "loss_after": stage.loss_after,
+                **{key: getattr(stage, key) for key in kept},
                 "lr": session.learning_rate(stage.optimizer_step - 1),
                 **gradient_facts(p.grad for p in session.trainable),
             }
         )
 
-    return record
+    for seed in seeds:
+        with open_session(replace(config, seed=seed)) as session:
+            session.ff.on_stage = record
+            for step in range(session.steps):
+                session.step(step)
+    return {"config": config.to_dict(), "stages": stages, "correlations": _correlations(stages)}
 
 
-def gradient_facts(gradients: Iterable[Tensor | None]) -> dict[str, Any]:
+def gradient_facts(gradients: Iterable[Tensor | None]) -> Data:
     """Norm over all gradients, median and largest condition number over those that are matrices."""
     gradients = [g.detach() for g in gradients if g is not None]
     squares = sum(float(g.double().square().sum()) for g in gradients)
@@ -121,9 +106,9 @@ def condition_number(matrix: Tensor) -> float:
     return largest / float(kept[-1])
 
 
-def _correlations(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _correlations(stages: Sequence[Data]) -> Data:
     found = {}
-    for quantity in (*QUANTITIES, "optimizer_step"):
+    for quantity in (*NAMES, "optimizer_step"):
         known = [s for s in stages if math.isfinite(s[quantity]) and math.isfinite(s["loss_before"])]
         taus, values, steps = ([s[key] for s in known] for key in ("tau", quantity, "optimizer_step"))
         found[quantity] = spearman(values, taus)
@@ -132,49 +117,72 @@ def _correlations(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def draw(figure: Figure, data: dict[str, Any]) -> None:
+def table(data: Data) -> Table:
+    rows = [
+        [NAMES.get(key, "optimizer step"), found["n"], found["rho"], found["p"], found.get("partial")]
+        for key, found in data["correlations"].items()
+    ]
+    return ["τ* with", "n", "Spearman ρ", "p (shuffled)", "ρ at equal step"], rows
+
+
+def what_was_seen(data: Data) -> list[str]:
+    seen, stages = [], [(stage["number"], stage["tau"]) for stage in data["stages"]]
+    if stages:
+        last = max(number for number, _ in stages)
+        third = max(1, last // 3)
+        early = median(tau for number, tau in stages if number <= third)
+        late = median(tau for number, tau in stages if number > last - third)
+        none = sum(tau == 0 for _, tau in stages)
+        seen.append(
+            f"τ* is {early:g} in the first {third} stages of a run and {late:g} in the last {third} "
+            f"(medians); {none} of {len(stages)} stages took no step."
+        )
+    for key, name in NAMES.items():
+        found = data["correlations"][key]
+        if found["rho"] is None or found["partial"] is None:
+            seen.append(f"Too few different values to relate τ* to the {name}.")
+        else:
+            seen.append(
+                f"τ* and the {name}: ρ = {found['rho']:.2f}; with the optimizer step held fixed "
+                f"{found['partial']:.2f} (n = {found['n']})."
+            )
+    return seen
+
+
+def draw(figure: Figure, data: Data) -> None:
     """Above τ* over the stages of each seed, below τ* against gradient norm and condition number."""
     figure.set_size_inches(8.4, 7.2)
-    panels = figure.subplot_mosaic([["stages", "stages"], list(QUANTITIES)])
-    seeds = sorted({stage["seed"] for stage in data["stages"]})
-    for axes in panels.values():
-        clean_axes(axes)
-        axes.set_ylim(0, 1.08 * max([1, *(stage["tau"] for stage in data["stages"])]))
-        axes.yaxis.get_major_locator().set_params(integer=True)
-    for index, seed in enumerate(seeds):
-        color, marker = SEED_STYLES[index % len(SEED_STYLES)]
-        stages = [stage for stage in data["stages"] if stage["seed"] == seed]
-        style = {"color": color, "marker": marker, "markersize": 4.5, "alpha": 0.8}
-        taus = [stage["tau"] for stage in stages]
-        numbers = [stage["number"] for stage in stages]
-        panels["stages"].plot(numbers, taus, linewidth=1.1, label=f"seed {seed}", **style)
-        for quantity in QUANTITIES:
-            values = [math.nan if s[quantity] is None else s[quantity] for s in stages]
-            panels[quantity].plot(values, taus, linestyle="none", **style)
-    panels["stages"].set_xlabel(f"stage, one after every {_steps(data)}")
-    panels["stages"].set_ylabel("τ*: times the update was repeated")
-    panels["stages"].xaxis.get_major_locator().set_params(integer=True)
-    panels["stages"].legend(loc="upper right", ncols=2 if len(seeds) > 3 else 1, **LEGEND)
-    labels = ("gradient norm", "condition number of the gradient matrices (median)")
-    for quantity, label in zip(QUANTITIES, labels, strict=True):
-        axes = panels[quantity]
+    panels = figure.subplot_mosaic([["stages", "stages"], list(NAMES)])
+    interval = data["config"]["fast_forward"]["interval"]
+    steps = "optimizer step" if interval == 1 else f"{interval} optimizer steps"
+    clean_axes(
+        panels["stages"], f"stage, one after every {steps}", "τ*: times the update was repeated", integer="xy"
+    )
+    for quantity, label in NAMES.items():
+        axes, found = panels[quantity], data["correlations"][quantity]
+        of_what = " of the gradient matrices (median)" if quantity == "condition_number" else ""
+        clean_axes(axes, label + of_what, integer="y")
+        axes.set_title(_correlation_text(found), loc="left", fontsize=10)
         values = [s[quantity] for s in data["stages"] if s[quantity] and math.isfinite(s[quantity])]
         if values and max(values) > WIDE * min(values):
             axes.set_xscale("log")
-        axes.set_xlabel(label)
-        axes.set_title(_correlation_text(data["correlations"][quantity]), loc="left", fontsize=10)
+    seeds = sorted({stage["seed"] for stage in data["stages"]})
+    for seed, (color, marker) in zip(seeds, cycle(SEED_STYLES), strict=False):
+        stages = [stage for stage in data["stages"] if stage["seed"] == seed]
+        style = {"color": color, "marker": marker, "markersize": 4.5, "alpha": 0.8}
+        taus, numbers = ([stage[key] for stage in stages] for key in ("tau", "number"))
+        panels["stages"].plot(numbers, taus, linewidth=1.1, label=f"seed {seed}", **style)
+        for quantity in NAMES:
+            values = [math.nan if s[quantity] is None else s[quantity] for s in stages]
+            panels[quantity].plot(values, taus, linestyle="none", **style)
+    for axes in panels.values():
+        axes.set_ylim(0, 1.08 * max([1, *(stage["tau"] for stage in data["stages"])]))
+    panels["stages"].legend(loc="upper right", ncols=2 if len(seeds) > 3 else 1, **LEGEND)
     panels["gradient_norm"].set_ylabel("τ*")
 
 
-def _steps(data: dict[str, Any]) -> str:
-    interval = data["config"]["fast_forward"]["interval"]
-    return "optimizer step" if interval == 1 else f"{interval} optimizer steps"
-
-
-def _correlation_text(found: dict[str, Any]) -> str:
+def _correlation_text(found: Data) -> str:
     if found["rho"] is None:
         return f"no correlation to speak of (n = {found['n']})"
-    text = f"Spearman ρ = {found['rho']:.2f}, n = {found['n']}"
-    if found["partial"] is not None:
-        text += f"; at equal step {found['partial']:.2f}"
-    return text.replace("-", "−")
+    partial = "" if found["partial"] is None else f"; at equal step {found['partial']:.2f}"
+    return f"Spearman ρ = {found['rho']:.2f}, n = {found['n']}{partial}".replace("-", "−")

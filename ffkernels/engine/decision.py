@@ -22,9 +22,8 @@ from ffkernels import ops
 from ffkernels.engine.alignment import Alignment
 from ffkernels.engine.auto_rate import AutoRate
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.faded_rate import FadedRate
 from ffkernels.engine.price import SAME_GRADIENTS, StagePrice
-from ffkernels.engine.schedule import StageSchedule
+from ffkernels.engine.schedule import FadedRate, StageSchedule
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.ranks import ALIGNMENT, Ranks
 from ffkernels.search.search import Search
@@ -66,7 +65,7 @@ class StageDecision:
         asked, auto = self.schedule.asks_alignment, config.learning_rate == "auto"
         self.alignment: Alignment | None = None
         if asked or auto:
-            kept = self.schedule.averaged if asked else 1
+            kept = config.interval if asked else 1
             self.alignment = Alignment(ranks if sharded else None, heard=auto, kept=kept)
         self.auto: AutoRate | None = None
         self._rate = FadedRate(optimizer)
@@ -112,11 +111,11 @@ class StageDecision:
             return self._due
         if not self._due:
             return False
-        mean = self.alignment.mean()
+        mean, possible = self.alignment.mean(self.schedule.averaged), self.alignment.possible()
         price = self._price.read(self._ranks, mean)
         self._expected = price, mean
         self.alignment.begin_interval()
-        return self.schedule.pays(mean, self.alignment.strongest, price)
+        return self.schedule.pays(mean, possible, self.alignment.strongest, price)
 
     @property
     def exchanges(self) -> bool:

@@ -30,8 +30,8 @@ from ffkernels.ranks.digests import digest
 from ffkernels.ranks.parallelism import training_group, why_refused
 from ffkernels.ranks.ranks import Ranks, refuse_late_ranks, several_processes, telling, together
 from ffkernels.search.search import make_search
-from ffkernels.stage.eager import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
 from ffkernels.stage.optimizer_rehearsal import refuse_pulling_back
+from ffkernels.stage.program import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
 from ffkernels.stage.record import INTERRUPTED, Stage, next_start
 from ffkernels.stage.weights import (
     NameFilter,

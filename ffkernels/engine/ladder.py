@@ -29,7 +29,8 @@ from ffkernels.graphs.executors import (
 )
 from ffkernels.ops.notices import announce_once
 from ffkernels.stage.clock import StageClock
-from ffkernels.stage.eager import EagerExecutor, Pace, StageProgram, step_pace
+from ffkernels.stage.eager import EagerExecutor
+from ffkernels.stage.program import Pace, StageProgram, step_pace
 from ffkernels.validation.loss import ValidationLoss
 
 __all__ = ["HORIZON", "NO_LAUNCHES", "Ladder", "graphs_pay", "why_not"]

@@ -9,7 +9,7 @@ activations, and one through the weights that train: 2 + s forwards. By PyTorch'
 that trains (part of one layer of four there), a validation less since its head runs at labelled positions
 only. Recomputation under gradient checkpointing is left out: with it a validation is overpriced.
 
-T is a count of tokens (``token_count``), not a clock: two runs of the same training see the same price.
+T is a count of tokens (``TokenCount``), not a clock: two runs of the same training see the same price.
 Where tokens cannot be counted (a loss function, an encoder-decoder model or one without token ids, a compiled
 or captured training step, which runs no hooks), V / T is taken as 1: a validation set as large as a batch.
 """
@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from ffkernels.engine.token_count import TokenCount, input_embedding
 from ffkernels.ranks.ranks import PRICE, Ranks
+from ffkernels.validation.causal_lm import unwrap
 from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["SAME_GRADIENTS", "StagePrice"]
+__all__ = ["SAME_GRADIENTS", "StagePrice", "TokenCount", "input_embedding", "uncounted"]
 
 SAME_GRADIENTS = "every rank must train with the same gradients, as DDP and FSDP2 make them"
 
@@ -92,3 +95,50 @@ class StagePrice:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._count.tokens, self.steps = int(state.get("tokens", 0)), int(state.get("steps", 0))
+
+
+_uncounted = 0  # contexts that are open
+
+
+class TokenCount:
+    """A forward pre-hook for an embedding, which counts wherever gradients are on.
+
+    It holds a number and nothing else, so that a model that is copied, pickled or saved takes nothing of
+    Fast Forward's along; the copy counts for nobody. In compiled code it does nothing, and breaks no graph.
+
+    Attributes:
+        tokens: elements of its input so far, padding included.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling() or _uncounted or not torch.is_grad_enabled():
+            return
+        if inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].is_floating_point():
+            self.tokens += inputs[0].numel()
+
+    def __reduce__(self) -> Any:  # deepcopy asks it too
+        return TokenCount, ()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """For forwards with gradients that are no training, such as those that measure what training costs."""
+    global _uncounted
+    _uncounted += 1
+    try:
+        yield
+    finally:
+        _uncounted -= 1
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that gets a model's token ids; None where there is none to be found."""
+    inner, _ = unwrap(model)
+    try:
+        embedding = inner.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None

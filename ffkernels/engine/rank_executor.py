@@ -22,7 +22,8 @@ from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.digests import checksum, digest
 from ffkernels.ranks.ranks import DECISION, UPDATE, telling
 from ffkernels.ranks.trial import NoLoss
-from ffkernels.stage.eager import EagerExecutor, StageProgram
+from ffkernels.stage.eager import EagerExecutor
+from ffkernels.stage.program import StageProgram
 from ffkernels.validation.loss import ValidationLoss
 
 __all__ = ["RankExecutor"]

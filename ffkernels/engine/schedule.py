@@ -9,11 +9,16 @@ half, for nothing (``alignment``), in two ways of which the larger counts:
     by the slope      r / (1 − r)      r = m / strongest: what is left of the alignment that vanishing steps
                                        have. On a parabola one step takes 1 − r of the slope, so that it is 0
                                        after so many more.
-    by the last one   τ · m / m_then   what the last stage found, where the alignment then was m_then
+    by the last one   τ · m / m_then   what the last stage found, where the alignment then was m_then;
+                                       τ, where that was not known or, in noise, not below 0
 
 The first says when a stage is worth trying that has not been, or not lately; the second knows this run's own
 curvature. m ≥ 0 says that the last step went too far already: no stage. e is what the last stage took, and
 before there was one the fewest that find a step.
+
+``strongest`` is an extreme value and m a mean, so that noise alone pulls r towards 0. Before a stage has
+measured anything the slope forbids one only where it is sure: the most negative that c may be by now behind
+its noise (``Alignment.possible``) counts in place of m where it is stronger. That is one try.
 
 Gradients that agree with updates say nothing about held-out examples whose loss rises while training's falls:
 there stages find no step, however often. After two of them in a row 1 interval passes without one, then 3, 7,
@@ -23,6 +28,10 @@ Where alignment is not known (an optimizer with a closure) a stage runs as long 
 docs/algorithm.md derives it. ``patience`` other than "auto" looks at no alignment: a number ends Fast Forward
 for good after so many stages in a row that found no step (the paper's section 5.1), None runs one at every
 interval.
+
+Under a rate that a schedule has brought below ``FADED`` of the highest so far none runs, whatever
+``patience`` is: a schedule falls to 0 so that the last steps average out the noise of the batches, and a
+stage repeats such a step until it is as long as those from before the fall.
 """
 
 from __future__ import annotations
@@ -30,11 +39,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from ffkernels.engine.config import PAPERS_PATIENCE, FastForwardConfig
+from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.digests import digest
 from ffkernels.search.search import BASELINE_NOT_FINITE, Search
 
-__all__ = ["FEWEST", "StageSchedule"]
+__all__ = ["FADED", "FEWEST", "FadedRate", "StageSchedule"]
 
 FEWEST = 4  # losses: at τ = 0, 1 and 2, and one more where the bracket allows it
 
@@ -67,7 +79,7 @@ class StageSchedule:
 
     @property
     def averaged(self) -> int:
-        """How many alignments say what the interval comes to: those of its second half.
+        """Of how many alignments m is the mean: those of an interval's second half.
 
         After a stage the optimizer's momentum points elsewhere, and the first ones are weaker.
         """
@@ -85,11 +97,12 @@ class StageSchedule:
         past = step - self._warmup
         return not self.ended and past > 0 and past % self._interval == 0
 
-    def pays(self, alignment: float | None, strongest: float, price: float) -> bool:
+    def pays(self, alignment: float | None, possible: float, strongest: float, price: float) -> bool:
         """Whether a stage now is expected to gain what it costs. To be asked once at each interval's end.
 
         Args:
             alignment: the mean c of the interval's second half; None where it is not known.
+            possible: the most negative that c may be by now.
             strongest: the most negative c so far.
             price: of one validation, in optimizer steps.
         """
@@ -97,19 +110,20 @@ class StageSchedule:
             self.waits -= 1
             return False
         losses = FEWEST if self.last is None or not self.last[0] else self.last[1]
-        return self.expected_tau(alignment, strongest) / 2 >= losses * price
+        return self.expected_tau(alignment, possible, strongest) / 2 >= losses * price
 
-    def expected_tau(self, alignment: float | None, strongest: float) -> float:
+    def expected_tau(self, alignment: float | None, possible: float, strongest: float) -> float:
         if alignment is None:
             return math.inf if self.last is None else float(self.last[0])
+        if self.last is None:
+            alignment = min(alignment, possible)
         if alignment >= 0.0:
             return 0.0
-        left = alignment / min(strongest, alignment)
-        by_slope = left / (1.0 - left) if left < 1.0 else math.inf
+        by_slope = alignment / (strongest - alignment) if alignment > strongest else math.inf
         if self.last is None:
             return by_slope
         tau, _, then = self.last
-        by_last = float(tau) if then is None else tau * alignment / then if then < 0.0 else 0.0
+        by_last = float(tau) if then is None or then >= 0.0 else tau * alignment / then
         return max(by_slope, by_last)
 
     def after_stage(self, search: Search, alignment: float | None = None) -> None:
@@ -141,3 +155,42 @@ class StageSchedule:
         self.ended = self.undone or (bool(state["switched_off"]) and isinstance(self._patience, int))
         last = state.get("last_stage")
         self.last = None if last is None else (int(last[0]), int(last[1]), last[2])
+
+
+FADED = 0.02
+
+
+class FadedRate:
+    """To be asked before every optimizer step.
+
+    Attributes:
+        highest: the largest learning rate so far; 0 before the first step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self.highest = 0.0
+
+    def look(self, due: bool) -> bool:
+        """Whether the coming step's rate has faded. Rates that are tensors are read where ``due`` only."""
+        rates = [group.get("lr") for group in self._optimizer.param_groups]
+        if any(rate is None for rate in rates):
+            return False  # the optimizer chooses its own
+        if not due and any(isinstance(rate, torch.Tensor) for rate in rates):
+            return False
+        rate = max(map(float, rates))
+        self.highest = max(self.highest, rate)
+        faded = rate < FADED * self.highest
+        if faded and due:
+            announce_once(
+                "rate-faded",
+                "no Fast Forward stage where the learning rate has fallen from "
+                f"{self.highest:.3g} to {rate:.3g}: it would repeat the small step until the fall is undone",
+            )
+        return faded
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"highest_rate": self.highest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.highest = float(state.get("highest_rate", 0.0))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ffkernels import ops
-from ffkernels.stage.eager import StageProgram
+from ffkernels.stage.program import StageProgram
 from ffkernels.validation.causal_lm import find_autocast
 from ffkernels.validation.tf32 import cuda_products_in_tf32
 

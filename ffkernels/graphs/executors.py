@@ -31,7 +31,7 @@ from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.search.significance import Rises, critical_values
 from ffkernels.stage.clock import StageClock
-from ffkernels.stage.eager import StageProgram
+from ffkernels.stage.program import StageProgram
 
 __all__ = ["GraphUnsafe", "StageGraphExecutor", "StepGraphExecutor"]
 

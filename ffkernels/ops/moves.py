@@ -10,7 +10,7 @@ number is given, the number becomes a small constant on the device, made once pe
 
 The last part registers the moves as operators that torch.compile, export and opcheck know. Calling through
 the dispatcher costs more than a small set takes to move, so eager code never comes there. The schemas say
-which lists are written; only an alignment returns something.
+which lists are written.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from torch import Tensor
 
 from ffkernels.ops import reference
 from ffkernels.ops.dispatch import choose
-from ffkernels.ops.gradients import Gradients
-from ffkernels.ops.plan import DTYPE_CODES, DTYPES, GPU_CHUNK, Plan, make_plan
+from ffkernels.ops.plan import DTYPES, GPU_CHUNK, Plan, make_plan
 from ffkernels.ops.table import TensorTable
 
 _PLANS_KEPT = 16
@@ -43,7 +42,7 @@ _MODULES = {"cpp": "native", "cuda": "native_cuda", "triton": "triton_ops"}
 
 
 @cache
-def _kernels(impl: str) -> ModuleType:
+def kernels(impl: str) -> ModuleType:
     """The module of a compiled implementation; it is imported when a plan first needs it."""
     return import_module(f"ffkernels.ops.{_MODULES[impl]}")
 
@@ -52,7 +51,7 @@ def _fingerprint(tensors: Sequence[Tensor]) -> tuple:
     return tuple((t.data_ptr(), t.shape, t.dtype, t.device, t.stride(), t.is_neg()) for t in tensors)
 
 
-def _plan_for(
+def plan_for(
     weights: Sequence[Tensor],
     deltas: Sequence[Tensor] | None,
     best: Sequence[Tensor],
@@ -111,14 +110,14 @@ def checkpoint(plan: Plan, weights, best, best_written) -> None:
     if plan.impl == "torch":
         reference.checkpoint_(weights, best)
     else:
-        _kernels(plan.impl).checkpoint_(plan, best_written)
+        kernels(plan.impl).checkpoint_(plan, best_written)
 
 
 def delta(plan: Plan, weights, deltas, best, deltas_written, best_written) -> None:
     if plan.impl == "torch":
         reference.delta_(weights, deltas, best)
     else:
-        _kernels(plan.impl).delta_(plan, deltas_written, best_written)
+        kernels(plan.impl).delta_(plan, deltas_written, best_written)
 
 
 def step(plan: Plan, weights, deltas, best, best_written, accept: Scalar, k: Scalar) -> None:
@@ -130,53 +129,23 @@ def step(plan: Plan, weights, deltas, best, best_written, accept: Scalar, k: Sca
     else:
         accept, k = host_accept(accept), host_k(k)
     if plan.impl != "torch":
-        _kernels(plan.impl).step_(plan, weights, best_written, accept, k)
+        kernels(plan.impl).step_(plan, weights, best_written, accept, k)
     elif isinstance(accept, Tensor):
         reference.step_by_device_(weights, deltas, best, accept, k)
     else:
         reference.step_(weights, deltas, best, accept, k)
 
 
-def align(plan: Plan, names, weights, grads, best, best_written, out: Tensor | None) -> Tensor:
-    if plan.gradients is None:
-        plan.gradients = Gradients(plan)
-    found = plan.gradients.find(names, weights, grads)
-    out = _sums(plan.device, out)
-    if not plan.groups:
-        return out.zero_()
-    if plan.impl == "torch":
-        reference.align_(weights, found, best, out)
-    else:
-        _kernels(plan.impl).align_(plan, best_written, out)
-    return out
-
-
-def _sums(device: torch.device, out: Tensor | None) -> Tensor:
-    if out is None:
-        return torch.empty(3, dtype=torch.float64, device=device)
-    if (out.shape, out.dtype, out.device) != ((3,), torch.float64, device) or not out.is_contiguous():
-        raise ValueError(
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be (3,) torch.float64 on"
-            f" {device}, contiguous"
-        )
-    return out
-
-
 def checkpoint_lists(weights: Sequence[Tensor], best: Sequence[Tensor], *, impl: str = "auto") -> None:
-    checkpoint(_plan_for(weights, None, best, impl), weights, best, best)
+    checkpoint(plan_for(weights, None, best, impl), weights, best, best)
 
 
 def delta_lists(weights, deltas, best, *, impl: str = "auto") -> None:
-    delta(_plan_for(weights, deltas, best, impl), weights, deltas, best, deltas, best)
+    delta(plan_for(weights, deltas, best, impl), weights, deltas, best, deltas, best)
 
 
 def step_lists(weights, deltas, best, accept: Scalar, k: Scalar, *, impl: str = "auto") -> None:
-    step(_plan_for(weights, deltas, best, impl), weights, deltas, best, best, accept, k)
-
-
-def align_lists(weights, grads, best, out: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    plan = _plan_for(weights, None, best, impl, tuple(DTYPE_CODES))
-    return align(plan, None, weights, grads, best, best, out)
+    step(plan_for(weights, deltas, best, impl), weights, deltas, best, best, accept, k)
 
 
 def checkpoint_table(table: TensorTable) -> None:
@@ -195,15 +164,10 @@ def step_table(table: TensorTable, accept: Scalar, k: Scalar) -> None:
     step(table.plan, table.weights, table.deltas, table.best, table.best_flats, accept, k)
 
 
-def align_table(table: TensorTable, grads: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
-    table.check_addresses()
-    return align(table.plan, table.names, table.weights, grads, table.best, table.best_flats, out)
-
-
 def delta_absmax(table: TensorTable) -> float:
     """max |Δ|; the flat arenas stand for their tensors, since what lies between those is zero."""
     if table.impl == "cpp":
-        return _kernels("cpp").delta_absmax(table.plan)
+        return kernels("cpp").delta_absmax(table.plan)
     return reference.delta_absmax(table.delta_flats)
 
 
@@ -278,8 +242,6 @@ _STEP = (
     ' str impl="auto") -> ()'
 )
 
-_ALIGN = '(Tensor[] weights, Tensor?[] grads, Tensor(b!)[] best, str impl="auto") -> Tensor'
-
 
 @torch.library.custom_op("ffkernels::checkpoint_", mutates_args=("best",), schema=_CHECKPOINT)
 def checkpoint_(weights: Sequence[Tensor], best: Sequence[Tensor], impl: str = "auto") -> None:
@@ -305,38 +267,25 @@ def step_(
     step_lists(weights, deltas, best, accept, k, impl=impl)
 
 
-@torch.library.custom_op("ffkernels::align_", mutates_args=("best",), schema=_ALIGN)
-def align_(
-    weights: Sequence[Tensor], grads: Sequence[Tensor | None], best: Sequence[Tensor], impl: str = "auto"
-) -> Tensor:
-    return align_lists(weights, grads, best, impl=impl)
-
-
 @checkpoint_.register_fake
 def _(weights, best, impl="auto") -> None:
-    _same_length(weights, best=best)
+    same_length(weights, best=best)
 
 
 @delta_.register_fake
 def _(weights, deltas, best, impl="auto") -> None:
-    _same_length(weights, deltas=deltas, best=best)
+    same_length(weights, deltas=deltas, best=best)
 
 
 @step_.register_fake
 def _(weights, deltas, best, accept, k, impl="auto") -> None:
-    _same_length(weights, deltas=deltas, best=best)
+    same_length(weights, deltas=deltas, best=best)
     for name, scalar in (("accept", accept), ("k", k)):
         if scalar.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(scalar.shape)}; give a tensor of one element")
 
 
-@align_.register_fake
-def _(weights, grads, best, impl="auto") -> Tensor:
-    _same_length(weights, grads=grads, best=best)
-    return torch.empty(3, dtype=torch.float64, device=weights[0].device if len(weights) else "cpu")
-
-
-def _same_length(weights: Sequence[Tensor], **twins: Sequence[Tensor]) -> None:
+def same_length(weights: Sequence[Tensor], **twins: Sequence[Tensor]) -> None:
     for label, tensors in twins.items():
         if len(tensors) != len(weights):
             raise ValueError(

@@ -32,6 +32,8 @@ CPU_CHUNK = 32768
 GPU_CHUNK = 2048
 # Elements that the CPU adds up by themselves in an alignment.
 SUM_BLOCK = 1024
+# Rows whose sums a GPU adds up together, by the program that is the last of them to end.
+SEGMENT = 128
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Plan:
     groups: list[Group]
     impl: str = "torch"
     native: Any = field(default=None, repr=False)  # the groups in the form a loaded backend wants
-    gradients: Any = field(default=None, repr=False)  # of gradients.Gradients, once there was an alignment
+    gradients: Any = field(default=None, repr=False)  # of align.Gradients, once there was an alignment
     constants: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # of moves.as_tensor
     streams: set = field(default_factory=set, repr=False)  # CUDA streams that a kept plan was used on
 

@@ -28,8 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ffkernels.ops.gradients import SEGMENT
-from ffkernels.ops.plan import DTYPE_CODES, DTYPES, GPU_CHUNK, Group, Plan
+from ffkernels.ops.plan import DTYPE_CODES, DTYPES, GPU_CHUNK, SEGMENT, Group, Plan
 
 # With 8 warps a step fits in 32 registers: a multiprocessor then holds as many threads as it has room for.
 WARPS = 8

@@ -6,30 +6,36 @@ For the time of the context, what a forward or a backward pass may write is repl
                           training's sees the backward pass, and each of their gradients is freed at once
     buffers, tensors      copies
     lists, dicts          copies; attributes are what they were afterwards
-    random generators     put back
-    autocast's cache      not used
+    what hooks fill       lists and dicts that a hook uses, attributes of its object: as before afterwards
+    random generators     put back, the model's own too
+    caches                of autocast and of parametrizations: not used
 
 Frozen weights, and large integer tensors, which are quantised weights, are not copied: nothing writes them.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from ffkernels.engine.token_count import uncounted
+from ffkernels.engine.price import uncounted
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.validation.evaluation_mode import keep_random_state
+from ffkernels.validation.generators import keep_generators, own_generators, used_by
 
 __all__ = ["apart", "stand_in"]
 
 # Elements; beyond, integers are weights.
 _LARGE = 2**16
+_DICTS = (dict, OrderedDict, defaultdict, Counter)
+_FILLED = (list, deque, set, *_DICTS)
 
 
 @contextmanager
@@ -40,11 +46,43 @@ def apart(model: nn.Module) -> Iterator[None]:
         stack.enter_context(uncounted())
         for device in {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}:
             stack.enter_context(keep_random_state(device))
+        stack.enter_context(keep_generators(own_generators(model)))
+        stack.enter_context(_parametrized_anew())
+        stack.enter_context(_books_of_hooks(model))
         stack.enter_context(_without_gradients(model))
         stack.enter_context(_stand_ins(model))
         stack.callback(torch.set_autocast_cache_enabled, cached)
         torch.set_autocast_cache_enabled(False)
         yield
+
+
+@contextmanager
+def _parametrized_anew() -> Iterator[None]:
+    """Nothing is read from, nor left in, what ``parametrize.cached()`` keeps for training's forward."""
+    before = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before
+
+
+@contextmanager
+def _books_of_hooks(model: nn.Module) -> Iterator[None]:
+    """Features that hooks collect for a loss are those of training's forward, each once."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
+    hooks = [hook for m in model.modules() for kind in kinds for hook in vars(m).get(kind, {}).values()]
+    objects = {id(one): one for one in (getattr(hook, "__self__", hook) for hook in hooks)}
+    attributes = [one.__dict__ for one in objects.values() if type(getattr(one, "__dict__", None)) is dict]
+    filled = [*attributes, *(one for hook in hooks for one in used_by(hook) if type(one) in _FILLED)]
+    before = [(one, copy.copy(one)) for one in {id(one): one for one in filled}.values()]
+    try:
+        yield
+    finally:
+        with interrupt_later():
+            for one, saved in before:
+                one.clear()
+                (one.update if hasattr(one, "update") else one.extend)(saved)
 
 
 @contextmanager
@@ -69,10 +107,11 @@ def stand_in(value: Any, made: dict[int, Any]) -> Any:
             made[id(value)] = _tensor(value)
         return made[id(value)]
     kind = type(value)
-    if kind in (dict, OrderedDict):
-        return kind((key, stand_in(one, made)) for key, one in value.items())
-    if kind is defaultdict:
-        return defaultdict(value.default_factory, {key: stand_in(one, made) for key, one in value.items()})
+    if kind in _DICTS:
+        new = value.copy()
+        for key, one in value.items():
+            new[key] = stand_in(one, made)
+        return new
     if kind in (list, tuple, set):
         return kind(stand_in(one, made) for one in value)
     if kind is deque:

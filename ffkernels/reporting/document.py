@@ -27,24 +27,9 @@ CAPTIONS = {
 }
 # The settings a reader asks for first, in this order; the rest follows in report.json.
 CONDITIONS = (
-    "model",
-    "task",
-    "data",
-    "test_data",
-    "method",
-    "rank",
-    "alpha",
-    "lr",
-    "tuned_lr",
-    "schedule",
-    "warmup_steps",
-    "batch_size",
-    "max_length",
-    "steps",
-    "seeds",
-    "validation_examples",
-    "test_examples",
-)
+    "model task data test_data method rank alpha lr tuned_lr schedule warmup_steps batch_size max_length "
+    "steps seeds validation_examples test_examples"
+).split()
 
 
 def runs_table(runs: Sequence[Run], several: Sequence[Spread]) -> tuple[list[str], list[list[str]]]:
@@ -78,6 +63,14 @@ def markdown(
     pictures: Mapping[str, Path],
 ) -> str:
     """The whole of report.md."""
+    size, unit = _unit(runs)
+    flops = [
+        [run.name, f"{measured / size:.4g}", f"{paper / size:.4g}", str(measured), str(paper)]
+        for run in runs
+        for paper, measured in [(run.row["flops"]["paper"], run.row["flops"]["measured"])]
+    ]
+    exactly = [f"measured ({unit})", f"paper ({unit})", "measured, exactly", "paper, exactly"]
+    seconds = [[run.name, *(f"{run.row['seconds'][part]:.2f}" for part in SECONDS)] for run in runs]
     lines = ["# Fast Forward report", "", *_conditions(data), "", "## Runs and savings", ""]
     lines += _lines(*runs_table(runs, several))
     if several:
@@ -85,8 +78,13 @@ def markdown(
     lines += ["", *(f"- {caveat}" for caveat in caveats)]
     for stem, path in pictures.items():
         lines += ["", f"![{CAPTIONS[stem]}]({path.name})", "", f"*{CAPTIONS[stem]}*"]
-    lines += ["", "## FLOPs in both conventions", "", *_flops(runs)]
-    lines += ["", "## Where the time went", "", *_seconds(runs)]
+    lines += ["", "## FLOPs in both conventions", "", *_lines(["run", *exactly], flops)]
+    lines += [
+        "",
+        "## Where the time went",
+        "",
+        *_lines(["run", *(f"{part} (s)" for part in SECONDS)], seconds),
+    ]
     lines += ["", "## Machine and versions", ""]
     known = {**data["machine"], **data["versions"]}
     lines += [f"- {name}: {_text(value)}" for name, value in known.items() if value not in (None, [], "")]
@@ -146,30 +144,12 @@ def _conditions(data: Mapping[str, Any]) -> list[str]:
         named = [f"{key} {_text(value)}" for key, value in forward.items() if key != "search"]
         lines += ["", f"Fast Forward: {', '.join(named)}."]
     machine, versions = data["machine"], data["versions"]
-    where = [
-        _text(machine.get("cpu")),
-        f"{machine.get('threads')} CPU thread(s)",
-        *(machine.get("gpus") or []),
-    ]
     if machine:
+        threads = f"{machine.get('threads')} CPU thread(s)"
+        where = [_text(machine.get("cpu")), threads, *(machine.get("gpus") or [])]
         software = f"torch {versions.get('torch')}, ffkernels {versions.get('ffkernels')}"
         lines += ["", f"Measured on {', '.join(where)}; {software}."]
     return lines
-
-
-def _flops(runs: Sequence[Run]) -> list[str]:
-    size, unit = _unit(runs)
-    rows = []
-    for run in runs:
-        paper, measured = run.row["flops"]["paper"], run.row["flops"]["measured"]
-        rows.append([run.name, f"{measured / size:.4g}", f"{paper / size:.4g}", str(measured), str(paper)])
-    header = ["run", f"measured ({unit})", f"paper ({unit})", "measured, exactly", "paper, exactly"]
-    return _lines(header, rows)
-
-
-def _seconds(runs: Sequence[Run]) -> list[str]:
-    rows = [[run.name, *(f"{run.row['seconds'][part]:.2f}" for part in SECONDS)] for run in runs]
-    return _lines(["run", *(f"{part} (s)" for part in SECONDS)], rows)
 
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -16,12 +16,13 @@ quote it in *measured*.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ffkernels.reporting.apart import apart
+from ffkernels.stage.record import Stage
 from ffkernels.validation.flop_counter import count_flops, counter
 
 __all__ = ["FlopMeter", "Flops", "count_flops", "flops_of", "shapes"]
@@ -39,15 +40,6 @@ class Flops(NamedTuple):
 
     paper: int
     measured: int
-
-
-class StageCost(Protocol):
-    """What the meter needs of a stage: its FLOPs as measured, and how many validations they hold."""
-
-    flops: int
-
-    @property
-    def evaluations(self) -> int: ...
 
 
 class FlopMeter:
@@ -98,7 +90,7 @@ class FlopMeter:
         """Add one Adam step: nothing in the paper's convention."""
         return self.add(Flops(0, ADAM_FLOPS * self.trainable_numel))
 
-    def stage(self, stage: StageCost, moved: int | None = None) -> Flops:
+    def stage(self, stage: Stage, moved: int | None = None) -> Flops:
         """Add one Fast Forward stage: its validations, and one weight move after each of them.
 
         ``moved``: elements of one weight move, where they are not the trainable ones.

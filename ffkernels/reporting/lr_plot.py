@@ -11,29 +11,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ffkernels.engine.learning_rate import Finding
-from ffkernels.reporting.plots import STYLES, TEXT, clean_axes, save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from ffkernels.reporting.plots import DOTTED, STYLES, Axes, Figure, clean_axes, save_figure
 
 __all__ = ["draw_finding", "plot_finding"]
 
 
 def plot_finding(finding: Finding, path: str | Path) -> Path:
     """Write the picture to ``path`` (PNG) and return it. Needs matplotlib."""
-    path = Path(path)
-    save_figure(lambda figure: _fill(figure, finding), path)
-    return path
 
+    def fill(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        clean_axes(axes)
+        draw_finding(finding, axes)
 
-def _fill(figure: Figure, finding: Finding) -> None:
-    axes = figure.add_subplot()
-    clean_axes(axes)
-    draw_finding(finding, axes)
+    save_figure(fill, Path(path))
+    return Path(path)
 
 
 def draw_finding(finding: Finding, axes: Axes) -> tuple[Axes, Axes]:
@@ -50,16 +44,10 @@ def draw_finding(finding: Finding, axes: Axes) -> tuple[Axes, Axes]:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("learning rate after it")
     twin = axes.twinx()
-    twin.axhline(0.0, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
-    (points,) = twin.plot(
-        [step for step, _ in known],
-        [c for _, c in known],
-        color=cosine,
-        marker="o",
-        markersize=4,
-        linestyle="none",
-        label="alignment: below 0 the last step was too short",
-    )
+    twin.axhline(0.0, **DOTTED)
+    label = "alignment: below 0 the last step was too short"
+    marks = {"color": cosine, "marker": "o", "markersize": 4, "linestyle": "none", "label": label}
+    (points,) = twin.plot([step for step, _ in known], [c for _, c in known], **marks)
     twin.set_ylim(-1.05, 1.05)
     twin.set_ylabel("cosine of gradient and last update")
     axes.legend(handles=[line, points], loc="lower right", frameon=False)

@@ -16,10 +16,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ffkernels.reporting.savings import Run
+from ffkernels.reporting.written import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:  # for annotations; matplotlib is imported when something is drawn
+    Axes = Figure = Any
 
 Event = Mapping[str, Any]  # of a run log
 
@@ -40,8 +43,12 @@ STYLES: dict[str, dict[str, Any]] = {
 # Of runs of one kind with other settings: the first has its kind's.
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 SGD = {"color": STYLES["adam"]["color"], "marker": "o", "linestyle": "none", "markersize": 3.5}
+LEGEND_CHARACTERS = 90  # beside each other, with their marks
 LEGEND = {"frameon": True, "edgecolor": "none", "facecolor": "white", "framealpha": 0.85}
+# A legend on top of its panel.
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0, "frameon": False}
 TEXT = "#333333"
+DOTTED = {"color": TEXT, "linewidth": 0.9, "linestyle": (0, (1, 2)), "zorder": 0}
 PATH = "steps along the path: optimizer steps + Fast Forward steps (τ)"
 UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
 
@@ -51,22 +58,29 @@ def flop_unit(largest: float) -> tuple[float, str]:
     return next(((size, name) for size, name in UNITS if largest >= size), UNITS[-1])
 
 
+# What runs of a kind are called; others by their own name.
+LABELS = {
+    "adam": "Adam",
+    "linear": "Fast Forward, linear",
+    "parabolic": "Fast Forward, parabolic",
+    "authors": "the authors' loop",
+    "peft-prototype": "PEFT's prototype",
+    "lora-plus": "LoRA+",
+}
+
+
 def kind_label(run: Run) -> str:
     """What a run is called in pictures: its kind, and what tells it from others of that."""
-    if run.kind == "adam-tuned" and not run.tuned and run.lr is not None:
+    if run.kind != "adam-tuned":
+        no_rate = f"{LABELS.get(run.kind, 'Adam')}, no learning rate given"
+        label = no_rate if run.auto else LABELS.get(run.kind, run.name)
+    elif run.lr is None:
+        label = "Adam, tuned lr"
+    elif run.tuned:
+        label = f"Adam, tuned lr {run.lr:g}"
+    else:
         return f"Adam, lr {run.lr:g} (not tuned)"
-    return f"{_kind_label(run)}, {run.variant}" if run.variant else _kind_label(run)
-
-
-def _kind_label(run: Run) -> str:
-    """What runs of a kind are called."""
-    labels = {"adam": "Adam", "linear": "Fast Forward, linear", "parabolic": "Fast Forward, parabolic"}
-    labels |= {"authors": "the authors' loop", "peft-prototype": "PEFT's prototype", "lora-plus": "LoRA+"}
-    if run.kind == "adam-tuned":
-        return "Adam, tuned lr" if run.lr is None else f"Adam, tuned lr {run.lr:g}"
-    if run.auto:
-        return f"{labels.get(run.kind, 'Adam')}, no learning rate given"
-    return labels.get(run.kind, run.name)
+    return f"{label}, {run.variant}" if run.variant else label
 
 
 def style_of(run: Run) -> dict[str, Any]:
@@ -123,7 +137,8 @@ def save_figure(draw: Callable[[Figure], None], path: Path) -> None:
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
-        figure.savefig(path, dpi=DPI)
+        with written(path):
+            figure.savefig(path, dpi=DPI)
 
 
 def _test_loss(
@@ -134,7 +149,7 @@ def _test_loss(
     x_label: str,
 ) -> None:
     axes = figure.add_subplot()
-    clean_axes(axes)
+    clean_axes(axes, x_label, "test loss (nats per token)")
     labelled: set[str] = set()
     furthest = 0.0
     for run in runs:
@@ -143,30 +158,21 @@ def _test_loss(
             continue
         furthest = max(furthest, points[-1][0])
         style, label = style_of(run), kind_label(run)
-        axes.plot(
-            *zip(*points, strict=True),
-            color=style["color"],
-            linestyle=style["linestyle"],
-            linewidth=1.6,
-            alpha=_alpha(runs, run),
-        )
+        line = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.6}
+        axes.plot(*zip(*points, strict=True), **line, alpha=_alpha(runs, run))
         # The last point is where the run ended, at the target or not.
-        axes.plot(
-            *points[-1],
-            color=style["color"],
-            linestyle=style["linestyle"],
-            linewidth=1.6,
-            marker=style["marker"],
-            markersize=6,
-            label=None if label in labelled else label + _saved(runs, run.group, cost),
-            zorder=3,
-        )
+        text = None if label in labelled else label + _saved(runs, run.group, cost)
+        axes.plot(*points[-1], **line, marker=style["marker"], markersize=6, label=text, zorder=3)
         labelled.add(label)
     # The room on the right is for the name of the target line, which runs end at.
     axes.set_xlim(0, 1.16 * furthest or 1.0)
-    _target_line(axes, runs)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel("test loss (nats per token)")
+    targets = sorted({run.target for run in runs if run.kind == "adam" and run.target is not None})
+    for target in targets:
+        axes.axhline(target, **DOTTED)
+    if targets:
+        text = f"target {targets[0]:.4f}" if len(targets) == 1 else "targets"
+        place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 5), "textcoords": "offset points"}
+        axes.annotate(text, (1.0, targets[-1]), **place, ha="right", va="bottom", fontsize=9)
     axes.legend(loc="upper right", **LEGEND)
 
 
@@ -179,40 +185,22 @@ def _saved(runs: Sequence[Run], group: str, cost: str) -> str:
     return f": {share} saved" if len(values) == 1 else f": {share} saved (median of {len(values)})"
 
 
-def _target_line(axes: Axes, runs: Sequence[Run]) -> None:
-    targets = sorted({run.target for run in runs if run.kind == "adam" and run.target is not None})
-    for target in targets:
-        axes.axhline(target, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
-    if targets:
-        axes.annotate(
-            f"target {targets[0]:.4f}" if len(targets) == 1 else "targets",
-            (1.0, targets[-1]),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=9,
-        )
-
-
 def _taus(figure: Figure, runs: Sequence[Run]) -> None:
     axes = figure.add_subplot()
-    clean_axes(axes)
+    label = "optimizer step at which the stage ran"
+    clean_axes(axes, label, "τ*: times the update was repeated", integer="xy")
     labelled: set[str] = set()
     for run in (run for run in runs if run.log.stages):
-        style, label = style_of(run), kind_label(run)
+        label, below = kind_label(run), run.kind == "linear"
         axes.plot(
             [stage["optimizer_step"] for stage in run.log.stages],
             [stage["tau"] for stage in run.log.stages],
-            color=style["color"],
-            linestyle=style["linestyle"],
-            marker=style["marker"],
+            **style_of(run),
             # Both searches often find the same τ*: the one below must show through.
             markerfacecolor="none",
             markeredgewidth=1.5,
-            markersize=9 if run.kind == "linear" else 6,
-            linewidth=2.4 if run.kind == "linear" else 1.2,
+            markersize=9 if below else 6,
+            linewidth=2.4 if below else 1.2,
             alpha=_alpha(runs, run),
             label=None if label in labelled else label,
         )
@@ -220,25 +208,31 @@ def _taus(figure: Figure, runs: Sequence[Run]) -> None:
     stages = [stage for run in runs for stage in run.log.stages]
     axes.set_xlim(0, 1.05 * max(stage["optimizer_step"] for stage in stages))
     axes.set_ylim(0, 1.08 * max(1, *(stage["tau"] for stage in stages)))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("optimizer step at which the stage ran")
-    axes.set_ylabel("τ*: times the update was repeated")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, frameon=False)
+    columns = min(3, max(1, LEGEND_CHARACTERS // max(map(len, labelled))))
+    axes.legend(**{**ABOVE, "ncols": columns})
 
 
 def draw_learning_rates(figure: Figure, runs: Sequence[Run]) -> None:
     """How the rates of runs with none given went: loss, rate and alignment, a panel each."""
     figure.set_size_inches(7.2, 7.0)
     losses, rates, alignments = figure.subplots(3, sharex=True, height_ratios=(1.3, 1, 1))
+    clean_axes(losses, y="loss (nats per token)")
+    clean_axes(rates, y="learning rate")
+    clean_axes(alignments, "optimizer step", "alignment", integer="x")
     labelled: set[str] = set()
     for run in runs:
         label, style, steps = kind_label(run), style_of(run), run.log.steps
         line = {"color": style["color"], "linewidth": 1.2, "alpha": _alpha(runs, run)}
+        line["linestyle"] = LINES[run.variant_number % len(LINES)]
         at = [step["optimizer_step"] for step in steps]
-        tested = [test["optimizer_step"] for test in run.log.tests]
-        test_losses = [test["loss"] for test in run.log.tests]
-        of_tests = losses.plot(tested, test_losses, **line, marker=style["marker"], markersize=5)[0]
+        tests = [(test["optimizer_step"], test["loss"]) for test in run.log.tests]
+        of_tests = losses.plot(
+            [step for step, _ in tests],
+            [loss for _, loss in tests],
+            **line,
+            marker=style["marker"],
+            markersize=5,
+        )[0]
         of_batches = losses.plot(at, [step["train_loss"] for step in steps], **line)[0]
         of_batches.set_alpha(0.4 * line["alpha"])
         if label not in labelled:
@@ -246,23 +240,13 @@ def draw_learning_rates(figure: Figure, runs: Sequence[Run]) -> None:
             of_batches.set_label("its batches: training loss")
             labelled.add(label)
         rates.plot(at, [_or_nan(step["lr"] or None) for step in steps], **line, drawstyle="steps-mid")
-        alignments.plot(
-            at, [_or_nan(step.get("alignment")) for step in steps], **line, marker=".", markersize=4
-        )
-    for axes, label in (
-        (losses, "loss (nats per token)"),
-        (rates, "learning rate"),
-        (alignments, "alignment"),
-    ):
-        clean_axes(axes)
-        axes.set_ylabel(label)
+        cosines = [_or_nan(step.get("alignment")) for step in steps]
+        alignments.plot(at, cosines, **line, marker=".", markersize=4)
     figure.align_ylabels()
     losses.legend(loc="upper right", fontsize=9, **LEGEND)
     rates.set_yscale("log")
-    alignments.axhline(0.0, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
+    alignments.axhline(0.0, **DOTTED)
     alignments.set_xlim(left=0)
-    alignments.xaxis.get_major_locator().set_params(integer=True)
-    alignments.set_xlabel("optimizer step")
 
 
 def _or_nan(value: float | None) -> float:
@@ -287,30 +271,19 @@ def _training(figure: Figure, runs: Sequence[Run]) -> None:
 
 def draw_walk(axes: Axes, style: Mapping[str, Any], steps: Sequence[Event], stages: Sequence[Event]) -> None:
     """The loss along the path of a run: a point per optimizer step, a line per stage; see ``walk``."""
-    clean_axes(axes)
+    clean_axes(axes, y="loss (nats per token)")
     sgd, forwards = walk(steps, stages)
     axes.plot(*zip(*sgd, strict=True), **SGD, label="optimizer step: training loss of its batch")
     # A stage that stayed at τ = 0 has one loss, which fell nowhere.
     stayed = [points[0] for points in forwards if len(points) == 1]
+    mark = {"color": style["color"], "marker": style["marker"]}
     for number, points in enumerate(points for points in forwards if len(points) > 1):
-        axes.plot(
-            *zip(*points, strict=True),
-            color=style["color"],
-            marker=style["marker"],
-            markersize=2.0 if len(points) > 30 else 4.0,  # so many would merge
-            linewidth=1.2,
-            label="Fast Forward step: validation loss, where it fell" if number == 0 else None,
-        )
+        label = "Fast Forward step: validation loss, where it fell" if number == 0 else None
+        size = 2.0 if len(points) > 30 else 4.0  # so many would merge
+        axes.plot(*zip(*points, strict=True), **mark, markersize=size, linewidth=1.2, label=label)
     if stayed:
-        axes.plot(
-            *zip(*stayed, strict=True),
-            color=style["color"],
-            marker=style["marker"],
-            markerfacecolor="none",
-            linestyle="none",
-            label="stage without a step (τ = 0): validation loss",
-        )
-    axes.set_ylabel("loss (nats per token)")
+        label = "stage without a step (τ = 0): validation loss"
+        axes.plot(*zip(*stayed, strict=True), **mark, markerfacecolor="none", linestyle="none", label=label)
     axes.legend(loc="upper right", fontsize=9, **LEGEND)
 
 
@@ -350,8 +323,17 @@ def _alpha(runs: Sequence[Run], run: Run) -> float:
     return 1.0 if sum(other.group == run.group for other in runs) == 1 else 0.55
 
 
-def clean_axes(axes: Axes) -> None:
-    """The house style of a panel: no frame above and on the right, faint horizontal lines behind the data."""
+def clean_axes(
+    axes: Axes, x: str | None = None, y: str | None = None, *, title: str = "", integer: str = ""
+) -> None:
+    """The house style of a panel: no frame above and on the right, faint horizontal lines behind the data.
+
+    ``x`` and ``y`` are its labels; the axes named in ``integer``, as in ``"xy"``, have whole numbers alone.
+    """
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.set(**{f"{name}label": text for name, text in (("x", x), ("y", y)) if text is not None})
+    axes.set_title(title, loc="left")
+    for name in integer:
+        getattr(axes, f"{name}axis").get_major_locator().set_params(integer=True)

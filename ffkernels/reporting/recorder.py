@@ -112,26 +112,18 @@ class Recorder:
 
 @dataclass
 class RunLog:
-    """A run log as read back: the events of each kind, in order, as dictionaries.
+    """A run log as read back: the events of each kind, in order, as dictionaries."""
 
-    Attributes:
-        name, config, machine, versions: of the last ``run`` event.
-        steps, stages, tests: events; of a resumed run only those that led to its end.
-        end: the ``end`` event; None for a run that is still going or was killed.
-        resumes: how often the run was resumed.
-        truncated: whether the file ends in an incomplete line, which was left out.
-    """
-
-    name: str
+    name: str  # this and the next three are of the last ``run`` event
     config: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)  # of a resumed run those that led to its end
     stages: list[dict[str, Any]] = field(default_factory=list)
     tests: list[dict[str, Any]] = field(default_factory=list)
-    end: dict[str, Any] | None = None
-    resumes: int = 0
-    truncated: bool = False
+    end: dict[str, Any] | None = None  # None for a run that is still going or was killed
+    resumes: int = 0  # how often the run was resumed
+    truncated: bool = False  # whether an incomplete last line was left out
 
 
 def read_run(path: str | os.PathLike[str]) -> RunLog:
@@ -147,9 +139,7 @@ def read_run(path: str | os.PathLike[str]) -> RunLog:
     path = Path(path)
     records, truncated = _read_records(path)
     if not records:
-        raise ValueError(
-            f"{path} holds no complete line; it must be a run log, as `ffkernels train` writes one"
-        )
+        raise ValueError(f"{path} holds no complete line; it must be a run log of `ffkernels train`")
     log: RunLog | None = None
     rewind = False
     for record in records:
@@ -166,10 +156,6 @@ def read_run(path: str | os.PathLike[str]) -> RunLog:
                 _forget_after(log, record["optimizer_step"] - 1)
                 rewind = False
             getattr(log, KEPT[event]).append(record)
-    if log is None:
-        raise ValueError(
-            f"{path} holds no 'run' event; it must be a run log, as `ffkernels train` writes one"
-        )
     log.truncated = truncated
     return log
 

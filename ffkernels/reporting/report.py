@@ -24,6 +24,7 @@ from ffkernels.reporting.document import markdown, percent, runs_table, spread_l
 from ffkernels.reporting.plots import draw_all
 from ffkernels.reporting.recorder import RunLog
 from ffkernels.reporting.savings import Run, Spread, compare_runs, spreads
+from ffkernels.reporting.written import write_text
 from ffkernels.search.search import SEARCHES
 
 if TYPE_CHECKING:
@@ -37,20 +38,12 @@ OF_TASKS = ("task", "source", "chat_loss")  # with a file in its place nothing r
 
 @dataclass
 class Report:
-    """What ``build_report`` made.
+    """What ``build_report`` made."""
 
-    Attributes:
-        data: what report.json holds.
-        runs: the runs with their savings, in the order of the table.
-        spreads: median and range per kind, where there are several seeds.
-        caveats: what a reader of the numbers must know.
-        folder, files: where it was written.
-    """
-
-    data: dict[str, Any]
-    runs: list[Run]
-    spreads: list[Spread]
-    caveats: list[str]
+    data: dict[str, Any]  # what report.json holds
+    runs: list[Run]  # with their savings, in the order of the table
+    spreads: list[Spread]  # median and range per kind, where there are several seeds
+    caveats: list[str]  # what a reader of the numbers must know
     folder: Path
     files: list[Path] = field(default_factory=list)
 
@@ -92,12 +85,10 @@ def build_report(
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(plain(data), runs, several, _caveats(runs, several, target_tolerance), folder)
-    pictures = draw_all(runs, folder)
     text = json.dumps(report.data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / "report.json").write_text(text, encoding="utf-8")
-    (folder / "report.md").write_text(
-        markdown(report.data, runs, several, report.caveats, pictures), encoding="utf-8"
-    )
+    write_text(folder / "report.json", text)
+    pictures = draw_all(runs, folder)
+    write_text(folder / "report.md", markdown(report.data, runs, several, report.caveats, pictures))
     report.files = [folder / "report.json", folder / "report.md", *pictures.values()]
     return report
 
@@ -209,13 +200,11 @@ def _differing(of_runs: Iterable[Mapping[str, Any]]) -> str:
 
 def _conditions(config: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
     """The settings to report; Fast Forward's come from a run that has stages, which Adam's has not."""
-    kept = {key: value for key, value in config.items() if key not in NOT_CONDITIONS}
-    if kept.get("data"):
-        kept = {key: value for key, value in kept.items() if key not in OF_TASKS}
-    if isinstance(kept.get("test_data"), str):
-        kept["test_data"] = Path(kept["test_data"]).name
-    if isinstance(kept.get("data"), str):
-        kept["data"] = Path(kept["data"]).name  # the file, not somebody's folders
+    unread = (*NOT_CONDITIONS, *(OF_TASKS if config.get("data") else ()))
+    kept = {key: value for key, value in config.items() if key not in unread}
+    for name in {"data", "test_data"} & kept.keys():
+        if isinstance(kept[name], str):
+            kept[name] = Path(kept[name]).name  # the file, not somebody's folders
     stages = (run.log.config.get("fast_forward") for run in runs if run.kind != "auto")
     forward = next(filter(None, stages), None)
     if not kept.get("fast_forward") and isinstance(forward, Mapping):

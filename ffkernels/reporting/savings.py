@@ -30,61 +30,26 @@ MAY_DIFFER = {"adam-tuned": ("lr",), "lora-plus": ("optimizer",)}
 SECONDS = ("train", "validate", "move", "other", "total")
 # What two runs must share for one to be measured by the other.
 CONDITIONS = (
-    "lr",
-    "model",
-    "attn",
-    "task",
-    "source",
-    "chat_loss",
-    "data",
-    "test_data",
-    "method",
-    "rank",
-    "alpha",
-    "dropout",
-    "targets",
-    "optimizer",
-    "lora_plus_ratio",
-    "weight_decay",
-    "beta1",
-    "beta2",
-    "max_grad_norm",
-    "schedule",
-    "warmup_steps",
-    "batch_size",
-    "max_length",
-    "test_examples",
-    "seed",
-    "dtype",
-)
+    "lr model attn task source chat_loss data test_data method rank alpha dropout targets optimizer "
+    "lora_plus_ratio weight_decay beta1 beta2 max_grad_norm schedule warmup_steps batch_size max_length "
+    "test_examples seed dtype"
+).split()
 
 
 @dataclass(eq=False)
 class Run:
-    """A run log with what the report needs to know of it.
-
-    Attributes:
-        kind: one of ``KINDS``, or the name of a peer.
-        row: its entry in report.json.
-        adam: the Adam run it is measured by; None for Adam itself and where there is none.
-        target: the test loss it had to reach; for an Adam run the one it sets.
-        reached_at: the event of the first test loss at or below the target.
-        saved: fractions by name (``COSTS``); None for an Adam run.
-        reason: why ``saved`` holds no numbers.
-        variant: what tells it from other runs of its kind but its seed, such as ``"lr 0.001"``; else empty.
-        variant_number: of those in the report, counted from 0.
-    """
+    """A run log with what the report needs to know of it."""
 
     log: RunLog
-    kind: str
-    row: dict[str, Any]
-    adam: Run | None = None
-    target: float | None = None
-    reached_at: dict[str, Any] | None = None
-    saved: dict[str, float | None] | None = None
-    reason: str | None = None
-    variant: str = ""
-    variant_number: int = 0
+    kind: str  # one of KINDS, or the name of a peer
+    row: dict[str, Any]  # its entry in report.json
+    adam: Run | None = None  # what it is measured by; None for Adam itself and where there is none
+    target: float | None = None  # the test loss it had to reach; for an Adam run the one it sets
+    reached_at: dict[str, Any] | None = None  # the event of the first test loss at or below the target
+    saved: dict[str, float | None] | None = None  # fractions by name (COSTS); None for an Adam run
+    reason: str | None = None  # why ``saved`` holds no numbers
+    variant: str = ""  # what tells it from other runs of its kind but its seed, such as "lr 0.001"
+    variant_number: int = 0  # of those in the report, counted from 0
 
     @property
     def tuned(self) -> bool:
@@ -110,7 +75,6 @@ class Run:
         return None if self.auto else self.log.config.get("lr")
 
     def entry(self) -> dict[str, Any]:
-        """Its entry under ``savings`` in report.json."""
         return _entry(self.name, self.saved, self.reason)
 
 
@@ -126,7 +90,6 @@ class Spread:
     reason: str | None = None
 
     def entry(self) -> dict[str, Any]:
-        """Its entry under ``savings`` in report.json."""
         return _entry(f"{self.kind}-median", self.median, self.reason)
 
 
@@ -177,15 +140,12 @@ def spreads(runs: Sequence[Run]) -> list[Spread]:
     found = []
     for kind in dict.fromkeys(run.group for run in runs if run.kind not in NOT_JUDGED):
         same = [run for run in runs if run.group == kind]
-        missing = [run for run in same if run.reason is not None]
-        if len(same) < 2:
-            continue
-        if missing:
-            reason = f"no number for {', '.join(run.name for run in missing)}"
+        if missing := [run.name for run in same if run.reason is not None]:
+            reason = f"no number for {', '.join(missing)}"
             found.append(Spread(kind, len(same), None, reason=reason))
-            continue
-        found.append(Spread(kind, len(same), *median_and_range([run.saved for run in same])))
-    return found
+        else:
+            found.append(Spread(kind, len(same), *median_and_range([run.saved for run in same])))
+    return [spread for spread in found if spread.count > 1]
 
 
 def median_and_range(saved: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
@@ -309,6 +269,7 @@ def _costs(event: dict[str, Any]) -> dict[str, float]:
 
 
 def _entry(name: str, saved: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+    """An entry under ``savings`` in report.json."""
     entry = {"name": name, **(saved or dict.fromkeys(COSTS))}
     return entry if reason is None else {**entry, "reason": reason}
 

@@ -18,7 +18,7 @@ lowest is low by luck. To be higher than the lowest is to be higher than some on
     a rise is real   where   D > 0 and t² > q_k²,   q_k = t_{m−1}(1 − LEVEL / k),
 
 calls noise a rise with a probability of about LEVEL per comparison, where noise is independent between
-examples. On measured rounding noise it was 2 to 5 times that (docs/algorithm.md, "Which τ is tried").
+examples. On measured rounding noise it was 2 to 5 times that (docs/results.md, on searches under noise).
 LEVEL is small since the two errors do not cost the same: a rise that was missed costs one more validation
 (the next place is twice as far and its loss the higher), one that was none ends a search early and loses
 what lies beyond.

@@ -16,17 +16,18 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ffkernels.reporting.written import written
+
 __all__ = ["load_state", "on_disk", "save_model", "save_state", "state_path"]
 
 STATE_VERSION = 1
+TRAINED = ("adapter_*", "model*.safetensors*")  # weights, and what belongs to them
 
 
 def state_path(folder: Path) -> Path:
@@ -37,7 +38,7 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
     """Write a PEFT model's adapter files into ``folder``; of another model the whole, with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     adapter = hasattr(model, "peft_config")
-    with _named(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as writing:
+    with written(folder, Exception), tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as writing:
         if adapter:
             model.save_pretrained(writing)
         else:
@@ -75,7 +76,7 @@ def save_state(
     target = state_path(folder)
     writing = target.with_suffix(".pt.writing")
     try:
-        with _named(target), open(writing, "wb") as file:
+        with written(target, Exception), open(writing, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -85,26 +86,15 @@ def save_state(
     return target
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Libraries say of a full disk what they like, without the file."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        said = cause.strerror if isinstance(cause, OSError) and cause.strerror else error
-        raise OSError(f"{path} cannot be written: {said}") from error
-
-
 def on_disk(folder: Path) -> str:
     """What a run that has ended too early can go on from, in a sentence."""
     try:
         state = torch.load(state_path(folder), map_location="cpu", weights_only=True, mmap=True)
         step = state["progress"]["optimizer_steps"]
     except Exception:  # none, or one that ``load_state`` will complain about
-        return "Nothing is saved that this run could go on from."
+        files = sorted(path for kind in TRAINED for path in folder.glob(kind))
+        kept = f" What it trained is in {folder}." if files else ""
+        return f"Nothing is saved that this run could go on from.{kept}"
     return f"The state after step {step} is in {folder}: go on with the same command and --resume."
 
 
@@ -146,6 +136,6 @@ def restore(
 def discard(folder: Path) -> None:
     """Delete an earlier run's files, so that nobody resumes it by mistake."""
     state_path(folder).unlink(missing_ok=True)
-    for pattern in ("adapter_*", "config.json", "model*.safetensors*"):
+    for pattern in ("config.json", "adapter_config.json", *TRAINED):
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

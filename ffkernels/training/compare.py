@@ -10,7 +10,7 @@ For every seed, with the same data order, adapter initialisation and learning ra
     auto-s0         no Fast Forward and no learning rate given, until the same test loss
     adam-tuned-s0   no Fast Forward but a tuned learning rate, until the same test loss: the honest row,
                     because a tuned learning rate is what a user would try first; adam-untuned-s0 where
-                    nothing is known of the model and task: a usual rate
+                    nothing is known of the model and task, or not with these batches: a usual rate
 
 All runs share one process, after throwaway runs through every code path, the peers' too, so that first-use
 costs fall on none of them. The tuned learning rate is an option, the outcome of a sweep, or a number
@@ -53,8 +53,11 @@ TUNED_LR = {
 }
 # Settings that these were measured with the defaults of.
 MEASURED_WITH = ("data", "source", "chat_loss", "method", "rank", "alpha", "targets", "optimizer")
+# With others of these they are usual values, as near as any, that nobody has tuned.
+TUNED_AT = ("batch_size", "max_length", "schedule", "dtype")
 FALLBACK_TUNED_LR = 3e-3
 UNTUNED = "a usual value, not measured for this model and task"
+TUNED_ELSEWHERE = "measured for this model and task, but not at this batch size, length, schedule and dtype"
 # The likely ones first: the least number of steps found bounds the length of all later runs.
 SWEEP = (1e-2, 5e-3, 2e-2, 3e-3, 2e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 
@@ -132,6 +135,12 @@ class Comparison:
                     raise RuntimeError(str(error)) from error
             else:
                 raise ValueError(f"peers={self.peers!r}: must be of {', '.join(map(repr, known))}")
+
+    @property
+    def runs(self) -> int:
+        """How many runs it takes, a sweep's among them."""
+        of_a_seed = 1 + len(self.searches) + len(self.peers) + 2
+        return len(self.seeds) * of_a_seed + (len(SWEEP) if _tuned_lr(self)[0] is None else 0)
 
     @property
     def no_rate(self) -> FastForwardConfig:
@@ -216,7 +225,7 @@ def _compare(comparison: Comparison, run: Callable[..., RunResult]) -> tuple[lis
         results.append(run(comparison.until(adam, seed, "auto", fast_forward=comparison.no_rate)))
         if tuned_lr is None:
             tuned_lr, source = sweep(comparison, adam, seed, run), "sweep"
-        name = "adam-untuned" if source == UNTUNED else "adam-tuned"
+        name = "adam-untuned" if source in (UNTUNED, TUNED_ELSEWHERE) else "adam-tuned"
         results.append(run(comparison.until(adam, seed, name, lr=tuned_lr)))
     protocol = {
         "seeds": list(comparison.seeds),
@@ -292,7 +301,8 @@ def _tuned_lr(comparison: Comparison) -> tuple[float | None, str]:
     alike = all(getattr(base, name) == getattr(ours, name) for name in MEASURED_WITH)
     known = TUNED_LR.get((base.model, base.task)) if alike else None
     if known is not None:
-        return known, "table"
+        same = all(getattr(base, name) == getattr(ours, name) for name in TUNED_AT)
+        return known, "table" if same else TUNED_ELSEWHERE
     return FALLBACK_TUNED_LR, UNTUNED
 
 

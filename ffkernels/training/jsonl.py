@@ -47,7 +47,7 @@ def read_lines(path: Path, tokenizer: Any, counts: Counter[str]) -> Iterator[tup
         for where, record in _records(lines, path):
             try:
                 if isinstance(record, bytes):
-                    record = _parsed(record, where)
+                    record = parsed(record, where)
                 segments = segments_of(record, tokenizer, where)
             except NothingToLearn:
                 counts[EMPTY] += 1
@@ -70,13 +70,14 @@ def _records(lines: Iterable[bytes], path: Path) -> Iterator[tuple[str, Any]]:
     filled = ((number, line) for number, line in enumerate(lines, start=1) if line.removeprefix(BOM).strip())
     for place, (number, line) in enumerate(filled):
         if place == 0 and line.removeprefix(BOM).lstrip().startswith(b"["):
-            array = _parsed(b"".join([line, *(line for _, line in filled)]), str(path))
+            array = parsed(b"".join([line, *(line for _, line in filled)]), str(path))
             yield from ((f"{path}, item {item}", record) for item, record in enumerate(array, start=1))
             return
         yield f"{path}, line {number}", line
 
 
-def _parsed(raw: bytes, where: str) -> Any:
+def parsed(raw: bytes, where: str) -> Any:
+    """One JSON value in UTF-8, with a mark of byte order or not; a ValueError says ``where`` it is none."""
     try:
         return json.loads(raw.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -10,14 +11,17 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.requirements import no_progress_bars
+from ffkernels.training.time_left import TimeLeft
 from ffkernels.training.trainer import NOT_FINITE
 
 if TYPE_CHECKING:
@@ -26,15 +30,25 @@ if TYPE_CHECKING:
 __all__ = ["ProgressBars", "how_it_ended", "token_line", "token_table"]
 
 
+class Remaining(TimeRemainingColumn):
+    """Of all runs what ``TimeLeft`` says; of one its own pace, at most: it may reach its target earlier."""
+
+    def render(self, task: Task) -> Text:
+        if "left" in task.fields:
+            return Text(task.fields["left"])
+        return Text("≤ ") + super().render(task) + Text(" left")
+
+
 class ProgressBars:
     """A context manager with one bar per run, fed by the trainer's events.
 
     ``start(config)`` begins a run; ``event(event)`` is an ``on_event``. With ``quiet`` both do nothing. Where
     no bar of ours is drawn, transformers draws none either.
-    With ``tokens`` a run's data are told in a line at its start.
+    With ``tokens`` a run's data are told in a line at its start. Of several ``runs``, a comparison's, it is
+    told how long all of them will take.
     """
 
-    def __init__(self, console: Console, quiet: bool = False, tokens: bool = False) -> None:
+    def __init__(self, console: Console, quiet: bool = False, tokens: bool = False, runs: int = 1) -> None:
         self.console, self.quiet, self.tokens = console, quiet, tokens
         self._live = not quiet and console.is_terminal
         self._progress = Progress(
@@ -43,13 +57,14 @@ class ProgressBars:
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
-            TextColumn("left at most"),
-            TimeRemainingColumn(),
+            Remaining(),
             console=console,
             disable=not self._live,
         )
         self._transformers = no_progress_bars(not self._live)
         self._task: Any = None
+        self._all: Any = None  # the bar of all runs
+        self._time_left, self._told_left = TimeLeft(runs), runs == 1
         self._name, self._steps, self._test = "", 0, ""
         self._told: set[str] = set()
 
@@ -64,16 +79,23 @@ class ProgressBars:
 
     def start(self, config: TrainConfig) -> None:
         self._name, self._steps, self._test = config.name, config.steps, ""
+        left, runs = self._time_left, self._time_left.runs
+        if runs > 1 and self._all is None:
+            self._all = self._progress.add_task("all runs", total=runs, note="", left="")
+        left.begin()
         self._task = self._progress.add_task(config.name, total=config.steps, note="")
+        self._show_left(0)
         if not self._live and not self.quiet:
             until = f" or test loss {config.target_loss:.4f}" if config.target_loss is not None else ""
             length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
-            self.console.print(f"{config.name}: {length}{until}", highlight=False)
+            of_all = f"; run {', '.join([f'{left.begun} of {runs}', *self._left(0)])}" if runs > 1 else ""
+            self.console.print(f"{config.name}: {length}{until}{of_all}", highlight=False)
 
     def event(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "run":
             self._steps = event["config"]["steps"]
+            self._time_left.prepared()
             if self.tokens:
                 self._tell(token_line(event["tokens"]), f"{self._name}: ")
             for remark in event["remarks"]:
@@ -84,6 +106,7 @@ class ProgressBars:
             self._progress.update(self._task, completed=event["optimizer_step"], note=self._test)
         elif kind == "step":
             self._progress.update(self._task, completed=event["optimizer_step"])
+            self._show_left(event["optimizer_step"])
         elif kind == "stage_begins":
             self._progress.update(self._task, note=f"{self._test}  Fast Forward stage …")
         elif kind == "interrupt":
@@ -97,6 +120,7 @@ class ProgressBars:
             self._progress.update(
                 self._task, completed=event["optimizer_steps"], total=event["optimizer_steps"]
             )
+            self._show_left(event["optimizer_steps"], ended=True)
             if not self._live and not self.quiet:
                 tests = (
                     f", and {event['test_seconds']:.1f} s for test losses" if event["test_seconds"] else ""
@@ -106,6 +130,23 @@ class ProgressBars:
                     f"{_test_loss(event['test_loss'])} {event['seconds']['total']:.1f} s{tests}",
                     highlight=False,
                 )
+
+    def _left(self, steps: int) -> list[str]:
+        """What all runs still take, where something tells; of the present one so many steps are done."""
+        seconds = self._time_left.seconds(steps / self._steps)
+        return [] if seconds is None else [f"about {timedelta(seconds=math.ceil(seconds))} left"]
+
+    def _show_left(self, steps: int, ended: bool = False) -> None:
+        if self._all is None:
+            return
+        begun, left = self._time_left.begun, self._left(self._steps if ended else steps)
+        short = "".join(left).replace("about", "≈")  # a bar has little room
+        self._progress.update(self._all, completed=begun - (not ended), left=short)
+        # Without a bar each run's beginning tells it, and of the first its tenth part.
+        if not self._told_left and 10 * steps >= self._steps:
+            self._told_left = True
+            if not self._live and not self.quiet:
+                self.console.print(f"All {self._time_left.runs} runs: {left[0]}", highlight=False)
 
     def _tell(self, remark: str, whose: str = "") -> None:
         """Once, also where several runs share the data."""
@@ -127,7 +168,7 @@ def token_line(statistics: dict[str, dict[str, Any]]) -> str:
     return (
         f"{train['examples']:,} training examples; {measured}{train['tokens']:,} tokens, of which the loss "
         f"counts {train['labelled_tokens']:,}; length {length['median']} in the median, {length['max']} at "
-        f"most; {100 * train['share_cut']:.0f} % cut"
+        f"most; {round(train['share_cut'] * train['measured']):,} cut"
     )
 
 

@@ -75,19 +75,23 @@ def segments_of(record: Any, tokenizer: Any, where: str) -> Segments:
 
 
 def _conversation(record: Record, fields: tuple[str, ...], tokenizer: Any, where: str) -> Segments:
-    messages, system = turns(record[fields[0]], where), record.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    return conversation(messages, tokenizer, where, tools=_tools(record, where))
+    return _told(turns(record[fields[0]], where, fields[0]), record, tokenizer, where)
 
 
 def _pair(record: Record, fields: tuple[str, ...], tokenizer: Any, where: str) -> Segments:
     prompt, response = (record[field] for field in fields)
     if isinstance(prompt, list) and isinstance(response, list):
-        context = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
-        return conversation([*context, *response], tokenizer, where, tools=_tools(record, where))
+        context = [{**turn, "weight": 0} for turn in turns(prompt, where, fields[0])] if prompt else []
+        return _told([*context, *turns(response, where, fields[1])], record, tokenizer, where)
     prompt, response = (_string(record, field, where) for field in fields)
     return (prompt, False), (_filled(response, fields[1], where), True)
+
+
+def _told(messages: list[dict[str, Any]], record: Record, tokenizer: Any, where: str) -> Segments:
+    system = record.get("system")
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return conversation(messages, tokenizer, where, tools=_tools(record, where))
 
 
 def _instruction(record: Record, fields: tuple[str, ...], tokenizer: Any, where: str) -> Segments:

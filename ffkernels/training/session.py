@@ -28,10 +28,11 @@ from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.models import add_adapter, attention_targets, load_model, train_weights
 from ffkernels.training.remarks import of_run
 from ffkernels.training.tasks import Example, Task, collate, load_file, load_task
+from ffkernels.validation.evaluation_mode import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.pool import ValidationPool
 
-__all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task"]
+__all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task", "waiting_stages"]
 
 # Makes what runs the stages instead of FastForward: ``.stages`` (a list of Stage) and ``.detach()``; with
 # ``.state_dict()`` and ``.load_state_dict()`` its runs can be resumed.
@@ -107,15 +108,11 @@ class Session:
         self.trainable: list[nn.Parameter] = [p for _, p in training]
         self.optimizer = _optimizer(config, self.model, self.trainable)
         self._ratios = [group["lr"] / config.lr for group in self.optimizer.param_groups]
+        self._try_positions()
         self.order = DataOrder(len(self.task.train), config.batch_size, config.seed)
         self.meter = FlopMeter(sum(p.numel() for p in self.trainable))
         self.test = self._loss(self.task.test) if self.task.test else None
-        if attach is not None:
-            self.ff = attach(self)
-        elif config.fast_forward is not None:
-            stages = config.fast_forward.interval is not None
-            validation = self.validation if stages else None
-            self.ff = FastForward(self.model, self.optimizer, validation, config.fast_forward)
+        self.ff = (attach or stages_of)(self)
         try:
             if "validation" in vars(self):
                 _ = self.validation.flops  # counted at its first reading: here, outside anybody's clock
@@ -192,12 +189,36 @@ class Session:
     @property
     def remarks(self) -> list[str]:
         """What was left out of the data, and where data and settings do not go together, in sentences."""
-        of_model = getattr(self.model, "config", None)
+        lengths = [len(example["input_ids"]) for example in self._at_hand]
+        sizes = (len(self.task.train), lengths, self.config.batch_size, self._positions)
+        return [*self.task.remarks, *of_run(*sizes)]
+
+    @property
+    def _at_hand(self) -> list[Example]:
+        """The examples that are tokenized already."""
         splits = (self.task.train, self.task.validation, self.task.test)
-        at_hand = [example for split in splits if isinstance(split, list) for example in split]
-        longest = max(len(example["input_ids"]) for example in at_hand)
-        positions = getattr(of_model, "max_position_embeddings", None)
-        return [*self.task.remarks, *of_run(len(self.task.train), longest, self.config.batch_size, positions)]
+        return [example for split in splits if isinstance(split, list) for example in split]
+
+    @property
+    def _positions(self) -> int | None:
+        return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+
+    def _try_positions(self) -> None:
+        """Rotary positions go on behind those that a model was made for; a table of them (GPT-2's) ends."""
+        longest = max(self._at_hand, key=lambda example: len(example["input_ids"]))
+        length, positions = len(longest["input_ids"]), self._positions
+        if positions is None or length <= positions:
+            return
+        try:
+            with evaluation_mode(self.model, self.device):
+                self.model(**self.batch([longest]).micro_batches[0])
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"max_length={self.config.max_length}: must be at most {positions}, the positions that the "
+                f"model has; there are examples of {length} tokens ({error})"
+            ) from error
 
     def test_loss(self) -> float:
         """Mean loss over the test examples' labelled tokens, in nats; NaN where there are none."""
@@ -226,6 +247,21 @@ def open_session(config: TrainConfig, *, attach: Attach | None = None) -> Sessio
             what to do.
     """
     return Session(config, attach=attach)
+
+
+def stages_of(session: Session, **how: Any) -> FastForward | None:
+    """What runs the stages that the session's settings ask for; ``how`` are FastForward's own arguments."""
+    config = session.config.fast_forward
+    if config is None:
+        return None
+    validation = session.validation if config.interval is not None else None
+    return FastForward(session.model, session.optimizer, validation, config, **how)
+
+
+# For ``open_session(config, attach=waiting_stages)``: a stage waits for ``session.ff.run_due_stage()``. In
+# between the weights are those of the optimizer's step alone; the run is the same, bit for bit, as long as
+# nothing else moves them.
+waiting_stages = partial(stages_of, defer=True)
 
 
 def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:

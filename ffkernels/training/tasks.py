@@ -9,7 +9,7 @@ on the seed alone. Each task has a source that needs no download and one on the 
 | medical | diagnoses and their notes, ICD-10-CM | Meditron's guidelines | everything |
 | chat | the Chit-Chat Challenge's conversations | UltraChat 200k | everything |
 
-``load_file`` reads a file of one's own. docs/tasks.md says more.
+``load_file`` reads a file of one's own. docs/paper.md says more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ffkernels.training.examples import Example, Segment, collate, make_example,
 from ffkernels.training.icd import passages
 from ffkernels.training.jsonl import read_lines, task_name
 from ffkernels.training.kept_examples import kept
-from ffkernels.training.remarks import BEYOND, HELD_OUT, REPEATED, SAME_START, on_file
+from ffkernels.training.remarks import BEYOND, HELD_OUT, REPEATED, SAME_START, on_data
 from ffkernels.training.standard_library import documented_functions
 from ffkernels.training.token_statistics import token_statistics
 
@@ -45,7 +45,7 @@ MEASURED_ON_DEMAND = 2000
 class Task:
     """Three disjoint lists of examples; ``train`` may be one that tokenizes on demand.
 
-    ``remarks`` say in sentences what was left out of a file.
+    ``remarks`` say in sentences what was left out of the data.
     """
 
     name: str
@@ -129,9 +129,11 @@ def load_task(
     examples = kept(
         (name, max_length, chat_loss),
         tokenizer,
-        lambda: _examples(TASKS[name](tokenizer, chat_loss), tokenizer, max_length, Counter()),
+        lambda: _examples(TASKS[name](tokenizer, chat_loss), tokenizer, max_length),
     )
-    return _split(name, examples, seed, **sizes)
+    counts: Counter[str] = Counter()
+    task = _split(name, _different(examples, counts), seed, **sizes)
+    return replace(task, remarks=tuple(on_data(name, counts, max_length, "text")))
 
 
 def load_file(
@@ -159,18 +161,20 @@ def load_file(
     examples, counts = _read(path, tokenizer, max_length)
     if test_data is None:
         task = _split(task_name(path), examples, seed, **sizes)
-        return replace(task, remarks=tuple(on_file(path.name, counts, max_length)))
+        return replace(task, remarks=tuple(on_data(path.name, counts, max_length)))
     test_path = Path(test_data)
     test, test_counts = _read(test_path, tokenizer, max_length)
+    held_out = {tuple(example["input_ids"]) for example in test}  # also of those that are not tested on
     random.Random(seed).shuffle(test)
     test_counts[BEYOND] = len(test[test_examples:])
     del test[test_examples:]
-    held_out = {tuple(example["input_ids"]) for example in test}
     others = [example for example in examples if tuple(example["input_ids"]) not in held_out]
     counts[HELD_OUT] = len(examples) - len(others)
+    if not others:
+        raise ValueError(f"test_data={str(test_path)!r}: must not have all the lines of {path}")
     task = _split(task_name(path), others, seed, **{**sizes, "test_examples": 0})
     files = ((path, counts), (test_path, test_counts))
-    remarks = [remark for file, of in files for remark in on_file(file.name, of, max_length)]
+    remarks = [remark for file, of in files for remark in on_data(file.name, of, max_length)]
     return replace(task, test=test, remarks=tuple(remarks))
 
 
@@ -181,9 +185,9 @@ def _read(path: Path, tokenizer: Any, max_length: int) -> tuple[list[Example], C
     sources = dict.fromkeys(lines)
     counts[REPEATED] = len(lines) - len(sources)
     if not sources:
-        left_out = " ".join(on_file(path.name, counts, max_length))
+        left_out = " ".join(on_data(path.name, counts, max_length))
         raise ValueError(f"task {task_name(path)!r} has no example: its data are empty. {left_out}".rstrip())
-    return _examples(sources, tokenizer, max_length, counts), counts
+    return _different(_examples(sources, tokenizer, max_length), counts), counts
 
 
 def _sizes(max_length: int, test_examples: int, validation_examples: int) -> dict[str, int]:
@@ -201,14 +205,15 @@ def _sizes(max_length: int, test_examples: int, validation_examples: int) -> dic
     }
 
 
-def _examples(
-    sources: Iterable[Sequence[Segment]], tokenizer: Any, max_length: int, counts: Counter[str]
-) -> list[Example]:
-    """An example of each source; one only where different texts are the same tokens once they are cut."""
+def _examples(sources: Iterable[Sequence[Segment]], tokenizer: Any, max_length: int) -> list[Example]:
     start = start_tokens(tokenizer)
-    cut = [make_example(source, tokenizer, start, max_length) for source in sources]
-    different = list({tuple(example["input_ids"]): example for example in cut}.values())
-    counts[SAME_START] = len(cut) - len(different)
+    return [make_example(source, tokenizer, start, max_length) for source in sources]
+
+
+def _different(examples: list[Example], counts: Counter[str]) -> list[Example]:
+    """Of examples that are the same tokens once they are cut the last one, the others counted."""
+    different = list({tuple(example["input_ids"]): example for example in examples}.values())
+    counts[SAME_START] = len(examples) - len(different)
     return different
 
 

@@ -28,17 +28,18 @@ class NothingToLearn(ValueError):
     """A line is in order, but what the loss would count of it is empty or white space."""
 
 
-def turns(messages: Any, where: str) -> list[dict[str, Any]]:
+def turns(messages: Any, where: str, field: str = "messages") -> list[dict[str, Any]]:
     """``messages`` as turns with a `role` of ``ROLES`` and a `content` that is one string.
 
-    Other fields of a turn, such as `tool_calls` and `name`, stay, for the chat template.
+    Other fields of a turn, such as `tool_calls` and `name`, stay, for the chat template. ``field`` is where
+    they stand in the file, for errors.
 
     Raises:
         ValueError: beginning with ``where``, when it is not a conversation of text.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(f"{where}: 'messages' must be a list of at least one {{'role', 'content'}}.")
-    return [_turn(message, f"{where}: messages[{number}]") for number, message in enumerate(messages)]
+        raise ValueError(f"{where}: {field!r} must be a list of at least one {{'role', 'content'}}.")
+    return [_turn(message, f"{where}: {field}[{number}]") for number, message in enumerate(messages)]
 
 
 def is_counted(turn: Mapping[str, Any]) -> bool:
@@ -54,7 +55,8 @@ def _turn(message: Any, where: str) -> dict[str, Any]:
         if key not in turn and other in turn:
             turn[key] = turn.pop(other)
     if "tool_calls" in turn:
-        turn["tool_calls"] = [_call(call, where) for call in turn["tool_calls"]]
+        calls = turn["tool_calls"]
+        turn["tool_calls"] = [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
         turn.setdefault("content", "")
     if isinstance(turn.get("content"), list):
         turn["content"] = _text(turn["content"], where)

@@ -2,7 +2,7 @@
 
 A multiply and an add are two FLOPs. A formula gets what its operation gets, and ``out_val``, its result:
 
-    m×k by k×n, by any name             2·m·n·k
+    m×k by k×n, quantised or not        2·m·n·k
     attention, Q·Kᵀ and P·V             2·B·H·Lq·Lk·(d + dv), causal or not; backward 5 products in place of 2
     experts (grouped products)          2·rows·k·n: each row meets one expert
     a fused encoder layer               2·tokens·weights + 4·B·L²·E
@@ -25,7 +25,9 @@ Formula = Callable[..., int]
 
 
 def _product(*args: Any, out_val: Any, left: int = 0, **kwargs: Any) -> int:
-    return 2 * out_val.numel() * args[left].shape[-1]
+    product = kwargs.get("out", out_val)
+    product = product[0] if isinstance(product, tuple) else product  # some return what they left out, too
+    return 2 * product.numel() * args[left].shape[-1]
 
 
 def _summed_products(*args: Any, **kwargs: Any) -> int:
@@ -110,7 +112,11 @@ def _convolution_backward(
 _FORMULAS: dict[str, Formula] = {
     **dict.fromkeys(
         [f"aten::{name}" for name in ("mv", "dot", "vdot", "_int_mm", "_scaled_mm_v2", "mkldnn_linear")]
-        + [f"aten::_weight_{kind}" for kind in ("int8pack_mm", "int4pack_mm", "int4pack_mm_for_cpu")],
+        + [f"aten::_weight_{kind}" for kind in ("int8pack_mm", "int4pack_mm", "int4pack_mm_for_cpu")]
+        + ["aten::_weight_int4pack_mm_with_scales_and_zeros"]
+        + [f"bitsandbytes::{kind}" for kind in ("gemm_4bit", "gemv_4bit", "int8_scaled_mm")]
+        + ["bitsandbytes::int8_mixed_scaled_mm", "bitsandbytes::int8_linear_matmul", "quanto::qbytes_mm"]
+        + [f"quanto::gemm_{kind}" for kind in ("f16i4_awq", "f16i4_marlin", "f16f8_marlin")],
         _product,
     ),
     **dict.fromkeys(["aten::addmv", "aten::_addmm_activation"], partial(_product, left=1)),
@@ -140,6 +146,8 @@ _CORRECTED: dict[str, Formula] = {"aten::convolution_backward": _convolution_bac
 # Parts of names, between underscores.
 _PRODUCTS = {"matmul", "gemm", "gemv", "linear", "attention", "attn", "rnn", "lstm", "gru", "mha", "scan"}
 _PRODUCTS |= {"dot", "vdot", "einsum", "trilinear", "experts", "moe", "conv", "convolution", "mlp", "encoder"}
+_PRODUCTS |= {"cdist", "euclidean", "cholesky", "solve", "qr", "svd", "eig", "eigh", "inv", "lu", "det"}
+_PRODUCTS |= {"matrix", "householder"}
 # Elementwise, or data laid out anew.
 _NO_PRODUCTS = ("upsample", "thnn", "flatten", "reorder", "pack", "convert", "quantize", "combination")
 
@@ -162,7 +170,7 @@ def is_like_a_product(operation: Any) -> bool:
     if space.startswith(("c10d", "_c10d", "prim")) or any(part in name for part in _NO_PRODUCTS):
         return False
     parts = [part.rstrip("0123456789d") or part for part in name.lower().split("_")]
-    return any(part in _PRODUCTS or part.endswith(("mm", "mv")) for part in parts)
+    return any(part in _PRODUCTS or part.endswith(("mm", "mv", "linear")) for part in parts)
 
 
 def _name(operation: Any) -> str:

@@ -1,8 +1,8 @@
 """Random generators of a loss's own, which losses of one search have to draw the same numbers from.
 
 The global ones of PyTorch, Python and NumPy are known (`evaluation_mode`). Others are found where a loss
-keeps them: as attributes of the model's modules or of a callable object, and among the variables that a loss
-function uses from outside of it.
+keeps them: from the attributes of the model's modules, and from a loss function, along the attributes of
+objects, the items of short lists and dicts, and the variables that a function uses from outside of it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,27 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["keep_generators", "own_generators"]
+__all__ = ["keep_generators", "own_generators", "used_by"]
+
+# How many objects deep, and from how many items on something is data and holds none.
+DEPTH, DATA = 5, 64
 
 
 def own_generators(model: nn.Module, function: Any = None) -> list[Any]:
-    """`torch.Generator`, `numpy.random.Generator` and `random.Random` objects, each once."""
-    held = [value for module in model.modules() for value in vars(module).values()]
-    found = {id(value): value for value in (*held, *_used_by(function)) if _is_generator(value)}
+    """`torch.Generator`, `random.Random`, `numpy.random.Generator` and `RandomState` objects, each once."""
+    kinds, found, seen = _kinds(), {}, {}  # by id; what was seen is held, so that no id is given twice
+    level = [function, *(value for module in model.modules() for value in vars(module).values())]
+    for _ in range(DEPTH):
+        new = {id(value): value for value in level if id(value) not in seen}
+        seen |= new
+        found |= {key: value for key, value in new.items() if isinstance(value, kinds)}
+        level = [inner for key, value in new.items() if key not in found for inner in _inside(value)]
     return list(found.values())
 
 
@@ -40,7 +48,20 @@ def keep_generators(generators: Sequence[Any]) -> Iterator[None]:
             _put_back(generator, state)
 
 
-def _used_by(function: Any) -> Iterator[Any]:
+def _inside(value: Any) -> Iterator[Any]:
+    if isinstance(value, (torch.Tensor, nn.Module, type, ModuleType)):
+        return
+    if isinstance(value, (dict, list, tuple, set)):
+        if len(value) < DATA:
+            yield from list(value.values() if isinstance(value, dict) else value)
+    elif callable(value):
+        yield from used_by(value)
+    elif isinstance(attributes := getattr(value, "__dict__", None), dict):
+        yield from list(attributes.values())
+
+
+def used_by(function: Any) -> Iterator[Any]:
+    """What a function, method or callable object reads from outside of its arguments, one step far."""
     while isinstance(function, partial):
         yield from (*function.args, *function.keywords.values())
         function = function.func
@@ -68,21 +89,22 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _is_generator(value: Any) -> bool:
-    of_numpy = getattr(sys.modules.get("numpy.random"), "Generator", torch.Generator)
-    return isinstance(value, (torch.Generator, random.Random, of_numpy))
+def _kinds() -> tuple[type, ...]:
+    of_numpy = vars(sys.modules.get("numpy.random", random))
+    known = [of_numpy[name] for name in ("Generator", "RandomState") if name in of_numpy]
+    return (torch.Generator, random.Random, *known)
 
 
 def _state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state()
 
 
 def _put_back(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
+    if isinstance(generator, random.Random):
         generator.setstate(state)
-    else:
+    elif hasattr(generator, "bit_generator"):
         generator.bit_generator.state = state
+    else:
+        generator.set_state(state)

@@ -11,6 +11,7 @@ loss under it, and the search would optimize what training does not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,15 @@ def needed_autocast(model: nn.Module, error: RuntimeError) -> torch.dtype | None
     dtypes = {parameter.dtype for parameter in model.parameters()}
     narrow = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes]
     return narrow[0] if narrow and torch.float32 in dtypes and "dtype" in str(error) else None
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """``module``, or in the place of a container, which has no forward, what is in it."""
+    if type(module).forward is not nn.Module.forward or "forward" in vars(module):
+        yield module
+    else:
+        for child in module.children():
+            yield from _called(child)
 
 
 class TrainingAutocast:
@@ -56,8 +66,8 @@ class TrainingAutocast:
         """Listen to this model, whichever of its wrappers training calls; the handles end that."""
         inner, wrappers = unwrap(model)
         heard = []
-        for module in (*wrappers, inner):
+        for module in wrappers:
             heard.append(module.register_forward_pre_hook(self))
             if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-                break  # what is inside is compiled, and is not to be compiled anew
-        return heard
+                return heard  # what is inside is compiled, and is not to be compiled anew
+        return heard + [module.register_forward_pre_hook(self) for module in _called(inner)]

@@ -4,21 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
-from matplotlib.figure import Figure
 
 from ffkernels.analysis.accuracy import accuracy, answered, draw, mcnemar, wilson
-from ffkernels.analysis.likelihood import choice_scores
-from ffkernels.analysis.multiple_choice import Question, from_examples
-from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
+from ffkernels.analysis.multiple_choice import Question, choice_scores, from_examples
 from ffkernels.training.session import open_session
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    return TrainConfig(
-        **{**small, "steps": 12, "lr": 3e-3, "seed": 1}, fast_forward=FastForwardConfig(interval=3)
-    )
+def config(run_of):
+    return run_of(dict(interval=3), steps=12, lr=3e-3, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +55,6 @@ def test_a_benchmark_of_ones_own(config, tmp_path):
     assert found["questions"] == 4 and found["chance"] == 0.5 and found["benchmark"] == str(path)
     with pytest.raises(ValueError, match="max_question_length=65: this model takes 64 tokens at most"):
         accuracy(config, benchmark=str(path), max_question_length=65)
-    with pytest.raises(ValueError, match="questions=0: must be an integer of at least 1"):
-        accuracy(config, questions=0)
 
 
 def test_answered_by_sum_and_by_mean():
@@ -113,10 +105,8 @@ def test_mcnemar(adam_only, ff_only, p):
     }
 
 
-def test_the_picture(data):
-    figure = Figure()
-    draw(figure, data)
-    (axes,) = figure.axes
+def test_the_picture(data, drawn):
+    (axes,) = drawn(draw, data)
     points = [container.lines[0] for container in axes.containers]
     for line, score in zip(points, ("sum", "mean"), strict=True):
         assert list(line.get_ydata()) == [100 * model[score]["accuracy"] for model in data["models"]]

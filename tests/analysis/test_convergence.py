@@ -3,17 +3,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from matplotlib.figure import Figure
 
 from ffkernels.analysis.convergence import convergence, draw, has_converged, switched_off_at
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    stages = FastForwardConfig(interval=2, patience=1)
-    return TrainConfig(**{**small, "steps": 60, "evaluate_every": 2, "lr": 3e-2}, fast_forward=stages)
+def config(run_of):
+    return run_of(dict(interval=2, patience=1), steps=60, evaluate_every=2, lr=3e-2)
 
 
 @pytest.fixture(scope="module")
@@ -93,26 +90,9 @@ def test_switched_off_at():
     assert switched_off_at([unsearched, *stages(0, 0)], 3) is None
 
 
-def test_the_picture(data):
-    figure = Figure()
-    draw(figure, data)
-    losses, taus = figure.axes
+def test_the_picture(data, drawn):
+    losses, taus = drawn(draw, data)
     for line, run in zip(losses.lines, data["runs"], strict=False):
         assert list(line.get_ydata()) == [loss for _, loss, *_ in run["tests"]]
     assert list(taus.lines[0].get_ydata()) == [stage["tau"] for stage in data["runs"][1]["stages"]]
-    draw(Figure(), {**data, "switched_off_at": None})
-
-
-@pytest.mark.parametrize(
-    ("changes", "arguments", "message"),
-    [
-        ({}, {"window": 0}, "window=0: must be an integer of at least 1"),
-        ({"evaluate_every": 0}, {}, "evaluate_every=0: must be from 1 to the window of 40"),
-        ({"evaluate_every": 9}, {"window": 8}, "evaluate_every=9: must be from 1 to the window of 8"),
-        ({}, {"min_delta": float("nan")}, "min_delta=nan: must be a number of at least 0"),
-        ({"lr": 1e30, "warmup_steps": 0}, {}, r"lr=1e\+30: adam diverged after \d+ steps"),
-    ],
-)
-def test_what_is_refused(config, changes, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        convergence(replace(config, **changes), **arguments)
+    drawn(draw, {**data, "switched_off_at": None})

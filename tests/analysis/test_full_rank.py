@@ -3,17 +3,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from matplotlib.figure import Figure
 
 from ffkernels.analysis.full_rank import VARIANTS, draw, full_rank
-from ffkernels.analysis.race import Watch
-from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    return TrainConfig(**{**small, "steps": 12, "lr": 3e-4}, fast_forward=FastForwardConfig(interval=3))
+def config(run_of):
+    return run_of(dict(interval=3), steps=12, lr=3e-4)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +39,9 @@ def test_what_the_stages_took_is_counted(data):
         assert steps == list(range(3, 3 * len(taus) + 1, 3))
 
 
-def test_the_picture(data):
+def test_the_picture(data, drawn):
     missed = [*data["runs"][:3], {**data["runs"][3], "ff": {**data["runs"][3]["ff"], "saved": None}}]
-    figure = Figure()
-    draw(figure, {**data, "runs": missed})
-    taus, saved = figure.axes
+    taus, saved = drawn(draw, {**data, "runs": missed})
     for line, run in zip(taus.lines, data["runs"], strict=True):
         assert line.get_label() == run["name"]
         assert list(line.get_ydata()) == [stage["tau"] for stage in run["ff"]["stages"]]
@@ -56,27 +50,8 @@ def test_the_picture(data):
     assert [text.get_text() for text in saved.texts].count("–") == 2
 
 
-def test_full_rank_alone_knows_the_models_width(config):
-    data = full_rank(replace(config, steps=2), variants=("full-rank",))
-    (run,) = data["runs"]
-    assert run["name"] == "lora r=32" and run["trainable"] == 2 * 192 * 32
-    assert run["ff"]["stages"] == [] and run["ff_steps"] == 0
-    draw(Figure(), data)  # nothing to show is no error
-
-
-def test_what_is_refused(config):
-    with pytest.raises(ValueError, match=r"variants=.*must be of 'low-rank'"):
-        full_rank(config, variants=("half",))
-    with pytest.raises(ValueError, match="method='full': the low-rank run needs 'lora' or 'dora'"):
-        full_rank(replace(config, method="full"))
-    with pytest.raises(ValueError, match=r"lr=-1\.0"):
-        full_rank(config, full_lr=-1.0)
-
-
-def test_what_cannot_be_is_refused_before_anything_runs(config):
-    seen = []
-    with pytest.raises(ValueError, match="bfloat16"):
-        full_rank(replace(config, dtype="bfloat16"), watch=Watch(run=seen.append))
-    with pytest.raises(ValueError, match="lr=0"):
-        full_rank(config, full_lr=0.0, watch=Watch(run=seen.append))
-    assert not seen
+def test_a_run_without_stages(config, drawn):
+    data = full_rank(replace(config, steps=2))
+    assert [run["ff"]["stages"] for run in data["runs"]] == [[]] * 4
+    assert [run["ff_steps"] for run in data["runs"]] == [0] * 4
+    drawn(draw, data)  # nothing to show is no error

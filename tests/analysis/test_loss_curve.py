@@ -3,18 +3,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from matplotlib.figure import Figure
 
 from ffkernels.analysis.loss_curve import along_the_path, draw, loss_curve
-from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    stages = FastForwardConfig(interval=3, patience=None, max_tau=32)
-    return TrainConfig(**{**small, "lr": 3e-4, "steps": 8}, fast_forward=stages)
+def config(run_of):
+    return run_of(dict(interval=3, patience=None, max_tau=32), lr=3e-4, steps=8)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +84,8 @@ def test_a_stage_with_nothing_to_search_is_a_step_like_others():
     assert along_the_path(run) == ([(0.0, 9.0), (2, 5.0), (3, 4.5)], [])
 
 
-def test_the_picture(data):
-    figure = Figure()
-    draw(figure, data)
-    walk, both, path = figure.axes
+def test_the_picture(data, drawn):
+    walk, both, path = drawn(draw, data)
     assert len(walk.lines[0].get_xdata()) == 8  # a point per optimizer step
     assert len(walk.lines) == len(path.lines) == 1 + 2  # and a line per stage
     points, stages = along_the_path(data["fast_forward"])
@@ -100,10 +94,3 @@ def test_the_picture(data):
     plain, forward = both.lines[0].get_ydata(), both.lines[1].get_ydata()
     assert plain[0] == forward[0] == data["optimizer"]["start"]
     assert plain[-1] == data["optimizer"]["steps"][-1]["test_loss"]
-
-
-def test_settings_that_make_no_curve_are_refused(config):
-    with pytest.raises(ValueError, match="fast_forward is None"):
-        loss_curve(replace(config, fast_forward=None))
-    with pytest.raises(ValueError, match="evaluate_every=0"):
-        loss_curve(config, evaluate_every=0)

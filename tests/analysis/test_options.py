@@ -4,68 +4,58 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from ffkernels.analysis.commands import app as analyze
-from ffkernels.analysis.options import integers, settings, shared_options
+from ffkernels.analysis.options import at_least, command, integers, settings
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.presets import preset
 
 
-def run(command, *arguments):
+def run(act, own, *arguments, **shared):
     app = typer.Typer(pretty_exceptions_enable=False)
     app.callback()(lambda: None)
-    app.command("x")(command)
+    app.command("x", help="What it does.")(command(act, own, **shared))
     return CliRunner().invoke(app, ["x", *arguments], catch_exceptions=False)
 
 
 def test_a_command_gets_its_own_and_the_shared_options():
     seen = {}
 
-    @shared_options(omit=("seed",), steps=7)
-    def command(ctx: typer.Context, at: Annotated[str, typer.Option(help="Where.")] = "6") -> None:
-        """What it does."""
-        seen.update(ctx.params, own=at)
+    def x(*arguments):
+        own = {"at": ("6", "Where."), "window": (None, "How far.", int)}
+        return run(lambda ctx: seen.update(ctx.params), own, *arguments, omit=("seed",), steps=7)
 
-    assert run(command, "--lr", "3e-4", "--at", "9", "--data", "a.jsonl", "--quiet").exit_code == 0
-    assert (seen["lr"], seen["own"], seen["steps"], seen["quiet"]) == (3e-4, "9", 7, True)
-    assert "seed" not in seen and seen["model"] == "tiny"
-    assert run(command, "--seed", "3").exit_code == 2
-    output = run(command, "--help").output
+    assert x("--lr", "3e-4", "--at", "9", "--data", "a.jsonl", "--quiet").exit_code == 0
+    assert (seen["lr"], seen["at"], seen["steps"], seen["quiet"]) == (3e-4, "9", 7, True)
+    assert "seed" not in seen and seen["model"] == "tiny" and seen["window"] is None
+    assert x("--window", "4").exit_code == 0 and seen["window"] == 4
+    assert x("--seed", "3").exit_code == 2 and x("--window", "a").exit_code == 2
+    output = x("--help").output
     assert "What it does." in output and "Where." in output
 
 
 def test_an_option_of_the_commands_own_replaces_the_shared_one():
     seen = []
-
-    @shared_options()
-    def command(ctx: typer.Context, seed: Annotated[str, typer.Option()] = "0,1") -> None:
-        seen.append((seed, ctx.params["seed"]))
-
-    assert run(command).exit_code == 0 and seen == [("0,1", "0,1")]
+    done = run(lambda ctx: seen.append(ctx.params["seed"]), {"seed": ("0,1", "Which.")})
+    assert done.exit_code == 0 and seen == ["0,1"]
 
 
 def test_a_misspelt_shared_option_is_refused():
     with pytest.raises(ValueError, match="step: no shared option"):
-        shared_options(step=3)
+        command(print, {}, step=3)
     with pytest.raises(ValueError, match="sed: no shared option"):
-        shared_options(omit=("sed",))
+        command(print, {}, omit=("sed",))
 
 
 def config_of(*arguments, **shared):
     """The settings that a command line comes to."""
     seen = []
-
-    @shared_options(**shared)
-    def command(ctx: typer.Context) -> None:
-        seen.append(settings(ctx))
-
-    result = run(command, *arguments)
+    result = run(lambda ctx: seen.append(settings(ctx)), {}, *arguments, **shared)
     assert result.exit_code == 0, result.output
     return seen[0]
 
@@ -94,28 +84,39 @@ def test_a_preset_is_for_analyses_too():
     assert config_of("--preset", "authors-pythia-1.4b-chat", "--search", "parabolic").lr == wanted["lr"]
 
 
-def test_settings_name_what_is_wrong():
-    with pytest.raises(ValueError, match="rank=0"):
-        config_of("--rank", "0")
-    with pytest.raises(ValueError, match="search='cubic'"):
-        config_of("--search", "cubic")
-    with pytest.raises(ValueError, match="--rank: method='full' has no adapter"):
-        config_of("--method", "full", "--rank", "4")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--rank 0", "rank=0"),
+        ("--search cubic", "search='cubic'"),
+        ("--method full --rank 4", "--rank: method='full' has no adapter"),
+        ("--test-examples 0", "test_examples=0: must be at least 1: an analysis"),
+    ],
+)
+def test_settings_name_what_is_wrong(given, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(*given.split())
+
+
+@pytest.mark.parametrize("value", [1, 0, 2.0, True, None, "3"])
+def test_what_is_no_integer_of_at_least(value):
+    with pytest.raises(ValueError, match=f"of={value!r}: must be an integer of at least 2"):
+        at_least(2, of=value)
+    at_least(2, of=2)
 
 
 def test_lists():
     assert integers("24, 6,12,6", "--at") == (6, 12, 24)
-    assert integers("0,3", "--at", low=0) == (0, 3)
     for text in ("0,3", "a", ""):
         with pytest.raises(ValueError, match="--it"):
             integers(text, "--it")
 
 
 def test_every_command_has_help_and_the_defaults_of_the_contract():
-    for command in analyze.registered_commands:
-        result = CliRunner().invoke(analyze, [command.name, "--help"], env={"COLUMNS": "200"})
-        assert result.exit_code == 0 and "--model" in result.output, command.name
-        assert "tiny" in result.output and "instruction" in result.output, command.name
+    for one in analyze.registered_commands:
+        result = CliRunner().invoke(analyze, [one.name, "--help"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0 and "--model" in result.output, one.name
+        assert "tiny" in result.output and "instruction" in result.output, one.name
 
 
 def test_help_needs_no_torch():

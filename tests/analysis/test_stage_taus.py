@@ -5,18 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from ffkernels.analysis.stage_taus import condition_number, draw, gradient_facts, stage_taus
-from ffkernels.engine.config import FastForwardConfig
-from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
 
 
 @pytest.fixture(scope="module")
-def config(small):
-    stages = FastForwardConfig(interval=2, patience=None, max_tau=32)
-    return TrainConfig(**{**small, "lr": 3e-4, "steps": 8}, fast_forward=stages)
+def config(run_of):
+    return run_of(dict(interval=2, patience=None, max_tau=32), lr=3e-4, steps=8)
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +96,8 @@ def test_looking_changes_nothing(config, data):
         assert [s.loss_after for s in session.ff.stages] == [s["loss_after"] for s in data["stages"][:4]]
 
 
-def test_the_picture(data):
-    figure = Figure()
-    draw(figure, data)
-    stages, norm, condition = figure.axes
+def test_the_picture(data, drawn):
+    stages, norm, condition = drawn(draw, data)
     assert [list(line.get_xdata()) for line in stages.lines] == [[1, 2, 3, 4]] * 2
     for axes, quantity in ((norm, "gradient_norm"), (condition, "condition_number")):
         points = [(x, y) for line in axes.lines for x, y in zip(*line.get_data(), strict=True)]
@@ -111,16 +105,8 @@ def test_the_picture(data):
         assert "n = 8" in axes.get_title(loc="left")
 
 
-def test_a_stage_without_a_condition_is_drawn(data):
+def test_a_stage_without_a_condition_is_drawn(data, drawn):
     stages = [dict(stage) for stage in data["stages"]]
     stages[0]["condition_number"] = None  # as JSON has it
-    figure = Figure()
-    draw(figure, {**data, "stages": stages})
-    assert sum(len(line.get_xdata()) for line in figure.axes[2].lines) == 8
-
-
-def test_settings_without_stages_are_refused(config):
-    with pytest.raises(ValueError, match="fast_forward is None"):
-        stage_taus(replace(config, fast_forward=None))
-    with pytest.raises(ValueError, match="seeds"):
-        stage_taus(config, seeds=())
+    panels = drawn(draw, {**data, "stages": stages})
+    assert sum(len(line.get_xdata()) for line in panels[2].lines) == 8

@@ -65,17 +65,15 @@ def cold(contribution, monkeypatch):
 
 
 def measured_by_peft(contribution, search: str, loss_of, max_tau: int) -> list[tuple[int, float]]:
-    generator = contribution._SEARCHES[search](max_tau)
-    tau, measured = next(generator), []
-    while True:
-        loss = loss_of(tau)
-        measured.append((tau, loss))
-        if len(measured) == 1 and not math.isfinite(loss):
-            return measured
-        try:
-            tau = generator.send(loss if math.isfinite(loss) else math.inf)
-        except StopIteration:
-            return measured
+    measured = []
+
+    def measure(tau: int) -> float:
+        measured.append((tau, loss_of(tau)))
+        return measured[-1][1] if math.isfinite(measured[-1][1]) else math.inf
+
+    if math.isfinite(baseline := measure(0)):
+        contribution._SEARCHES[search](measure, baseline, max_tau)
+    return measured
 
 
 def measured_by_ffkernels(search: str, loss_of, max_tau: int) -> list[tuple[int, float]]:
@@ -259,19 +257,25 @@ __all__ = ["create_lorafa_optimizer", "create_loraplus_optimizer"]
 '''
 
 
-def fake_checkout(root: Path, installer) -> Path:
-    """The files that the installer looks at, as a checkout has them."""
+def fake_checkout(root: Path) -> Path:
+    """The files that the installer looks at, with what the patch expects around its changes."""
     package = root / "src/peft"
     (package / "optimizers").mkdir(parents=True)
     (package / "peft_model.py").touch()
     (package / "helpers.py").write_text("import os\n\n\nclass DoraCaching:\n    pass\n")
     (package / "optimizers/__init__.py").write_text(INIT)
     (root / ".git").mkdir()
-    for edit in installer._edits():
-        path = root / edit.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = path.read_text() if path.is_file() else "start\n"
-        path.write_text(before + f"\nbetween\n{edit.old}after\n")
+    files: dict[str, str] = {}
+    for line in (CONTRIB / "peft.patch").read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.startswith("--- a/"):
+            files[path := line[6:].strip()] = "start\n"
+        elif line.startswith("@@"):
+            files[path] += "\nbetween\n"
+        elif line[0] in " -":
+            files[path] += line[1:]
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text + "after\n", encoding="utf-8")
     return root
 
 
@@ -280,7 +284,7 @@ def snapshot(root: Path) -> dict[str, bytes]:
 
 
 def test_a_checkout_gets_everything_and_is_left_as_it_was(installer, tmp_path, capsys):
-    root = fake_checkout(tmp_path / "peft", installer)
+    root = fake_checkout(tmp_path / "peft")
     before = snapshot(root)
     assert installer.main([str(root), "--check"]) == 1
     assert installer.main([str(root)]) == 0
@@ -310,7 +314,7 @@ def test_a_checkout_gets_everything_and_is_left_as_it_was(installer, tmp_path, c
 
 def test_an_installed_package_gets_the_module_only(installer, tmp_path, capsys):
     package = tmp_path / "site-packages/peft"
-    shutil.copytree(fake_checkout(tmp_path / "source", installer) / "src/peft", package)
+    shutil.copytree(fake_checkout(tmp_path / "source") / "src/peft", package)
     before = snapshot(tmp_path / "site-packages")
     assert installer.main([str(tmp_path / "site-packages")]) == 0
     after = snapshot(tmp_path / "site-packages")
@@ -327,7 +331,7 @@ def test_an_installed_package_gets_the_module_only(installer, tmp_path, capsys):
 
 def test_a_peft_that_is_too_old_is_refused_before_anything_is_written(installer, tmp_path, capsys):
     """The module could not be imported there, nor could peft, which imports it."""
-    root = fake_checkout(tmp_path / "peft", installer)
+    root = fake_checkout(tmp_path / "peft")
     (root / "src/peft/helpers.py").write_text("# DoraCaching is not in here\n")
     before = snapshot(root)
     for action in ([], ["--check"]):
@@ -339,7 +343,7 @@ def test_a_peft_that_is_too_old_is_refused_before_anything_is_written(installer,
 
 
 def test_a_checkout_that_has_changed_is_not_half_written(installer, tmp_path, capsys):
-    root = fake_checkout(tmp_path / "peft", installer)
+    root = fake_checkout(tmp_path / "peft")
     run = root / "method_comparison/MetaMathQA/run.py"
     run.write_text(run.read_text().replace("get_optimizer_and_scheduler", "make_optimizer"))
     before = snapshot(root)
@@ -352,11 +356,10 @@ def test_a_checkout_that_has_changed_is_not_half_written(installer, tmp_path, ca
 
 def test_the_installed_peft_can_be_extended(contribution, installer):
     target = installer.find_target(None)
-    text = (target.package / "optimizers/__init__.py").read_text(encoding="utf-8")
-    path = target.package / "optimizers/__init__.py"
-    registered = installer.register(text, path)
-    assert "from .fast_forward import create_fast_forward_optimizer\n" in registered
-    assert installer.unregister(registered, path) == installer.unregister(text, path)
+    path, text = target.registration()
+    assert path == target.package / "optimizers/__init__.py"
+    assert "from .fast_forward import create_fast_forward_optimizer\n" in text
+    ast.parse(text)
 
 
 # The proposal.

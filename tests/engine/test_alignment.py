@@ -14,6 +14,8 @@ TARGET = torch.linspace(-1.0, 2.0, 12).reshape(3, 4)
 
 
 class Bowl(torch.nn.Module):
+    noise = 0.3
+
     def __init__(self):
         super().__init__()
         self.w = torch.nn.Parameter(torch.zeros(3, 4))
@@ -21,7 +23,7 @@ class Bowl(torch.nn.Module):
         self.frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
 
     def loss(self, step=0):
-        noise = 0.3 * torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        noise = self.noise * torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
         return ((self.w - TARGET + noise) ** 2).sum() + (self.b**2).sum()
 
 
@@ -136,9 +138,41 @@ def test_a_stage_runs_where_it_pays_and_says_by_what(monkeypatch):
     train(model, optimizer, 4)
     stage = ff.stages[0]
     assert stage.alignment < -0.5 and stage.price == pytest.approx(1 / (2 + 16 / 18)) and stage.tau > 10
-    monkeypatch.setattr(ff._decision.schedule, "pays", lambda alignment, strongest, price: False)
+    monkeypatch.setattr(ff._decision.schedule, "pays", lambda *asked: False)
     train(model, optimizer, 8, first=4)
     assert len(ff.stages) == 1 and len(ff._decision.alignment.values) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "line", "squared_error"),
+    [
+        # One second difference, 0.1 − 2·0.3 − 0.2 = −0.7: σ² = 0.49 / 6; weights −1, 2 and 5 of 6.
+        ([0.1, 0.3, -0.2], (-0.1 + 0.6 - 1.0) / 6, 0.49 / 6 * 10 / 12 * 6.31**2),
+        # −0.1 and 0.2: σ² = 0.05 / 12; weights −2, 1, 4 and 7 of 10.
+        ([-0.4, -0.3, -0.3, -0.1], (0.8 - 0.3 - 1.2 - 0.7) / 10, 0.05 / 12 * 14 / 20 * 2.92**2),
+        # Four of them, all ±0.4: σ² = 0.16 / 6; weights −4, −1, 2, 5, 8 and 11 of 21.
+        ([-0.1, -0.3, -0.1, -0.3, -0.1, -0.3], -5.1 / 21, 0.16 / 6 * 22 / 42 * 2.13**2),
+        ([-0.1, -0.2, -0.3, -0.4, -0.5], -0.5, 0.0),  # a trend is no noise
+    ],
+)
+def test_what_noise_may_hide_by_hand(values, line, squared_error):
+    alignment = Alignment(kept=6)
+    alignment.values = values
+    assert alignment.possible() == pytest.approx(line - math.sqrt(squared_error))
+
+
+@pytest.mark.parametrize("values", [[], [-0.3], [-0.3, 0.2]])
+def test_of_fewer_than_three_values_nobody_knows_the_noise(values):
+    alignment = Alignment()
+    alignment.values = values
+    assert alignment.possible() == -math.inf
+
+
+def test_the_mean_is_of_the_newest():
+    alignment = Alignment(kept=4)
+    assert alignment.mean(2) is None
+    alignment.values = [0.5, -0.1, -0.3]
+    assert alignment.mean(2) == pytest.approx(-0.2) and alignment.mean(4) == pytest.approx(0.1 / 3)
 
 
 def test_no_more_values_are_kept_than_the_interval_asks_for():
@@ -147,7 +181,7 @@ def test_no_more_values_are_kept_than_the_interval_asks_for():
     plain = Bowl()
     expected = train(plain, torch.optim.Adam([plain.w, plain.b], lr=1e-3), 30)
     train(model, optimizer, 30)
-    assert ff.state_dict()["alignment"]["values"] == pytest.approx(expected[-4:], abs=1e-6)
+    assert ff.state_dict()["alignment"]["values"] == pytest.approx(expected[-7:], abs=1e-6)
 
 
 def test_where_alignment_is_gone_no_stage_looks_for_it():
@@ -188,6 +222,28 @@ def test_a_resumed_run_continues_bit_for_bit(at):
         assert torch.equal(model.w, parts[0].w)
         assert parts[2]._decision.alignment.state_dict(None) == ff._decision.alignment.state_dict(None)
         assert [stage.tau for stage in parts[2].stages] == [stage.tau for stage in ff.stages] != []
+
+
+@pytest.mark.parametrize("at", [None, 1, 2, 4, 5])
+def test_noise_leads_to_a_first_stage_that_the_mean_forbids_also_in_a_resumed_run(monkeypatch, at):
+    monkeypatch.setattr(Bowl, "noise", 3.0)
+    model, optimizer, ff = attached(lr=1e-4, interval=6)
+    if at is not None:
+        train(model, optimizer, at)
+        saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), ff.state_dict()])
+        model, optimizer, ff = parts = attached(lr=1e-4, interval=6)
+        for part, state in zip(parts, saved, strict=True):
+            part.load_state_dict(state)
+    train(model, optimizer, 6 - (at or 0), first=at or 0)
+    plain = Bowl()
+    c = train(plain, torch.optim.Adam([plain.w, plain.b], lr=1e-4), 6)[1:]
+    assert c == pytest.approx([-0.450, -0.209, -0.556, 0.008, -0.006], abs=1e-3)
+    mean, strongest = sum(c[-3:]) / 3, min(c)
+    # Half a step by the mean, where 2 · 4 · 0.346 are asked for.
+    assert mean / (strongest - mean) == pytest.approx(0.497, abs=1e-3)
+    (stage,) = ff.stages
+    assert (stage.tau, stage.alignment) == (1024, pytest.approx(mean, abs=1e-6))
+    assert stage.price == pytest.approx(9 / 26) and stage.loss_before - stage.loss_after > 1.3
 
 
 def test_without_the_weights_before_it_goes_on_as_the_run_that_forgot_them():
@@ -234,7 +290,7 @@ def test_on_a_gpu_it_is_read_one_step_later_and_decides_the_same(monkeypatch):
     expected = train(plain, torch.optim.Adam([plain.w, plain.b], lr=1e-2), 6)
     train(model, optimizer, 6)
     assert ff._decision.alignment.values == pytest.approx(expected[1:-1], abs=1e-6) and len(waits) == 4
-    assert ff._decision.alignment.mean() == pytest.approx(sum(expected[1:-1]) / 4, abs=1e-6)
+    assert ff._decision.alignment.mean(4) == pytest.approx(sum(expected[1:-1]) / 4, abs=1e-6)
     assert ff._decision.alignment.state_dict(ff._table)["values"] == pytest.approx(expected[1:], abs=1e-6)
 
 

@@ -19,7 +19,7 @@ from ffkernels.graphs import executors as graph_executors
 from ffkernels.graphs import rules as capture_rules
 from ffkernels.graphs import support as graph_support
 from ffkernels.ops.notices import FFKernelsNotice
-from ffkernels.stage.eager import Pace
+from ffkernels.stage.program import Pace
 
 CPU = torch.device("cpu")
 

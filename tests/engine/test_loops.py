@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig
-from ffkernels.stage.eager import NO_UPDATE
+from ffkernels.stage.program import NO_UPDATE
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::(peft|transformers)\..*")
 EVERY_2 = FastForwardConfig(interval=2, max_tau=64, patience=None)

@@ -19,6 +19,7 @@ def searched(losses, name="parabolic"):
 
 FOUND_8 = [3.0, 2.9, 2.8, 2.6, 2.2, 9.0]  # at 0, 1, 2, 4, 8 and 16
 NOTHING = [3.0, 3.1]
+QUIET = math.inf  # no noise says more than the mean does
 
 
 def test_intervals_end_after_the_warm_up():
@@ -46,26 +47,62 @@ def test_the_second_half_of_an_interval_says_what_it_comes_to(interval, averaged
 )
 def test_of_a_first_stage_the_slope_says_what_it_would_find(alignment, strongest, expected):
     schedule = StageSchedule(FastForwardConfig())
-    assert schedule.expected_tau(alignment, strongest) == pytest.approx(expected)
+    assert schedule.expected_tau(alignment, QUIET, strongest) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("alignment", "possible", "strongest", "expected"),
+    [
+        (-0.3, -0.4, -0.6, 2.0),  # noise may hide that a third is gone, and not half
+        (-0.4, -0.3, -0.6, 2.0),  # a mean that is stronger counts as ever
+        (0.01, -0.3, -0.6, 1.0),
+        (0.01, 0.005, -0.6, 0.0),  # sure that the last step went too far
+        (0.04, -0.02, 0.0, math.inf),  # no c below 0 yet, and not sure that there is none
+        (0.04, 0.03, 0.0, 0.0),
+        (-0.1, -math.inf, -0.6, math.inf),  # how noisy c is nobody knows
+    ],
+)
+def test_a_first_stage_is_forbidden_only_where_noise_cannot_hide_its_gain(
+    alignment, possible, strongest, expected
+):
+    schedule = StageSchedule(FastForwardConfig())
+    assert schedule.expected_tau(alignment, possible, strongest) == pytest.approx(expected)
+
+
+def test_that_is_one_try_and_the_price_holds_for_it():
+    schedule = StageSchedule(FastForwardConfig())
+    # As a mean -0.1 leaves 1/5 of a step; as -0.4 two, of which one counts, against FEWEST losses.
+    assert not schedule.pays(-0.1, -0.4, -0.6, 0.26) and schedule.pays(-0.1, -0.4, -0.6, 0.25)
+    schedule.after_stage(searched(NOTHING), -0.1)
+    assert schedule.expected_tau(-0.1, -0.6, -0.6) == pytest.approx(0.2)
+    assert not schedule.pays(-0.1, -0.6, -0.6, 0.03) and schedule.pays(-0.1, -0.6, -0.6, 0.025)
+
+
+def test_an_alignment_that_noise_had_the_better_of_is_no_measure_for_later_ones():
+    schedule = StageSchedule(FastForwardConfig())
+    schedule.after_stage(searched(FOUND_8), 0.002)
+    assert schedule.last == (8, 6, 0.002)
+    assert schedule.expected_tau(-0.01, -0.02, -0.05) == 8.0
+    assert schedule.expected_tau(0.01, -0.02, -0.05) == 0.0
 
 
 def test_later_the_last_stage_says_so_as_far_as_alignment_has_kept_up():
     schedule = StageSchedule(FastForwardConfig())
     schedule.after_stage(searched(FOUND_8), -0.5)
     assert schedule.last == (8, 6, -0.5)
-    assert schedule.expected_tau(-0.25, -0.6) == pytest.approx(4.0)  # the slope alone says 0.7
-    assert schedule.expected_tau(-0.55, -0.6) == pytest.approx(11.0)  # here it says more than 8.8
-    assert schedule.expected_tau(0.02, -0.6) == 0.0
-    assert schedule.expected_tau(None, -0.6) == 8.0
+    assert schedule.expected_tau(-0.25, QUIET, -0.6) == pytest.approx(4.0)  # the slope alone says 0.7
+    assert schedule.expected_tau(-0.55, QUIET, -0.6) == pytest.approx(11.0)  # here it says more than 8.8
+    assert schedule.expected_tau(0.02, QUIET, -0.6) == 0.0
+    assert schedule.expected_tau(None, QUIET, -0.6) == 8.0
     schedule.after_stage(searched(NOTHING), -0.1)
-    assert schedule.expected_tau(-0.3, -0.6) == pytest.approx(1.0)
-    assert schedule.expected_tau(None, -0.6) == 0.0
+    assert schedule.expected_tau(-0.3, QUIET, -0.6) == pytest.approx(1.0)
+    assert schedule.expected_tau(None, QUIET, -0.6) == 0.0
 
 
 @pytest.mark.parametrize(("price", "runs"), [(0.2, True), (0.25, True), (0.26, False), (1.0, False)])
 def test_a_first_stage_runs_where_half_of_its_steps_pay_for_the_fewest_losses(price, runs):
     # r = 2/3: two steps, of which one counts, against FEWEST losses.
-    assert StageSchedule(FastForwardConfig()).pays(-0.4, -0.6, price) == runs
+    assert StageSchedule(FastForwardConfig()).pays(-0.4, QUIET, -0.6, price) == runs
     assert FEWEST == 4
 
 
@@ -73,17 +110,17 @@ def test_a_later_stage_is_held_against_what_the_last_one_took():
     schedule = StageSchedule(FastForwardConfig())
     schedule.after_stage(searched(FOUND_8), -0.5)
     # Half of eight steps against six losses.
-    assert schedule.pays(-0.5, -2.0, 4 / 6) and not schedule.pays(-0.5, -2.0, 0.7)
+    assert schedule.pays(-0.5, QUIET, -2.0, 4 / 6) and not schedule.pays(-0.5, QUIET, -2.0, 0.7)
     schedule.after_stage(searched(NOTHING), -0.5)
     # One that found nothing took few losses because it found nothing.
-    assert not schedule.pays(-0.4, -0.6, 0.3) and schedule.pays(-0.4, -0.6, 0.25)
+    assert not schedule.pays(-0.4, QUIET, -0.6, 0.3) and schedule.pays(-0.4, QUIET, -0.6, 0.25)
 
 
 def test_stages_that_fail_in_a_row_come_ever_more_seldom():
     """However strongly gradients agree: held-out examples may go up while those of training go down."""
 
     def end_of_interval(schedule, losses):
-        runs = schedule.pays(-0.59, -0.6, 0.3)
+        runs = schedule.pays(-0.59, QUIET, -0.6, 0.3)
         if runs:
             schedule.after_stage(searched(losses), -0.59)
         return runs
@@ -143,4 +180,4 @@ def test_a_resumed_schedule_expects_what_the_other_did():
     assert first.fingerprint != second.fingerprint
     second.load_state_dict(first.state_dict())
     assert first.fingerprint == second.fingerprint
-    assert second.expected_tau(-0.25, -0.6) == first.expected_tau(-0.25, -0.6) == pytest.approx(4.0)
+    assert [s.expected_tau(-0.25, QUIET, -0.6) for s in (first, second)] == pytest.approx([4.0, 4.0])

@@ -9,7 +9,9 @@ from functools import partial
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
 from ffkernels.ops.notices import FFKernelsNotice
@@ -79,6 +81,26 @@ def test_a_stage_runs_under_the_autocast_that_the_forward_had(kind, form):
         assert float(validation()) == model(**data())["loss"].item() != expected, "the last forward counts"
     ff.detach()
     assert not model._forward_pre_hooks
+
+
+def test_parts_that_are_called_one_by_one_are_listened_to():
+    model = nn.ModuleDict({"first": nn.Linear(8, 16), "rest": nn.ModuleList([nn.Linear(16, 1)])})
+
+    def loss(model):
+        out = model["rest"][0](torch.tanh(model["first"](data()["x"])))
+        return ((out.float() - data()["y"]) ** 2).mean()
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    ff = FastForward(model, optimizer, loss, FastForwardConfig(interval=2, patience=None))
+    for _ in range(2):
+        with autocast():
+            loss(model).backward()
+        optimizer.step()
+    with autocast(), torch.no_grad():
+        assert ff.stages[0].tau > 0 and ff.stages[0].loss_after == loss(model).item()
+    assert loss(model).item() != ff.stages[0].loss_after
+    ff.detach()
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("path", ["fast", "generic"])
@@ -167,6 +189,22 @@ def of_a_closure():
     return lambda model: model(noise=torch.randn(6, generator=generator))["loss"]
 
 
+def of_a_helper():
+    generators = {"noise": [numpy.random.RandomState(3)]}
+
+    def draw():
+        return torch.from_numpy(generators["noise"][0].standard_normal(6)).float()
+
+    return lambda model: model(noise=draw())["loss"]
+
+
+def of_a_loader():
+    """The order of the batches, of which one is left out, is noise too."""
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(torch.randn(12, generator=generator), 6, shuffle=True, generator=generator)
+    return lambda model: model(noise=next(iter(loader)))["loss"]
+
+
 NOISES = {
     "torch's": lambda: [{"x": torch.zeros(4)}],
     "a generator of the model": lambda: [{"x": torch.zeros(4)}],
@@ -174,6 +212,8 @@ NOISES = {
     "a global one": lambda: partial(partial(of_a_global)),
     "NumPy's, of an object": OfAnObject,
     "NumPy's, of a method": lambda: OfAnObject().method,
+    "NumPy's older one, in a list in a dict of a helper": of_a_helper,
+    "a DataLoader's": of_a_loader,
 }
 
 
@@ -248,7 +288,44 @@ class Moving(nn.Module):
         return {"loss": ((self.net(x) / self.u - y) ** 2).mean()}
 
 
-@pytest.mark.parametrize("kind", [Counting, Replacing, Moving])
+class Normalizing(nn.Module):
+    """A batch norm that never evaluates, whose kernel writes its statistics past the version counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.norm = nn.Linear(4, 1), nn.BatchNorm1d(4)
+
+    def forward(self, x, y):
+        norm = self.norm
+        scaled = F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
+        return {"loss": ((self.net(scaled + norm.running_mean) - y) ** 2).mean()}
+
+
+class Averaging(nn.Module):
+    """A mean that is an attribute and no buffer, written in place and then replaced, beside a count."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.mean, self.calls = nn.Linear(4, 1), torch.zeros(4), 0
+
+    def forward(self, x, y):
+        self.calls += 1
+        with torch.no_grad():
+            self.mean.mul_(0.9)
+            self.mean = self.mean + x.mean(0) / self.calls
+        return {"loss": ((self.net(x - self.mean) - y) ** 2).mean()}
+
+
+WRITTEN = {
+    Counting: ["count"],
+    Replacing: ["scale"],
+    Moving: ["u"],
+    Normalizing: ["norm.running_mean", "norm.running_var"],
+    Averaging: ["mean"],
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
 @pytest.mark.filterwarnings("ignore::ffkernels.ops.FFKernelsNotice")
 def test_buffers_that_a_forward_writes_are_put_back(kind):
     """A run whose stages find nothing is the plain run, and every loss of a stage starts from one state."""
@@ -272,11 +349,11 @@ def test_buffers_that_a_forward_writes_are_put_back(kind):
     assert [stage.tau for stage in ff.stages] == [0] * 4 and all(s.evaluations == 2 for s in ff.stages)
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
-    numbers = {name: value for name, value in vars(plain).items() if isinstance(value, int)}
-    assert {name: vars(model)[name] for name in numbers} == numbers
-    assert ff.validation.evaluator.written_buffers == [
-        {Counting: "count", Replacing: "scale", Moving: "u"}[kind]
-    ]
+    own = {
+        n: torch.as_tensor(v).tolist() for n, v in vars(plain).items() if isinstance(v, int | torch.Tensor)
+    }
+    assert {name: torch.as_tensor(vars(model)[name]).tolist() for name in own} == own
+    assert sorted(ff.validation.evaluator.written_buffers) == WRITTEN[kind]
     assert float(ff.validation()) == float(ff.validation())
 
 

@@ -15,7 +15,8 @@ from ffkernels.graphs import driver as graph_driver
 from ffkernels.graphs.check import loss_tolerance
 from ffkernels.graphs.executors import StageGraphExecutor, StepGraphExecutor
 from ffkernels.search.search import make_search
-from ffkernels.stage.eager import EagerExecutor, StageProgram
+from ffkernels.stage.eager import EagerExecutor
+from ffkernels.stage.program import StageProgram
 from ffkernels.training.models import add_adapter, load_model
 
 pytestmark = pytest.mark.gpu

@@ -23,7 +23,8 @@ from ffkernels.graphs.check import Snapshot
 from ffkernels.graphs.executors import GraphExecutor
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.search.search import Search, make_search
-from ffkernels.stage.eager import EagerExecutor, StageProgram
+from ffkernels.stage.eager import EagerExecutor
+from ffkernels.stage.program import StageProgram
 
 MAX_TAU = 8
 

@@ -18,7 +18,8 @@ from ffkernels.graphs.executors import GraphUnsafe, StageGraphExecutor, StepGrap
 from ffkernels.ops import condition
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.search.search import Search, make_search
-from ffkernels.stage.eager import NO_UPDATE, UPDATE_NOT_FINITE, EagerExecutor, StageProgram
+from ffkernels.stage.eager import EagerExecutor
+from ffkernels.stage.program import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
 
 GRAPHS = {"step_graph": StepGraphExecutor, "stage_graph": StageGraphExecutor}
 BOTH = pytest.mark.parametrize("name", GRAPHS)

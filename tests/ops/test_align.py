@@ -12,7 +12,7 @@ import torch
 from torch.library import opcheck
 
 from ffkernels import ops
-from ffkernels.ops import gradients, moves, native
+from ffkernels.ops import align, moves, native
 from ffkernels.ops.plan import CPU_CHUNK, DTYPE_CODES, SUM_BLOCK, make_plan
 
 ALL = list(DTYPE_CODES)
@@ -175,8 +175,8 @@ def test_gradients_may_lie_elsewhere_in_every_call(impl, monkeypatch):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *arguments: (seen.append(1), real(*arguments))[1])
 
-    spy(gradients.Gradients, "_check", looked)
-    spy(gradients, "_check_gradient", checked)
+    spy(align.Gradients, "_check", looked)
+    spy(align, "_check_gradient", checked)
     table = ops.TensorTable([torch.zeros(100), torch.zeros(50)], impl=impl)
     a, b = torch.full((100,), 2.0), torch.full((50,), 3.0)
     for grads, square, looks, checks in (
@@ -374,7 +374,7 @@ def test_the_constants_of_the_sources_are_those_of_the_python_side():
     header = (native.source_dir() / "ffkernels.h").read_text()
     constants = {name: int(value) for name, value in re.findall(r"#define (FFK_\w+) (\d+)$", header, re.M)}
     assert constants["FFK_BLOCK"] == SUM_BLOCK and CPU_CHUNK % SUM_BLOCK == 0
-    assert constants["FFK_SEGMENT"] == gradients.SEGMENT
+    assert constants["FFK_SEGMENT"] == align.SEGMENT
 
 
 # ---- the operator ----
@@ -440,10 +440,10 @@ def test_a_compiled_function_fills_out(fresh_compiler):
 def test_while_tracing_lists_of_other_lengths_are_refused():
     with torch._subclasses.FakeTensorMode():
         weights = [torch.empty(2), torch.empty(3)]
-        found = moves.align_(weights, [None, None], [torch.empty(2), torch.empty(3)])
+        found = align._operator(weights, [None, None], [torch.empty(2), torch.empty(3)])
         assert (found.shape, found.dtype) == ((3,), torch.float64)
         with pytest.raises(ValueError, match="grads has 1 tensors for 2 weights"):
-            moves.align_(weights, [None], weights)
+            align._operator(weights, [None], weights)
 
 
 # ---- what happens on a GPU before the launch ----
@@ -474,7 +474,7 @@ def pretend_gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", send)
     table = ops.TensorTable([torch.zeros(3), torch.zeros(4)], impl="torch")
     table.plan.impl = "cuda"
-    state.gradients, state.weights = gradients.Gradients(table.plan), table.weights
+    state.gradients, state.weights = align.Gradients(table.plan), table.weights
     state.gradients.device = table.plan.device = torch.device("cuda", 0)
     state.plan = table.plan
     state.find = lambda grads: state.gradients.find(None, state.weights, grads)
@@ -514,7 +514,7 @@ def test_a_capture_takes_gradients_that_were_seen_before_and_keeps_their_table(p
         with pytest.raises(RuntimeError, match=r"CUDA graph is being captured.*set_to_none=False"):
             pretend_gpu.find(others)
     with pytest.raises(RuntimeError, match="or there was none, while a CUDA graph is being captured"):
-        gradients.Gradients(pretend_gpu.plan)
+        align.Gradients(pretend_gpu.plan)
     pretend_gpu.capturing = False
     pretend_gpu.find([torch.ones(3), torch.ones(4)])
     assert any(table is captured for table in pretend_gpu.gradients._captured)
@@ -531,7 +531,7 @@ def test_a_table_is_kept_until_every_stream_that_reads_it_is_done(pretend_gpu):
 def test_a_dropped_plan_keeps_its_table_until_its_streams_are_done(pretend_gpu):
     plan = make_plan([torch.zeros(3)], None, [torch.zeros(3)])
     plan.impl, plan.streams = "cuda", {"main"}
-    plan.gradients = gradients.Gradients(plan)
+    plan.gradients = align.Gradients(plan)
     plan.gradients.find(None, [torch.zeros(3)], [torch.ones(3)])
     moves._let_go(plan)
     assert {(t.data_ptr(), "main") for t in plan.gradients.tensors()} <= set(pretend_gpu.recorded)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ffkernels.ops import native_cuda
-from ffkernels.ops.gradients import SEGMENT, Gradients
+from ffkernels.ops.align import SEGMENT, Gradients
 from ffkernels.ops.native import NativeLibrary
 from ffkernels.ops.plan import DTYPE_CODES, GPU_CHUNK, make_plan
 
@@ -119,7 +119,7 @@ def test_segments_and_dtypes_add_up(kernels, assert_sums):
 
 def test_more_segments_than_are_added_up_at_a_time(interpreted, assert_sums, monkeypatch):
     ops = interpreted("triton_ops")
-    monkeypatch.setattr("ffkernels.ops.gradients.SEGMENT", 4)
+    monkeypatch.setattr("ffkernels.ops.align.SEGMENT", 4)
     monkeypatch.setattr(ops, "SEGMENT", 4)
     weights, grads, best = (randoms(torch.float32, [3] * 23, seed) for seed in range(3))
     assert_sums(Case(weights, grads, best).run(ops.align_), weights, grads, best)

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffkernels.ops.gradients import SEGMENT
-from ffkernels.ops.plan import DTYPE_CODES, GPU_CHUNK
+from ffkernels.ops.plan import DTYPE_CODES, GPU_CHUNK, SEGMENT
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 

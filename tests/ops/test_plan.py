@@ -11,7 +11,7 @@ import torch
 
 from ffkernels import ops
 from ffkernels.ops import native, native_cuda, reference
-from ffkernels.ops.gradients import Gradients
+from ffkernels.ops.align import Gradients
 from ffkernels.ops.native import NativeLibrary
 from ffkernels.ops.plan import DTYPE_CODES, GPU_CHUNK, lie_alike, make_plan, pieces, runs
 

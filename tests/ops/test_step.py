@@ -331,7 +331,7 @@ def test_the_plan_of_a_captured_call_is_never_dropped(pretend_gpu):
         alive.append([[torch.zeros(size)] for _ in range(2)])
         ops.checkpoint_(*alive[-1], impl="torch")
     assert kept not in moves._plans.values()
-    assert moves._plan_for(sides[0], None, sides[1], "torch") is kept
+    assert moves.plan_for(sides[0], None, sides[1], "torch") is kept
 
 
 def test_a_dropped_plan_waits_for_the_streams_that_read_it(pretend_gpu):
@@ -341,7 +341,7 @@ def test_a_dropped_plan_waits_for_the_streams_that_read_it(pretend_gpu):
     sides = [[torch.zeros(3)] for _ in range(2)]
     for pretend_gpu.stream in ("main", "side", "main"):
         ops.checkpoint_(*sides, impl="torch")
-    plan = moves._plan_for(sides[0], None, sides[1], "torch")
+    plan = moves.plan_for(sides[0], None, sides[1], "torch")
     plan.constants["one"] = torch.ones(1)
     held = [plan.groups[0].rows.data_ptr(), plan.constants["one"].data_ptr()]
     pretend_gpu.stream, alive = "other", []

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ffkernels.ops import reference
-from ffkernels.ops.gradients import Gradients
+from ffkernels.ops.align import Gradients
 from ffkernels.ops.plan import GPU_CHUNK, chunk_rows, make_plan
 
 pytest.importorskip("triton", reason="triton is not installed")

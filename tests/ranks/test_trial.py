@@ -21,6 +21,14 @@ def divide_by_zero():
         return numpy.float64(1.0) / numpy.float64(0.0)
 
 
+class NotPositiveDefinite(Exception):
+    """As gpytorch's NotPSDError: of no narrower kind."""
+
+
+def check_a_matrix():
+    raise NotPositiveDefinite("after 3 attempts")
+
+
 RAISING = {
     "ValueError": lambda: math.log(-1.0),
     "LinAlgError": lambda: torch.linalg.cholesky(-torch.eye(2)),
@@ -28,6 +36,7 @@ RAISING = {
     "FloatingPointError": divide_by_zero,
     "OverflowError": lambda: math.exp(1e4),
     "RuntimeError": lambda: torch.multinomial(torch.tensor([math.nan, 1.0]), 1),
+    "an Exception of a package's own, NotPositiveDefinite": check_a_matrix,
     "IndexError": lambda: torch.zeros(2)[7],
 }
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from rich.console import Console
@@ -218,6 +220,38 @@ def test_accepted_losses_end_at_the_best():
     stage = {"tau": 5, "losses": losses}
     assert accepted(stage) == [(0, 3.0), (1, 2.0), (4, 1.5), (5, 1.2)]
     assert accepted({"tau": 0, "losses": [[0, math.nan]]}) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["report.json", "report.md", "tau.png"])
+def test_a_full_disk_is_told_with_the_file(logs, tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"{name} cannot be written: No space left on device"):
+        build_report(logs, tmp_path)
+    assert name == "report.json" or json.loads((tmp_path / "report.json").read_text())["runs"]
+
+
+def test_rates_of_runs_with_other_settings_are_drawn_apart(write_log):
+    from matplotlib.figure import Figure
+
+    runs = compare_runs(
+        [write_log(f"auto-{rank}", {8: 0.8}, rank=rank, alignments=[None, *ALIGNED]) for rank in (4, 8)], 0
+    )
+    figure = Figure()
+    draw_learning_rates(figure, runs)
+    for axes in figure.axes[1:]:
+        assert [line.get_linestyle() for line in axes.lines[:2]] == ["-", "--"]
+
+
+def test_long_names_have_a_line_each_above_the_stages(write_log, tmp_path):
+    setting = {"rank": 4, "max_length": 64, "batch_size": 8, "weight_decay": 0.0}
+    logs = [
+        write_log(f"linear-{n}", {5: 1.0}, stages={5: (3, TRIED)}, **{k: v + n for k, v in setting.items()})
+        for n in range(3)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a figure in which the axes have no room
+        build_report(logs, tmp_path)
 
 
 def test_flop_units():

@@ -13,14 +13,8 @@ from ffkernels.engine.ladder import graphs_pay
 from ffkernels.search.search import make_search
 from ffkernels.stage import clock as stage_clock
 from ffkernels.stage import eager as executors
-from ffkernels.stage.eager import (
-    NO_UPDATE,
-    UPDATE_NOT_FINITE,
-    EagerExecutor,
-    Pace,
-    StageProgram,
-    step_pace,
-)
+from ffkernels.stage.eager import EagerExecutor
+from ffkernels.stage.program import NO_UPDATE, UPDATE_NOT_FINITE, Pace, StageProgram, step_pace
 
 
 def program(loss, update=1.0, search="linear", max_tau=16):

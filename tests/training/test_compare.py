@@ -11,6 +11,8 @@ from ffkernels.training import compare as module
 from ffkernels.training.compare import Comparison, Interrupted, compare
 from ffkernels.training.config import TrainConfig
 
+MEASURED_AT = {"batch_size": 64, "max_length": 64}
+
 
 @pytest.fixture
 def comparison(small, tmp_path):
@@ -25,6 +27,7 @@ def test_the_protocol(comparison):
         f"{name}-s{seed}" for seed in (0, 2) for name in ("adam", "linear", "parabolic", "auto", "adam-tuned")
     ]
     assert [c.name for c in told] == [r.name for r in results]
+    assert len(told) == replace(comparison, seeds=(0, 2)).runs
     assert protocol["tuned_lr"] == 3e-3 and protocol["tuned_lr_source"] == "option"
     for config, result in zip(told, results, strict=True):
         adam = results[0] if config.seed == 0 else results[5]
@@ -157,7 +160,7 @@ def test_a_peer_has_to_be_one(comparison, monkeypatch):
 
 
 def test_where_the_tuned_rate_comes_from(comparison):
-    base = replace(comparison.base, model="tiny", data=None, rank=8)
+    base = replace(comparison.base, model="tiny", data=None, rank=8, **MEASURED_AT)
     table = replace(comparison, tuned_lr=None, base=base)
     assert module._tuned_lr(table) == (1e-2, "table")
     assert module._tuned_lr(replace(table, base=replace(base, task="chat"))) == (2e-2, "table")
@@ -165,7 +168,12 @@ def test_where_the_tuned_rate_comes_from(comparison):
     assert module._tuned_lr(replace(comparison, tuned_lr=None)) == untuned
     for other in ({"source": "hub"}, {"rank": 64}, {"method": "dora"}, {"optimizer": "lora-plus"}):
         assert module._tuned_lr(replace(table, base=replace(base, **other))) == untuned
+    for other in ({"batch_size": 16}, {"max_length": 256}, {"schedule": "linear"}, {"dtype": "bfloat16"}):
+        rate, source = module._tuned_lr(replace(table, base=replace(base, **other)))
+        assert rate == 1e-2 and source.startswith("measured for this model and task, but not at")
     full = replace(table, base=replace(base, method="full"))
+    wider = replace(table, seeds=(0, 1), peers=("lora-plus",))
+    assert (table.runs, full.runs, wider.runs) == (5, 15, 12)
     assert module._tuned_lr(full) == (None, "sweep")
 
 

@@ -89,6 +89,14 @@ def says(role, content, **more):
             },
             [("Assistant: hi\nUser: a\nAssistant: ", False), ("b\n", True)],
         ),
+        (
+            {
+                "system": "Be brief.",
+                "prompt": [says("user", "a")],
+                "completion": [says("assistant", "b")],
+            },
+            [("System: Be brief.\nUser: a\nAssistant: ", False), ("b\n", True)],
+        ),
         ({"text": "read", "messages": None, "prompt": None}, [("read", True)]),
         ({"text": "not", "prompt": "read", "response": "this"}, [("read", False), ("this", True)]),
     ],
@@ -134,10 +142,13 @@ def test_a_template_gets_tools_and_calls_as_objects(templated, shaped):
             {"messages": [says("assistant", None, tool_calls=[{"name": "add"}])]},
             r"each of 'tool_calls' must be",
         ),
+        ({"messages": [says("assistant", None, tool_calls=5)]}, r"each of 'tool_calls' must be"),
+        ({"prompt": [says("user", "a")], "completion": [5]}, r"completion\[0\] must be an object"),
+        ({"conversations": "hi"}, "'conversations' must be a list of at least one"),
         ({"messages": [says("user", "a"), says("assistant", "b", weight=0)]}, "no turn of the assistant"),
         (
             {"conversations": [{"from": "narrator", "value": "a"}]},
-            "has the role 'narrator'; allowed are system",
+            r"conversations\[0\] has the role 'narrator'; allowed are system",
         ),
         ({"messages": [says("assistant", "a")], "tools": "{"}, "'tools' is not JSON"),
         ({"messages": [says("assistant", "a")], "tools": {"a": 1}}, "'tools' must be a list, not dict"),
@@ -217,9 +228,14 @@ def test_another_file_is_tested_on_and_shares_nothing(tmp_path):
     task = load_file(train, BYTES, **{**SIZES, "test_examples": 9}, test_data=test)
     texts = [{chr(e["input_ids"][0]) for e in split} for split in (task.train, task.validation, task.test)]
     assert texts[2] == set("efxy") and texts[0] | texts[1] == set("abcd") and len(task.validation) == 1
-    assert task.remarks == ("Left out of own.jsonl: 2 lines of which a test example is equal.",)
+    assert task.remarks == ("Left out of own.jsonl: 2 lines equal to one of the file that is tested on.",)
     few = load_file(train, BYTES, **{**SIZES, "test_examples": 3}, test_data=test)
     assert len(few.test) == 3
+    assert few.remarks[0] == task.remarks[0] and sorted(map(str, few.train)) == sorted(map(str, task.train))
+    with pytest.raises(
+        ValueError, match=r"^test_data='.*own\.jsonl': must not have all the lines of .*own\."
+    ):
+        load_file(train, BYTES, **SIZES, test_data=train)
     assert few.remarks[-1] == "Left out of held.jsonl: 1 line beyond the test examples that were asked for."
 
 

@@ -9,7 +9,7 @@ from ffkernels.engine.config import FastForwardConfig
 from ffkernels.reporting.recorder import read_run
 from ffkernels.stage.record import Stage
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import open_session
+from ffkernels.training.session import open_session, waiting_stages
 from ffkernels.training.trainer import train
 
 STAGES = FastForwardConfig(interval=4, max_tau=16)
@@ -90,6 +90,31 @@ def test_a_learning_rate_that_fast_forward_found_multiplies_the_schedule(config)
     assert [event["lr"] for event in log.steps] == [0.5e-3] + [8e-3] * 5
 
 
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_examples_beyond_the_positions_are_counted_or_refused_where_a_table_ends(config, kind, tmp_path):
+    import transformers
+
+    cls, sizes = getattr(transformers, kind), {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 300}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 7, "eos_token_id": 1, "bos_token_id": 1}
+    cls(cls.config_class(**sizes, tokenizer_class="ByteTokenizer")).save_pretrained(tmp_path / "model")
+    config = replace(config, model=str(tmp_path / "model"), method="full", fast_forward=None)
+    if kind == "GPT2LMHeadModel":
+        with pytest.raises(
+            ValueError, match=r"^max_length=\d+: must be at most 7, the positions that the mod"
+        ):
+            open_session(config)
+        return
+    with open_session(config) as session:
+        task = session.task
+        lengths = [len(example["input_ids"]) for example in (*task.train, *task.validation, *task.test)]
+        beyond = sum(length > 7 for length in lengths)
+        assert 0 < beyond < len(lengths)
+        assert session.remarks == [
+            f"Of {len(lengths)} examples {beyond}, of up to {max(lengths)} tokens, are longer than the 7 "
+            "positions that the model was made for; lower max_length (--max-length)."
+        ]
+
+
 def test_step_is_its_three_parts(config):
     with open_session(config) as parts, open_session(config) as whole:
         for step in range(3):
@@ -168,3 +193,32 @@ def test_a_run_goes_on_with_the_loop_it_was_saved_with(config):
 def test_attach_may_decline(config):
     result = train(replace(config, fast_forward=STAGES), attach=lambda session: None)
     assert result.stages == [] and result.optimizer_steps == 6
+
+
+def flat(weights):
+    return torch.cat([weight.detach().flatten() for weight in weights])
+
+
+def test_waiting_stages_make_the_same_run(config):
+    stages = FastForwardConfig(interval=3, warmup=1, max_tau=20)
+    config = replace(config, steps=10, fast_forward=stages)
+    with open_session(config) as session:
+        for step in range(8):
+            session.step(step)
+        expected, taus = flat(session.trainable), [stage.tau for stage in session.ff.stages]
+    with open_session(config, attach=waiting_stages) as session:
+        for step in range(8):
+            session.step(step)
+            before = flat(session.trainable)
+            due = session.ff.stage_due
+            assert due == (step in (3, 6))
+            stage = session.ff.run_due_stage()
+            assert (stage is not None) == due and not session.ff.stage_due
+            assert torch.equal(before, flat(session.trainable)) == (stage is None or stage.tau == 0)
+        assert torch.equal(flat(session.trainable), expected)
+        assert [stage.tau for stage in session.ff.stages] == taus and max(taus) > 0
+
+
+def test_without_fast_forward_no_stage_waits(config):
+    with open_session(config, attach=waiting_stages) as session:
+        assert session.ff is None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
 
@@ -126,15 +127,19 @@ class Stateful(nn.Module):
             nn.Dropout(0.5),
         )
         self.register_buffer("seen", torch.zeros(3, dtype=torch.long))
-        self.calls, self.losses, self.recent = 0, [], {"last": deque(maxlen=2)}
+        self.calls, self.losses, self.recent = 0, [], {"last": deque(maxlen=2), "count": Counter()}
+        self.noise = {"generators": [torch.Generator().manual_seed(5)]}
+        self.bounded = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
 
     def forward(self, x):
         self.calls += 1
         self.seen += self.calls
+        x = x + torch.randn(x.shape, generator=self.noise["generators"][0])
         hidden = checkpoint(lambda x: self.recurrent(x)[0], x.mul_(1.0), use_reentrant=False)
-        loss = self.norm(self.drop(hidden).flatten(0, 1)).square().mean() * self.calls
+        loss = self.norm(self.drop(self.bounded(hidden)).flatten(0, 1)).square().mean() * self.calls
         self.losses.append(loss)
         self.recent["last"].append(self.calls)
+        self.recent["count"]["calls"] += 1
         return {"loss": sum(self.losses)}
 
 
@@ -146,11 +151,42 @@ def test_what_a_forward_writes_is_written_once():
         model = Stateful()
         model.norm.weight.register_hook(seen.append)
         inputs = {"x": torch.randn(2, 3, 4)}
-        grads = gradients(model, [inputs], way, lambda model, inputs: model(**inputs)["loss"])
+        with parametrize.cached():  # what is cached in here is training's
+            grads = gradients(model, [inputs], way, lambda model, inputs: model(**inputs)["loss"])
         assert (model.calls, len(model.losses), list(model.recent["last"])) == (1, 1, [1])
-        runs.append([*grads, *model.buffers(), inputs["x"]])
+        assert model.recent["count"] == {"calls": 1}
+        noise = torch.randn(3, generator=model.noise["generators"][0])
+        runs.append([*grads, *model.buffers(), inputs["x"], noise])
     assert same(*runs)
     assert len(seen) == 2 and way.counted[shapes(inputs)][1].measured > 0
+
+
+class Features:
+    """As a distillation loss collects them."""
+
+    def __init__(self):
+        self.seen, self.calls = [], 0
+
+    def keep(self, module, args, output):
+        self.seen.append(output)
+        self.calls += 1
+
+
+def test_what_hooks_collect_is_of_trainings_forward_and_once():
+    runs = []
+    for way in (None, StepFlops()):
+        torch.manual_seed(0)
+        model, kept, last = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), Features(), {}
+        model[0].register_forward_hook(kept.keep)
+        model[1].register_forward_hook(lambda module, args, output, last=last: last.setdefault("it", output))
+
+        def loss(model, inputs, kept=kept, last=last):
+            found = model(inputs["input"]).sum() + sum(one.square().mean() for one in kept.seen)
+            return found + last["it"].square().mean()
+
+        runs.append(gradients(model, [{"input": torch.randn(2, 4)}], way, loss))
+        assert (len(kept.seen), kept.calls, len(last)) == (1, 1, 1)
+    assert same(*runs) and [cost.measured for _, cost in way.counted.values()] == [2 * (20 * 4 + 15 * 6)]
 
 
 class Layer(nn.Linear):

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from ffkernels.training import standard_library
+from ffkernels.training import standard_library, tasks
 from ffkernels.training.standard_library import documented_functions
 from ffkernels.training.tasks import collate, load_file, load_task
 from ffkernels.training.tokenizer import ByteTokenizer
@@ -55,6 +55,20 @@ def test_no_example_is_in_two_splits_after_it_was_cut(max_length):
     task = load_task("instruction", TOKENIZER, max_length=max_length, test_examples=300)
     seen = [tuple(e["input_ids"]) for split in (task.train, task.validation, task.test) for e in split]
     assert len(set(seen)) == len(seen)
+
+
+def test_what_is_left_out_of_a_task_is_counted(monkeypatch):
+    texts = [f"{letter * 8}{end}" for letter in "abcdef" for end in ("", "x", "y")]
+    monkeypatch.setitem(tasks.TASKS, "medical", lambda *_: [((text, True),) for text in texts])
+    monkeypatch.setattr("ffkernels.training.kept_examples._kept", {})
+    sizes = {"test_examples": 1, "validation_examples": 1}
+    for _ in range(2):  # also where the process has the examples already
+        task = load_task("medical", ByteTokenizer(), max_length=8, **sizes)
+        assert len(task.train) == 4
+        assert task.remarks == (
+            "Left out of medical: 12 texts equal to another in all of their first 8 tokens.",
+        )
+    assert load_task("medical", ByteTokenizer(), max_length=16, **sizes).remarks == ()
 
 
 def test_instruction_pairs_a_docstring_with_its_function():

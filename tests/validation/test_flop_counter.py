@@ -166,6 +166,20 @@ def test_operations_of_gpus_by_hand(operation, args, result, flops):
     )
 
 
+@pytest.mark.parametrize("name", ["gemm_4bit", "gemv_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm"])
+@pytest.mark.parametrize("form", ["returned", "with outliers", "out="])
+def test_products_of_packed_weights_by_hand(name, form):
+    """(2, 3, 4) by a weight of 5·4 numbers, which lie in 10 bytes."""
+
+    class Operation:
+        _qualified_op_name = f"bitsandbytes::{name}"
+
+    out = meta(2, 3, 5)
+    given = {"returned": {"out_val": out}, "with outliers": {"out_val": (out, None)}}
+    given = given.get(form, {"out_val": None, "out": out})
+    assert formula_of(Operation())(meta(2, 3, 4), meta(10, 1), [5, 4], **given) == 2 * 6 * 5 * 4
+
+
 @pytest.fixture
 def unannounced(monkeypatch):
     monkeypatch.setattr(notices, "_announced", set())
@@ -186,6 +200,23 @@ def test_a_product_without_a_formula_is_named_once(unannounced):
     with pytest.warns(notices.FFKernelsNotice, match="has no formula") as said:
         assert count_flops(run) == count_flops(run) == 48
     assert [str(w.message).split()[2] for w in said] == ["aten._trilinear", "ffkernels_test.fused_gemm"]
+
+
+def test_decompositions_and_distances_are_named(unannounced):
+    square, points = torch.eye(4), torch.ones(30, 4)
+
+    def run():
+        torch.linalg.solve(square, square)
+        torch.linalg.cholesky(square)
+        torch.linalg.matrix_exp(square)
+        torch.cdist(points, points)
+        torch.linalg.vector_norm(square)
+        torch.diagonal(square)
+
+    with pytest.warns(notices.FFKernelsNotice, match="has no formula") as said:
+        assert count_flops(run) == 0
+    named = [str(w.message).split()[2].split(".")[1] for w in said]
+    assert named == ["_euclidean_dist", "_linalg_solve_ex", "linalg_cholesky_ex", "linalg_matrix_exp"]
 
 
 def test_a_formula_that_is_registered_is_used(unannounced):

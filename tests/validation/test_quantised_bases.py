@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -87,10 +89,11 @@ def test_a_quantised_base_is_validated_as_it_is_and_trains_on(base, training, ti
     """`from_pretrained` leaves a model in eval mode, and that is where it is when the loss is made."""
     pack = BASES[base]()
     model = tiny_model("llama", hidden_size=64, intermediate_size=128, attention_dropout=0.0)
-    pack(model)
     adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(model, adapters).train(training)
     batch = padded_batch(8, 24)
+    flops = ValidationLoss(peft.get_peft_model(copy.deepcopy(model), adapters), [batch]).flops
+    pack(model)
+    model = peft.get_peft_model(model, adapters).train(training)
     validation = ValidationLoss(model, [batch])
     assert validation.path == "fast", validation.reason
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
@@ -106,4 +109,7 @@ def test_a_quantised_base_is_validated_as_it_is_and_trains_on(base, training, ti
     with torch.no_grad():
         own = model(**{**batch, "use_cache": False}).loss.item()
     assert ff.stages[0].tau > 0 and ff.stages[0].loss_after < ff.stages[0].loss_before
-    assert float(validation()) == ff.stages[-1].loss_after == pytest.approx(own, rel=2e-2)
+    # Which columns its 8-bit products leave in 16 bits depends on all tokens of a batch, padding too.
+    rel = 5e-4 if base == "bitsandbytes int8" else 1e-6
+    assert float(validation()) == ff.stages[-1].loss_after == pytest.approx(own, rel=rel)
+    assert validation.flops == flops

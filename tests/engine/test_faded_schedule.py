@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig
-from ffkernels.engine.faded_rate import FADED, FadedRate
+from ffkernels.engine.schedule import FADED, FadedRate
 from ffkernels.ops.notices import FFKernelsNotice
 
 

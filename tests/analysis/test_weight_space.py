@@ -4,9 +4,68 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ffkernels.analysis.weight_plane import Plane, losses_on, plane_through, spans, weights_put_back
+from ffkernels.analysis import weight_space
+from ffkernels.analysis.weight_space import (
+    Plane,
+    cosines,
+    flat,
+    flat_gradient,
+    gradients_of,
+    inner_products,
+    losses_at,
+    plane_through,
+    spans,
+)
+from ffkernels.training.session import open_session
+
+
+def test_flat_copies_in_order():
+    tensors = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T, torch.tensor(5.0, dtype=torch.bfloat16)]
+    vector = flat(tensors)
+    assert vector.tolist() == [1.0, 3.0, 2.0, 4.0, 5.0] and vector.dtype == torch.float32
+    vector.zero_()
+    assert tensors[0][0, 0] == 1.0
+
+
+def test_a_weight_without_gradient_counts_as_zero():
+    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    (2.0 * weights[1]).sum().backward()
+    assert flat_gradient(weights).tolist() == [0, 0, 2, 2, 2]
+
+
+@pytest.mark.parametrize("slice_", [7, 1 << 20])
+def test_cosines_are_torchs_in_float64(monkeypatch, slice_):
+    monkeypatch.setattr(weight_space, "_SLICE", slice_)
+    torch.manual_seed(0)
+    rows = torch.randn(5, 101) + 0.5
+    expected = F.cosine_similarity(rows.double()[:, None], rows.double()[None], dim=-1)
+    torch.testing.assert_close(cosines(rows), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(inner_products(rows, rows[:2]), rows.double() @ rows[:2].double().T)
+
+
+def test_products_are_accumulated_in_float64():
+    ones = torch.ones(1, 100_000)
+    ones[0, 0] = 2.0**26  # float32 would lose every 1 that is added to its square
+    assert float(inner_products(ones, ones)) == 2.0**52 + 99_999
+
+
+def test_a_zero_vector_has_no_cosine():
+    assert torch.isnan(cosines(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))[0]).all()
+
+
+def test_the_gradient_is_a_training_steps_and_leaves_no_trace(run_of):
+    config = run_of(dropout=0.5, micro_batch_size=3)
+    with open_session(config) as session:
+        random = torch.get_rng_state()
+        gradient, again = gradients_of(session, [session.load(0)] * 2)
+        assert not torch.equal(gradient, again)  # another draw of dropout
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(w.grad is None for w in session.trainable)
+        session.backward(session.load(0))
+        assert torch.equal(flat_gradient(session.trainable), gradient)
 
 
 @pytest.fixture
@@ -55,10 +114,8 @@ def test_points_that_nearly_lie_on_a_line_still_get_an_orthogonal_axis():
     ],
 )
 def test_three_points_on_a_line_give_a_line_and_say_so(monkeypatch, sgd, ff, axis, said):
-    from ffkernels.analysis import weight_plane
-
     told = []
-    monkeypatch.setattr(weight_plane, "announce_once", lambda key, message: told.append(message))
+    monkeypatch.setattr(weight_space, "announce_once", lambda key, message: told.append(message))
     plane = plane_through(torch.zeros(2), torch.tensor(sgd), torch.tensor(ff))
     assert plane.v is None and plane.u.tolist() == axis
     assert len(told) == 1 and said in told[0]
@@ -86,21 +143,19 @@ def test_the_losses_of_a_quadratic_are_its_closed_form():
     def loss():
         return loss_at(torch.cat([w.detach().reshape(-1) for w in weights]))
 
-    plane = plane_through(*torch.randn(3, size, dtype=torch.float64))
     before = [w.detach().clone() for w in weights]
-    xs, ys = [-1.0, 0.25, 3.0], [0.0, -2.0]
-    measured = losses_on(plane, xs, ys, weights, loss)
-    expected = [[loss_at(plane.origin + x * plane.u + y * plane.v) for x in xs] for y in ys]
-    torch.testing.assert_close(torch.tensor(measured), torch.tensor(expected), rtol=1e-12, atol=0)
+    vectors = list(torch.randn(3, size, dtype=torch.float64))
+    measured = losses_at(iter(vectors), weights, loss)
+    assert measured == pytest.approx([loss_at(vector) for vector in vectors], rel=1e-12)
     assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
 
 
 def test_weights_of_16_bits_are_rounded_once():
     weight = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     plane = Plane(torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([1e-3, 1.0, 0.0]).double(), None)
-    seen = []
-    losses_on(plane, [1.0, 2.0], [0.0], [weight], lambda: seen.append(weight.detach().clone()) or 0.0)
-    assert [s.tolist() for s in seen] == [plane.weights(x).bfloat16().tolist() for x in (1.0, 2.0)]
+    vectors, seen = [plane.weights(x) for x in (1.0, 2.0)], []
+    losses_at(vectors, [weight], lambda: seen.append(weight.tolist()) or 0.0)
+    assert seen == [vector.bfloat16().tolist() for vector in vectors]
 
 
 def test_weights_come_back_after_an_error():
@@ -108,16 +163,12 @@ def test_weights_come_back_after_an_error():
     before = [w.detach().clone().view(torch.int32) for w in weights]
 
     def fails():
+        assert weights[0].tolist() == [1.0, 2.0] and weights[1].tolist() == [[3.0]]
         raise RuntimeError("in the middle")
 
-    plane = Plane(torch.zeros(3).double(), torch.ones(3).double(), None)
     with pytest.raises(RuntimeError, match="in the middle"):
-        losses_on(plane, [1.0], [0.0], weights, fails)
+        losses_at([torch.tensor([1.0, 2.0, 3.0])], weights, fails)
     assert all(torch.equal(w.detach().view(torch.int32), b) for w, b in zip(weights, before, strict=True))
-    with weights_put_back(weights) as write:
-        write(torch.tensor([1.0, 2.0, 3.0]))
-        assert weights[0].tolist() == [1.0, 2.0] and weights[1].tolist() == [[3.0]]
-    assert torch.equal(weights[0].detach().view(torch.int32), before[0])
 
 
 def test_spans_reach_beyond_all_points_and_no_axis_is_thin():
