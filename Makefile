@@ -58,8 +58,12 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
+	@mkdir -p $(OUT)/bench
 	$(BIN)/python -m benchmarks.kernels.step --out $(OUT)/bench
 	$(BIN)/python -m benchmarks.kernels.align --out $(OUT)/bench
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-group-by=group \
+	  --benchmark-json $(OUT)/bench/benchmark.json
+	@echo "Results are in $(OUT)/bench/."
 
 bench-e2e: install
 	$(BIN)/python -m benchmarks.end_to_end --out $(OUT)/end-to-end/end_to_end.json $(ARGS)
@@ -73,7 +77,7 @@ gpu-check:
 	  --out $(if $(filter file,$(origin OUT)),runs/gpu-check,$(OUT)) $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -rf $(addprefix $(OUT)/,demo tests bench gpu-check end-to-end)
 	find ffkernels tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 	find ffkernels -name '*.so' -delete
