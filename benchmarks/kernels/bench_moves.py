@@ -3,7 +3,7 @@
     pytest benchmarks --benchmark-enable --benchmark-group-by=group
 
 `step` and `align` measure the same ways interleaved and cold too, and hold ours to a target: those are the
-numbers to quote. This is for comparing two commits of one's own (`--benchmark-autosave`, `--benchmark-compare`).
+numbers to quote. This is for comparing commits of one's own (`--benchmark-autosave`, `--benchmark-compare`).
 """
 
 from __future__ import annotations
