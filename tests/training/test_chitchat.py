@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ffkernels.training import chitchat
+from ffkernels.training import offline as chitchat
 from ffkernels.training.tasks import load_task
 from ffkernels.training.tokenizer import ByteTokenizer
 
@@ -83,7 +83,7 @@ def test_the_loss_may_count_the_assistant_only():
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "chitchat_dataset", None)
-    monkeypatch.setattr("ffkernels.training.kept_examples._kept", {})
+    monkeypatch.setattr("ffkernels.training.examples._kept", {})
     monkeypatch.setattr("ffkernels.training.tasks.conversations", chitchat.conversations.__wrapped__)
     message = r"task 'chat' needs chitchat_dataset: pip install 'ffkernels\[tasks\]'"
     with pytest.raises(RuntimeError, match=message):

@@ -124,9 +124,9 @@ def test_the_warm_up_goes_every_way_that_is_measured(comparison, monkeypatch):
     monkeypatch.setattr(module, "train", watched)
     module.warm_up(replace(comparison, peers=("authors", "peft-prototype", "lora-plus")))
     searches = [config.fast_forward and config.fast_forward.search for config, _ in seen]
-    assert searches == ["linear", "parabolic", "parabolic", None, None, None]
-    assert [config.optimizer for config, _ in seen] == ["adamw"] * 5 + ["lora-plus"]
-    config, result = seen.pop(2)
+    assert searches == ["linear", "parabolic", None, None, None, "parabolic"]
+    assert [config.optimizer for config, _ in seen] == ["adamw"] * 4 + ["lora-plus", "adamw"]
+    config, result = seen.pop()
     assert config.fast_forward == FastForwardConfig(interval=None, learning_rate="auto")
     assert result.optimizer_steps == 2 and not result.stages and not result.log.exists()
     stages = [result.stages for _, result in seen]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ffkernels.training import icd
+from ffkernels.training import offline as icd
 from ffkernels.training.tasks import load_task
 from ffkernels.training.tokenizer import ByteTokenizer
 
@@ -69,7 +69,7 @@ def test_the_task_is_split_as_in_the_paper_and_counts_everything():
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     kept = icd.passages
     monkeypatch.setitem(sys.modules, "simple_icd_10_cm", None)
-    monkeypatch.setattr("ffkernels.training.kept_examples._kept", {})
+    monkeypatch.setattr("ffkernels.training.examples._kept", {})
     monkeypatch.setattr("ffkernels.training.tasks.passages", kept.__wrapped__)
     message = r"task 'medical' needs simple_icd_10_cm: pip install 'ffkernels\[tasks\]'"
     with pytest.raises(RuntimeError, match=message):

@@ -6,16 +6,15 @@ import random
 
 import pytest
 
-from ffkernels.training import kept_examples, tasks
-from ffkernels.training.examples import Example
-from ffkernels.training.kept_examples import MOST, fingerprint, kept
+from ffkernels.training import examples, tasks
+from ffkernels.training.examples import MOST, Example, fingerprint, kept
 from ffkernels.training.tasks import load_task
 from ffkernels.training.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(kept_examples, "_kept", {})
+    monkeypatch.setattr(examples, "_kept", {})
 
 
 def counting(calls, *ids):
@@ -42,7 +41,7 @@ def test_the_one_used_longest_ago_goes_first():
     for number in [*range(MOST), 0, MOST, 0, 1]:
         kept((number,), ByteTokenizer(), counting(calls, number))
     assert [ids[0] for ids in calls] == [*range(MOST), MOST, 1]
-    assert len(kept_examples._kept) == MOST
+    assert len(examples._kept) == MOST
 
 
 def test_what_a_tokenizer_does_is_compared_not_which_it_is():
@@ -68,7 +67,7 @@ def test_of_an_unknown_tokenizer_nothing_is_kept():
     calls = []
     for _ in range(2):
         kept(("chat",), Own(), counting(calls, 1))
-    assert len(calls) == 2 and not kept_examples._kept
+    assert len(calls) == 2 and not examples._kept
 
 
 def test_a_task_is_tokenized_once_whatever_its_seed_and_sizes(monkeypatch):

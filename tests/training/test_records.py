@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from ffkernels.training.conversations import NothingToLearn
 from ffkernels.training.records import forms_of, segments_of
 from ffkernels.training.tasks import load_file
 from ffkernels.training.tokenizer import ByteTokenizer
-from ffkernels.training.turns import NothingToLearn
 
 BYTES = ByteTokenizer()
 SIZES = {"test_examples": 1, "validation_examples": 1, "max_length": 256}

@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
-from ffkernels.training import standard_library, tasks
-from ffkernels.training.standard_library import documented_functions
+from ffkernels.training import offline, tasks
+from ffkernels.training.offline import documented_functions
 from ffkernels.training.tasks import collate, load_file, load_task
 from ffkernels.training.tokenizer import ByteTokenizer
 
@@ -60,7 +60,7 @@ def test_no_example_is_in_two_splits_after_it_was_cut(max_length):
 def test_what_is_left_out_of_a_task_is_counted(monkeypatch):
     texts = [f"{letter * 8}{end}" for letter in "abcdef" for end in ("", "x", "y")]
     monkeypatch.setitem(tasks.TASKS, "medical", lambda *_: [((text, True),) for text in texts])
-    monkeypatch.setattr("ffkernels.training.kept_examples._kept", {})
+    monkeypatch.setattr("ffkernels.training.examples._kept", {})
     sizes = {"test_examples": 1, "validation_examples": 1}
     for _ in range(2):  # also where the process has the examples already
         task = load_task("medical", ByteTokenizer(), max_length=8, **sizes)
@@ -129,14 +129,14 @@ def test_the_seed_alone_decides_the_order():
 
 def test_the_standard_library_is_read_the_same_and_fast(monkeypatch):
     kept = documented_functions()
-    listing = standard_library.os.walk
+    listing = offline.os.walk
 
     def backwards(root):
         for directory, below, files in listing(root):
             below.sort(reverse=True)
             yield directory, below, files[::-1]
 
-    monkeypatch.setattr(standard_library.os, "walk", backwards)
+    monkeypatch.setattr(offline.os, "walk", backwards)
     documented_functions.cache_clear()
     start = time.process_time()
     assert documented_functions() == kept
@@ -172,7 +172,7 @@ def test_the_cut_through_hard_files(tmp_path, monkeypatch):
         '    def twin(self):\n        """Another body like that."""\n        # The comment stays.\n'
         "        return 2\n"
     )
-    monkeypatch.setattr(standard_library.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(offline.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     documented_functions.cache_clear()
     try:
         assert documented_functions() == (

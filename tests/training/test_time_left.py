@@ -7,7 +7,7 @@ import io
 import pytest
 
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.time_left import TimeLeft
+from ffkernels.training.progress import TimeLeft
 
 
 class Clock:

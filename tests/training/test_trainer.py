@@ -17,7 +17,7 @@ from ffkernels.reporting.recorder import read_run
 from ffkernels.search.search import LinearSearch
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import DataOrder, prepare_task
-from ffkernels.training.trainer import _interrupt_after_the_step, train
+from ffkernels.training.trainer import _Interrupt, train
 
 STAGES = FastForwardConfig(interval=4, max_tau=16)
 
@@ -211,16 +211,6 @@ def _interrupt(step, event):
         raise KeyboardInterrupt
 
 
-def test_a_run_that_was_saved_before_a_setting_of_the_stages_existed_goes_on(config):
-    config = replace(config, fast_forward=STAGES)
-    saved = config.to_dict()
-    del saved["fast_forward"]["learning_rate"]
-    config.check_continues({**saved, "steps": 10}, 10)
-    with pytest.raises(ValueError, match="fast_forward="):
-        found = replace(STAGES, learning_rate="auto")
-        replace(config, fast_forward=found).check_continues({**saved, "steps": 10}, 10)
-
-
 def test_paths_may_be_paths_and_the_run_is_resumed(config):
     config = replace(config, **{name: Path(getattr(config, name)) for name in ("model", "data", "out")})
     train(replace(config, steps=2))
@@ -401,7 +391,7 @@ def test_a_signal_ends_the_run_after_the_step(config):
 
 def test_a_second_signal_ends_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with _interrupt_after_the_step() as interrupt:
+    with _Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert interrupt.wanted
         with pytest.raises(KeyboardInterrupt):

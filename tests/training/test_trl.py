@@ -14,7 +14,7 @@ from ffkernels import FastForwardCallback, FastForwardConfig, ValidationLoss
 from ffkernels.reporting.flops import FlopMeter
 from ffkernels.training import trainer_access
 from ffkernels.training.models import attention_targets, load_model
-from ffkernels.training.standard_library import documented_functions
+from ffkernels.training.offline import documented_functions
 from ffkernels.training.step_flops import StepFlops
 from ffkernels.training.trainer_data import examples_and_collator
 
