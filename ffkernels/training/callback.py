@@ -118,8 +118,8 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         if config is not None and not isinstance(config, FastForwardConfig):
             raise TypeError(f"config must be a FastForwardConfig, got {type(config).__name__}")
         check("examples", examples, whole(1))
-        enough = Rule(whole(examples).holds, f"an integer of at least examples={examples}")
-        check("pool", pool, enough.or_none)
+        enough = Rule(whole(examples).or_none.holds, f"an integer of at least examples={examples}, or None")
+        check("pool", pool, enough)
         check("loss", loss, one_of(LOSSES))
         if pool is not None and (isinstance(validation, ValidationLoss) or is_loss_function(validation)):
             kind = type(validation).__name__

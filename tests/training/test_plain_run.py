@@ -44,41 +44,35 @@ class Losses(TrainerCallback):
         self.seen += [logs["loss"]] if "loss" in logs else []
 
 
-def train(family, folder, callback=None, resume=None):
+@pytest.fixture
+def train(arguments):
     """Final weights and optimizer state, and the losses that were logged."""
-    losses = Losses()
-    options = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    args = TrainingArguments(
-        str(folder), **options, learning_rate=1e-3, max_grad_norm=0.5, use_cpu=True, report_to=[],
-        logging_steps=1, save_steps=3, disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = Trainer(
-        tiny(family),
-        args,
-        train_dataset=examples(32, seed=1),
-        data_collator=default_data_collator,
-        callbacks=[losses, *([callback] if callback is not None else [])],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    state = [value for one in trainer.optimizer.state.values() for value in one.values()]
-    return [*(p.detach().clone() for p in trainer.model.parameters()), *state], losses.seen
 
+    def train(family, folder, callback=None, resume=None):
+        losses = Losses()
+        options = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        options |= {"max_grad_norm": 0.5, "lr_scheduler_type": "linear", "logging_steps": 1}
+        options |= {"output_dir": str(folder), "save_strategy": "steps", "save_steps": 3}
+        trainer = Trainer(
+            tiny(family),
+            TrainingArguments(**{**arguments, **options}),
+            train_dataset=examples(32, seed=1),
+            data_collator=default_data_collator,
+            callbacks=[losses, *([callback] if callback is not None else [])],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        state = [value for one in trainer.optimizer.state.values() for value in one.values()]
+        return [*(p.detach().clone() for p in trainer.model.parameters()), *state], losses.seen
 
-def equal(left, right):
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    return train
 
 
 def checkpoint(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}"
 
 
-def rising():
-    calls = iter(range(10**6))
-    return lambda model: float(next(calls))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_a_step_it_is_the_plain_run_also_resumed_in_the_middle(family, tmp_path):
+def test_without_a_step_it_is_the_plain_run_resumed_or_not(train, family, tmp_path, equal, rising):
     plain, losses = train(family, tmp_path / "plain")
 
     steady, through = FastForwardCallback(rising(), EVERY_2), tmp_path / "through"
@@ -94,7 +88,7 @@ def test_without_a_step_it_is_the_plain_run_also_resumed_in_the_middle(family, t
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_resumed_run_with_stages_is_the_one_that_was_not_stopped(family, tmp_path):
+def test_a_resumed_run_with_stages_is_the_one_that_was_not_stopped(train, family, tmp_path, equal):
     validation, through = examples(32, seed=1)[:8], tmp_path / "through"
     steady = FastForwardCallback(validation, EVERY_2)
     state, losses = train(family, through, steady)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import bz2
 import gzip
 import json
 import lzma
-import time
 
 import pytest
 import torch
 
-from ffkernels.training import offline, tasks
-from ffkernels.training.offline import documented_functions
+from ffkernels.training import tasks
 from ffkernels.training.tasks import collate, load_file, load_task
 from ffkernels.training.tokenizer import ByteTokenizer
 
@@ -41,22 +38,6 @@ def read(path, **options):
     return sorted(task.test + task.validation + task.train, key=lambda example: example["input_ids"])
 
 
-def test_instruction_is_split_as_in_the_paper():
-    task = load_task("instruction", TOKENIZER)
-    assert (len(task.test), len(task.validation)) == (1000, 32)
-    assert 0.9 * len(documented_functions()) < len(task.train) + 1032 <= len(documented_functions())
-    assert len(task.train) > 1000
-    small = load_task("instruction", TOKENIZER, test_examples=10, validation_examples=3)
-    assert (len(small.test), len(small.validation), len(small.train)) == (10, 3, len(task.train) + 1019)
-
-
-@pytest.mark.parametrize("max_length", [16, 64])
-def test_no_example_is_in_two_splits_after_it_was_cut(max_length):
-    task = load_task("instruction", TOKENIZER, max_length=max_length, test_examples=300)
-    seen = [tuple(e["input_ids"]) for split in (task.train, task.validation, task.test) for e in split]
-    assert len(set(seen)) == len(seen)
-
-
 def test_what_is_left_out_of_a_task_is_counted(monkeypatch):
     texts = [f"{letter * 8}{end}" for letter in "abcdef" for end in ("", "x", "y")]
     monkeypatch.setitem(tasks.TASKS, "medical", lambda *_: [((text, True),) for text in texts])
@@ -69,125 +50,6 @@ def test_what_is_left_out_of_a_task_is_counted(monkeypatch):
             "Left out of medical: 12 texts equal to another in all of their first 8 tokens.",
         )
     assert load_task("medical", ByteTokenizer(), max_length=16, **sizes).remarks == ()
-
-
-def test_instruction_pairs_a_docstring_with_its_function():
-    task = load_task("instruction", TOKENIZER, max_length=100_000)
-    by_source = {source: summary for summary, source in documented_functions()}
-    for example in task.test[:200]:
-        prompt, response = prompt_and_response(example)
-        assert example["input_ids"][-1] == END
-        assert prompt == f'"""{by_source[response]}"""\n'
-        function = ast.parse(response).body[0]
-        assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        assert ast.get_docstring(function) is None
-
-
-@pytest.mark.parametrize("max_length", [17, 64, 256])
-def test_prompts_leave_at_least_half_to_the_response(max_length):
-    task = load_task("instruction", TOKENIZER, max_length=max_length)
-    full = {source: f'"""{summary}"""\n' for summary, source in documented_functions()}
-    by_start = {}
-    for source, prompt in full.items():
-        by_start.setdefault(source.encode()[: max_length // 2], []).append(prompt.encode())
-    for example in task.train + task.validation + task.test:
-        ids, labels = example["input_ids"], example["labels"]
-        assert len(ids) == len(labels) <= max_length
-        start = labels.count(-100)
-        assert labels == [-100] * start + ids[start:]
-        assert 0 < start <= max_length // 2
-        prompts = by_start[bytes(token for token in ids[start:] if token < 256)[: max_length // 2]]
-        assert any(prompt.endswith(bytes(ids[:start])) for prompt in prompts)
-
-
-def test_no_body_stands_in_two_splits():
-    task = load_task("instruction", TOKENIZER, max_length=100_000)
-    bodies = []
-    for split in (task.train, task.validation, task.test):
-        functions = [ast.parse(prompt_and_response(example)[1]).body[0] for example in split[:1000]]
-        bodies.append({ast.unparse(ast.Module(function.body, [])) for function in functions})
-        assert len(bodies[-1]) >= 0.99 * len(functions)  # comments are all that may tell two of them apart
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert len(bodies[one] & bodies[other]) <= 0.01 * min(len(bodies[one]), 1000)
-    sources = [{tuple(e["input_ids"]) for e in split} for split in (task.train, task.validation, task.test)]
-    assert not sources[0] & sources[1] and not sources[0] & sources[2] and not sources[1] & sources[2]
-
-
-def test_the_seed_alone_decides_the_order():
-    first, again = (load_task("instruction", TOKENIZER, seed=3) for _ in range(2))
-    other = load_task("instruction", TOKENIZER, seed=4)
-    assert first == again
-    assert first.test != other.test
-
-    def key(example):
-        return example["input_ids"], example["labels"]
-
-    assert sorted(map(key, first.train + first.validation + first.test)) == sorted(
-        map(key, other.train + other.validation + other.test)
-    )
-
-
-def test_the_standard_library_is_read_the_same_and_fast(monkeypatch):
-    kept = documented_functions()
-    listing = offline.os.walk
-
-    def backwards(root):
-        for directory, below, files in listing(root):
-            below.sort(reverse=True)
-            yield directory, below, files[::-1]
-
-    monkeypatch.setattr(offline.os, "walk", backwards)
-    documented_functions.cache_clear()
-    start = time.process_time()
-    assert documented_functions() == kept
-    assert time.process_time() - start < 15  # far above what it takes: a guard against reading site-packages
-
-
-def test_the_cut_through_hard_files(tmp_path, monkeypatch):
-    (tmp_path / "latin.py").write_bytes(b'def f():\n    """Hello there, world."""\n    return "\xff"\n')
-    (tmp_path / "broken.py").write_text('def f(:\n    """Hello there, world."""\n')
-    (tmp_path / "nul.py").write_bytes(b'def f():\n    """Hello there, world."""\n    return 0\n\0')
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "t.py").write_text('def t():\n    """Not to be read at all."""\n    return 1\n')
-    (tmp_path / "good.py").write_text(
-        "class A:\n"
-        "    @property\n"
-        "    def f(self):\n"
-        '        """Return one\n'
-        "        \x0cthing.\n"
-        "\n"
-        '        More of it."""\n'
-        '        text = """\n'
-        'left"""\n'
-        "        return text\n"
-        "\n"
-        "    if True:\n"
-        "        async def g(self):\n"
-        '            """Another such function."""\n'
-        "            # The comment stays.\n"
-        "            return 2\n"
-        '    def only(self):\n        """No body but the docstring."""\n'
-        '    def line(self): """On the header line."""; return 3\n'
-        '    def short(self):\n        """Too brief"""\n        return 4\n'
-        '    def twin(self):\n        """Another body like that."""\n        # The comment stays.\n'
-        "        return 2\n"
-    )
-    monkeypatch.setattr(offline.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    documented_functions.cache_clear()
-    try:
-        assert documented_functions() == (
-            (
-                "Return one thing.",
-                'def f(self):\n    text = """\nleft"""\n    return text\n',
-            ),
-            ("Another such function.", "async def g(self):\n    # The comment stays.\n    return 2\n"),
-        )
-        (tmp_path / "good.py").unlink()
-        documented_functions.cache_clear()
-        with pytest.raises(RuntimeError, match="holds no source"):
-            documented_functions()
-    finally:
-        documented_functions.cache_clear()
 
 
 def test_text_counts_whole(tmp_path):

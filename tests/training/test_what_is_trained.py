@@ -41,19 +41,8 @@ def row(name, verdict):
 
 
 @pytest.fixture
-def options(tmp_path):
-    return {
-        "output_dir": str(tmp_path),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-3,
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
+def options(arguments):
+    return {**arguments, "max_steps": 2, "per_device_eval_batch_size": 4}
 
 
 def numbers(seed, *shape, high=None):
