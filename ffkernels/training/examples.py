@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ffkernels.training.tokenizer import ByteTokenizer
 
@@ -104,16 +105,10 @@ def collate(examples: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict
     """One right-padded batch: long tensors (examples, longest), padding masked and unlabelled."""
     if not examples:
         raise ValueError("collate needs at least one example.")
-    longest = max(len(example["input_ids"]) for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        input_ids[row, :length] = torch.tensor(example["input_ids"])
-        labels[row, :length] = torch.tensor(example["labels"])
-        attention_mask[row, :length] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    ids, labels = ([torch.LongTensor(one[key]) for one in examples] for key in ("input_ids", "labels"))
+    rows = {"input_ids": (ids, pad_token_id), "attention_mask": ([torch.ones_like(row) for row in ids], 0)}
+    rows["labels"] = labels, IGNORED
+    return {key: pad_sequence(of, True, padding_value=value) for key, (of, value) in rows.items()}
 
 
 def kept(key: tuple[Hashable, ...], tokenizer: Any, make: Callable[[], Iterable[Example]]) -> list[Example]:

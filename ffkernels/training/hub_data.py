@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from ffkernels.ops.notices import announce_once
 from ffkernels.training.conversations import MARKED, conversation
@@ -45,11 +45,11 @@ class HubSource:
     drop_long: bool = False
 
 
-def _guideline(row: dict[str, Any], tokenizer: Any, where: str, chat_loss: str) -> tuple[Segment, ...]:
+def _guideline(row: dict[str, Any], *_: Any) -> tuple[Segment, ...]:
     return ((row["clean_text"] or "", True),)
 
 
-def _instruction(row: dict[str, Any], tokenizer: Any, where: str, chat_loss: str) -> tuple[Segment, ...]:
+def _instruction(row: dict[str, Any], *_: Any) -> tuple[Segment, ...]:
     prompt = f"{PREAMBLE}\n\n{INSTRUCTION}\n{row['instruction']}\n\n{RESPONSE}\n"
     return (prompt, False), (f"{row['response']}\n\n{END}", True)
 
@@ -83,11 +83,7 @@ class HubExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._order)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]

@@ -106,7 +106,6 @@ def test_peers_run_until_the_same_loss_and_are_judged(comparison, tmp_path):
 
 @pytest.mark.filterwarnings("error::ffkernels.ops.notices.FFKernelsNotice")
 def test_the_warm_up_goes_every_way_that_is_measured(comparison, monkeypatch):
-    monkeypatch.setattr("ffkernels.ops.notices._announced", set())
     seen, run = [], module.train
 
     def watched(config, **options):

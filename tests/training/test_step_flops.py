@@ -121,11 +121,8 @@ class Stateful(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.recurrent, self.norm, self.drop = (
-            nn.LSTM(4, 4, batch_first=True),
-            nn.BatchNorm1d(4),
-            nn.Dropout(0.5),
-        )
+        self.recurrent, self.norm = nn.LSTM(4, 4, batch_first=True), nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
         self.register_buffer("seen", torch.zeros(3, dtype=torch.long))
         self.calls, self.losses, self.recent = 0, [], {"last": deque(maxlen=2), "count": Counter()}
         self.noise = {"generators": [torch.Generator().manual_seed(5)]}
@@ -270,12 +267,7 @@ def test_batches_that_differ_in_their_labels_alone_differ_in_cost():
     assert len(costs.counted) == 2
 
 
-@pytest.fixture
-def unannounced(monkeypatch):
-    monkeypatch.setattr(notices, "_announced", set())
-
-
-def test_what_cannot_be_counted_is_said_and_costs_what_others_did(model, unannounced):
+def test_what_cannot_be_counted_is_said_and_costs_what_others_did(model):
     costs = StepFlops()
     with pytest.warns(notices.FFKernelsNotice, match="DynamicCache"):
         with costs.batch(model, batch(2, 9)) as cost:
@@ -287,7 +279,7 @@ def test_what_cannot_be_counted_is_said_and_costs_what_others_did(model, unannou
     assert costs.cost(shapes(batch(2, 9)), (2, 9)).measured == pytest.approx(known.measured / 2, rel=1e-6)
 
 
-def test_counting_that_raises_leaves_the_step_alone(unannounced):
+def test_counting_that_raises_leaves_the_step_alone():
     class Shy(nn.Linear):
         fails = iter([True])
 
