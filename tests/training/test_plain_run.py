@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -19,15 +17,6 @@ from ffkernels import FastForwardCallback, FastForwardConfig
 
 FAMILIES = ["llama", "qwen3", "gemma", "gpt_neox"]
 EVERY_2 = FastForwardConfig(interval=2, max_tau=16, patience=None)
-
-
-def tiny(family):
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    torch.manual_seed(0)
-    # Of GPT-NeoX a Trainer saves the head under a name that it does not find again: tied, it need not.
-    others = {"attention_dropout": 0.1, "tie_word_embeddings": family == "gpt_neox"}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **others))
 
 
 def examples(count, seed):
@@ -45,7 +34,7 @@ class Losses(TrainerCallback):
 
 
 @pytest.fixture
-def train(arguments):
+def train(arguments, tiny_model):
     """Final weights and optimizer state, and the losses that were logged."""
 
     def train(family, folder, callback=None, resume=None):
@@ -53,8 +42,9 @@ def train(arguments):
         options = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         options |= {"max_grad_norm": 0.5, "lr_scheduler_type": "linear", "logging_steps": 1}
         options |= {"output_dir": str(folder), "save_strategy": "steps", "save_steps": 3}
+        # Of GPT-NeoX a Trainer saves the head under a name that it does not find again: tied, it need not.
         trainer = Trainer(
-            tiny(family),
+            tiny_model(family, attention_dropout=0.1, tie_word_embeddings=family == "gpt_neox"),
             TrainingArguments(**{**arguments, **options}),
             train_dataset=examples(32, seed=1),
             data_collator=default_data_collator,
