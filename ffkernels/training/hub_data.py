@@ -101,7 +101,7 @@ def load_splits(
     seed: int,
     test_examples: int,
     validation_examples: int,
-    chat_loss: str = "all",
+    chat_loss: str,
 ) -> tuple[HubExamples, list[Example], list[Example]]:
     """(train, validation, test) of ``task``.
 
@@ -141,15 +141,12 @@ def load_splits(
         taken += 1
     rest = order[taken:] if shared else _shuffled(len(train_rows), seed)
     if len(held_out) < needed or not rest:
-        why = (
-            " Longer ones are left out here, as the authors do: raise max_length (--max-length)."
-            * source.drop_long
-        )
+        longer = " Longer ones are left out here, as the authors do: raise max_length (--max-length)."
         raise ValueError(
             f"{source.repository} has {len(held_out)} different examples that fit, of {len(held_rows)}; "
             f"{test_examples} test and {validation_examples} validation examples leave none to train on. "
             "Lower test_examples (--test-examples) or validation_examples (--validation-examples)."
-            f"{why}{refused}"
+            f"{longer * source.drop_long}{refused}"
         )
 
     def train_example(row: int) -> Example | None:

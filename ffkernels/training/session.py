@@ -258,12 +258,8 @@ open_session = Session
 
 def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:
     """The run's data: train, validation and test examples, disjoint."""
-    sizes = {
-        "max_length": config.max_length,
-        "seed": config.seed,
-        "test_examples": config.test_examples,
-        "validation_examples": config.held_out_examples,
-    }
+    sizes = {name: getattr(config, name) for name in ("max_length", "seed", "test_examples")}
+    sizes["validation_examples"] = config.held_out_examples
     if config.data is not None:
         return load_file(config.data, tokenizer, test_data=config.test_data, **sizes)
     return load_task(config.task, tokenizer, source=config.source, chat_loss=config.chat_loss, **sizes)
@@ -291,14 +287,9 @@ def _model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Any]:
 
 def _optimizer(config: TrainConfig, model: nn.Module, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
     common = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
-    if config.optimizer == "lora-plus":
-        from peft.optimizers import create_loraplus_optimizer
+    if config.optimizer != "lora-plus":
+        return torch.optim.AdamW(trainable, weight_decay=config.weight_decay, **common)
+    from peft.optimizers import create_loraplus_optimizer
 
-        return create_loraplus_optimizer(
-            model,
-            torch.optim.AdamW,
-            loraplus_lr_ratio=config.lora_plus_ratio,
-            loraplus_weight_decay=config.weight_decay,
-            **common,
-        )
-    return torch.optim.AdamW(trainable, weight_decay=config.weight_decay, **common)
+    common |= {"loraplus_lr_ratio": config.lora_plus_ratio, "loraplus_weight_decay": config.weight_decay}
+    return create_loraplus_optimizer(model, torch.optim.AdamW, **common)

