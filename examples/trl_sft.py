@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ffkernels import FastForwardCallback
 from ffkernels.training.models import load_model
-from ffkernels.training.standard_library import documented_functions
+from ffkernels.training.offline import documented_functions
 
 model, tokenizer = load_model("tiny")
 pairs = [{"prompt": f'"""{doc}"""\n', "completion": code} for doc, code in documented_functions()]

@@ -1,11 +1,12 @@
 """The command line: ``ffkernels compare | train | tokens | report | analyze | doctor``.
 
-Only typer is imported here; a command imports what it needs when it runs, so that ``--help`` is quick. The
-options that commands share are in ``training/options.py``, where their values become settings.
+A command imports what it needs when it runs, so that ``--help`` is quick. The options that commands share are
+in ``training/options.py``, where their values become settings.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -33,24 +34,24 @@ app = typer.Typer(
 )
 app.add_typer(analyze)
 
+Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+DATA = "task source chat_loss data test_data"
+ADAPTER = "method rank alpha dropout target_modules"
+OPTIMIZER = "optimizer lora_plus_ratio schedule warmup_steps"
+LENGTH = "steps epochs batch_size micro_batch_size max_length"
+HELD_OUT = "test_examples validation_examples"
+STAGES = "interval stage_warmup max_tau patience impl"
+MACHINE = "device dtype threads quiet"
+
 
 @app.command()
+@options.taking(
+    f"preset model attn {DATA} lr {LENGTH} seeds {ADAPTER} {OPTIMIZER} {HELD_OUT} eval_tokens {STAGES} "
+    f"{MACHINE}"
+)
 def compare(
     ctx: typer.Context,
-    preset: options.Preset = None,
-    model: options.Model = "tiny",
-    attn: options.Attn = None,
-    task: options.TaskName = "instruction",
-    source: options.Source = "offline",
-    chat_loss: options.ChatLoss = "all",
-    data: options.Data = None,
-    test_data: options.TestData = None,
-    lr: options.Lr = 1e-4,
-    steps: options.Steps = 120,
-    epochs: options.Epochs = None,
-    batch_size: options.BatchSize = 64,
-    micro_batch_size: options.MicroBatchSize = None,
-    seeds: options.Seeds = "1",
     search: Annotated[str, typer.Option(help="Fast Forward's searches: both, linear or parabolic.")] = "both",
     peer: Annotated[
         list[str] | None,
@@ -60,24 +61,6 @@ def compare(
             "lora-plus (an optimizer). Repeatable."
         ),
     ] = None,
-    method: options.Method = "lora",
-    rank: options.Rank = 8,
-    alpha: options.Alpha = 16.0,
-    dropout: options.Dropout = 0.0,
-    target_modules: options.TargetModules = None,
-    optimizer: options.Optimizer = "adamw",
-    lora_plus_ratio: options.LoraPlusRatio = 16.0,
-    schedule: options.Schedule = "constant",
-    warmup_steps: options.WarmupSteps = 8,
-    max_length: options.MaxLength = 64,
-    test_examples: options.TestExamples = 1000,
-    validation_examples: options.ValidationExamples = 32,
-    eval_tokens: options.EvalTokens = None,
-    interval: options.Interval = 6,
-    stage_warmup: options.StageWarmup = 0,
-    max_tau: options.MaxTau = 1024,
-    patience: options.Patience = "auto",
-    impl: options.Impl = "auto",
     tuned_lr: Annotated[
         float | None,
         typer.Option(
@@ -94,11 +77,7 @@ def compare(
     check_every: Annotated[
         int, typer.Option(help="Runs with a target: optimizer steps between test losses.")
     ] = 3,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "float32",
-    threads: options.Threads = None,
     out: Annotated[Path, typer.Option(help="Folder of logs and report; overwritten.")] = Path("runs/compare"),
-    quiet: options.Quiet = False,
 ) -> None:
     """Adam against Fast Forward to the same test loss, in FLOPs and in seconds: the paper's protocol.
 
@@ -115,7 +94,7 @@ def compare(
     searches = ("linear", "parabolic") if search == options.BOTH else (search,)
     comparison = Comparison(
         base,
-        seeds=options.seeds_of(seeds),
+        seeds=options.seeds_of(ctx.params["seeds"]),
         searches=searches,
         peers=tuple(peer or ()),
         fast_forward=options.stages(ctx, search=searches[0]),
@@ -125,7 +104,7 @@ def compare(
     )
     console = _console()
     try:
-        with ProgressBars(console, quiet, tokens=True, runs=comparison.runs) as bars:
+        with ProgressBars(console, ctx.params["quiet"], tokens=True, runs=comparison.runs) as bars:
             results, protocol = run_comparison(comparison, on_run=bars.start, on_event=bars.event)
     except Interrupted as error:
         typer.echo(f"interrupted in {error}; finished runs are in {out}: ffkernels report {out}/*.jsonl")
@@ -135,16 +114,13 @@ def compare(
 
 
 @app.command()
+@options.taking(
+    f"preset model attn {DATA} search {STAGES} {ADAPTER} {OPTIMIZER} weight_decay max_grad_norm {LENGTH} "
+    f"{HELD_OUT} resample_validation eval_tokens evaluate_every target_loss checkpoint_every seed {MACHINE} "
+    "name out"
+)
 def train(
     ctx: typer.Context,
-    preset: options.Preset = None,
-    model: options.Model = "tiny",
-    attn: options.Attn = None,
-    task: options.TaskName = "instruction",
-    source: options.Source = "offline",
-    chat_loss: options.ChatLoss = "all",
-    data: options.Data = None,
-    test_data: options.TestData = None,
     fast_forward: Annotated[
         bool,
         typer.Option(
@@ -152,62 +128,26 @@ def train(
             help="Fast Forward, or the plain optimizer, which has no stages to set anything of.",
         ),
     ] = True,
-    search: options.Search = "parabolic",
-    interval: options.Interval = 6,
-    stage_warmup: options.StageWarmup = 0,
-    max_tau: options.MaxTau = 1024,
-    patience: options.Patience = "auto",
-    impl: options.Impl = "auto",
-    method: options.Method = "lora",
-    rank: options.Rank = 8,
-    alpha: options.Alpha = 16.0,
-    dropout: options.Dropout = 0.0,
-    target_modules: options.TargetModules = None,
-    lr: options.LrOrAuto = "1e-4",
-    optimizer: options.Optimizer = "adamw",
-    lora_plus_ratio: options.LoraPlusRatio = 16.0,
-    schedule: options.Schedule = "constant",
-    warmup_steps: options.WarmupSteps = 8,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
-    max_grad_norm: Annotated[
-        float | None, typer.Option(help="Clip the gradient's norm (default: no).")
-    ] = None,
-    steps: options.Steps = 120,
-    epochs: options.Epochs = None,
-    batch_size: options.BatchSize = 64,
-    micro_batch_size: options.MicroBatchSize = None,
-    max_length: options.MaxLength = 64,
-    test_examples: options.TestExamples = 1000,
-    validation_examples: options.ValidationExamples = 32,
-    resample_validation: options.ResampleValidation = None,
-    eval_tokens: options.EvalTokens = None,
-    evaluate_every: Annotated[
-        int, typer.Option(help="Optimizer steps between test losses; 0: at both ends.")
-    ] = 10,
-    target_loss: Annotated[float | None, typer.Option(help="Stop at this test loss (default: no).")] = None,
-    checkpoint_every: Annotated[
-        int, typer.Option(help="Optimizer steps between checkpoints; 0: at the end.")
-    ] = 0,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "float32",
-    threads: options.Threads = None,
-    name: Annotated[str, typer.Option(help="The run's name.")] = "run",
-    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    lr: Annotated[
+        str,
+        typer.Option(
+            help="Learning rate after warm-up; or auto: none to choose, it rises from far below and is moved "
+            "by how each gradient agrees with the last update, with or without Fast Forward's stages."
+        ),
+    ] = "1e-4",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where the run's checkpoint stands.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run of this name.")
     ] = False,
-    quiet: options.Quiet = False,
 ) -> None:
     """Fine-tune, by default an adapter and with Fast Forward; writes OUT/NAME.jsonl and OUT/NAME/."""
     from ffkernels.training.checkpoint import on_disk
     from ffkernels.training.progress import ProgressBars, how_it_ended
     from ffkernels.training.trainer import train as run_training
 
-    if not fast_forward and resample_validation is not None:
+    if not fast_forward and ctx.params["resample_validation"] is not None:
         raise ValueError("--resample-validation is Fast Forward's: leave out --no-fast-forward")
     stages = options.stages(ctx) if fast_forward else None
     if not fast_forward and lr == options.AUTO:
@@ -215,16 +155,17 @@ def train(
     config = options.training(ctx, fast_forward=stages)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: give one of them")
-    log = out / f"{name}.jsonl"
+    name, folder = config.name, Path(config.out) / config.name
+    log = folder.with_name(f"{name}.jsonl")
     if log.exists() and log.stat().st_size and not resume and not overwrite:
         raise ValueError(f"{log} exists: --resume goes on, --overwrite replaces it, or take another --name")
     console = _console()
     try:
-        with ProgressBars(console, quiet, tokens=True) as bars:
+        with ProgressBars(console, ctx.params["quiet"], tokens=True) as bars:
             bars.start(config)
             result = run_training(config, resume=resume, on_event=bars.event)
     except KeyboardInterrupt:  # the second, or one before the first step
-        typer.echo(f"Ended at once. {on_disk(out / name)}")
+        typer.echo(f"Ended at once. {on_disk(folder)}")
         raise typer.Exit(INTERRUPTED) from None
     for line in how_it_ended(result, config.method):
         typer.echo(line)
@@ -233,24 +174,9 @@ def train(
 
 
 @app.command()
-def tokens(
-    ctx: typer.Context,
-    preset: options.Preset = None,
-    model: options.Model = "tiny",
-    task: options.TaskName = "instruction",
-    source: options.Source = "offline",
-    chat_loss: options.ChatLoss = "all",
-    data: options.Data = None,
-    test_data: options.TestData = None,
-    max_length: options.MaxLength = 64,
-    test_examples: options.TestExamples = 1000,
-    validation_examples: options.ValidationExamples = 32,
-    seed: options.Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
+@options.taking(f"preset model {DATA} max_length {HELD_OUT} seed")
+def tokens(ctx: typer.Context, as_json: Json = False) -> None:
     """How many tokens a task has under a model's tokenizer, and what --max-length cuts off."""
-    import json
-
     from ffkernels.training.models import load_tokenizer
     from ffkernels.training.progress import token_table
     from ffkernels.training.session import prepare_task
@@ -279,19 +205,18 @@ def report(
 
 
 @app.command()
+@options.taking("device")
 def doctor(
+    ctx: typer.Context,
     build: Annotated[
         bool,
         typer.Option(
             "--build", help="Compile the C++ ops, and with nvcc the CUDA ones, into your cache first."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    device: options.Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Which kernels and which executor would run here, why, and how to get the faster ones."""
-    import json
-
     from ffkernels import ops
     from ffkernels.doctor import describe, diagnose
 
@@ -301,7 +226,7 @@ def doctor(
         for path in (ops.build_native(again=True), *cuda):
             if not as_json:
                 typer.echo(f"built {path}")
-    diagnosis = diagnose(device)
+    diagnosis = diagnose(ctx.params["device"])
     typer.echo(json.dumps(diagnosis, indent=2) if as_json else describe(diagnosis))
 
 

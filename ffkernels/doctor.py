@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ffkernels import __version__, ops
+from ffkernels import ops
 from ffkernels.engine.ladder import NO_LAUNCHES
 from ffkernels.graphs.core import why_no_stage_graph, why_no_step_graph
 from ffkernels.ops.build import find_compiler
@@ -36,8 +35,7 @@ def diagnose(device: str = "auto") -> dict[str, Any]:
         ValueError: when ``device`` is not one torch knows.
     """
     chosen = choose_device(device)
-    versions = {**version_info(), "ffkernels": __version__}
-    versions.update({name: _version(name) for name in PACKAGES})
+    versions = version_info(PACKAGES)
     name, reason = ops.resolve("auto", chosen)
     implementations = {
         impl: {"ok": found.ok, "reason": found.reason, "cure": found.cure}
@@ -103,42 +101,41 @@ def _executor(device: torch.device) -> dict[str, Any]:
 
 def _advice(report: dict[str, Any], device: torch.device) -> list[dict[str, str]]:
     advice = []
+
+    def add(what: str, cure: str) -> None:
+        advice.append({"what": what, "cure": cure})
+
     for name, found in report["implementations"].items():
         if not found["ok"] and found["cure"]:
-            what = f"{name} ops are not available ({found['reason']})"
+            cure = found["cure"]
             if name == "cpp" and report["machine"]["compiler"] is None:
-                advice.append(
-                    {"what": what, "cure": f"{_how_to_get_a_compiler()}, then `ffkernels doctor --build`"}
-                )
-            else:
-                advice.append({"what": what, "cure": found["cure"]})
+                cure = f"{_how_to_get_a_compiler()}, then `ffkernels doctor --build`"
+            add(f"{name} ops are not available ({found['reason']})", cure)
         elif name == "cpp" and "without OpenMP" in found["reason"]:
             # A library built at installation is taken before one that --build made.
-            cure = (
+            add(
+                "the cpp ops run on one thread",
                 "install the compiler's OpenMP runtime (libgomp, libomp) and reinstall ffkernels, or run "
-                "`ffkernels doctor --build` and set FFKERNELS_LIBRARY to the file that it names"
+                "`ffkernels doctor --build` and set FFKERNELS_LIBRARY to the file that it names",
             )
-            advice.append({"what": "the cpp ops run on one thread", "cure": cure})
     for problem in dict.fromkeys(report["executor"]["refused"].values()):
         cause, _, cure = problem.rpartition("; ")
-        advice.append({"what": f"stages run {report['executor']['name']}: {cause}", "cure": cure})
+        add(f"stages run {report['executor']['name']}: {cause}", cure)
     if device.type == "cpu":
         threads, cores = report["machine"]["threads"], _physical_cores()
         if threads < cores:
-            what = f"torch uses {threads} of {cores} cores"
             cure = f"OMP_NUM_THREADS={cores}, or --threads {cores} with train and compare"
-            advice.append({"what": what, "cure": cure})
+            add(f"torch uses {threads} of {cores} cores", cure)
         if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-            cure = (
-                "install a CUDA build of torch (pytorch.org/get-started)"
-                if torch.version.cuda is None
-                else ("check that the NVIDIA driver matches torch's CUDA version, and CUDA_VISIBLE_DEVICES")
-            )
-            advice.append({"what": "an NVIDIA driver is installed, but torch sees no GPU", "cure": cure})
-    missing = [name for name in NEEDED_TO_TRAIN if report["versions"][name] is None]
-    if missing:
-        what = f"{', '.join(missing)} not installed; train and compare need them"
-        advice.append({"what": what, "cure": "pip install 'ffkernels[hf]'"})
+            cure = "check that the NVIDIA driver matches torch's CUDA version, and CUDA_VISIBLE_DEVICES"
+            if torch.version.cuda is None:
+                cure = "install a CUDA build of torch (pytorch.org/get-started)"
+            add("an NVIDIA driver is installed, but torch sees no GPU", cure)
+    if missing := [name for name in NEEDED_TO_TRAIN if report["versions"][name] is None]:
+        add(
+            f"{', '.join(missing)} not installed; train and compare need them",
+            "pip install 'ffkernels[hf]'",
+        )
     return advice
 
 
@@ -163,10 +160,3 @@ def _how_to_get_a_compiler() -> str:
         if shutil.which(tool):
             return f"install a C++ compiler (`{command}`)"
     return "install a C++ compiler (g++ or clang++), or set CXX"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

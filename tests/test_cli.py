@@ -32,17 +32,8 @@ def sums(tmp_path):
 @pytest.fixture
 def quick(sums, tmp_path):
     pytest.importorskip("peft")
-    options = {
-        "--data": sums,
-        "--max-length": 12,
-        "--batch-size": 4,
-        "--test-examples": 8,
-        "--validation-examples": 4,
-        "--device": "cpu",
-        "--threads": 1,
-        "--out": tmp_path / "out",
-    }
-    return [part for option in options.items() for part in option]
+    sizes = "--max-length 12 --batch-size 4 --test-examples 8 --validation-examples 4 --device cpu"
+    return ["--data", str(sums), *sizes.split(), "--threads", "1", "--out", str(tmp_path / "out")]
 
 
 def fails(capsys, *arguments):
@@ -202,50 +193,47 @@ def test_tokens(invoke, quick):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--method", "full", "--rank", "4"], "--rank: method='full' has no adapter"),
-        (["train", "--method", "full", "--target-modules", "x"], "--target-modules: method='full'"),
-        (["train", "--method", "full-attention", "--dropout", "0.1"], "--dropout: method='full-attention'"),
-        (["train", "--data", "x.jsonl", "--task", "chat"], "--task: --data is trained on instead of a task"),
-        (["tokens", "--data", "x.jsonl", "--source", "hub"], "--source: --data is trained on"),
-        (["train", "--chat-loss", "assistant"], "--chat-loss: task='instruction' is no chat"),
-        (["train", "--lora-plus-ratio", "4"], "--lora-plus-ratio: there is no optimizer lora-plus"),
-        (["compare", "--steps", "4", "--epochs", "1"], "--steps: --epochs says how long to train"),
-        (["train", "--method", "full", "--dtype", "bfloat16"], "dtype='bfloat16': must be 'float32'"),
-        (["train", "--optimizer", "sgd"], "optimizer='sgd': must be one of 'adamw', 'lora-plus'"),
-        (["train", "--attn", "fast"], "attn='fast': must be one of"),
-        (["train", "--source", "web"], "source='web': must be one of 'offline', 'hub'"),
-        (["train", "--preset", "mine"], "preset 'mine' does not exist"),
-        (["compare", "--peer", "golden"], "--peer=('golden',): must be of 'lora-plus'"),
-        (["compare", "--peer", "lora-plus", "--method", "full"], "optimizer='lora-plus': must be 'adamw'"),
-        (["tokens", "--task", "poetry"], "poetry"),
-        (["train", "--lr", "0"], "--lr=0.0: must be a number above 0"),
-        (["train", "--eval-tokens", "0"], "--eval-tokens=0: must be an integer of at least 1 or None"),
-        (["train", "--target-modules", ","], "--target-modules=('', ''): must be module names"),
-        (["train", "--stage-warmup", "-1"], "--stage-warmup=-1: must be an integer of at least 0"),
-        (
-            ["train", "--test-examples", "0", "--target-loss", "2"],
-            "--target-loss=2.0: must be None where test",
-        ),
-        (["train", "--test-data", "x.jsonl"], "--test-data='x.jsonl': must be None without data"),
-        (["compare", "--test-examples", "0"], "--test-examples=0: must be at least 1: the runs are compared"),
-        (["analyze", "loss", "--test-examples", "0"], "--test-examples=0: must be at least 1: an analysis"),
-        (["train", "--device", "gpu"], "device='gpu': must be 'auto'"),
-        (["train", "--device", "cuda:99"], "device='cuda:99': this torch sees"),
-        (["compare", "--seeds", "0"], "seeds='0'"),
-        (["train", "--lr", "-1"], "lr=-1.0: must be a number above 0"),
-        (["train", "--search", "golden"], "search='golden'"),
-        (["train", "--resume", "--overwrite"], "give one of them"),
-        (["compare", "--seeds", "none"], "seeds='none'"),
-        (["compare", "--search", "golden"], "search='golden'"),
-        (["report", "no-such-run.jsonl"], "no such run log: no-such-run.jsonl"),
-        (["train", "--data", "no-such-file.jsonl"], "no-such-file.jsonl"),
-        (["train", "--task", "poetry"], "poetry"),
-        (["doctor", "--device", "gpu"], "device='gpu'"),
+        ("train --method full --rank 4", "--rank: method='full' has no adapter"),
+        ("train --method full --target-modules x", "--target-modules: method='full'"),
+        ("train --method full-attention --dropout 0.1", "--dropout: method='full-attention'"),
+        ("train --data x.jsonl --task chat", "--task: --data is trained on instead of a task"),
+        ("tokens --data x.jsonl --source hub", "--source: --data is trained on"),
+        ("train --chat-loss assistant", "--chat-loss: task='instruction' is no chat"),
+        ("train --lora-plus-ratio 4", "--lora-plus-ratio: there is no optimizer lora-plus"),
+        ("compare --steps 4 --epochs 1", "--steps: --epochs says how long to train"),
+        ("train --method full --dtype bfloat16", "dtype='bfloat16': must be 'float32'"),
+        ("train --optimizer sgd", "optimizer='sgd': must be one of 'adamw', 'lora-plus'"),
+        ("train --attn fast", "attn='fast': must be one of"),
+        ("train --source web", "source='web': must be one of 'offline', 'hub'"),
+        ("train --preset mine", "preset 'mine' does not exist"),
+        ("compare --peer golden", "--peer=('golden',): must be of 'lora-plus'"),
+        ("compare --peer lora-plus --method full", "optimizer='lora-plus': must be 'adamw'"),
+        ("tokens --task poetry", "poetry"),
+        ("train --lr 0", "--lr=0.0: must be a number above 0"),
+        ("train --eval-tokens 0", "--eval-tokens=0: must be an integer of at least 1 or None"),
+        ("train --target-modules ,", "--target-modules=('', ''): must be module names"),
+        ("train --stage-warmup -1", "--stage-warmup=-1: must be an integer of at least 0"),
+        ("train --test-examples 0 --target-loss 2", "--target-loss=2.0: must be None where test"),
+        ("train --test-data x.jsonl", "--test-data='x.jsonl': must be None without data"),
+        ("compare --test-examples 0", "--test-examples=0: must be at least 1: the runs are compared"),
+        ("analyze loss --test-examples 0", "--test-examples=0: must be at least 1: an analysis"),
+        ("train --device gpu", "device='gpu': must be 'auto'"),
+        ("train --device cuda:99", "device='cuda:99': this torch sees"),
+        ("compare --seeds 0", "seeds='0'"),
+        ("train --lr -1", "lr=-1.0: must be a number above 0"),
+        ("train --search golden", "search='golden'"),
+        ("train --resume --overwrite", "give one of them"),
+        ("compare --seeds none", "seeds='none'"),
+        ("compare --search golden", "search='golden'"),
+        ("report no-such-run.jsonl", "no such run log: no-such-run.jsonl"),
+        ("train --data no-such-file.jsonl", "no-such-file.jsonl"),
+        ("train --task poetry", "poetry"),
+        ("doctor --device gpu", "device='gpu'"),
     ],
 )
 def test_user_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert message in fails(capsys, *arguments)
+    assert message in fails(capsys, *arguments.split())
 
 
 def test_what_a_peer_refuses_is_one_line_and_comes_before_any_run(capsys, quick, tmp_path):
@@ -328,19 +316,7 @@ def test_ctrl_c_in_a_stage_says_what_comes_and_a_second_what_is_kept(invoke, qui
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("ffkernels.stage.eager.EagerExecutor.run", run)
-    flags = [
-        "--steps",
-        4,
-        "--interval",
-        2,
-        "--patience",
-        0,
-        "--checkpoint-every",
-        1,
-        "--name",
-        "c",
-        "--quiet",
-    ]
+    flags = "--steps 4 --interval 2 --patience 0 --checkpoint-every 1 --name c --quiet".split()
     pressed[:] = [2]
     result = invoke("train", *quick, *flags)
     flat = " ".join(result.stdout.split())

@@ -51,8 +51,8 @@ def test_advice_where_the_compiler_is_missing_too(monkeypatch):
 
 def test_advice_where_cores_are_idle_and_packages_missing(monkeypatch):
     monkeypatch.setattr(doctor, "_physical_cores", lambda: torch.get_num_threads() + 1)
-    versions = {**doctor.version_info(), "peft": None}
-    monkeypatch.setattr(doctor, "version_info", lambda: versions)
+    versions = {**doctor.version_info(doctor.PACKAGES), "peft": None}
+    monkeypatch.setattr(doctor, "version_info", lambda more: versions)
     cures = [a["cure"] for a in diagnose("cpu")["advice"]]
     threads = torch.get_num_threads() + 1
     assert f"OMP_NUM_THREADS={threads}, or --threads {threads} with train and compare" in cures

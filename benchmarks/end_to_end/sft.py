@@ -62,7 +62,7 @@ def splits(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Docstring → function pairs as TRL's prompt and completion; the splits share no example."""
     from datasets import Dataset
 
-    from ffkernels.training.standard_library import documented_functions
+    from ffkernels.training.offline import documented_functions
 
     rows = [{"prompt": f'"""{doc}"""\n', "completion": code} for doc, code in documented_functions()]
     rows = [row for row in rows if len(row["prompt"]) <= 2 * options.max_length]

@@ -27,7 +27,7 @@ from torch import nn
 
 from ffkernels.analysis.options import at_least
 from ffkernels.training.examples import IGNORED, Example, collate, start_tokens
-from ffkernels.training.jsonl import BOM, parsed
+from ffkernels.training.records import BOM, parsed
 from ffkernels.validation.causal_lm import model_device
 from ffkernels.validation.evaluation_mode import evaluation_mode
 

@@ -54,7 +54,7 @@ def machine_info() -> dict[str, Any]:
     }
 
 
-def version_info() -> dict[str, Any]:
+def version_info(more: Sequence[str] = ()) -> dict[str, Any]:
     """Versions of Python and libraries, None for what is not installed; the commit of a checkout."""
     versions: dict[str, Any] = {
         "ffkernels": __version__,
@@ -63,7 +63,7 @@ def version_info() -> dict[str, Any]:
         "torch": str(torch.__version__),  # with the build, such as +cpu
         "cuda": torch.version.cuda,
     }
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

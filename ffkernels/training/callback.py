@@ -27,6 +27,7 @@ from ffkernels.ops.notices import announce_once
 from ffkernels.reporting.flops import FlopMeter, Flops
 from ffkernels.stage.weights import NameFilter
 from ffkernels.training import trainer_access
+from ffkernels.training.rules import Rule, check, one_of, whole
 from ffkernels.training.step_flops import StepFlops
 from ffkernels.training.trainer_loss import LOSSES, make_validation
 from ffkernels.validation.evaluation_mode import keep_random_state
@@ -116,19 +117,16 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             return
         if config is not None and not isinstance(config, FastForwardConfig):
             raise TypeError(f"config must be a FastForwardConfig, got {type(config).__name__}")
-        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-            raise ValueError(f"examples={examples!r}: must be an integer of at least 1")
-        if pool is not None and (isinstance(pool, bool) or not isinstance(pool, int) or pool < examples):
-            raise ValueError(f"pool={pool!r}: must be an integer of at least examples={examples}, or None")
-        if loss not in LOSSES:
-            raise ValueError(f"loss={loss!r}: must be one of {', '.join(map(repr, LOSSES))}")
+        check("examples", examples, whole(1))
+        enough = Rule(whole(examples).or_none.holds, f"an integer of at least examples={examples}, or None")
+        check("pool", pool, enough)
+        check("loss", loss, one_of(LOSSES))
         if pool is not None and (isinstance(validation, ValidationLoss) or is_loss_function(validation)):
             kind = type(validation).__name__
             raise ValueError(f"pool={pool}: a {kind} has no examples to draw from; pass a dataset or batches")
-        self.validation, self.config, self.examples = validation, config or FastForwardConfig(), examples
-        self.pool, self.loss = pool, loss
-        self.include, self.exclude = include, exclude
-        self.trainer = trainer
+        self.validation, self.config = validation, config or FastForwardConfig()
+        self.examples, self.pool, self.loss = examples, pool, loss
+        self.include, self.exclude, self.trainer = include, exclude, trainer
         self.ff: FastForward | None = None
         self.stages: list[Stage] = []
         self.stage_flops = {"paper": 0, "measured": 0}
@@ -137,7 +135,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         self._meter = FlopMeter(0)
         self._steps_charged = 0
         self._step_flops = StepFlops()
-        self._unwrap: Callable[[], None] = _nothing
+        self._unwrap: Callable[[], object] = lambda: None
 
     @property
     def flops(self) -> dict[str, int]:
@@ -149,11 +147,8 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             # JSON has no place for the weights before the last step: neither this run nor a resumed one has
             # them.
             self.ff.forget_update()
-            self.saved = {
-                "fast_forward": self.ff.state_dict(),
-                "flops": self.flops,
-                "stage_flops": dict(self.stage_flops),
-            }
+            self.saved = {"fast_forward": self.ff.state_dict(), "flops": self.flops}
+            self.saved["stage_flops"] = dict(self.stage_flops)
         return {"args": {"from_checkpoint": True}, "attributes": {"saved": self.saved}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -165,18 +160,11 @@ class FastForwardCallback(TrainerCallback, ExportableState):
                 "FastForwardCallback(..., trainer=trainer)"
             )
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        stages = self.config.interval is not None
+        stages, keep = self.config.interval is not None, self.config.learning_rate == "keep"
         validation = self._make_validation(trainer, model, args.seed) if stages else None
-        self.ff = FastForward(
-            model,
-            optimizer,
-            validation,
-            self.config,
-            include=self.include,
-            exclude=self.exclude,
-            defer=True,
-            scheduler=kwargs.get("lr_scheduler") if self.config.learning_rate != "keep" else None,
-        )
+        moved = {"include": self.include, "exclude": self.exclude, "defer": True}
+        scheduler = None if keep else kwargs.get("lr_scheduler")
+        self.ff = FastForward(model, optimizer, validation, self.config, scheduler=scheduler, **moved)
         if self.ff.learning_rate is not None and args.save_strategy == "steps" and state.save_steps == 1:
             announce_once(
                 "auto-rate-saved-at-each-step",
@@ -228,7 +216,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
     def detach(self) -> None:
         """Let go of model, optimizer and Trainer. Training's end does it; after an exception, you may."""
         self._unwrap()
-        self._unwrap = _nothing
+        self._unwrap = lambda: None
         if self.ff is not None:
             self.ff.detach()
         self.ff = self._trainer = None
@@ -247,9 +235,8 @@ class FastForwardCallback(TrainerCallback, ExportableState):
             set_seed(seed)
             if is_loss_function(given):
                 return ValidationLoss(model, given)
-            return make_validation(
-                trainer, model, given, examples=self.examples, pool=self.pool, seed=seed, loss=self.loss
-            )
+            taken = {"examples": self.examples, "pool": self.pool, "loss": self.loss}
+            return make_validation(trainer, model, given, seed=seed, **taken)
 
     def _restore(self, state: Any) -> None:
         name = type(self).__name__
@@ -300,18 +287,11 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         return {} if rate is None else {"ff/learning_rate": rate, **known}
 
     def _totals(self) -> dict[str, float]:
-        return {
-            "ff/stages": len(self.stages),
-            "ff/flops_share": self._share(),
-            "ff/flops_measured": float(self.flops["measured"]),
-            "ff/flops_paper": float(self.flops["paper"]),
-            "ff/stage_flops_measured": float(self.stage_flops["measured"]),
-            "ff/stage_flops_paper": float(self.stage_flops["paper"]),
-        }
+        totals = {"ff/stages": len(self.stages), "ff/flops_share": self._share()}
+        for convention in ("measured", "paper"):
+            totals[f"ff/flops_{convention}"] = float(self.flops[convention])
+            totals[f"ff/stage_flops_{convention}"] = float(self.stage_flops[convention])
+        return totals
 
     def _share(self) -> float:
         return self.stage_flops["measured"] / max(1, self.flops["measured"])
-
-
-def _nothing() -> None:
-    pass

@@ -3,8 +3,7 @@
     <out>/<name>.jsonl          the run log
     <out>/<name>/adapter_*      what ``PeftModel.from_pretrained`` loads; or, where the model's own weights
                                 train, the whole model with its tokenizer for ``from_pretrained``
-    <out>/<name>/state.pt       trainable weights, optimizer, random generators, Fast Forward, counters and
-    clock
+    <out>/<name>/state.pt       trainable weights, optimizer, random generators, Fast Forward, counters, clock
 
 Every file is written beside its place and then moved there, so that an interruption leaves the old one or
 the new one. ``state.pt`` alone decides where a run continues; it holds tensors and plain values only and
@@ -62,9 +61,7 @@ def save_state(
     values."""
     state = {
         "version": STATE_VERSION,
-        "weights": {
-            name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad
-        },
+        "weights": {name: p.detach().cpu().clone() for name, p in _training(model).items()},
         "optimizer": optimizer.state_dict(),
         "random": {
             "cpu": torch.get_rng_state(),
@@ -116,11 +113,15 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def _training(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def restore(
     state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> None:
     """Put weights, optimizer and random generators back. The counters in ``state`` are the caller's."""
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = _training(model)
     if weights.keys() != state["weights"].keys():
         odd = sorted(weights.keys() ^ state["weights"].keys())
         raise ValueError(f"the saved run trained other tensors: {odd[0]!r} and {len(odd) - 1} more differ")

@@ -23,7 +23,7 @@ import dataclasses
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from ffkernels.reporting.exclusive import alone_in
 from ffkernels.search.search import SEARCHES
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.peers import load_peer, peer_names
+from ffkernels.training.rules import ABOVE_0, Rule, at_least, check, one_of, whole
 from ffkernels.training.session import Attach
 from ffkernels.training.trainer import RunResult, train
 
@@ -60,6 +61,25 @@ UNTUNED = "a usual value, not measured for this model and task"
 TUNED_ELSEWHERE = "measured for this model and task, but not at this batch size, length, schedule and dtype"
 # The likely ones first: the least number of steps found bounds the length of all later runs.
 SWEEP = (1e-2, 5e-3, 2e-2, 3e-3, 2e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
+
+
+def _different(values: Sequence[Any], rule: Rule) -> bool:
+    return bool(values) and len(set(values)) == len(values) and all(map(rule.holds, values))
+
+
+_RULES = {
+    "seeds": Rule(
+        lambda seeds: _different(tuple(seeds), whole(0)),
+        "integers of at least 0, one or more, each at most once",
+    ),
+    "searches": Rule(
+        lambda searches: _different(searches, one_of(SEARCHES)),
+        f"of {', '.join(map(repr, SEARCHES))}, one or more, each at most once",
+    ),
+    "tuned_lr": ABOVE_0.or_none,
+    "check_every": whole(1),
+    "tolerance": at_least(0),
+}
 
 
 @dataclass(frozen=True)
@@ -94,30 +114,13 @@ class Comparison:
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        seeds = tuple(self.seeds)
-        if not seeds or any(not isinstance(s, int) or isinstance(s, bool) or s < 0 for s in seeds):
-            raise ValueError(f"seeds={self.seeds!r}: must be integers of at least 0, one or more")
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"seeds={self.seeds!r}: each may occur once")
-        if not self.searches or any(s not in SEARCHES for s in self.searches):
-            raise ValueError(
-                f"searches={self.searches!r}: must be of {', '.join(map(repr, SEARCHES))}, one or more"
-            )
+        for name, rule in _RULES.items():
+            check(name, getattr(self, name), rule)
         self._check_peers()
         if self.base.test_examples == 0:
             raise ValueError("test_examples=0: must be at least 1: the runs are compared at a test loss")
-        if self.tuned_lr is not None and not 0 < self.tuned_lr < math.inf:
-            raise ValueError(f"tuned_lr={self.tuned_lr!r}: must be a number above 0 or None")
         if self.tuned_lr is not None and self.sweep:
             raise ValueError(f"tuned_lr={self.tuned_lr!r} and sweep=True: give one of them")
-        if (
-            isinstance(self.check_every, bool)
-            or not isinstance(self.check_every, int)
-            or self.check_every < 1
-        ):
-            raise ValueError(f"check_every={self.check_every!r}: must be an integer of at least 1")
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance={self.tolerance!r}: must be a number of at least 0")
 
     def _check_peers(self) -> None:
         if isinstance(self.peers, str) or len(set(self.peers)) < len(self.peers):
@@ -142,10 +145,20 @@ class Comparison:
         of_a_seed = 1 + len(self.searches) + len(self.peers) + 2
         return len(self.seeds) * of_a_seed + (len(SWEEP) if _tuned_lr(self)[0] is None else 0)
 
-    @property
-    def no_rate(self) -> FastForwardConfig:
-        """No stages, and no learning rate to choose."""
-        return FastForwardConfig(interval=None, learning_rate="auto", impl=self.fast_forward.impl)
+    def ways(
+        self, stages: FastForwardConfig, **options: Any
+    ) -> Iterator[tuple[str, dict[str, Any], Attach | None]]:
+        """Each way to train beside Adam's: its name, what it changes of the run, and a peer's ``attach``."""
+        for search in self.searches:
+            yield search, {"fast_forward": dataclasses.replace(stages, search=search)}, None
+        for name in self.peers:
+            if name == LORA_PLUS:
+                yield name, {"optimizer": LORA_PLUS}, None
+            else:
+                yield name, {}, partial(load_peer(name), **options)
+        # No stages, and no learning rate to choose.
+        no_rate = FastForwardConfig(interval=None, learning_rate="auto", impl=stages.impl)
+        yield "auto", {"fast_forward": no_rate}, None
 
     def adam(self, seed: int) -> TrainConfig:
         return dataclasses.replace(
@@ -187,55 +200,39 @@ def compare(
         ValueError: when Adam diverged, so that there is no test loss to reach.
         RuntimeError: when another comparison is writing into the same folder.
     """
-    base = comparison.base
 
     def run(config: TrainConfig, attach: Attach | None = None) -> RunResult:
         if on_run is not None:
             on_run(config)
         return _uninterrupted(config, on_event, attach)
 
-    if base.threads is not None:
-        torch.set_num_threads(base.threads)
-    with alone_in(base.out):
+    if comparison.base.threads is not None:
+        torch.set_num_threads(comparison.base.threads)
+    with alone_in(comparison.base.out):
         return _compare(comparison, run)
 
 
 def _compare(comparison: Comparison, run: Callable[..., RunResult]) -> tuple[list[RunResult], dict[str, Any]]:
-    base = comparison.base
     warm_up(comparison)
-    results = []
+    results, stages = [], comparison.fast_forward
     tuned_lr, source = _tuned_lr(comparison)
     for seed in comparison.seeds:
         adam = run(comparison.adam(seed))
         results.append(adam)
         if not math.isfinite(adam.test_loss):
             raise ValueError(
-                f"lr={base.lr!r}: {adam.name} diverged after {adam.optimizer_steps} steps, so there is no "
-                "test loss to reach; take a smaller learning rate"
+                f"lr={comparison.base.lr!r}: {adam.name} diverged after {adam.optimizer_steps} steps, so "
+                "there is no test loss to reach; take a smaller learning rate"
             )
-        for search in comparison.searches:
-            ff = dataclasses.replace(comparison.fast_forward, search=search)
-            results.append(run(comparison.until(adam, seed, search, fast_forward=ff)))
-        for name in comparison.peers:
-            if name == LORA_PLUS:
-                results.append(run(comparison.until(adam, seed, name, optimizer=LORA_PLUS)))
-            else:
-                attach = partial(load_peer(name), interval=comparison.fast_forward.interval)
-                results.append(run(comparison.until(adam, seed, name), attach))
-        results.append(run(comparison.until(adam, seed, "auto", fast_forward=comparison.no_rate)))
+        for name, changes, attach in comparison.ways(stages, interval=stages.interval):
+            results.append(run(comparison.until(adam, seed, name, **changes), attach))
         if tuned_lr is None:
             tuned_lr, source = sweep(comparison, adam, seed, run), "sweep"
         name = "adam-untuned" if source in (UNTUNED, TUNED_ELSEWHERE) else "adam-tuned"
         results.append(run(comparison.until(adam, seed, name, lr=tuned_lr)))
-    protocol = {
-        "seeds": list(comparison.seeds),
-        "searches": list(comparison.searches),
-        "peers": list(comparison.peers),
-        "tuned_lr": tuned_lr,
-        "tuned_lr_source": source,
-        "tolerance": comparison.tolerance,
-        "check_every": comparison.check_every,
-    }
+    protocol = {name: list(getattr(comparison, name)) for name in ("seeds", "searches", "peers")}
+    protocol |= {"tuned_lr": tuned_lr, "tuned_lr_source": source}
+    protocol |= {name: getattr(comparison, name) for name in ("tolerance", "check_every")}
     return results, protocol
 
 
@@ -244,26 +241,18 @@ def warm_up(comparison: Comparison) -> None:
 
     So first-use costs fall on no run that is measured, be it ours or a peer's.
     """
-    first = comparison.fast_forward.interval
-    ff = dataclasses.replace(comparison.fast_forward, interval=1, warmup=0, max_tau=4)
+    stages = dataclasses.replace(comparison.fast_forward, interval=1, warmup=0, max_tau=4)
+    # A stage of the peers needs the weights of two steps; the second step without a rate has an alignment.
+    interval = min(2, comparison.fast_forward.interval)
     with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder, warnings.catch_warnings():
         # Their stages are cut short here on purpose.
         warnings.filterwarnings("ignore", message=".* repeated an update", category=FFKernelsNotice)
         plain = dataclasses.replace(
-            comparison.adam(comparison.seeds[0]), name="warm-up", out=folder, epochs=None, steps=1
+            comparison.adam(comparison.seeds[0]), name="warm-up", out=folder, epochs=None
         )
-        for search in comparison.searches:
-            stages = dataclasses.replace(ff, search=search)
-            _uninterrupted(dataclasses.replace(plain, fast_forward=stages), None)
-        # The second step has an alignment, and the rate rises.
-        _uninterrupted(dataclasses.replace(plain, steps=2, fast_forward=comparison.no_rate), None)
-        for name in comparison.peers:
-            if name == LORA_PLUS:
-                _uninterrupted(dataclasses.replace(plain, optimizer=LORA_PLUS), None)
-            else:
-                # A stage of theirs needs the weights of two steps.
-                attach = partial(load_peer(name), interval=min(2, first), cap=2)
-                _uninterrupted(dataclasses.replace(plain, steps=2), None, attach)
+        for name, changes, attach in comparison.ways(stages, interval=interval, cap=2):
+            steps = 2 if attach is not None or name == "auto" else 1
+            _uninterrupted(dataclasses.replace(plain, steps=steps, **changes), None, attach)
 
 
 def sweep(
@@ -273,7 +262,7 @@ def sweep(
 
     It is chosen by the test loss it is then judged by: generous to Adam, on purpose.
     """
-    best: tuple[tuple[bool, int, float], float] | None = None
+    best: tuple[tuple[bool, int, float], float] | None = None  # the least score, and the rate that had it
     with tempfile.TemporaryDirectory(prefix="ffkernels-") as folder:
         for lr in SWEEP:
             config = comparison.until(adam, seed, f"sweep-{lr:g}", lr=lr, out=folder)
@@ -290,20 +279,19 @@ def sweep(
 
 
 def _tuned_lr(comparison: Comparison) -> tuple[float | None, str]:
+    base, ours = comparison.base, TrainConfig()
     if comparison.tuned_lr is not None:
         return comparison.tuned_lr, "option"
-    if comparison.sweep:
+    # Nothing is known of whole models, whose best rates lie far apart.
+    if comparison.sweep or base.method not in ADAPTERS:
         return None, "sweep"
-    base = comparison.base
-    if base.method not in ADAPTERS:
-        return None, "sweep"  # nothing is known of whole models, whose best rates lie far apart
-    ours = TrainConfig()
-    alike = all(getattr(base, name) == getattr(ours, name) for name in MEASURED_WITH)
-    known = TUNED_LR.get((base.model, base.task)) if alike else None
-    if known is not None:
-        same = all(getattr(base, name) == getattr(ours, name) for name in TUNED_AT)
-        return known, "table" if same else TUNED_ELSEWHERE
-    return FALLBACK_TUNED_LR, UNTUNED
+
+    def same(names: tuple[str, ...]) -> bool:
+        return all(getattr(base, name) == getattr(ours, name) for name in names)
+
+    if (base.model, base.task) not in TUNED_LR or not same(MEASURED_WITH):
+        return FALLBACK_TUNED_LR, UNTUNED
+    return TUNED_LR[base.model, base.task], "table" if same(TUNED_AT) else TUNED_ELSEWHERE
 
 
 def _uninterrupted(config: TrainConfig, on_event: OnEvent | None, attach: Attach | None = None) -> RunResult:

@@ -2,14 +2,21 @@
 
 A source is segments (text, counted): the loss counts a text's tokens or passes over them. An example is
 ``{"input_ids": [...], "labels": [...]}``; labels repeat the counted tokens and are −100 elsewhere.
+
+One process tokenizes a task once (``kept``): the runs of a comparison train on the same, each with a
+tokenizer object of its own. So what a tokenizer does is compared, not which object it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ffkernels.training.tokenizer import ByteTokenizer
 
 Segment = tuple[str, bool]
 
@@ -18,6 +25,10 @@ IGNORED = -100
 # Tokens of ordinary text are three to five characters, of byte vocabularies one: a text's first
 # `CHARACTERS * n` are nearly always n tokens, and where they are not, more of the text is looked at.
 CHARACTERS = 6
+
+MOST = 3  # kept: one for each task, so that a measurement which goes through all of them finds each again
+
+_kept: dict[Hashable, tuple[Example, ...]] = {}
 
 
 class Example(dict[str, list[int]]):
@@ -28,9 +39,6 @@ class Example(dict[str, list[int]]):
     def __init__(self, input_ids: list[int], labels: list[int], cut: bool = False) -> None:
         super().__init__(input_ids=input_ids, labels=labels)
         self.cut = cut
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Example, (self["input_ids"], self["labels"], self.cut)
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
@@ -97,13 +105,62 @@ def collate(examples: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict
     """One right-padded batch: long tensors (examples, longest), padding masked and unlabelled."""
     if not examples:
         raise ValueError("collate needs at least one example.")
-    longest = max(len(example["input_ids"]) for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        input_ids[row, :length] = torch.tensor(example["input_ids"])
-        labels[row, :length] = torch.tensor(example["labels"])
-        attention_mask[row, :length] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    ids, labels = ([torch.LongTensor(one[key]) for one in examples] for key in ("input_ids", "labels"))
+    rows = {"input_ids": (ids, pad_token_id), "attention_mask": ([torch.ones_like(row) for row in ids], 0)}
+    rows["labels"] = labels, IGNORED
+    return {key: pad_sequence(of, True, padding_value=value) for key, (of, value) in rows.items()}
+
+
+def kept(key: tuple[Hashable, ...], tokenizer: Any, make: Callable[[], Iterable[Example]]) -> list[Example]:
+    """What ``make()`` gives, made once per ``key`` and tokenizer; copies, which a caller may change."""
+    known = fingerprint(tokenizer)
+    if known is None:
+        return list(make())
+    examples = _kept.pop((*key, known), None)
+    if examples is None:
+        while len(_kept) >= MOST:
+            del _kept[next(iter(_kept))]  # the one whose last use is longest ago
+        examples = tuple(make())
+    _kept[(*key, known)] = examples
+    return [Example([*one["input_ids"]], [*one["labels"]], one.cut) for one in examples]
+
+
+def fingerprint(tokenizer: Any) -> Hashable | None:
+    """The same for tokenizers that make the same tokens of everything; None where that cannot be told."""
+    if type(tokenizer) is ByteTokenizer:
+        return ByteTokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(backend, "to_str"):
+        return None
+    told = (backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map)
+    return type(tokenizer), hashlib.sha256(repr(told).encode("utf-8", "surrogatepass")).digest()
+
+
+PERCENTILES = {"min": 0, "median": 50, "p95": 95, "max": 100}
+
+
+def token_statistics(examples: Sequence[dict[str, list[int]]], limit: int | None = None) -> dict[str, Any]:
+    """Plain numbers on one split; ``limit``: measure so many examples at most (the first), None means all.
+
+    ``examples``: how many there are; ``measured``: how many the other numbers are of. ``tokens`` and
+    ``labelled_tokens`` are sums, the latter counting what a causal loss can: an example's first token has
+    nothing before it. ``share_cut``: the fraction of examples of which something was left out. Lengths are
+    in tokens; percentiles are lengths that occur (nearest rank).
+    """
+    measured = list(examples if limit is None else examples[:limit])
+    lengths = sorted(len(example["input_ids"]) for example in measured)
+    return {
+        "examples": len(examples),
+        "measured": len(lengths),
+        "tokens": sum(lengths),
+        "labelled_tokens": sum(label != IGNORED for one in measured for label in one["labels"][1:]),
+        "share_cut": sum(getattr(one, "cut", False) for one in measured) / max(1, len(measured)),
+        "length": {name: _percentile(lengths, percent) for name, percent in PERCENTILES.items()},
+    }
+
+
+def _percentile(ascending: Sequence[int], percent: int) -> int:
+    """Nearest rank: the least value that at least ``percent`` % of all do not exceed."""
+    if not ascending:
+        return 0
+    return ascending[max(0, -(-percent * len(ascending) // 100) - 1)]

@@ -15,12 +15,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from ffkernels.ops.notices import announce_once
 from ffkernels.training.conversations import MARKED, conversation
 from ffkernels.training.examples import IGNORED, Example, Segment, make_example, start_tokens
-from ffkernels.training.packages import require_for_task
+from ffkernels.training.requirements import require_for_task
 
 # The format of the paper's instruction task: the Alpaca preamble, and keys that mark the parts.
 PREAMBLE = (
@@ -45,11 +45,11 @@ class HubSource:
     drop_long: bool = False
 
 
-def _guideline(row: dict[str, Any], tokenizer: Any, where: str, chat_loss: str) -> tuple[Segment, ...]:
+def _guideline(row: dict[str, Any], *_: Any) -> tuple[Segment, ...]:
     return ((row["clean_text"] or "", True),)
 
 
-def _instruction(row: dict[str, Any], tokenizer: Any, where: str, chat_loss: str) -> tuple[Segment, ...]:
+def _instruction(row: dict[str, Any], *_: Any) -> tuple[Segment, ...]:
     prompt = f"{PREAMBLE}\n\n{INSTRUCTION}\n{row['instruction']}\n\n{RESPONSE}\n"
     return (prompt, False), (f"{row['response']}\n\n{END}", True)
 
@@ -83,11 +83,7 @@ class HubExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._order)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
@@ -105,7 +101,7 @@ def load_splits(
     seed: int,
     test_examples: int,
     validation_examples: int,
-    chat_loss: str = "all",
+    chat_loss: str,
 ) -> tuple[HubExamples, list[Example], list[Example]]:
     """(train, validation, test) of ``task``.
 
@@ -145,15 +141,12 @@ def load_splits(
         taken += 1
     rest = order[taken:] if shared else _shuffled(len(train_rows), seed)
     if len(held_out) < needed or not rest:
-        why = (
-            " Longer ones are left out here, as the authors do: raise max_length (--max-length)."
-            * source.drop_long
-        )
+        longer = " Longer ones are left out here, as the authors do: raise max_length (--max-length)."
         raise ValueError(
             f"{source.repository} has {len(held_out)} different examples that fit, of {len(held_rows)}; "
             f"{test_examples} test and {validation_examples} validation examples leave none to train on. "
             "Lower test_examples (--test-examples) or validation_examples (--validation-examples)."
-            f"{why}{refused}"
+            f"{longer * source.drop_long}{refused}"
         )
 
     def train_example(row: int) -> Example | None:

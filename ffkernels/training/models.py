@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ import torch
 
 from ffkernels.training.config import ADAPTERS
 from ffkernels.training.requirements import no_progress_bars, require
+from ffkernels.training.rules import ABOVE_0, FRACTION, check, whole
 from ffkernels.training.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ FROM_PYPI = "smollm2-135m"
 # name.
 ATTENTION_TARGETS = (("query_key_value", "dense"), ("q_proj", "k_proj", "v_proj", "o_proj"))
 
-# The file that says of a directory that a model is saved in it.
-CONFIG = "config.json"
+CONFIG = "config.json"  # says of a directory that a model is saved in it
 
 
 def load_model(
@@ -118,12 +118,9 @@ def add_adapter(
     """
     if method not in ADAPTERS:
         raise ValueError(f"method={method!r}; allowed are {', '.join(ADAPTERS)}.")
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank={rank!r}; it must be a whole number of at least 1.")
-    if not alpha > 0:
-        raise ValueError(f"alpha={alpha!r}; it must be above 0.")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout={dropout!r}; it must be at least 0 and below 1.")
+    check("rank", rank, whole(1))
+    check("alpha", alpha, ABOVE_0)
+    check("dropout", dropout, FRACTION)
     peft = require("peft")
     if targets is None:
         targets = attention_targets(model)
@@ -165,20 +162,23 @@ def train_weights(model: PreTrainedModel, targets: Sequence[str] | None = None) 
     if targets is not None:
         _check_targets(model, targets)
         for name, module in model.named_modules():
-            if any(f".{name}".endswith(f".{target}") for target in targets):
+            if _named(name, targets):
                 module.requires_grad_(True)
     return model
 
 
 def _check_targets(model: torch.nn.Module, targets: Sequence[str]) -> None:
     """PEFT asks only that one of the names is found, and leaves the adapters of a misspelt one out."""
-    present = [f".{name}" for name, _ in model.named_modules()]
-    missing = [target for target in targets if not any(name.endswith(f".{target}") for name in present)]
-    if missing:
+    present = [name for name, _ in model.named_modules()]
+    if missing := [target for target in targets if not any(_named(name, [target]) for name in present)]:
         names = ", ".join(map(repr, missing))
         raise ValueError(
             f"targets={list(targets)!r}: this model has no module named {names}. {_linear_modules(model)}"
         )
+
+
+def _named(module: str, targets: Iterable[str]) -> bool:
+    return any(f".{module}".endswith(f".{target}") for target in targets)
 
 
 def _linear_modules(model: torch.nn.Module) -> str:
@@ -189,10 +189,7 @@ def _linear_modules(model: torch.nn.Module) -> str:
 def attention_targets(model: torch.nn.Module) -> list[str] | None:
     """The names of the attention projections where the architecture is known, else None."""
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for names in ATTENTION_TARGETS:
-        if present.issuperset(names):
-            return list(names)
-    return None
+    return next((list(names) for names in ATTENTION_TARGETS if present.issuperset(names)), None)
 
 
 def _tokenizer(source: str, config: Any) -> Any:
@@ -209,15 +206,15 @@ def _tokenizer(source: str, config: Any) -> Any:
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(
-            f"dtype={dtype!r}; give a floating-point torch dtype or its name, such as 'bfloat16'."
-        )
+        raise ValueError(f"dtype={dtype!r}; give a floating-point torch dtype or its name: 'bfloat16'.")
     return resolved
 
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
     """transformers reports a missing network, a typo and a private model alike; say what can be done."""
+    from safetensors import SafetensorError  # of a file of weights that is none; no OSError
+
     try:
         yield
     except OSError as error:
@@ -230,7 +227,7 @@ def _explained(name: str) -> Iterator[None]:
             f"{FROM_PYPI!r}, not a directory with a model and its tokenizer, and neither the Hugging Face "
             f"hub nor its local cache gave it ({_first_line(error)}). {_what_to_do()}, or use 'tiny'."
         ) from error
-    except (ImportError, ValueError, _damaged()) as error:
+    except (ImportError, ValueError, SafetensorError) as error:
         raise RuntimeError(
             f"model {name!r} is there, but transformers {require('transformers').__version__} makes no "
             f"causal language model with a tokenizer of it ({_first_line(error)})"
@@ -239,13 +236,6 @@ def _explained(name: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
-
-
-def _damaged() -> type[Exception]:
-    """What is raised for a file of weights that is none; of its own kind, not an OSError."""
-    from safetensors import SafetensorError
-
-    return SafetensorError
 
 
 def _what_to_do() -> str:

@@ -1,135 +1,28 @@
 """The options that commands share, and the settings that a command line comes to.
 
     @app.command()
-    def tokens(ctx: typer.Context, model: Model = "tiny", preset: Preset = None) -> None:
+    @taking("preset model lr")
+    def tokens(ctx: typer.Context) -> None:
         config = training(ctx)
 
-A command names its options; ``training`` and ``stages`` read their values from the context, where it also
-stands which of them were given: a preset replaces the others. Only typer is imported here, so that ``--help``
-is quick.
+A command names the options that it takes; what they are and their defaults stand in ``TrainConfig`` and
+``FastForwardConfig``. ``training`` and ``stages`` read their values from the context, where it also stands
+which of them were given: a preset replaces the others. No torch is imported here: ``--help`` is quick.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-if TYPE_CHECKING:
-    from ffkernels.engine.config import FastForwardConfig
-    from ffkernels.training.config import TrainConfig
-
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help="Settings of the authors' script, authors-MODEL-TASK, or the paper's tables, paper-MODEL-TASK: "
-        "of pythia-1.4b, -2.8b, -6.9b or llama3-8b and medical, instruction or chat. Options that are given "
-        "as well win over them."
-    ),
-]
-Model = Annotated[
-    str, typer.Option(help="'tiny' (embedded), 'smollm2-135m', a folder, or a Hugging Face hub id.")
-]
-Attn = Annotated[
-    str | None,
-    typer.Option(help="Attention: sdpa, eager or flash_attention_2 (default: transformers' choice)."),
-]
-TaskName = Annotated[str, typer.Option(help="Data set: instruction, medical or chat.")]
-Source = Annotated[
-    str,
-    typer.Option(help="Where a task's data come from: offline (embedded, or a PyPI package) or hub."),
-]
-ChatLoss = Annotated[
-    str, typer.Option(help="What counts of the chat task: all tokens, or what the assistant says.")
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        help="File of JSON lines, instead of --task: text; prompt and response or completion; messages; "
-        "ShareGPT's conversations; Alpaca's instruction, input, output."
-    ),
-]
-TestData = Annotated[
-    Path | None,
-    typer.Option(help="With --data: the file that is tested on, --test-examples of it at most."),
-]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="What trains: a lora or dora adapter; full: every weight; full-attention: the weights of the "
-        "attention projections."
-    ),
-]
-Rank = Annotated[int, typer.Option(help="Rank of the adapter.")]
-Alpha = Annotated[float, typer.Option(help="Scale of the adapter; it acts times alpha/rank.")]
-Dropout = Annotated[float, typer.Option(help="Dropout on the adapter's input.")]
-TargetModules = Annotated[
-    str | None,
-    typer.Option(help="Modules that train, comma-separated (default: attention projections)."),
-]
-Lr = Annotated[float, typer.Option(help="Learning rate after warm-up.")]
-LrOrAuto = Annotated[
-    str,
-    typer.Option(
-        help="Learning rate after warm-up; or auto: none to choose, it rises from far below and is moved by "
-        "how each gradient agrees with the last update, with or without Fast Forward's stages."
-    ),
-]
-Optimizer = Annotated[
-    str, typer.Option(help="adamw, or lora-plus: a higher learning rate for the adapters' B matrices.")
-]
-LoraPlusRatio = Annotated[float, typer.Option(help="LoRA+: how many times as high that one is.")]
-Schedule = Annotated[
-    str, typer.Option(help="Learning rate over the steps: constant, linear or cosine (to 0).")
-]
-WarmupSteps = Annotated[int, typer.Option(help="Optimizer steps over which the learning rate rises.")]
-BatchSize = Annotated[int, typer.Option(help="Examples per optimizer step.")]
-MicroBatchSize = Annotated[
-    int | None, typer.Option(help="Examples per forward and backward pass (default: the whole batch).")
-]
-Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the training data, instead of --steps.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens per example at most.")]
-EvalTokens = Annotated[
-    int | None,
-    typer.Option(
-        help="Padded tokens per forward of validation and test losses at most; changes memory and time, not "
-        "the losses (default: 2048 on a CPU, 16384 elsewhere)."
-    ),
-]
-TestExamples = Annotated[
-    int,
-    typer.Option(help="Held-out examples for the test loss, which is charged to nobody; 0: none."),
-]
-ValidationExamples = Annotated[int, typer.Option(help="Held-out examples Fast Forward searches with.")]
-ResampleValidation = Annotated[
-    int | None,
-    typer.Option(
-        help="Draw the --validation-examples anew before each Fast Forward stage, from so many held out "
-        "instead (default: the same in every stage)."
-    ),
-]
-Interval = Annotated[int, typer.Option(help="Optimizer steps from one Fast Forward stage to the next.")]
-StageWarmup = Annotated[int, typer.Option(help="Optimizer steps before the first interval begins.")]
-MaxTau = Annotated[int, typer.Option(help="Fast Forward steps per stage at most.")]
-Patience = Annotated[
-    str,
-    typer.Option(
-        help="auto: a stage where the agreement of gradients and updates says that it pays. A number: switch "
-        "Fast Forward off after so many stages in a row without a step; 0 never does."
-    ),
-]
-Impl = Annotated[str, typer.Option(help="What moves the weights: auto, torch, cpp, triton or cuda.")]
-Search = Annotated[str, typer.Option(help="Fast Forward's search: parabolic or linear (the paper's).")]
-Seeds = Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which (0,7 or 7,).")]
-Seed = Annotated[int, typer.Option(help="Of data split and order, adapter and dropout.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-Dtype = Annotated[
-    str, typer.Option(help="Of the frozen base model: float32, bfloat16 or float16; what trains is float32.")
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads (default: torch's choice).")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+from ffkernels.engine.config import FastForwardConfig
+from ffkernels.training.config import TrainConfig
 
 # compare's --search: it runs each of them.
 BOTH = "both"
@@ -138,6 +31,105 @@ AUTO = "auto"  # --lr, and FastForwardConfig.learning_rate
 
 # Fields whose options are called otherwise.
 OPTION = {"targets": "target_modules", "warmup": "stage_warmup", "peers": "peer", "searches": "search"}
+
+# Options whose text becomes a field's value below, or that are shown as paths.
+_KINDS = {"out": Path, "data": Path | None, "test_data": Path | None, "targets": str | None}
+
+# Of FastForwardConfig's fields, what their options say.
+_STAGES = {
+    "search": (str, "Fast Forward's search: parabolic or linear (the paper's)."),
+    "interval": (int, "Optimizer steps from one Fast Forward stage to the next."),
+    "warmup": (int, "Optimizer steps before the first interval begins."),
+    "max_tau": (int, "Fast Forward steps per stage at most."),
+    "patience": (
+        str,
+        "auto: a stage where the agreement of gradients and updates says that it pays. A number: switch "
+        "Fast Forward off after so many stages in a row without a step; 0 never does.",
+    ),
+    "impl": (str, "What moves the weights: auto, torch, cpp, triton or cuda."),
+}
+
+
+def _options() -> dict[str, tuple[Any, Any]]:
+    """By name, each option's type with its help, and its default."""
+    kinds, stages = get_type_hints(TrainConfig), {field.name: field for field in fields(FastForwardConfig)}
+    found = {
+        field.name: (_KINDS.get(field.name, kinds[field.name]), field.metadata["help"], field.default)
+        for field in fields(TrainConfig)
+        if field.name != "fast_forward"
+    }
+    found |= {name: (kind, help, stages[name].default) for name, (kind, help) in _STAGES.items()}
+    return {
+        OPTION.get(name, name): (Annotated[kind, typer.Option(help=help)], default)
+        for name, (kind, help, default) in found.items()
+    }
+
+
+OPTIONS = _options() | {
+    "preset": (
+        Annotated[
+            str | None,
+            typer.Option(
+                help="Settings of the authors' script, authors-MODEL-TASK, or the paper's tables, "
+                "paper-MODEL-TASK: of pythia-1.4b, -2.8b, -6.9b or llama3-8b and medical, instruction or "
+                "chat. Options that are given as well win over them."
+            ),
+        ],
+        None,
+    ),
+    "seeds": (
+        Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which (0,7 or 7,).")],
+        "1",
+    ),
+    "quiet": (Annotated[bool, typer.Option("--quiet", help="No progress bar.")], False),
+}
+
+# As types, where a command writes an option down itself.
+Preset, Model, TaskName, Source, ChatLoss, Data, TestData = (
+    OPTIONS[name][0] for name in "preset model task source chat_loss data test_data".split()
+)
+Method, Rank, Alpha, Dropout, TargetModules, Lr, WarmupSteps = (
+    OPTIONS[name][0] for name in "method rank alpha dropout target_modules lr warmup_steps".split()
+)
+BatchSize, MicroBatchSize, Steps, MaxLength, TestExamples = (
+    OPTIONS[name][0] for name in "batch_size micro_batch_size steps max_length test_examples".split()
+)
+ValidationExamples, EvalTokens, Search, Interval, MaxTau = (
+    OPTIONS[name][0] for name in "validation_examples eval_tokens search interval max_tau".split()
+)
+Seed, Seeds, Attn, Device, Dtype, Threads = (
+    OPTIONS[name][0] for name in "seed seeds attn device dtype threads".split()
+)
+
+
+def taking(names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, which takes the context and options of its own, those of ``OPTIONS`` before them.
+
+    The keywords change defaults. The command finds the values of these options in its context.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        own = [
+            p.replace(kind=kind, annotation=hints[p.name])
+            for p in inspect.signature(command).parameters.values()
+        ]
+        shared = [
+            inspect.Parameter(name, kind, default=defaults.get(name, default), annotation=annotation)
+            for name in names.split()
+            for annotation, default in [OPTIONS[name]]
+        ]
+
+        @wraps(command)
+        def with_shared(**values: Any) -> None:
+            command(**{parameter.name: values[parameter.name] for parameter in own})
+
+        with_shared.__signature__ = inspect.Signature([*shared, *own])
+        with_shared.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
+        return with_shared
+
+    return decorate
 
 
 def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
@@ -148,24 +140,15 @@ def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:
     Raises:
         ValueError: naming the field, the value and what is allowed; or an option that nothing would read.
     """
-    from dataclasses import fields
-
-    from ffkernels.training.config import TrainConfig
-
-    names = [field.name for field in fields(TrainConfig) if field.name != "fast_forward"]
-    values = {n: ctx.params[OPTION.get(n, n)] for n in names if OPTION.get(n, n) in ctx.params}
-    for name in ("out", "data", "test_data"):
-        if values.get(name) is not None:
-            values[name] = str(values[name])
+    values = _values(ctx, TrainConfig)
+    values |= {name: str(value) for name, value in values.items() if isinstance(value, Path)}
     if values.get("targets") is not None:
         values["targets"] = tuple(part.strip() for part in values["targets"].split(","))
     if values.get("lr") == AUTO:
         del values["lr"]  # any does: the groups' ratios are what is taken of it
     elif "lr" in values:
         values["lr"] = _number(values["lr"])
-    if ctx.params.get("preset") is not None:
-        values |= {n: value for n, value in preset_values(ctx).items() if n in names}
-    config = TrainConfig(**{**values, **fixed})
+    config = TrainConfig(**{**values, **preset_values(ctx), "fast_forward": None, **fixed})
     _refuse_meaningless(ctx, config)
     return config
 
@@ -175,20 +158,20 @@ def stages(ctx: typer.Context, **fixed: Any) -> FastForwardConfig:
 
     ``fixed`` values are the command's.
     """
-    from dataclasses import fields
-
-    from ffkernels.engine.config import FastForwardConfig
-
-    names = [field.name for field in fields(FastForwardConfig)]
-    values = {n: ctx.params[OPTION.get(n, n)] for n in names if OPTION.get(n, n) in ctx.params}
+    values = _values(ctx, FastForwardConfig)
     if "patience" in values:
         values["patience"] = _patience(values["patience"])
-    of_preset = preset_values(ctx).get("fast_forward") if ctx.params.get("preset") is not None else None
-    if of_preset is not None:
-        values |= {n: getattr(of_preset, n) for n in names if not _given(ctx, n)}
+    if (of_preset := preset_values(ctx).get("fast_forward")) is not None:
+        values |= {n: value for n, value in of_preset.to_dict().items() if not _given(ctx, n)}
     if ctx.params.get("lr") == AUTO:
         values["learning_rate"] = AUTO
     return FastForwardConfig(**{**values, **fixed})
+
+
+def _values(ctx: typer.Context, cls: type) -> dict[str, Any]:
+    """The fields of a configuration that have options here."""
+    options = {field.name: OPTION.get(field.name, field.name) for field in fields(cls)}
+    return {name: ctx.params[option] for name, option in options.items() if option in ctx.params}
 
 
 def _number(given: str | float) -> float:
@@ -226,9 +209,11 @@ def _given(ctx: typer.Context, *fields: str) -> list[str]:
 
 
 def preset_values(ctx: typer.Context) -> dict[str, Any]:
-    """The preset's values, but for those that the command line gives itself."""
+    """The preset's values, where there is one, but for those that the command line gives itself."""
     from ffkernels.training.presets import preset
 
+    if ctx.params.get("preset") is None:
+        return {}
     values = {name: value for name, value in preset(ctx.params["preset"]).items() if not _given(ctx, name)}
     if _given(ctx, "steps"):
         values.pop("epochs", None)  # they would replace the steps that were asked for
@@ -242,7 +227,7 @@ def _refuse_meaningless(ctx: typer.Context, config: TrainConfig) -> None:
     lora_plus = "lora-plus" in (config.optimizer, *(ctx.params.get("peer") or ()))
     adapter, no_adapter = ("rank", "alpha", "dropout"), f"method={config.method!r} has no adapter"
     of_tasks = ("task", "source", "chat_loss")
-    for unread, fields, because in (
+    for unread, names, because in (
         (config.method == "full", (*adapter, "targets"), f"{no_adapter} that it could be for"),
         (config.method == "full-attention", adapter, f"{no_adapter} that it could be for"),
         (config.data is not None, of_tasks, "--data is trained on instead of a task"),
@@ -250,5 +235,5 @@ def _refuse_meaningless(ctx: typer.Context, config: TrainConfig) -> None:
         (not lora_plus, ("lora_plus_ratio",), "there is no optimizer lora-plus that it could be for"),
         (bool(_given(ctx, "epochs")), ("steps",), "--epochs says how long to train"),
     ):
-        if unread and (wrong := _given(ctx, *fields)):
+        if unread and (wrong := _given(ctx, *names)):
             raise ValueError(f"--{wrong[0].replace('_', '-')}: {because}; leave it out")

@@ -51,8 +51,9 @@ def load_module(name: str) -> ModuleType:
     if name not in known:
         raise ValueError(f"peer {name!r} does not exist; allowed are {', '.join(known)}")
     if PACKAGE not in sys.modules:
+        places = [str(FOLDER)]
         spec = util.spec_from_file_location(
-            PACKAGE, FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
+            PACKAGE, FOLDER / "__init__.py", submodule_search_locations=places
         )
         package = util.module_from_spec(spec)
         sys.modules[PACKAGE] = package

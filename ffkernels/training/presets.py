@@ -31,14 +31,9 @@ BLANK = None  # what a table does not say
 
 # Learning rate, batch size and rank by task, each the same for all models; micro-batches by model.
 TABLES: dict[str, tuple[float, int, int, dict[str, int | None]]] = {
-    "medical": (4e-5, 128, 8, {"pythia-1.4b": 2, "pythia-2.8b": 1, "pythia-6.9b": BLANK, "llama3-8b": BLANK}),
-    "instruction": (
-        5e-6,
-        64,
-        8,
-        {"pythia-1.4b": 2, "pythia-2.8b": 1, "pythia-6.9b": BLANK, "llama3-8b": BLANK},
-    ),
-    "chat": (2e-5, 512, 64, {"pythia-1.4b": 2, "pythia-2.8b": 2, "pythia-6.9b": 1, "llama3-8b": BLANK}),
+    "medical": (4e-5, 128, 8, dict(zip(MODELS, (2, 1, BLANK, BLANK), strict=True))),
+    "instruction": (5e-6, 64, 8, dict(zip(MODELS, (2, 1, BLANK, BLANK), strict=True))),
+    "chat": (2e-5, 512, 64, dict(zip(MODELS, (2, 2, 1, BLANK), strict=True))),
 }
 
 PRESETS = tuple(

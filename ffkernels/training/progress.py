@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import timedelta
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,13 +23,46 @@ from rich.text import Text
 
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.requirements import no_progress_bars
-from ffkernels.training.time_left import TimeLeft
 from ffkernels.training.trainer import NOT_FINITE
 
 if TYPE_CHECKING:
     from ffkernels.training.trainer import RunResult
 
-__all__ = ["ProgressBars", "how_it_ended", "token_line", "token_table"]
+__all__ = ["ProgressBars", "TimeLeft", "how_it_ended", "token_line", "token_table"]
+
+
+class TimeLeft:
+    """How long several ``runs``, one after the other, will still take, told when each of them begins.
+
+        left = what the present run needs at its steps' pace + runs that have not begun · the longest so far
+
+    An estimate: a run may reach its target before its last step, and one with long stages outlast those
+    before. ``clock`` gives seconds.
+
+    Attributes:
+        begun: how many have begun.
+    """
+
+    def __init__(self, runs: int, clock: Callable[[], float] = perf_counter) -> None:
+        self.runs, self.begun = runs, 0
+        self._clock, self._since, self._longest, self._prepared = clock, 0.0, 0.0, 0.0
+
+    def begin(self) -> None:
+        now = self._clock()
+        if self.begun:
+            self._longest = max(self._longest, now - self._since)
+        self.begun, self._since, self._prepared = self.begun + 1, now, 0.0
+
+    def prepared(self) -> None:
+        """The present run has its model and data: its steps begin."""
+        self._prepared = self._clock() - self._since
+
+    def seconds(self, done: float) -> float | None:
+        """Left when a share ``done`` of the present run's steps is done; None where nothing tells yet."""
+        if not done:
+            return (self.runs - self.begun + 1) * self._longest or None
+        steps = (self._clock() - self._since - self._prepared) / done
+        return steps * (1 - done) + (self.runs - self.begun) * max(self._longest, self._prepared + steps)
 
 
 class Remaining(TimeRemainingColumn):
@@ -85,14 +120,13 @@ class ProgressBars:
         left.begin()
         self._task = self._progress.add_task(config.name, total=config.steps, note="")
         self._show_left(0)
-        if not self._live and not self.quiet:
-            until = f" or test loss {config.target_loss:.4f}" if config.target_loss is not None else ""
-            length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
-            of_all = f"; run {', '.join([f'{left.begun} of {runs}', *self._left(0)])}" if runs > 1 else ""
-            self.console.print(f"{config.name}: {length}{until}{of_all}", highlight=False)
+        until = f" or test loss {config.target_loss:.4f}" if config.target_loss is not None else ""
+        length = f"{config.steps} steps" if config.epochs is None else f"{config.epochs:g} epochs"
+        of_all = f"; run {', '.join([f'{left.begun} of {runs}', *self._left(0)])}" if runs > 1 else ""
+        self._line(f"{config.name}: {length}{until}{of_all}")
 
     def event(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
+        kind, step = event["event"], event.get("optimizer_step")
         if kind == "run":
             self._steps = event["config"]["steps"]
             self._time_left.prepared()
@@ -103,33 +137,32 @@ class ProgressBars:
             self._progress.update(self._task, total=self._steps)
         elif kind == "test":
             self._test = f"test loss {event['loss']:.4f}"
-            self._progress.update(self._task, completed=event["optimizer_step"], note=self._test)
+            self._progress.update(self._task, completed=step, note=self._test)
         elif kind == "step":
-            self._progress.update(self._task, completed=event["optimizer_step"])
-            self._show_left(event["optimizer_step"])
-        elif kind == "stage_begins":
-            self._progress.update(self._task, note=f"{self._test}  Fast Forward stage …")
+            self._progress.update(self._task, completed=step)
+            self._show_left(step)
+        elif kind in ("stage_begins", "stage"):
+            note = "Fast Forward stage …" if kind == "stage_begins" else f"τ = {event['tau']}"
+            self._progress.update(self._task, note=f"{self._test}  {note}")
         elif kind == "interrupt":
             what = "Fast Forward stage" if event["in_stage"] else "step"
-            how = "and is saved; a second Ctrl-C ends it at once, unsaved" if event["save"] else ""
-            self.console.print(f"Ctrl-C: {self._name} ends after this {what} {how}".rstrip(), highlight=False)
-        elif kind == "stage":
-            self._progress.update(self._task, note=f"{self._test}  τ = {event['tau']}")
+            how = " and is saved; a second Ctrl-C ends it at once, unsaved" if event["save"] else ""
+            self.console.print(f"Ctrl-C: {self._name} ends after this {what}{how}", highlight=False)
         elif kind == "end":
             # A run that stopped early is done: its bar is full at the steps it needed.
-            self._progress.update(
-                self._task, completed=event["optimizer_steps"], total=event["optimizer_steps"]
+            steps, tested = event["optimizer_steps"], event["test_seconds"]
+            self._progress.update(self._task, completed=steps, total=steps)
+            self._show_left(steps, ended=True)
+            tests = f", and {tested:.1f} s for test losses" if tested else ""
+            self._line(
+                f"{self._name}: {event['stopped_because']} after {steps} steps,"
+                f"{_test_loss(event['test_loss'])} {event['seconds']['total']:.1f} s{tests}"
             )
-            self._show_left(event["optimizer_steps"], ended=True)
-            if not self._live and not self.quiet:
-                tests = (
-                    f", and {event['test_seconds']:.1f} s for test losses" if event["test_seconds"] else ""
-                )
-                self.console.print(
-                    f"{self._name}: {event['stopped_because']} after {event['optimizer_steps']} steps,"
-                    f"{_test_loss(event['test_loss'])} {event['seconds']['total']:.1f} s{tests}",
-                    highlight=False,
-                )
+
+    def _line(self, text: str) -> None:
+        """Where no bar is drawn."""
+        if not self._live and not self.quiet:
+            self.console.print(text, highlight=False)
 
     def _left(self, steps: int) -> list[str]:
         """What all runs still take, where something tells; of the present one so many steps are done."""
@@ -145,8 +178,7 @@ class ProgressBars:
         # Without a bar each run's beginning tells it, and of the first its tenth part.
         if not self._told_left and 10 * steps >= self._steps:
             self._told_left = True
-            if not self._live and not self.quiet:
-                self.console.print(f"All {self._time_left.runs} runs: {left[0]}", highlight=False)
+            self._line(f"All {self._time_left.runs} runs: {left[0]}")
 
     def _tell(self, remark: str, whose: str = "") -> None:
         """Once, also where several runs share the data."""
@@ -194,13 +226,10 @@ def how_it_ended(result: RunResult, method: str = "lora") -> list[str]:
         f"{result.seconds['total']:.1f} s, {result.flops['measured']:.3g} FLOPs (measured)"
     ]
     if result.stopped_because == NOT_FINITE:
-        lines.append(
-            f"These weights were not saved, nor an earlier checkpoint replaced; the log is {result.log}."
-        )
-        lines.append("Try a lower learning rate.")
-    else:
-        saved, loaded = ("adapter", "PeftModel.from_pretrained")
-        if method not in ADAPTERS:
-            saved, loaded = ("model", f"--model {result.folder}, or from_pretrained")
-        lines.append(f"The {saved} is in {result.folder} ({loaded}), the log in {result.log}.")
+        unsaved = "These weights were not saved, nor an earlier checkpoint replaced; the log is"
+        return [*lines, f"{unsaved} {result.log}.", "Try a lower learning rate."]
+    saved, loaded = "adapter", "PeftModel.from_pretrained"
+    if method not in ADAPTERS:
+        saved, loaded = "model", f"--model {result.folder}, or from_pretrained"
+    lines.append(f"The {saved} is in {result.folder} ({loaded}), the log in {result.log}.")
     return [*lines, "Go on with the same command and --resume."] if result.interrupted else lines

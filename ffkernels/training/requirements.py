@@ -1,19 +1,30 @@
-"""What the command line needs beside PyTorch, and how to get it."""
+"""What is needed beside PyTorch: imported where it is used, and named with its remedy where it is missing."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["no_progress_bars", "require"]
+__all__ = ["no_progress_bars", "require", "require_for_task"]
 
 
 def require(package: str) -> Any:
     try:
-        return __import__(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise RuntimeError(f"{package} is needed here: pip install 'ffkernels[hf]' ({error}).") from error
+
+
+def require_for_task(task: str, package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise RuntimeError(
+            f"task {task!r} needs {package}: pip install 'ffkernels[tasks]' ({error}). "
+            "Or give a JSONL file of your own: --data FILE.jsonl."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -26,8 +26,7 @@ from ffkernels.reporting.flops import FlopMeter
 from ffkernels.reporting.machine import choose_device
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.models import add_adapter, attention_targets, load_model, train_weights
-from ffkernels.training.remarks import of_run
-from ffkernels.training.tasks import Example, Task, collate, load_file, load_task
+from ffkernels.training.tasks import Example, Task, collate, count_of, load_file, load_task
 from ffkernels.validation.evaluation_mode import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.pool import ValidationPool
@@ -71,7 +70,10 @@ class DataOrder:
 
 
 class Session:
-    """Model, data and optimizer of one run. A context manager: leaving it detaches Fast Forward.
+    """Model, data and optimizer of one run, up to its first step. Leaving it detaches Fast Forward.
+
+    ``attach(session)`` makes what runs the stages instead of FastForward: an object with ``stages``, a list
+    of ``Stage``, and ``detach()``; or None. It is called last, when all else of the session is there.
 
     Attributes:
         config: the run's settings.
@@ -87,6 +89,10 @@ class Session:
         test: loss on the test examples, charged to nobody; None where there are none.
         validation: loss on the validation examples, or on a draw of them; made when first asked for.
         ff: the FastForward (or a peer of the same face) that runs stages inside ``update``; None without.
+
+    Raises:
+        ValueError, RuntimeError: when model, data or settings do not go together; the message says
+            what to do.
     """
 
     def __init__(self, config: TrainConfig, *, attach: Attach | None = None) -> None:
@@ -103,9 +109,8 @@ class Session:
         self.steps = config.steps
         if config.epochs is not None:
             self.steps = math.ceil(config.epochs * len(self.task.train) / config.batch_size)
-        training = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.names: list[str] = [name for name, _ in training]
-        self.trainable: list[nn.Parameter] = [p for _, p in training]
+        training = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.names, self.trainable = list(training), list(training.values())
         self.optimizer = _optimizer(config, self.model, self.trainable)
         self._ratios = [group["lr"] / config.lr for group in self.optimizer.param_groups]
         self._try_positions()
@@ -122,20 +127,14 @@ class Session:
 
     @cached_property
     def validation(self) -> ValidationLoss:
-        if self.config.resample_validation is None:
-            return self._loss(self.task.validation)
-        return ValidationPool(
-            self.model,
-            self.task.validation,
-            size=self.config.validation_examples,
-            seed=self.config.seed,
-            collator=self.collator,
-            micro_batch_tokens=self.config.eval_tokens,
-        )
+        config, held_out = self.config, self.task.validation
+        if config.resample_validation is None:
+            return self._loss(held_out)
+        return self._loss(held_out, ValidationPool, size=config.validation_examples, seed=config.seed)
 
-    def _loss(self, examples: list[Example]) -> ValidationLoss:
+    def _loss(self, examples: list[Example], kind: type = ValidationLoss, **options: Any) -> ValidationLoss:
         tokens = self.config.eval_tokens
-        return ValidationLoss(self.model, examples, collator=self.collator, micro_batch_tokens=tokens)
+        return kind(self.model, examples, collator=self.collator, micro_batch_tokens=tokens, **options)
 
     def load(self, step: int) -> Batch:
         """The batch of optimizer step ``step`` (counted from 0), collated and on the device."""
@@ -189,9 +188,21 @@ class Session:
     @property
     def remarks(self) -> list[str]:
         """What was left out of the data, and where data and settings do not go together, in sentences."""
-        lengths = [len(example["input_ids"]) for example in self._at_hand]
-        sizes = (len(self.task.train), lengths, self.config.batch_size, self._positions)
-        return [*self.task.remarks, *of_run(*sizes)]
+        remarks, examples, size = list(self.task.remarks), len(self.task.train), self.config.batch_size
+        if size > examples:
+            remarks.append(
+                f"A batch of {size} is larger than the {examples} training examples, which it repeats; "
+                "lower batch_size (--batch-size)."
+            )
+        lengths, positions = [len(example["input_ids"]) for example in self._at_hand], self._positions
+        beyond = [length for length in lengths if length > positions]
+        if beyond:
+            remarks.append(
+                f"Of {count_of(len(lengths), 'example')} {len(beyond):,}, of up to {max(beyond)} tokens, are "
+                f"longer than the {positions} positions that the model was made for; lower max_length "
+                "(--max-length)."
+            )
+        return remarks
 
     @property
     def _at_hand(self) -> list[Example]:
@@ -200,14 +211,16 @@ class Session:
         return [example for split in splits if isinstance(split, list) for example in split]
 
     @property
-    def _positions(self) -> int | None:
-        return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+    def _positions(self) -> float:
+        """Those that the model was made for; infinitely many where it does not say."""
+        positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return math.inf if positions is None else positions
 
     def _try_positions(self) -> None:
         """Rotary positions go on behind those that a model was made for; a table of them (GPT-2's) ends."""
         longest = max(self._at_hand, key=lambda example: len(example["input_ids"]))
         length, positions = len(longest["input_ids"]), self._positions
-        if positions is None or length <= positions:
+        if length <= positions:
             return
         try:
             with evaluation_mode(self.model, self.device):
@@ -236,17 +249,7 @@ class Session:
         self.close()
 
 
-def open_session(config: TrainConfig, *, attach: Attach | None = None) -> Session:
-    """Load the model and the data of ``config`` and make everything up to the first step.
-
-    ``attach(session)`` makes what runs the stages instead of FastForward: an object with ``stages``, a list
-    of ``Stage``, and ``detach()``; or None. It is called last, when all else of the session is there.
-
-    Raises:
-        ValueError, RuntimeError: when model, data or settings do not go together; the message says
-            what to do.
-    """
-    return Session(config, attach=attach)
+open_session = Session
 
 
 def stages_of(session: Session, **how: Any) -> FastForward | None:
@@ -266,12 +269,8 @@ waiting_stages = partial(stages_of, defer=True)
 
 def prepare_task(config: TrainConfig, tokenizer: Any) -> Task:
     """The run's data: train, validation and test examples, disjoint."""
-    sizes = {
-        "max_length": config.max_length,
-        "seed": config.seed,
-        "test_examples": config.test_examples,
-        "validation_examples": config.held_out_examples,
-    }
+    sizes = {name: getattr(config, name) for name in ("max_length", "seed", "test_examples")}
+    sizes["validation_examples"] = config.held_out_examples
     if config.data is not None:
         return load_file(config.data, tokenizer, test_data=config.test_data, **sizes)
     return load_task(config.task, tokenizer, source=config.source, chat_loss=config.chat_loss, **sizes)
@@ -284,37 +283,24 @@ def _model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Any]:
     torch.manual_seed(config.seed)  # the adapter's initialisation, then dropout
     targets = list(config.targets) if config.targets else None
     if config.method in ADAPTERS:
-        model = add_adapter(
-            model,
-            method=config.method,
-            rank=config.rank,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            targets=targets,
+        adapter = {name: getattr(config, name) for name in ("method", "rank", "alpha", "dropout")}
+        return add_adapter(model, targets=targets, **adapter), tokenizer
+    if config.method == "full":
+        return train_weights(model), tokenizer
+    targets = targets or attention_targets(model)
+    if targets is None:
+        raise ValueError(
+            f"method={config.method!r}: which modules of {config.model!r} project its attention is not "
+            "known here; name them with targets (--target-modules)"
         )
-    elif config.method == "full":
-        model = train_weights(model)
-    else:
-        targets = targets or attention_targets(model)
-        if targets is None:
-            raise ValueError(
-                f"method={config.method!r}: which modules of {config.model!r} project its attention is not "
-                "known here; name them with targets (--target-modules)"
-            )
-        model = train_weights(model, targets)
-    return model, tokenizer
+    return train_weights(model, targets), tokenizer
 
 
 def _optimizer(config: TrainConfig, model: nn.Module, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
     common = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
-    if config.optimizer == "lora-plus":
-        from peft.optimizers import create_loraplus_optimizer
+    if config.optimizer != "lora-plus":
+        return torch.optim.AdamW(trainable, weight_decay=config.weight_decay, **common)
+    from peft.optimizers import create_loraplus_optimizer
 
-        return create_loraplus_optimizer(
-            model,
-            torch.optim.AdamW,
-            loraplus_lr_ratio=config.lora_plus_ratio,
-            loraplus_weight_decay=config.weight_decay,
-            **common,
-        )
-    return torch.optim.AdamW(trainable, weight_decay=config.weight_decay, **common)
+    common |= {"loraplus_lr_ratio": config.lora_plus_ratio, "loraplus_weight_decay": config.weight_decay}
+    return create_loraplus_optimizer(model, torch.optim.AdamW, **common)

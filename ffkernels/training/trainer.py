@@ -18,10 +18,9 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -48,7 +47,6 @@ SPLIT = ("train", "validate", "move", "other")
 class RunResult:
     """How a run ended. ``test_loss`` is of the final weights; after Ctrl-C, the last that was measured. What
     all test losses took, ``test_seconds``, is charged to nobody: it is not in ``seconds``.
-
     ``ctrl_c`` says that Ctrl-C came, also in the last step, when there was nothing left to interrupt.
     """
 
@@ -139,7 +137,7 @@ def train(
                 ff.load_state_dict(saved["fast_forward"])
         else:
             checkpoint.discard(folder)  # only now, when model, data and settings have proved to be good
-        interrupt = stack.enter_context(_interrupt_after_the_step())
+        interrupt = stack.enter_context(_Interrupt())
         unwritten: list[OSError] = []
 
         def tell(event: str, **fields: Any) -> None:
@@ -165,6 +163,9 @@ def train(
         if hasattr(ff, "on_stage_begins"):
             ff.on_stage_begins = stage_begins
 
+        def spent() -> dict[str, Any]:
+            return {"flops": meter.totals, "seconds": progress.clock()}
+
         def measure_test_loss() -> None:
             if session.test is None:
                 return
@@ -172,13 +173,7 @@ def train(
             progress.test_loss = session.test_loss()
             progress.test_seconds += perf_counter() - begin
             progress.tested_at = progress.optimizer_steps
-            emit(
-                "test",
-                optimizer_step=progress.optimizer_steps,
-                loss=progress.test_loss,
-                flops=meter.totals,
-                seconds=progress.clock(),
-            )
+            emit("test", optimizer_step=progress.optimizer_steps, loss=progress.test_loss, **spent())
 
         def refuse_unwritten() -> None:
             if unwritten:
@@ -190,20 +185,15 @@ def train(
             return config.target_loss is not None and tested and progress.test_loss <= config.target_loss
 
         def save_checkpoint() -> None:
-            state = partial(
-                checkpoint.save_state,
-                folder,
-                session.model,
-                session.optimizer,
-                device,
-                config=described,
-                progress=vars(progress),
-                meter=meter.state_dict(),
-                fast_forward=ff.state_dict() if hasattr(ff, "state_dict") else None,
-            )
-            for part in (state, partial(checkpoint.save_model, session.model, folder, session.tokenizer)):
+            counted = {"progress": vars(progress), "meter": meter.state_dict()}
+            counted["fast_forward"] = ff.state_dict() if hasattr(ff, "state_dict") else None
+            model, optimizer = session.model, session.optimizer
+            for save_part in (
+                lambda: checkpoint.save_state(folder, model, optimizer, device, config=described, **counted),
+                lambda: checkpoint.save_model(model, folder, session.tokenizer),
+            ):
                 try:
-                    part()
+                    save_part()
                 except OSError as error:  # the other may fit
                     unwritten.append(error)
 
@@ -248,15 +238,9 @@ def train(
             staged = stage.seconds if stage is not None else 0.0
             progress.charge(train=end - begin - staged, other=collated - start)
             meter.optimizer_step()
-            emit(
-                "step",
-                optimizer_step=progress.optimizer_steps,
-                train_loss=train_loss,
-                lr=session.lr,
-                **({"alignment": ff.alignment} if getattr(ff, "learning_rate", None) is not None else {}),
-                flops=meter.totals,
-                seconds=progress.clock(),
-            )
+            rate = {"alignment": ff.alignment} if getattr(ff, "learning_rate", None) is not None else {}
+            seen = {"optimizer_step": progress.optimizer_steps, "train_loss": train_loss, "lr": session.lr}
+            emit("step", **seen, **rate, **spent())
             if stage is not None:
                 rest = stage.seconds - stage.validate_seconds - stage.move_seconds
                 progress.charge(validate=stage.validate_seconds, move=stage.move_seconds, other=rest)
@@ -279,33 +263,18 @@ def train(
         if save and stopped != NOT_FINITE:  # weights that are lost must not replace the last good ones
             save_checkpoint()
         refuse_unwritten()
-        result = RunResult(
-            name=config.name,
-            optimizer_steps=progress.optimizer_steps,
-            test_loss=progress.test_loss,
-            flops=meter.totals,
-            seconds=progress.clock(),
-            validation_forwards=progress.validation_forwards,
-            stages=list(ff.stages) if ff is not None else [],
-            stopped_because=stopped or ALL_STEPS,
-            reached_target=None if config.target_loss is None else reached_target(),
-            log=log,
-            folder=folder,
-            ctrl_c=interrupt.wanted,
-            test_seconds=progress.test_seconds,
-        )
-        emit(
-            "end",
-            optimizer_steps=result.optimizer_steps,
-            test_loss=result.test_loss,
-            flops=result.flops,
-            seconds=result.seconds,
-            validation_forwards=result.validation_forwards,
-            stages=len(result.stages),
-            stopped_because=result.stopped_because,
-            reached_target=result.reached_target,
-            test_seconds=result.test_seconds,
-        )
+        ended = {
+            "optimizer_steps": progress.optimizer_steps,
+            "test_loss": progress.test_loss,
+            **spent(),
+            "validation_forwards": progress.validation_forwards,
+            "stages": list(ff.stages) if ff is not None else [],
+            "stopped_because": stopped or ALL_STEPS,
+            "reached_target": None if config.target_loss is None else reached_target(),
+            "test_seconds": progress.test_seconds,
+        }
+        result = RunResult(config.name, log=log, folder=folder, ctrl_c=interrupt.wanted, **ended)
+        emit("end", **{**ended, "stages": len(result.stages)})
         refuse_unwritten()
     return result
 
@@ -328,10 +297,11 @@ def _now(device: torch.device) -> float:
 
 
 class _Interrupt:
-    """SIGINT's handler: the first Ctrl-C asks for an end after the present step, the second ends at once."""
+    """The first Ctrl-C asks for an end after the present step, the second ends at once; a context manager."""
 
     wanted = in_stage = False
     tell: Callable[[], None] | None = None
+    _before: Any = None
 
     def __call__(self, *signal_and_frame: object) -> None:
         if self.wanted:
@@ -340,18 +310,13 @@ class _Interrupt:
         if self.tell is not None:
             self.tell()
 
+    def __enter__(self) -> _Interrupt:
+        # Signals arrive in the main thread only; a process started with SIGINT ignored keeps ignoring it.
+        ours = threading.current_thread() is threading.main_thread()
+        if ours and callable(signal.getsignal(signal.SIGINT)):
+            self._before = signal.signal(signal.SIGINT, self)
+        return self
 
-@contextmanager
-def _interrupt_after_the_step() -> Iterator[_Interrupt]:
-    interrupt = _Interrupt()
-    # Signals arrive in the main thread only; a process started with SIGINT ignored keeps ignoring it.
-    if threading.current_thread() is not threading.main_thread() or not callable(
-        signal.getsignal(signal.SIGINT)
-    ):
-        yield interrupt
-        return
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __exit__(self, *exc: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)

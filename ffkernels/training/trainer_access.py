@@ -14,12 +14,9 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "calling_trainer",
-    "log",
-    "other_models",
-    "wrap_training_step",
-]
+__all__ = ["calling_trainer", "log", "other_models", "wrap_training_step"]
+
+Around = Callable[[Any, Any], AbstractContextManager[None]]
 
 
 def calling_trainer() -> Any | None:
@@ -51,13 +48,9 @@ def log(trainer: Any, metrics: dict[str, float]) -> None:
     trainer.control.should_log = due
 
 
-def wrap_training_step(
-    trainer: Any, around: Callable[[Any, Any], AbstractContextManager[None]]
-) -> Callable[[], None]:
+def wrap_training_step(trainer: Any, around: Around) -> Callable[[], None]:
     """Run ``training_step(model, inputs, …)`` inside ``around(model, inputs)``; returns what undoes it."""
-    own = vars(trainer).get("training_step")
-    step = trainer.training_step
-    wanted: list[Callable[[Any, Any], AbstractContextManager[None]]] = [around]
+    own, step, wanted = vars(trainer).get("training_step"), trainer.training_step, [around]
 
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with wanted[0](model, inputs) if wanted else nullcontext():

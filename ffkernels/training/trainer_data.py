@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ffkernels.validation.batches import count_rows, items_of
 
-__all__ = ["EvaluationData", "evaluation_data", "examples_and_collator", "first_examples"]
+__all__ = ["EvaluationData", "evaluation_data", "examples_and_collator"]
 
 
 class EvaluationData:
@@ -61,11 +61,11 @@ def evaluation_data(trainer: Any, given: Any, count: int | None = None) -> Evalu
         given = items_of(given, count)
         if given and _is_batch(trainer, given[0]):
             return EvaluationData(given)
-    loader = trainer.get_test_dataloader(first_examples(given, count))
+    loader = trainer.get_test_dataloader(_first(given, count))
     return EvaluationData(loader=loader, size=trainer.args.eval_batch_size)
 
 
-def first_examples(dataset: Any, count: int | None) -> Any:
+def _first(dataset: Any, count: int | None) -> Any:
     """The first ``count`` items (None: all) of a dataset; of a ``datasets.Dataset`` as one of those."""
     if _is_table(dataset):
         return dataset if count is None else dataset.select(range(min(count, len(dataset))))
@@ -115,7 +115,7 @@ def _is_batch(trainer: Any, item: Any) -> bool:
     own = sorted((d for d in own if d is not None), key=lambda dataset: isinstance(dataset, IterableDataset))
     if not isinstance(item, Mapping) or not own:
         return isinstance(item, Mapping)
-    (example,), collate = examples_and_collator(trainer, first_examples(own[0], 1))
+    (example,), collate = examples_and_collator(trainer, _first(own[0], 1))
     as_example = _alike(item, example)
     if as_example and as_example == len(item.keys() & example.keys()):
         return False

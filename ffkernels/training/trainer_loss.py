@@ -85,17 +85,13 @@ def loss_of_its_own(trainer: Any) -> str | None:
         return "its compute_loss was replaced"
     owner = _owner(trainer, "compute_loss")
     if not _is_sft(owner):
-        return (
-            None
-            if owner.__module__ == "transformers.trainer"
-            else f"{owner.__name__}.compute_loss computes it"
-        )
+        plain = owner.__module__ == "transformers.trainer"
+        return None if plain else f"{owner.__name__}.compute_loss computes it"
     kind = getattr(trainer.args, "loss_type", "nll")
     if not str(kind).endswith("nll"):
         return f"loss_type={kind!r}"
-    return (
-        "the routers' auxiliary loss is added to it" if getattr(trainer, "aux_loss_enabled", False) else None
-    )
+    added = getattr(trainer, "aux_loss_enabled", False)
+    return "the routers' auxiliary loss is added to it" if added else None
 
 
 class NoEvaluationLoss(ValueError):

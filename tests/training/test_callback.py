@@ -24,6 +24,7 @@ from ffkernels.training.tasks import collate, load_file
 AUTO = FastForwardConfig(learning_rate="auto", interval=None)
 EVERY_3 = FastForwardConfig(interval=3, max_tau=16, patience=None)
 COLLATE = partial(collate, pad_token_id=256)
+EACH_STEP = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -34,60 +35,25 @@ def parts(small):
 
 
 @pytest.fixture
-def make(parts, tmp_path):
+def make(parts, arguments):
     """A Trainer of a fresh copy of the model, always the same one."""
     base, task = parts
+    data = {"train_dataset": task.train, "eval_dataset": task.validation, "data_collator": COLLATE}
 
     def make(*callbacks, cls=Trainer, dropout=0.1, **options):
         model = add_adapter(copy.deepcopy(base), rank=4, dropout=dropout, seed=0)
-        trainer_options = {
-            name: options.pop(name)
-            for name in ("train_dataset", "eval_dataset", "data_collator", "optimizers")
-            if name in options
-        }
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "max_steps": 7,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "report_to": [],
-            "logging_steps": 100,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        data = {"train_dataset": task.train, "eval_dataset": task.validation, "data_collator": COLLATE}
-        return cls(
-            model=model,
-            args=TrainingArguments(**{**defaults, **options}),
-            callbacks=list(callbacks) or None,
-            **{**data, **trainer_options},
-        )
+        given = {name: options.pop(name, default) for name, default in data.items()}
+        args = TrainingArguments(**{**arguments, **options})
+        return cls(model, args, callbacks=list(callbacks) or None, **given)
 
     return make
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def equal(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def rising():
-    """A validation loss that no step improves."""
-    calls = iter(range(10**6))
-    return lambda model: float(next(calls))
 
 
 def logged(trainer, key="ff/tau"):
     return [entry for entry in trainer.state.log_history if key in entry]
 
 
-def test_a_run_that_never_accepts_a_step_is_the_plain_run_bit_for_bit(make):
+def test_a_run_that_never_accepts_a_step_is_the_plain_run_bit_for_bit(make, weights, equal, rising):
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "lr_scheduler_type": "cosine"}
     plain = make(**options)
     plain.train()
@@ -103,21 +69,17 @@ def test_a_run_that_never_accepts_a_step_is_the_plain_run_bit_for_bit(make):
 
 @pytest.mark.parametrize("way", ["callbacks", "class", "add_callback"])
 def test_one_line_is_enough(make, way):
-    if way == "callbacks":
-        trainer = make(FastForwardCallback())
-    elif way == "class":
-        trainer = make(FastForwardCallback)
-    else:
-        trainer = make()
+    given = {"callbacks": [FastForwardCallback()], "class": [FastForwardCallback], "add_callback": []}
+    trainer = make(*given[way])
+    if way == "add_callback":
         trainer.add_callback(FastForwardCallback())
     trainer.train()
-    entries = logged(trainer)
-    assert [entry["step"] for entry in entries] == [6]
-    assert entries[0]["ff/tau"] > 0
-    assert entries[0]["ff/val_loss_after"] < entries[0]["ff/val_loss_before"]
+    (entry,) = logged(trainer)
+    assert entry["step"] == 6 and entry["ff/tau"] > 0
+    assert entry["ff/val_loss_after"] < entry["ff/val_loss_before"]
 
 
-def test_it_does_what_fast_forward_on_the_optimizer_does(make, parts):
+def test_it_does_what_fast_forward_on_the_optimizer_does(make, parts, weights, equal):
     validation = parts[1].validation
     options = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05}
     callback = FastForwardCallback(validation, EVERY_3)
@@ -151,31 +113,26 @@ def test_the_stage_runs_after_the_gradients_are_freed_and_before_a_save_or_an_ev
     assert gradients and not any(gradients)
 
 
-MORE_SCHEDULERS = [
-    ("cosine", {}),
-    ("cosine_with_restarts", {"num_cycles": 2}),
-    ("polynomial", {}),
-    ("inverse_sqrt", {}),
-    ("cosine_with_min_lr", {"min_lr": 1e-5}),
-]
+SCHEDULERS = {
+    "linear": {},
+    "constant_with_warmup": {},
+    "warmup_stable_decay": {"num_decay_steps": 2},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {},
+    "inverse_sqrt": {},
+    "cosine_with_min_lr": {"min_lr": 1e-5},
+}
+QUICK = list(SCHEDULERS)[:3]
 
 
 @pytest.mark.parametrize(
-    "scheduler, extra",
-    [
-        ("linear", {}),
-        ("constant_with_warmup", {}),
-        ("warmup_stable_decay", {"num_decay_steps": 2}),
-        *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_SCHEDULERS),
-    ],
+    "scheduler",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULERS],
 )
-def test_every_scheduler_goes_its_own_way(make, scheduler, extra):
-    options = {
-        "lr_scheduler_type": scheduler,
-        "lr_scheduler_kwargs": extra,
-        "warmup_steps": 2,
-        "logging_steps": 1,
-    }
+def test_every_scheduler_goes_its_own_way(make, scheduler):
+    options = {"lr_scheduler_type": scheduler, "lr_scheduler_kwargs": SCHEDULERS[scheduler]}
+    options |= {"warmup_steps": 2, "logging_steps": 1}
     plain, callback = make(**options), FastForwardCallback(config=EVERY_3)
     plain.train()
     trainer = make(callback, **options)
@@ -187,14 +144,8 @@ def test_every_scheduler_goes_its_own_way(make, scheduler, extra):
 
 def test_reduce_on_plateau_sees_the_loss_of_the_moved_weights(make):
     callback = FastForwardCallback(config=EVERY_3)
-    trainer = make(
-        callback,
-        lr_scheduler_type="reduce_lr_on_plateau",
-        eval_strategy="steps",
-        eval_steps=3,
-        metric_for_best_model="eval_loss",
-        per_device_eval_batch_size=8,
-    )
+    schedule = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_loss"}
+    trainer = make(callback, eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=8, **schedule)
     trainer.train()
     evaluated = {e["step"]: e["eval_loss"] for e in logged(trainer, "eval_loss")}
     for stage in callback.stages:  # all 8 examples are in both, weighted by tokens in both
@@ -209,14 +160,9 @@ def test_the_steps_own_log_stays_due_when_a_stage_logs(make):
     assert [e["step"] for e in logged(trainer, "loss")] == [3, 6]
 
 
-def test_resuming_continues_bit_for_bit_and_keeps_the_callback(make, parts):
-    options = {
-        "save_strategy": "steps",
-        "save_steps": 4,
-        "max_steps": 9,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 1,
-    }
+def test_resuming_continues_bit_for_bit_and_keeps_the_callback(make, parts, weights, equal):
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 9}
+    options |= {"lr_scheduler_type": "cosine", "logging_steps": 1}
     validation = parts[1].validation
     through = FastForwardCallback(validation, EVERY_3)
     whole = make(through, **options)
@@ -268,16 +214,7 @@ def test_training_again_begins_anew(make):
 
 def test_the_best_model_at_the_end_is_the_one_with_the_moved_weights(make):
     callback = FastForwardCallback(config=EVERY_3)
-    trainer = make(
-        callback,
-        max_steps=8,
-        save_strategy="steps",
-        eval_strategy="steps",
-        eval_steps=1,
-        save_steps=1,
-        learning_rate=3e-3,
-        load_best_model_at_end=True,
-    )
+    trainer = make(callback, max_steps=8, learning_rate=3e-3, load_best_model_at_end=True, **EACH_STEP)
     trainer.train()
     losses = {e["step"]: e["eval_loss"] for e in logged(trainer, "eval_loss")}
     best = min(losses, key=losses.get)
@@ -287,25 +224,17 @@ def test_the_best_model_at_the_end_is_the_one_with_the_moved_weights(make):
         assert losses[stage.optimizer_step] == pytest.approx(stage.loss_after, rel=1e-4)
 
 
-def test_early_stopping_stops(make):
+def test_early_stopping_stops(make, rising):
     callback = FastForwardCallback(rising(), EVERY_3)
-    trainer = make(
-        callback,
-        EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=10.0),
-        max_steps=30,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        metric_for_best_model="eval_loss",
-        load_best_model_at_end=True,
-    )
+    stopping = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=10.0)
+    best = {"metric_for_best_model": "eval_loss", "load_best_model_at_end": True}
+    trainer = make(callback, stopping, max_steps=30, **best, **EACH_STEP)
     trainer.train()
     assert trainer.state.global_step == 3 and len(callback.stages) == 1
     assert logged(trainer, "ff/stages")[0]["ff/stages"] == 1
 
 
-def test_examples_grouped_by_length(make):
+def test_examples_grouped_by_length(make, weights, equal, rising):
     options = {"train_sampling_strategy": "group_by_length"}
     plain = make(**options)
     plain.train()
@@ -356,8 +285,17 @@ def test_bf16_autocast_is_in_the_validation_too(make):
     assert stage.loss_before == pytest.approx(exact.loss_before, abs=0.05)
 
 
-def train_with_overflow(make, optim):
-    """Six steps under a loss scaler; the third and fourth backward pass overflow."""
+@pytest.mark.parametrize(
+    ("optim", "skips", "stages", "logs"),
+    [
+        ("adamw_torch", [False, False, True, True, False, False], [3], [5]),
+        ("adamw_torch_fused", [False] * 6, [3, 6], [3, 6]),
+    ],
+)
+def test_a_step_that_loss_scaling_skips_neither_counts_nor_starts_a_stage(
+    make, rising, optim, skips, stages, logs
+):
+    """Six steps; the third and fourth backward pass overflow. A fused optimizer skips by itself."""
     callback, skipped = FastForwardCallback(rising(), EVERY_3), []
 
     class Watch(TrainerCallback):
@@ -370,22 +308,12 @@ def train_with_overflow(make, optim):
     backward = iter(range(1, 100))
     weight.register_hook(lambda g: torch.full_like(g, math.inf) if next(backward) in (3, 4) else g)
     trainer.train()
-    return trainer, callback, skipped
-
-
-def test_a_step_that_loss_scaling_skips_neither_counts_nor_starts_a_stage(make):
-    trainer, callback, skipped = train_with_overflow(make, "adamw_torch")
-    assert skipped == [False, False, True, True, False, False]
-    assert [s.optimizer_step for s in callback.stages] == [3]
-    assert [e["step"] for e in logged(trainer)] == [5]
-
-
-def test_a_fused_optimizer_skips_by_itself_and_the_stage_finds_no_update(make):
-    trainer, callback, skipped = train_with_overflow(make, "adamw_torch_fused")
-    assert not any(skipped)
-    assert [s.optimizer_step for s in callback.stages] == [3, 6]
-    assert callback.stages[0].stopped_because == NO_UPDATE and callback.stages[0].losses == []
-    assert "ff/val_loss_before" not in logged(trainer)[0] and logged(trainer)[0]["ff/tau"] == 0
+    assert skipped == skips
+    assert [s.optimizer_step for s in callback.stages] == stages
+    assert [e["step"] for e in logged(trainer)] == logs
+    if len(stages) == 2:
+        assert callback.stages[0].stopped_because == NO_UPDATE and callback.stages[0].losses == []
+        assert "ff/val_loss_before" not in logged(trainer)[0] and logged(trainer)[0]["ff/tau"] == 0
 
 
 def test_validation_comes_from_many_places(make, parts):
@@ -394,16 +322,17 @@ def test_validation_comes_from_many_places(make, parts):
     validation = task.validation
     table = datasets.Dataset.from_list([{**e, "text": "not the model's"} for e in validation])
     given = {
-        "list": FastForwardCallback(validation),
-        "dataset": FastForwardCallback(table),
-        "iterable": FastForwardCallback(table.to_iterable_dataset()),
-        "batches": FastForwardCallback([COLLATE(validation[:4]), COLLATE(validation[4:])]),
-        "one batch": FastForwardCallback(COLLATE(validation)),
-        "loader": FastForwardCallback(torch.utils.data.DataLoader(validation, 4, collate_fn=COLLATE)),
-        "eval_dataset": FastForwardCallback(),
-        "eval_dataset's first": FastForwardCallback(examples=8),
-        "dict of datasets": FastForwardCallback(),
+        "list": validation,
+        "dataset": table,
+        "iterable": table.to_iterable_dataset(),
+        "batches": [COLLATE(validation[:4]), COLLATE(validation[4:])],
+        "one batch": COLLATE(validation),
+        "loader": torch.utils.data.DataLoader(validation, 4, collate_fn=COLLATE),
+        "eval_dataset": None,
     }
+    given = {name: FastForwardCallback(one) for name, one in given.items()}
+    given["eval_dataset's first"] = FastForwardCallback(examples=8)
+    given["dict of datasets"] = FastForwardCallback()
     evaluated = {"eval_dataset's first": validation + task.test, "dict of datasets": {"a": table, "b": table}}
     losses = {}
     for name, callback in given.items():
@@ -418,7 +347,7 @@ def test_validation_comes_from_many_places(make, parts):
     assert callback.stages[0].loss_before != losses["list"]
 
 
-def test_examples_with_several_labels_each_are_collated(tmp_path):
+def test_examples_with_several_labels_each_are_collated(arguments):
     class Tagger(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -431,9 +360,7 @@ def test_examples_with_several_labels_each_are_collated(tmp_path):
 
     examples = [{"x": torch.full((3,), float(i)), "labels": torch.ones(4)} for i in range(8)]
     callback = FastForwardCallback(config=EVERY_3)
-    args = TrainingArguments(
-        str(tmp_path), max_steps=3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
-    )
+    args = TrainingArguments(**{**arguments, "max_steps": 3})
     Trainer(Tagger(), args, train_dataset=examples, eval_dataset=examples, callbacks=[callback]).train()
     assert callback.stages[0].tau > 0
 
@@ -481,15 +408,18 @@ def test_nothing_to_validate_on(make):
         make(FastForwardCallback(), eval_dataset=None).train()
 
 
-def test_wrong_arguments():
-    with pytest.raises(TypeError, match="FastForwardConfig, got dict"):
-        FastForwardCallback(config={})
-    with pytest.raises(ValueError, match="examples=0"):
-        FastForwardCallback(examples=0)
-    with pytest.raises(ValueError, match="pool=31: must be an integer of at least examples=32, or None"):
-        FastForwardCallback(pool=31)
-    with pytest.raises(ValueError, match="pool=64: a function has no examples"):
-        FastForwardCallback(lambda model: 0.0, pool=64)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"config": {}}, "FastForwardConfig, got dict"),
+        ({"examples": 0}, "examples=0"),
+        ({"pool": 31}, "pool=31: must be an integer of at least examples=32, or None"),
+        ({"validation": lambda model: 0.0, "pool": 64}, "pool=64: a function has no examples"),
+    ],
+)
+def test_wrong_arguments(given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        FastForwardCallback(**given)
 
 
 def test_two_on_one_trainer_are_refused(make, parts):
@@ -520,7 +450,7 @@ def test_a_batch_size_that_is_found_begins_anew(make):
     assert "training_step" not in vars(trainer)
 
 
-def test_flops_are_those_of_the_meter(make, parts):
+def test_flops_are_those_of_the_meter(make, parts, weights):
     seen = []
 
     class Watching(Trainer):
@@ -531,7 +461,7 @@ def test_flops_are_those_of_the_meter(make, parts):
     callback = FastForwardCallback(config=EVERY_3)
     trainer = make(callback, cls=Watching, gradient_accumulation_steps=2)
     out = trainer.train()
-    meter = FlopMeter(sum(p.numel() for p in weights(trainer).values()))
+    meter = FlopMeter(sum(p.numel() for p in weights(trainer)))
     for batch in seen:
         meter.training_step(trainer.model, batch)
     for _ in range(7):
@@ -549,7 +479,7 @@ def test_flops_are_those_of_the_meter(make, parts):
         assert "train_runtime" in metrics
 
 
-def test_a_training_step_that_somebody_wrapped_since_is_not_counted_twice(make):
+def test_a_training_step_that_somebody_wrapped_since_is_not_counted_twice(make, rising):
     class Wraps(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
             step = trainer.training_step
@@ -583,15 +513,10 @@ def test_the_rate_that_nobody_gave_is_logged_and_goes_with_the_trainers_schedule
 
 
 @pytest.mark.parametrize("cut", [2, 4, 10])
-def test_a_trainer_that_is_resumed_finds_the_rate_where_it_was(make, cut):
+def test_a_trainer_that_is_resumed_finds_the_rate_where_it_was(make, cut, weights, equal):
     """It loads the states of optimizer and scheduler before training begins, and FastForward is made."""
-    options = {
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "max_steps": 14,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 1,
-    }
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 14}
+    options |= {"lr_scheduler_type": "cosine", "logging_steps": 1}
     through = FastForwardCallback(config=AUTO)
     whole = make(through, **options)
     whole.train()
@@ -610,7 +535,7 @@ def test_saving_at_each_step_leaves_nothing_to_compare_and_is_told(make):
         trainer.train()
 
 
-def test_patience_switches_it_off(make):
+def test_patience_switches_it_off(make, rising):
     callback = FastForwardCallback(rising(), FastForwardConfig(interval=1, patience=2))
     make(callback).train()
     assert len(callback.stages) == 2

@@ -18,44 +18,29 @@ from ffkernels.training.tasks import collate, load_file
 # trackio reads it when it is imported.
 os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="ffkernels-trackio-"))
 
-STAGE = {
-    "ff/tau",
-    "ff/val_loss_before",
-    "ff/val_loss_after",
-    "ff/seconds",
-    "ff/flops_share",
-    "ff/executor",
-}
+STAGE = {"ff/tau", "ff/val_loss_before", "ff/val_loss_after", "ff/seconds", "ff/flops_share", "ff/executor"}
 TOTALS = {"ff/stages", "ff/flops_measured", "ff/flops_paper", "ff/stage_flops_measured"}
 
 
-def train(small, folder, *callbacks, add=False, **options):
+@pytest.fixture
+def train(small, arguments):
     """Seven steps with stages after the third and sixth; the callback comes last, behind the backends'."""
-    model, tokenizer = load_model(small["model"])
-    task = load_file(small["data"], tokenizer, max_length=16, test_examples=16, validation_examples=8)
-    callback = FastForwardCallback(config=FastForwardConfig(interval=3, max_tau=16))
-    trainer = Trainer(
-        model=add_adapter(model, rank=4, seed=0),
-        args=TrainingArguments(
-            output_dir=str(folder / "out"),
-            max_steps=7,
-            per_device_train_batch_size=4,
-            learning_rate=1e-3,
-            lr_scheduler_type="constant",
-            logging_steps=2,
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **options,
-        ),
-        train_dataset=task.train,
-        eval_dataset=task.validation,
-        data_collator=partial(collate, pad_token_id=256),
-        callbacks=[*callbacks, callback],
-    )
-    trainer.train()
-    return trainer, callback
+
+    def train(*callbacks, **options):
+        model, tokenizer = load_model(small["model"])
+        task = load_file(small["data"], tokenizer, max_length=16, test_examples=16, validation_examples=8)
+        callback = FastForwardCallback(config=FastForwardConfig(interval=3, max_tau=16))
+        Trainer(
+            model=add_adapter(model, rank=4, seed=0),
+            args=TrainingArguments(**{**arguments, "logging_steps": 2, **options}),
+            train_dataset=task.train,
+            eval_dataset=task.validation,
+            data_collator=partial(collate, pad_token_id=256),
+            callbacks=[*callbacks, callback],
+        ).train()
+        return callback
+
+    return train
 
 
 def expected(callback):
@@ -65,14 +50,14 @@ def expected(callback):
     return taus
 
 
-def test_any_callback_before_it_sees_every_metric(small, tmp_path):
+def test_any_callback_before_it_sees_every_metric(train):
     seen = []
 
     class Backend(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.append((state.global_step, dict(logs)))
 
-    _, callback = train(small, tmp_path, Backend(), report_to=[])
+    callback = train(Backend())
     assert {step: logs["ff/tau"] for step, logs in seen if "ff/tau" in logs} == expected(callback)
     assert all(logs.keys() >= STAGE for _, logs in seen if "ff/tau" in logs)
     (last,) = [(step, logs) for step, logs in seen if "ff/stages" in logs]
@@ -80,12 +65,12 @@ def test_any_callback_before_it_sees_every_metric(small, tmp_path):
     assert all(isinstance(value, (int, float)) for _, logs in seen for value in logs.values())
 
 
-def test_tensorboard(small, tmp_path, monkeypatch):
+def test_tensorboard(train, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    _, callback = train(small, tmp_path, report_to=["tensorboard"])
+    callback = train(report_to=["tensorboard"])
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -99,13 +84,13 @@ def test_tensorboard(small, tmp_path, monkeypatch):
     assert total.step == 7 and total.value == pytest.approx(callback.flops["measured"])
 
 
-def test_trackio(small, tmp_path, monkeypatch):
+def test_trackio(train, monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     pytest.importorskip("trackio")
     from trackio.utils import TRACKIO_DIR
 
     project = f"ffkernels-{os.getpid()}"
-    _, callback = train(small, tmp_path, report_to=["trackio"], project=project, run_name="run")
+    callback = train(report_to=["trackio"], project=project, run_name="run")
     database = next(TRACKIO_DIR.glob(f"{project}*.db"))
     with sqlite3.connect(database) as connection:
         rows = [json.loads(row[0]) for row in connection.execute("select metrics from metrics")]

@@ -152,8 +152,7 @@ def test_conversations_held_out_are_not_trained_on(hub):
     assert len(task.train) == len(list(task.train)) == 40
 
 
-def test_an_odd_conversation_is_passed_over_and_said_once(hub, monkeypatch):
-    monkeypatch.setattr("ffkernels.ops.notices._announced", set())
+def test_an_odd_conversation_is_passed_over_and_said_once(hub):
     chats = hub["HuggingFaceH4/ultrachat_200k"]
     alone = {**talk("train_sft", 99), "messages": [{"role": "user", "content": "Anybody?"}]}
     chats["train_sft"] = [alone if i % 3 else row for i, row in enumerate(chats["train_sft"])]

@@ -125,24 +125,6 @@ def test_the_evaluations_size_changes_no_loss(config):
     assert small.test_loss == pytest.approx(whole.test_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"method": "full", "dtype": "bfloat16"}, "dtype='bfloat16': must be 'float32' with method='full'"),
-        ({"method": "full", "optimizer": "lora-plus"}, "optimizer='lora-plus': must be 'adamw' with method"),
-        ({"optimizer": "sgd"}, "optimizer='sgd': must be one of 'adamw', 'lora-plus'"),
-        ({"lora_plus_ratio": 0.5}, "lora_plus_ratio=0.5: must be a number of at least 1"),
-        ({"attn": "flash"}, "attn='flash': must be one of 'sdpa', 'eager', 'flash_attention_2', None"),
-        ({"source": "web"}, "source='web': must be one of 'offline', 'hub'"),
-        ({"eval_tokens": 0}, "eval_tokens=0: must be an integer of at least 1 or None"),
-    ],
-)
-def test_a_bad_setting_is_named(values, message):
-    with pytest.raises(ValueError) as error:
-        TrainConfig(**values)
-    assert message in str(error.value)
-
-
 def test_attention_implementations(config):
     losses = {}
     for attn in (None, "sdpa", "eager"):

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -19,15 +17,6 @@ from ffkernels import FastForwardCallback, FastForwardConfig
 
 FAMILIES = ["llama", "qwen3", "gemma", "gpt_neox"]
 EVERY_2 = FastForwardConfig(interval=2, max_tau=16, patience=None)
-
-
-def tiny(family):
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    torch.manual_seed(0)
-    # Of GPT-NeoX a Trainer saves the head under a name that it does not find again: tied, it need not.
-    others = {"attention_dropout": 0.1, "tie_word_embeddings": family == "gpt_neox"}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **others))
 
 
 def examples(count, seed):
@@ -44,41 +33,36 @@ class Losses(TrainerCallback):
         self.seen += [logs["loss"]] if "loss" in logs else []
 
 
-def train(family, folder, callback=None, resume=None):
+@pytest.fixture
+def train(arguments, tiny_model):
     """Final weights and optimizer state, and the losses that were logged."""
-    losses = Losses()
-    options = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    args = TrainingArguments(
-        str(folder), **options, learning_rate=1e-3, max_grad_norm=0.5, use_cpu=True, report_to=[],
-        logging_steps=1, save_steps=3, disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = Trainer(
-        tiny(family),
-        args,
-        train_dataset=examples(32, seed=1),
-        data_collator=default_data_collator,
-        callbacks=[losses, *([callback] if callback is not None else [])],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    state = [value for one in trainer.optimizer.state.values() for value in one.values()]
-    return [*(p.detach().clone() for p in trainer.model.parameters()), *state], losses.seen
 
+    def train(family, folder, callback=None, resume=None):
+        losses = Losses()
+        options = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        options |= {"max_grad_norm": 0.5, "lr_scheduler_type": "linear", "logging_steps": 1}
+        options |= {"output_dir": str(folder), "save_strategy": "steps", "save_steps": 3}
+        # Of GPT-NeoX a Trainer saves the head under a name that it does not find again: tied, it need not.
+        trainer = Trainer(
+            tiny_model(family, attention_dropout=0.1, tie_word_embeddings=family == "gpt_neox"),
+            TrainingArguments(**{**arguments, **options}),
+            train_dataset=examples(32, seed=1),
+            data_collator=default_data_collator,
+            callbacks=[losses, *([callback] if callback is not None else [])],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        state = [value for one in trainer.optimizer.state.values() for value in one.values()]
+        return [*(p.detach().clone() for p in trainer.model.parameters()), *state], losses.seen
 
-def equal(left, right):
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    return train
 
 
 def checkpoint(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}"
 
 
-def rising():
-    calls = iter(range(10**6))
-    return lambda model: float(next(calls))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_a_step_it_is_the_plain_run_also_resumed_in_the_middle(family, tmp_path):
+def test_without_a_step_it_is_the_plain_run_resumed_or_not(train, family, tmp_path, equal, rising):
     plain, losses = train(family, tmp_path / "plain")
 
     steady, through = FastForwardCallback(rising(), EVERY_2), tmp_path / "through"
@@ -94,7 +78,7 @@ def test_without_a_step_it_is_the_plain_run_also_resumed_in_the_middle(family, t
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_resumed_run_with_stages_is_the_one_that_was_not_stopped(family, tmp_path):
+def test_a_resumed_run_with_stages_is_the_one_that_was_not_stopped(train, family, tmp_path, equal):
     validation, through = examples(32, seed=1)[:8], tmp_path / "through"
     steady = FastForwardCallback(validation, EVERY_2)
     state, losses = train(family, through, steady)

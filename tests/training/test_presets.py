@@ -26,11 +26,6 @@ ROWS = [
 TOLD = ("lr", "micro_batch_size", "batch_size", "rank")
 
 
-@pytest.fixture(autouse=True)
-def unsaid(monkeypatch):
-    monkeypatch.setattr("ffkernels.ops.notices._announced", set())
-
-
 def test_the_scripts_default_run():
     config = TrainConfig(**preset("authors-llama3-8b-chat"))
     assert (config.model, config.task, config.source) == ("meta-llama/Meta-Llama-3-8B", "chat", "hub")

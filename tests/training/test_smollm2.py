@@ -11,29 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 import transformers
 
 from ffkernels.training import smollm2
 from ffkernels.training.models import load_model
 
-TINY = dict(
-    vocab_size=300,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    rms_norm_eps=1e-5,
-    rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-    tie_word_embeddings=True,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+TINY = {**smollm2.SIZES, "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
+TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY |= {"max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -87,13 +72,8 @@ def tiny_gguf(original, tmp_path_factory):
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
     writer.add_token_merges(["Ġ Ġ"])
-    for add, token in (
-        (writer.add_unk_token_id, 0),
-        (writer.add_bos_token_id, 1),
-        (writer.add_eos_token_id, 2),
-        (writer.add_pad_token_id, 2),
-    ):
-        add(token)
+    for kind, token in {"unk": 0, "bos": 1, "eos": 2, "pad": 2}.items():
+        getattr(writer, f"add_{kind}_token_id")(token)
     writer.add_chat_template(TEMPLATE)
     heads = {"self_attn.q_proj": TINY["num_attention_heads"], "self_attn.k_proj": TINY["num_key_value_heads"]}
     for key, value in original.state_dict().items():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 from ffkernels.ops import notices
 from ffkernels.reporting.flops import FlopMeter, Flops, shapes
@@ -26,7 +26,7 @@ def model(small):
 
 
 def batch(rows, length):
-    ids = torch.arange(rows * length).reshape(rows, length) % 256
+    ids = torch.arange(rows * length).reshape(rows, length) % 97
     return {"input_ids": ids, "labels": ids}
 
 
@@ -81,13 +81,6 @@ def test_the_shape_of_a_batch(inputs, shape):
 FAMILIES = ["llama", "qwen3", "gemma", "gpt_neox"]
 
 
-def tiny(family, **options):
-    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **options)).train()
-
-
 def gradients(model, steps, around, loss=lambda model, inputs: model(**inputs).loss):
     """Of each micro-batch, with what random numbers come next."""
     torch.manual_seed(1)
@@ -105,14 +98,14 @@ def same(left, right):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_uncounted_steps_bit_for_bit(family, autocast):
+def test_gradients_are_those_of_uncounted_steps_bit_for_bit(tiny_model, family, autocast):
     steps = [batch(2, 9), batch(3, 5), batch(2, 9)]  # they accumulate
 
     def loss(model, inputs):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             return model(**inputs).loss + model(**batch(1, 4)).loss  # two forwards out of one cache of casts
 
-    runs = [gradients(tiny(family, attention_dropout=0.2), steps, way, loss) for way in (None, StepFlops())]
+    runs = [gradients(tiny_model(family), steps, way, loss) for way in (None, StepFlops())]
     assert same(*runs)
 
 
@@ -121,11 +114,8 @@ class Stateful(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.recurrent, self.norm, self.drop = (
-            nn.LSTM(4, 4, batch_first=True),
-            nn.BatchNorm1d(4),
-            nn.Dropout(0.5),
-        )
+        self.recurrent, self.norm = nn.LSTM(4, 4, batch_first=True), nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
         self.register_buffer("seen", torch.zeros(3, dtype=torch.long))
         self.calls, self.losses, self.recent = 0, [], {"last": deque(maxlen=2), "count": Counter()}
         self.noise = {"generators": [torch.Generator().manual_seed(5)]}
@@ -245,8 +235,8 @@ def test_what_is_compiled_stays_compiled(way):
     assert [cost.measured for _, cost in costs.counted.values()] == [3 * 2 * 18 * (2 * 4 * 4 + 4 * 256)]
 
 
-def test_calls_of_a_reference_model_count_as_forwards_alone(model):
-    reference, costs = tiny("llama").requires_grad_(False), StepFlops()
+def test_calls_of_a_reference_model_count_as_forwards_alone(model, tiny_model):
+    reference, costs = tiny_model("llama").requires_grad_(False), StepFlops()
     chosen, rejected = batch(2, 7), batch(2, 6)
     with costs.batch(model, {**chosen, "rejected": rejected["input_ids"]}, [reference]) as cost:
         policy = model(**chosen).logits.sum() - model(input_ids=rejected["input_ids"]).logits.sum()
@@ -254,7 +244,7 @@ def test_calls_of_a_reference_model_count_as_forwards_alone(model):
             reference(**chosen)
         policy.backward()
     two = [exact(model, inputs) for inputs in (chosen, rejected)]
-    alone = exact(tiny("llama"), chosen).paper // 3
+    alone = exact(tiny_model("llama"), chosen).paper // 3
     assert cost[0] == Flops(sum(c.paper for c in two) + alone, sum(c.measured for c in two) + alone)
 
 
@@ -270,12 +260,7 @@ def test_batches_that_differ_in_their_labels_alone_differ_in_cost():
     assert len(costs.counted) == 2
 
 
-@pytest.fixture
-def unannounced(monkeypatch):
-    monkeypatch.setattr(notices, "_announced", set())
-
-
-def test_what_cannot_be_counted_is_said_and_costs_what_others_did(model, unannounced):
+def test_what_cannot_be_counted_is_said_and_costs_what_others_did(model):
     costs = StepFlops()
     with pytest.warns(notices.FFKernelsNotice, match="DynamicCache"):
         with costs.batch(model, batch(2, 9)) as cost:
@@ -287,7 +272,7 @@ def test_what_cannot_be_counted_is_said_and_costs_what_others_did(model, unannou
     assert costs.cost(shapes(batch(2, 9)), (2, 9)).measured == pytest.approx(known.measured / 2, rel=1e-6)
 
 
-def test_counting_that_raises_leaves_the_step_alone(unannounced):
+def test_counting_that_raises_leaves_the_step_alone():
     class Shy(nn.Linear):
         fails = iter([True])
 

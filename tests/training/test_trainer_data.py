@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer, TrainingArguments
 
 from ffkernels.training.trainer_data import evaluation_data
@@ -20,15 +20,8 @@ class AnyModel(nn.Module):
         return {"loss": self.weight.sum()}
 
 
-class Numbered(Dataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
+def numbered(items):
+    return Subset(items, range(len(items)))
 
 
 class Streamed(IterableDataset):
@@ -84,7 +77,7 @@ def same(left, right):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.parametrize("kind", ["eval_dataset", Numbered, Streamed, list, iter])
+@pytest.mark.parametrize("kind", ["eval_dataset", numbered, Streamed, list, iter])
 def test_items_are_examples_whatever_their_shapes(make, name, kind):
     items = EXAMPLES[name]
     if kind == "eval_dataset":
@@ -103,7 +96,7 @@ def test_a_list_of_batches_is_one_whatever_their_shapes(make, name):
     items = EXAMPLES[name]
     batches = [stacked(items[:3]), stacked(items[3:8])]
     for given in (batches, iter(batches), DataLoader(batches, batch_size=None)):
-        data = evaluation_data(make(train=Numbered(items)), given)
+        data = evaluation_data(make(train=numbered(items)), given)
         assert data.examples is None and data.sizes == [3, 5]
         assert same(data.batches, batches)
     one = evaluation_data(make(train=items), batches[1])
@@ -113,7 +106,7 @@ def test_a_list_of_batches_is_one_whatever_their_shapes(make, name):
 
 def test_of_several_eval_datasets_the_first(make):
     first, second = images(3, 3), images(3, 3)
-    for given in (None, {"a": Numbered(first), "b": second}):
+    for given in (None, {"a": numbered(first), "b": second}):
         trainer = make(train=second, evaluated={"a": first, "b": Streamed(second)})
         data = evaluation_data(trainer, given, 2)
         assert torch.equal(data.batches[0]["pixel_values"], stacked(first[:2])["pixel_values"])
@@ -128,13 +121,13 @@ def test_the_trainers_own_sampler_says_which_examples_share_a_batch(make):
 
     trainer = make(per_device_eval_batch_size=2, dataloader_drop_last=True)
     trainer.__class__ = Shortest
-    assert [b["labels"].tolist() for b in evaluation_data(trainer, Numbered(items)).batches] == [
+    assert [b["labels"].tolist() for b in evaluation_data(trainer, numbered(items)).batches] == [
         [1, 1],
         [2, 2],
         [3, 3],
     ]
     trainer.args.per_device_eval_batch_size = 16  # not one full batch
-    assert evaluation_data(trainer, Numbered(items[1:2])).sizes == [1]
+    assert evaluation_data(trainer, numbered(items[1:2])).sizes == [1]
 
 
 def test_items_unlike_the_trainers_examples_are_refused(make):

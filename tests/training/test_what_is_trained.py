@@ -10,6 +10,7 @@ import functools
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ DOC = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
 EVERY_2 = FastForwardConfig(interval=2, patience=None, max_tau=8)
 WORKS, LINE, REFUSED = "as it is", "with this line", "refused"
 ROWS = {}
+LAYER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def row(name, verdict):
@@ -41,19 +44,9 @@ def row(name, verdict):
 
 
 @pytest.fixture
-def options(tmp_path):
-    return {
-        "output_dir": str(tmp_path),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-3,
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
+def options(arguments):
+    steps = {"max_steps": 2, "lr_scheduler_type": "linear"}
+    return {**arguments, **steps, "per_device_eval_batch_size": 4}
 
 
 def numbers(seed, *shape, high=None):
@@ -65,9 +58,8 @@ def numbers(seed, *shape, high=None):
 
 def small(name, **changes):
     """A model of transformers with one layer of width 16, without dropout."""
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    sizes |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}
+    sizes = {**LAYER, **SPECIAL, "vocab_size": 40, "num_key_value_heads": 2, **changes}
+    sizes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **sizes}
     torch.manual_seed(0)
     cls = getattr(transformers, name)
     return cls(cls.config_class(**sizes))
@@ -191,11 +183,9 @@ def contrastive(options):
     def collate(items):
         return {k: torch.stack([item[k] for item in items]) for k in items[0]} | {"return_loss": True}
 
-    half = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**half, "vocab_size": 40, "eos_token_id": 2, "max_position_embeddings": 8}
-    config = transformers.CLIPConfig(
-        text_config=text, vision_config={**half, "image_size": 8, "patch_size": 4}, projection_dim=8
-    )
+    text = {**LAYER, "vocab_size": 40, "eos_token_id": 2, "max_position_embeddings": 8}
+    vision = {**LAYER, "image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     torch.manual_seed(0)
     model = transformers.CLIPModel(config)
     data = [example(i) for i in range(17)]  # the last evaluation batch is smaller
@@ -204,22 +194,11 @@ def contrastive(options):
 
 @row("vision and language (Qwen2-VL): all images' patches in one tensor", WORKS)
 def vision_and_language(options):
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text |= {
-        "vocab_size": 64,
-        "num_key_value_heads": 2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    text = {**LAYER, **SPECIAL, "vocab_size": 64, "num_key_value_heads": 2}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
-    special = {
-        "image_token_id": 60,
-        "vision_start_token_id": 61,
-        "vision_end_token_id": 62,
-        "video_token_id": 63,
-    }
+    special = {"image_token_id": 60, "vision_start_token_id": 61, "vision_end_token_id": 62}
+    special["video_token_id"] = 63
     torch.manual_seed(0)
     model = transformers.Qwen2VLForConditionalGeneration(
         transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **special)
@@ -380,14 +359,9 @@ def grpo(options, words):
     assert callback.stages[0].evaluations > 1
 
 
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.encode = nn.Linear(4, 3)
-
-    def forward(self, inputs):
-        return self.encode(inputs)
+def encoder():
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
 
 
 class OfPairs(Trainer):
@@ -412,7 +386,7 @@ def sentences(options):
 
     def make(callback):
         args = TrainingArguments(**options)
-        return OfPairs(Encoder(), args, train_dataset=data[:8], eval_dataset=data[8:], callbacks=[callback])
+        return OfPairs(encoder(), args, train_dataset=data[:8], eval_dataset=data[8:], callbacks=[callback])
 
     trainer, _ = told_and_cured(make)
     assert len(trainer.seen["eval"]) == 3  # evaluate()'s own batches of 4, 4 and 2
@@ -424,17 +398,17 @@ def sentences(options):
 def outside(options):
     class Outside(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            outputs = model(inputs["inputs"])
+            outputs = model(inputs["input"])
             loss = F.cross_entropy(outputs, inputs["labels"])
             return (loss, (loss, outputs)) if return_outputs else loss
 
-    data = [{"inputs": numbers(i, 4), "labels": torch.tensor(i % 3)} for i in range(16)]
+    data = [{"input": numbers(i, 4), "labels": torch.tensor(i % 3)} for i in range(16)]
     options = {**options, "remove_unused_columns": False}
     with pytest.raises(ValueError, match=r"Outside's loss is not its model's.*no labels \(label_names\)"):
-        train(Encoder(), data, options, cls=Outside)
+        train(encoder(), data, options, cls=Outside)
     with pytest.raises(ValueError, match=r"has no eval_loss.*TrainingArguments\(label_names="):
-        train(Encoder(), data, options, cls=Outside, callback=FastForwardCallback(loss="trainer"))
-    train(Encoder(), data, options, cls=Outside, label_names=["labels"])
+        train(encoder(), data, options, cls=Outside, callback=FastForwardCallback(loss="trainer"))
+    train(encoder(), data, options, cls=Outside, label_names=["labels"])
 
 
 def loop(model, batches, steps=4, forward=None, **options):
@@ -490,9 +464,8 @@ class Watched(Trainer):
 def compiled(options, monkeypatch):
     model = small("LlamaForCausalLM")
     ff = loop(torch.compile(model, backend="eager"), [stacked_texts()])
-    assert ff.stages[-1].loss_after == pytest.approx(
-        float(ValidationLoss(model, [stacked_texts()])()), rel=1e-6
-    )
+    loss = float(ValidationLoss(model, [stacked_texts()])())
+    assert ff.stages[-1].loss_after == pytest.approx(loss, rel=1e-6)
     counted_graphs()
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments sets it for what comes after
     options = {**options, "torch_compile": True, "torch_compile_backend": "ofi", "max_steps": 4}
@@ -560,9 +533,8 @@ class PulledBack(torch.optim.SGD):
 @row("an optimizer that draws moved weights back (Lookahead, schedule-free, MADGRAD)", REFUSED)
 def drawn_back(options):
     model, batch = small("LlamaForCausalLM"), stacked_texts()
-    with pytest.raises(
-        ValueError, match=r"PulledBack has weights of its own .* 50% of a move of the weights was"
-    ):
+    message = "PulledBack has weights of its own .* 50% of a move of the weights was"
+    with pytest.raises(ValueError, match=message):
         FastForward(model, PulledBack(model.parameters(), lr=0.1), [batch], EVERY_2)
 
 
@@ -585,19 +557,13 @@ def lightning(options):
     model, batch = small("LlamaForCausalLM"), stacked_texts()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    class Wrapper:
-        pass
-
-    wrapper = Wrapper()
-    wrapper.optimizer = optimizer
-
     def closure():
         optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()
         return loss
 
-    with FastForward(model, wrapper, [batch], EVERY_2) as ff:
+    with FastForward(model, SimpleNamespace(optimizer=optimizer), [batch], EVERY_2) as ff:
         for _ in range(4):
             optimizer.step(closure)
     assert [stage.optimizer_step for stage in ff.stages] == [2, 4] and ff.stages[0].tau > 0

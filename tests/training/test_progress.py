@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 
 import pytest
+from rich.console import Console
 
+from ffkernels.training import progress
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.time_left import TimeLeft
+from ffkernels.training.progress import TimeLeft
 
 
 class Clock:
@@ -42,10 +44,6 @@ def test_the_first_run_tells_by_its_pace_and_later_ones_by_the_longest():
 @pytest.fixture
 def told(monkeypatch):
     """``told(terminal)``: printed of two runs of ten steps, a second each, after a second of loading."""
-    pytest.importorskip("rich")
-    from rich.console import Console
-
-    from ffkernels.training import progress
 
     def tell(terminal):
         clock, text = Clock(), io.StringIO()
