@@ -31,7 +31,7 @@ from ffkernels import ops
 from ffkernels.search.search import LinearSearch, ParabolicSearch, Search
 from ffkernels.stage.eager import EagerExecutor
 from ffkernels.stage.program import StageProgram
-from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.fast import LabelledLoss
 from ffkernels.validation.loss import ValidationLoss
 

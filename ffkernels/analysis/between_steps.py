@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.training.session import Batch, Session
-from ffkernels.validation.evaluation_mode import keep_random_state
+from ffkernels.validation.restore import keep_random_state
 
 __all__ = [
     "cosine",

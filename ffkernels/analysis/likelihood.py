@@ -17,7 +17,7 @@ from torch import nn
 from ffkernels.analysis.multiple_choice import Question
 from ffkernels.training.examples import IGNORED, collate
 from ffkernels.validation.causal_lm import model_device
-from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.evaluator import evaluation_mode
 
 __all__ = ["choice_scores"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ffkernels import ops
 from ffkernels.stage.program import StageProgram
 from ffkernels.validation.causal_lm import find_autocast
-from ffkernels.validation.tf32 import cuda_products_in_tf32
+from ffkernels.validation.forward_price import cuda_products_in_tf32
 
 __all__ = ["Snapshot", "difference", "follow", "loss_tolerance"]
 

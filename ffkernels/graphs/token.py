@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ffkernels.validation.causal_lm import find_autocast
-from ffkernels.validation.tf32 import cuda_products_in_tf32
+from ffkernels.validation.forward_price import cuda_products_in_tf32
 
 if TYPE_CHECKING:
     from ffkernels.validation.loss import ValidationLoss

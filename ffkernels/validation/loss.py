@@ -37,12 +37,12 @@ from ffkernels.validation.batches import (
 )
 from ffkernels.validation.causal_lm import CausalLM, FastPathRefused, find_causal_lm, model_device, unwrap
 from ffkernels.validation.check import disagreement
-from ffkernels.validation.evaluation_mode import keep_random_state, uncached_autocast
-from ffkernels.validation.evaluator import Evaluator
+from ffkernels.validation.evaluator import Evaluator, uncached_autocast
 from ffkernels.validation.fast import LabelledLoss, could_be_given_a_mask
-from ffkernels.validation.flop_counter import count_flops, say_uncounted
+from ffkernels.validation.flops import count_flops, say_uncounted
 from ffkernels.validation.generic import FunctionLoss, ModelLoss, ask_model, is_loss_function
 from ffkernels.validation.mean import Mean
+from ffkernels.validation.restore import keep_random_state
 from ffkernels.validation.shared import (
     SharedLoss,
     shared_function,
