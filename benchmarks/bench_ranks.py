@@ -34,8 +34,9 @@ from ffkernels.ranks.shards import shard_examples
 from ffkernels.reporting.machine import machine_info, version_info
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_task
-from ffkernels.validation.fast import LabelledLoss, plan_micro_batches
+from ffkernels.validation.fast import LabelledLoss
 from ffkernels.validation.forward_price import forward_price
+from ffkernels.validation.micro_batches import plan_micro_batches
 
 CPU = torch.device("cpu")
 STAGES, INTERVAL, BATCH = 2, 6, 16

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ffkernels import ops
 from ffkernels.stage.program import StageProgram
-from ffkernels.validation.causal_lm import find_autocast
-from ffkernels.validation.forward_price import cuda_products_in_tf32
+from ffkernels.validation.causal_lm import cuda_products_in_tf32, find_autocast
 
 __all__ = ["Snapshot", "difference", "follow", "loss_tolerance"]
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ffkernels.validation.causal_lm import find_autocast
-from ffkernels.validation.forward_price import cuda_products_in_tf32
+from ffkernels.validation.causal_lm import cuda_products_in_tf32, find_autocast
 
 if TYPE_CHECKING:
     from ffkernels.validation.loss import ValidationLoss

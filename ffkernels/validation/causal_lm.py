@@ -24,6 +24,7 @@ __all__ = [
     "CausalLM",
     "FastPathRefused",
     "accepts_argument",
+    "cuda_products_in_tf32",
     "find_autocast",
     "find_causal_lm",
     "model_device",
@@ -189,6 +190,17 @@ def _next_layer(forward: Callable[..., Any]) -> Callable[..., Any] | None:
         if callable(layer):
             return layer
     return None
+
+
+def cuda_products_in_tf32() -> bool:
+    """Whether float32 products run in TF32 on CUDA: factors rounded to 10 bits of mantissa, by 5e-4 at most.
+
+    PyTorch has two interfaces to that switch. The old getters (`torch.get_float32_matmul_precision`,
+    `allow_tf32`) raise RuntimeError once the new one switched TF32 on, as `TrainingArguments(tf32=True)`
+    does. The new getter knows what either has set: what `cuda.matmul` leaves open ("none") its backend
+    decides, and what that leaves open the root of the tree.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _rows(module: nn.Module | None, attribute: str) -> int | None:

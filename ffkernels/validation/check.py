@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from ffkernels.validation.batches import IGNORE, Example
-from ffkernels.validation.causal_lm import CausalLM, find_autocast
+from ffkernels.validation.causal_lm import CausalLM, cuda_products_in_tf32, find_autocast
 from ffkernels.validation.fast import LabelledLoss
-from ffkernels.validation.forward_price import cuda_products_in_tf32
 from ffkernels.validation.generic import ModelLoss
 
 __all__ = ["disagreement"]

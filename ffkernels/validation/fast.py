@@ -2,8 +2,8 @@
 
     loss = 1/N · Σ over labelled positions  logsumexp(head(h)) − head(h)[label]        h = backbone(input_ids)
 
-Examples are sorted by length and cut into micro-batches so that little padding is computed. Rows are
-padded on the right and no mask is passed: under causal attention real tokens never see what follows them,
+Examples are run in micro-batches with little padding (`validation.micro_batches`). Rows are padded on the
+right and no mask is passed: under causal attention real tokens never see what follows them,
 and the attention kernel keeps its causal fast path. Hidden states are gathered at the N labelled
 positions only; the head and the cross-entropy run over them in chunks, so logits exist for one chunk at a
 time, and their log-probabilities for a part of it. Per-token losses are fp32 (float64 for a float64
@@ -31,7 +31,6 @@ from torch import nn
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.validation.batches import IGNORE, Example
 from ffkernels.validation.causal_lm import CausalLM, accepts_argument, find_autocast
-from ffkernels.validation.examples import ExampleSums, MicroBatch
 from ffkernels.validation.forward_price import forward_price
 from ffkernels.validation.maskless_attention import (
     attends_eagerly,
@@ -39,54 +38,19 @@ from ffkernels.validation.maskless_attention import (
     causal_mask,
     maskless_attention,
 )
+from ffkernels.validation.micro_batches import ExampleSums, MicroBatch, assign, lay_out, plan_micro_batches
 
-__all__ = [
-    "LabelledLoss",
-    "MicroBatch",
-    "could_be_given_a_mask",
-    "plan_micro_batches",
-    "token_limit",
-]
+__all__ = ["LabelledLoss", "token_limit"]
 
 # Bytes of one chunk's logits in fp32: enough rows for an efficient matrix product with the head, no more.
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 # So many chunks of logits may exist at once where the head cannot be run in chunks.
 _CHUNKS_AT_ONCE = 4
-
-
 # Log-probabilities are made for a quarter of a chunk, though not for fewer rows than a GPU has processors.
 _PARTS = 4
 _LEAST_ROWS_OF_A_PART = {"cpu": 16}
 _LEAST_ROWS_OF_A_PART_ELSEWHERE = 128
-
-
-def plan_micro_batches(lengths: Sequence[int], max_tokens: int, forward_cost: int) -> list[list[int]]:
-    """Cut the examples, sorted by length, where Σ (rows · longest + forward_cost) is smallest.
-
-    No micro-batch exceeds `max_tokens` padded tokens unless a single example does. Dynamic programming
-    over the sorted order, from short to long; the last group's start never moves back as examples are added.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first n examples, start of their last group
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        choice = (float("inf"), end - 1)
-        for start in range(end - 1, best[end - 1][1] - 1, -1):
-            padded = (end - start) * longest
-            if padded > max_tokens and start < end - 1:
-                break
-            cost = best[start][0] + padded + forward_cost
-            if cost < choice[0]:
-                choice = (cost, start)
-        best.append(choice)
-    groups: list[list[int]] = []
-    end = len(order)
-    while end > 0:
-        start = best[end][1]
-        groups.append(order[start:end])
-        end = start
-    return groups[::-1]
 
 
 def token_limit(lm: CausalLM, max_tokens: int, device: torch.device) -> int:
@@ -97,53 +61,6 @@ def token_limit(lm: CausalLM, max_tokens: int, device: torch.device) -> int:
 def _chunk_rows(lm: CausalLM, device: torch.device, budget: int | None = None) -> int:
     budget = budget or _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
     return max(16, budget // (4 * (lm.vocabulary or 1 << 16)))
-
-
-def could_be_given_a_mask(lm: CausalLM) -> bool:
-    """Whether the model would make a mask, and read from the device for it, where it is given none."""
-    return attends_eagerly(attention_configs(lm.backbone)) and accepts_argument(lm.backbone, "attention_mask")
-
-
-def lay_out(
-    examples: Sequence[Example], pad: int, *, rows: int = 0, length: int = 0, scored: int = 0
-) -> MicroBatch:
-    """`examples` as one micro-batch on the CPU, of at least the given sizes."""
-    rows, length = max(rows, len(examples)), max(length, *(example.computed for example in examples), 1)
-    ids, targets = torch.full((rows, length), pad), torch.full((rows, length), IGNORE)
-    for i, example in enumerate(examples):
-        ids[i, : example.computed] = example.input_ids[: example.computed]
-        targets[i, : example.computed] = example.labels[1 : example.computed + 1]
-    positions = targets.flatten().ne(IGNORE).nonzero().flatten()
-    targets = targets.flatten()[positions]
-    missing = max(0, scored - positions.numel())
-    return MicroBatch(ids, F.pad(positions, (0, missing)), F.pad(targets, (0, missing), value=IGNORE))
-
-
-def assign(examples: Sequence[Example], rooms: Sequence[tuple[int, int, int]]) -> list[list[Example]] | None:
-    """Examples for micro-batches of (rows, length, labels), or None where they were not found to fit.
-
-    From long to short: a room that is long enough for an example is so for all later ones, so any free row
-    will do. The one with most labels to spare is taken or, where that leads nowhere, the longest: examples,
-    in this order each no larger than one of those that the rooms were made for, then fit for certain.
-    """
-    ordered = sorted(examples, key=lambda example: (-example.computed, -example.scored))
-    for longest in (False, True):
-        placed: list[list[Example]] = [[] for _ in rooms]
-        spare = [labels for _, _, labels in rooms]
-        for example in ordered:
-            fitting = [
-                i
-                for i, (rows, length, _) in enumerate(rooms)
-                if length >= example.computed and rows > len(placed[i]) and spare[i] >= example.scored
-            ]
-            if not fitting:
-                break
-            chosen = max(fitting, key=lambda i: (rooms[i][1], i) if longest else (spare[i], -i))
-            placed[chosen].append(example)
-            spare[chosen] -= example.scored
-        else:
-            return placed
-    return None
 
 
 class LabelledLoss:

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ffkernels.validation.causal_lm import CausalLM, find_autocast
+from ffkernels.validation.causal_lm import CausalLM, cuda_products_in_tf32, find_autocast
 
-__all__ = ["cuda_products_in_tf32", "forward_price", "operations"]
+__all__ = ["forward_price", "operations"]
 
 # Where the model does not matter, or is not known: Python and dispatch on a CPU, launches elsewhere.
 _NOMINAL = {"cpu": 48}
@@ -117,14 +117,3 @@ def _bytes_read(lm: CausalLM) -> int:
         if not isinstance(module, nn.Embedding)
         for parameter in _own(module)
     )
-
-
-def cuda_products_in_tf32() -> bool:
-    """Whether float32 products run in TF32 on CUDA: factors rounded to 10 bits of mantissa, by 5e-4 at most.
-
-    PyTorch has two interfaces to that switch. The old getters (`torch.get_float32_matmul_precision`,
-    `allow_tf32`) raise RuntimeError once the new one switched TF32 on, as `TrainingArguments(tf32=True)`
-    does. The new getter knows what either has set: what `cuda.matmul` leaves open ("none") its backend
-    decides, and what that leaves open the root of the tree.
-    """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"

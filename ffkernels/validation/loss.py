@@ -10,8 +10,8 @@ Three ways to that number, chosen at construction and kept in `path` with the `r
             is the mean of (`validation.generic`);
 - callable  `loss_fn(model)`, whatever it computes.
 
-The fast path has the loss of each example too (`validation.examples`). In a job of several processes each
-runs its share of the examples and all get the same numbers (`validation.shared`).
+The fast path has the loss of each example too (`validation.micro_batches`). In a job of several processes
+each runs its share of the examples and all get the same numbers (`validation.shared`).
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from ffkernels.validation.batches import (
 from ffkernels.validation.causal_lm import CausalLM, FastPathRefused, find_causal_lm, model_device, unwrap
 from ffkernels.validation.check import disagreement
 from ffkernels.validation.evaluator import Evaluator, uncached_autocast
-from ffkernels.validation.fast import LabelledLoss, could_be_given_a_mask
+from ffkernels.validation.fast import LabelledLoss
 from ffkernels.validation.flops import count_flops, say_uncounted
 from ffkernels.validation.generic import FunctionLoss, ModelLoss, ask_model, is_loss_function
+from ffkernels.validation.maskless_attention import could_be_given_a_mask
 from ffkernels.validation.mean import Mean
 from ffkernels.validation.restore import keep_random_state
 from ffkernels.validation.shared import (

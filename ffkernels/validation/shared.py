@@ -19,11 +19,11 @@ from ffkernels.ranks.ranks import Ranks
 from ffkernels.ranks.shards import shard_evenly, shard_examples
 from ffkernels.validation.batches import Example
 from ffkernels.validation.causal_lm import CausalLM
-from ffkernels.validation.examples import read_together
-from ffkernels.validation.fast import LabelledLoss, plan_micro_batches, token_limit
+from ffkernels.validation.fast import LabelledLoss, token_limit
 from ffkernels.validation.forward_price import forward_price
 from ffkernels.validation.generic import ModelLoss, size_of
 from ffkernels.validation.mean import Mean
+from ffkernels.validation.micro_batches import plan_micro_batches, read_together
 
 __all__ = ["SharedLoss", "shared_function", "shared_labelled_loss", "shared_model_loss"]
 

@@ -1,7 +1,4 @@
-"""What a forward is taken to cost: by the model on CUDA, from its structure alone; fixed elsewhere.
-
-TF32 is seen by whichever of PyTorch's interfaces it was switched on, and where it is in force only.
-"""
+"""What a forward is taken to cost: by the model on CUDA, from its structure alone; fixed elsewhere."""
 
 from __future__ import annotations
 
@@ -12,19 +9,16 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ffkernels.graphs import check as graph_check
-from ffkernels.graphs.token import describe_change, token
-from ffkernels.validation import check as validation_check
 from ffkernels.validation import fast as validation_fast
 from ffkernels.validation import forward_price as module
 from ffkernels.validation import shared as validation_shared
 from ffkernels.validation.batches import Example
 from ffkernels.validation.causal_lm import find_causal_lm
 from ffkernels.validation.evaluator import evaluation_mode
-from ffkernels.validation.fast import plan_micro_batches
-from ffkernels.validation.forward_price import cuda_products_in_tf32, forward_price, operations
+from ffkernels.validation.forward_price import forward_price, operations
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.maskless_attention import attention_configs, maskless_attention
+from ffkernels.validation.micro_batches import plan_micro_batches
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -229,71 +223,3 @@ def test_ranks_share_by_the_price_of_the_model(tiny_model, monkeypatch):
     loss = validation_shared.shared_labelled_loss(ranks, lm, examples, 2048, CPU)
     assert loss.example_counts == [6, 7, 8, 62]
     assert set(asked) == {(lm.head, CPU)} and len(asked) == 3  # the ranks' shares, this one's, its company
-
-
-def as_the_trainer_does():
-    pytest.importorskip("transformers.utils.import_utils").enable_tf32(True)
-
-
-def root(precision):
-    torch.backends.fp32_precision = precision
-
-
-def products(precision):
-    torch.backends.cuda.matmul.fp32_precision = precision
-
-
-def backend(precision):
-    torch.backends.cudnn.fp32_precision = precision
-
-
-def allow():
-    torch.backends.cuda.matmul.allow_tf32 = True
-
-
-WAYS = {
-    "nothing": ([], False),
-    "TrainingArguments(tf32=True)": ([as_the_trainer_does], True),
-    "high": ([lambda: torch.set_float32_matmul_precision("high")], True),
-    "medium": ([lambda: torch.set_float32_matmul_precision("medium")], True),
-    "highest": ([lambda: torch.set_float32_matmul_precision("highest")], False),
-    "allow_tf32": ([allow], True),
-    "the root": ([lambda: root("tf32")], True),
-    "the products": ([lambda: products("tf32")], True),
-    "the backend": ([lambda: backend("tf32")], True),
-    "all but the products": ([lambda: root("tf32"), lambda: products("ieee")], False),
-    "all but the backend": ([lambda: root("tf32"), lambda: backend("ieee")], False),
-    "all again": ([lambda: root("tf32"), lambda: products("ieee"), lambda: products("none")], True),
-    "the old one over the root": ([allow, lambda: root("ieee")], True),
-    "what CUDA has not": ([lambda: root("bf16")], False),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_tolerances_and_tokens_follow_tf32(way, tiny_model, padded_batch, default_precision):
-    model = tiny_model("llama")
-    validation = ValidationLoss(model, [padded_batch()])
-    lm, before = find_causal_lm(model), token(validation)
-    statements, in_force = WAYS[way]
-    for statement in statements:
-        statement()
-    assert cuda_products_in_tf32() is in_force
-    assert validation_check._tolerance(lm, model, GPU) == (2e-3 if in_force else 2e-5)
-    assert graph_check.loss_tolerance(validation, GPU) == (1e-4 if in_force else 1e-5)
-    assert validation_check._tolerance(lm, model, CPU) == 2e-5
-    assert graph_check.loss_tolerance(validation, CPU) == 1e-5
-    after = token(validation)
-    assert (after != before) is in_force
-    if in_force:
-        assert "a precision or determinism switch (IEEE float32 → TF32)" in describe_change(before, after)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "own", "captured"), [(torch.float64, 2e-5, 1e-5), (torch.bfloat16, 2e-2, 5e-3)]
-)
-def test_other_types_have_no_tf32(dtype, own, captured, tiny_model, default_precision):
-    model = tiny_model("llama").to(dtype)
-    validation = ValidationLoss(model, lambda model: 0.0)
-    root("tf32")
-    assert validation_check._tolerance(find_causal_lm(model), model, GPU) == own
-    assert graph_check.loss_tolerance(validation, GPU) == captured
