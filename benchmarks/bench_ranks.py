@@ -93,8 +93,8 @@ class Job:
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
         self.validation = self.loss()
-        self.lengths = [row.computed for row in self.validation._rows]
-        rows = (self.validation.causal_lm, self.validation._rows)
+        self.lengths = [row.computed for row in self.validation.rows]
+        rows = (self.validation.causal_lm, self.validation.rows)
         self.whole = LabelledLoss(*rows, max_tokens=2048, device=CPU)
         self.ranks = Ranks(CPU, self.group)
         config = FastForwardConfig(interval=INTERVAL, patience=None)
@@ -118,11 +118,10 @@ class Job:
 
     def measure(self) -> None:
         """One round."""
-        own = getattr(self.validation._loss, "local", self.validation._loss)
         calls = {
             "validation": self.validation,
-            "local": lambda: self.validation.run(own),
-            "whole": lambda: self.validation.run(self.whole),
+            "local": lambda: self.validation.run(self.validation._loss.part),
+            "whole": lambda: self.validation.run(self.whole.evaluate),
         }
         for name, call in calls.items():
             self.ranks.exchange(LOSS)  # together

@@ -82,15 +82,15 @@ class SteeredLoss(ValidationLoss):
         return self.forward.example_counts
 
     def real_loss(self) -> torch.Tensor:
-        return self.run(self.forward)
+        return self.run(self.forward.evaluate)
 
     def __call__(self) -> torch.Tensor:
         self.follow()
-        self.run(self.forward)
+        self.run(self.forward.evaluate)
         return self._next()
 
     def evaluate(self) -> torch.Tensor:
-        self.forward()
+        self.forward.evaluate()
         return self._next()
 
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,7 +278,7 @@ class BareForward:
         self.bench = bench
         self.prepare = bench.prepare
         forward = (loss or bench.loss).forward
-        work = forward.measure if sums else lambda: (forward(), None)
+        work = forward.measure if sums else lambda: (forward.evaluate(), None)
         self.graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(bench.device)
         side.wait_stream(torch.cuda.current_stream(bench.device))

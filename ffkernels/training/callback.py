@@ -29,7 +29,7 @@ from ffkernels.stage.weights import NameFilter
 from ffkernels.training import trainer_access
 from ffkernels.training.step_flops import StepFlops
 from ffkernels.training.trainer_loss import LOSSES, make_validation
-from ffkernels.validation.generic import is_loss_function
+from ffkernels.validation.batches import is_loss_function
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.restore import keep_random_state
 

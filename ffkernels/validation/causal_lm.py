@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -69,6 +69,21 @@ class CausalLM:
         """Whether backbone and head are still the model's: adapters put around the head later replace it."""
         inner = self.wrappers[-1]
         return inner.get_output_embeddings() is self.head and inner.base_model is self.backbone
+
+    def current(self) -> CausalLM:
+        """Itself, or the halves that the model has now.
+
+        Raises:
+            RuntimeError: when the model is no longer what the fast path computes.
+        """
+        if self.is_current():
+            return self
+        try:
+            return replace(find_causal_lm(self.wrappers[0]), given_mask=self.given_mask)
+        except FastPathRefused as refusal:
+            raise RuntimeError(
+                f"the model changed since its ValidationLoss was made: {refusal}; make a new one"
+            ) from refusal
 
     def check_length(self, longest: int) -> None:
         """Refuse what is only right for sequences up to some length."""

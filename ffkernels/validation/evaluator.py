@@ -30,11 +30,14 @@ from torch import nn
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.ranks.parallelism import fsdp_modules, replicas, reshard, without_broadcasts
-from ffkernels.validation.causal_lm import unwrap
+from ffkernels.validation.batches import Example
+from ffkernels.validation.causal_lm import CausalLM, unwrap
+from ffkernels.validation.flops import counter, say_uncounted
 from ffkernels.validation.restore import WrittenBuffers, keep_generators, keep_random_state, own_generators
 
 __all__ = [
     "Evaluator",
+    "Loss",
     "TrainingAutocast",
     "autocast_dtype",
     "evaluation_mode",
@@ -207,6 +210,47 @@ class TrainingAutocast:
         return heard + [module.register_forward_pre_hook(self) for module in _called(inner)]
 
 
+class Loss:
+    """What an evaluator runs: one face for every way to a validation loss. As it is here, of no examples.
+
+    None of its methods touches modes or random state; the evaluator does.
+
+    Attributes:
+        examples, tokens: rows that are run, and targets the mean runs over.
+        computed_tokens: in one evaluation, without padding; 0 where there are none to count. All three of all
+            processes together.
+        lm, rows: the two halves of the model and the examples, on the fast path.
+        example_tokens, example_counts: labelled tokens of each example, (rows,) float64 on the device, and
+            the same on the host; None where ``measure`` gives no S.
+        flops: what an evaluator counted.
+    """
+
+    examples: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
+    lm: CausalLM | None = None
+    rows: Sequence[Example] = ()
+    example_tokens: torch.Tensor | None = None
+    example_counts: list[int] | None = None
+    flops: int | None = None
+
+    def evaluate(self) -> torch.Tensor:
+        """The loss, 0-dim float64."""
+        raise NotImplementedError
+
+    def measure(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss, and S, the sums of NLL by example, (rows,) float64; None where there are none."""
+        return self.evaluate(), None
+
+    def part(self) -> Any:
+        """Run what this process runs of it, without the others."""
+        return self.evaluate()
+
+    def swap(self, batches: list[dict[str, Any]]) -> bool:
+        """Copy other examples over the present ones, if they fit: whether they were."""
+        return False
+
+
 class Evaluator:
     """Evaluations of one model.
 
@@ -255,6 +299,21 @@ class Evaluator:
         """Call ``measure`` in evaluation mode."""
         with self.mode():
             return self.forward(measure)
+
+    def flops(self, loss: Loss) -> int:
+        """FLOPs of this process's part of an evaluation, which is run for it, eagerly, the first time.
+
+        0, announced, where an evaluation cannot be counted.
+        """
+        if loss.flops is None:
+            try:
+                with counter() as counted:
+                    self.run(loss.part)
+                loss.flops = counted.total
+            except Exception as error:
+                loss.flops = 0
+                say_uncounted("the validation loss", error)
+        return loss.flops
 
     def run_first(self, measure: Callable[[], Any]) -> Any:
         """The same, before any training: under an autocast where the model cannot be run without."""

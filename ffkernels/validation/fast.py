@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ffkernels.ranks.interrupts import interrupt_later
-from ffkernels.validation.batches import IGNORE, Example
-from ffkernels.validation.causal_lm import CausalLM, accepts_argument, find_autocast
+from ffkernels.validation.batches import IGNORE, Example, check_causal_batches, read_examples
+from ffkernels.validation.causal_lm import CausalLM, FastPathRefused, accepts_argument, find_autocast
+from ffkernels.validation.evaluator import Loss
 from ffkernels.validation.forward_price import forward_price
 from ffkernels.validation.maskless_attention import (
     attends_eagerly,
@@ -63,13 +64,11 @@ def _chunk_rows(lm: CausalLM, device: torch.device, budget: int | None = None) -
     return max(16, budget // (4 * (lm.vocabulary or 1 << 16)))
 
 
-class LabelledLoss:
-    """Token-weighted mean NLL of `examples`: calling it runs the forward and returns a 0-dim float64 tensor.
-
-    It does not touch modes or random state; the caller does. Everything between the call and the returned
-    tensor is asynchronous on a GPU.
+class LabelledLoss(Loss):
+    """Token-weighted mean NLL of ``rows``. An evaluation is asynchronous on a GPU until its result is read.
 
     Attributes:
+        by_example: where in the token losses those of each example are.
         before_head: called in each forward, when all is launched but the head and what follows it.
     """
 
@@ -78,16 +77,14 @@ class LabelledLoss:
     def __init__(
         self,
         lm: CausalLM,
-        examples: Sequence[Example],
+        rows: Sequence[Example],
         *,
         max_tokens: int,
         device: torch.device,
         chunk_bytes: int | None = None,
         one_batch: bool = False,
     ) -> None:
-        self.lm = lm
-        self.device = device
-        self.scored = sum(example.scored for example in examples)
+        self.lm, self.rows, self.device = lm, rows, device
         self.chunk_rows = _chunk_rows(lm, device, chunk_bytes)
         least = _LEAST_ROWS_OF_A_PART.get(device.type, _LEAST_ROWS_OF_A_PART_ELSEWHERE)
         self.part_rows = max(least, -(-self.chunk_rows // _PARTS))
@@ -98,14 +95,14 @@ class LabelledLoss:
         size = lm.embeddings or lm.vocabulary or 1
         pad = getattr(lm.config, "pad_token_id", None)
         self._pad = pad if isinstance(pad, int) and 0 <= pad < size else 0
-        groups = [list(range(len(examples)))]
+        groups = [list(range(len(rows)))]
         if not one_batch:
-            lengths, limit = [example.computed for example in examples], token_limit(lm, max_tokens, device)
+            lengths, limit = [row.computed for row in rows], token_limit(lm, max_tokens, device)
             groups = plan_micro_batches(lengths, limit, forward_price(lm, device))
-        laid_out = [lay_out([examples[i] for i in group], self._pad) for group in groups]
-        self.examples = ExampleSums(laid_out, device)
+        laid_out = [lay_out([rows[i] for i in group], self._pad) for group in groups]
+        self.by_example = ExampleSums(laid_out, device)
         self.micro_batches = [batch.to(device) for batch in laid_out]
-        self._divisor = torch.tensor(self.scored, dtype=torch.float64, device=device)
+        self._divisor = torch.tensor(self.tokens, dtype=torch.float64, device=device)
         self._masks: dict[int, torch.Tensor] = {}
         if lm.given_mask:
             dtype = lm.embedding_dtype
@@ -113,15 +110,41 @@ class LabelledLoss:
                 self._masks[length] = causal_mask(length, dtype, device)
 
     @property
+    def examples(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.scored for row in self.rows)
+
+    @property
+    def computed_tokens(self) -> int:
+        return sum(row.computed for row in self.rows)
+
+    @property
     def example_tokens(self) -> torch.Tensor:
-        return self.examples.tokens
+        return self.by_example.tokens
 
     @property
     def example_counts(self) -> list[int]:
-        return self.examples.counts
+        return self.by_example.counts
 
-    def swap(self, examples: Sequence[Example]) -> bool:
-        """Put `examples` in place of the present ones, at the same addresses; False where they do not fit."""
+    def swap(self, batches: list[dict[str, Any]]) -> bool:
+        """Put their examples in place of the present ones, at the same addresses.
+
+        Raises:
+            ValueError: where they hold token ids that the model has not.
+        """
+        check_causal_batches(batches, self.lm.vocabulary, self.lm.embeddings)
+        try:
+            rows = read_examples(batches)
+        except FastPathRefused:
+            return False
+        # The comparison with the model's own loss has to see padding on the left where there is any.
+        new_kind = any(row.left_padded for row in rows) and not any(row.left_padded for row in self.rows)
+        return bool(rows) and not new_kind and self._place(rows)
+
+    def _place(self, examples: Sequence[Example]) -> bool:
         rooms = [(*batch.input_ids.shape, batch.positions.numel()) for batch in self.micro_batches]
         placed = assign(examples, rooms)
         if placed is None:
@@ -133,18 +156,17 @@ class LabelledLoss:
         with interrupt_later():
             for mine, other in zip(self.micro_batches, new, strict=True):
                 mine.copy_(other)
-            self.examples.copy_(new)
-            self.scored = sum(example.scored for example in examples)
-            self._divisor.fill_(self.scored)
+            self.by_example.copy_(new)
+            self.rows = examples
+            self._divisor.fill_(self.tokens)
         return True
 
-    def __call__(self) -> torch.Tensor:
+    def evaluate(self) -> torch.Tensor:
         return self._mean(lambda index, losses: None)
 
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and the sums by example of the same token losses."""
         parts: list[list[torch.Tensor]] = [[] for _ in self.micro_batches]
-        return self._mean(lambda index, losses: parts[index].append(losses)), self.examples(parts)
+        return self._mean(lambda index, losses: parts[index].append(losses)), self.by_example(parts)
 
     def _mean(self, take: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)

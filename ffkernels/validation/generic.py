@@ -20,9 +20,10 @@ from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.parallelism import fsdp_modules
 from ffkernels.validation.batches import IGNORE, chosen_rows, count_rows, on_device
 from ffkernels.validation.causal_lm import accepts_argument, unwrap
+from ffkernels.validation.evaluator import Loss
 from ffkernels.validation.mean import Mean, ask_mean
 
-__all__ = ["FunctionLoss", "GradientsWhereNeeded", "ModelLoss", "ask_model", "is_loss_function", "size_of"]
+__all__ = ["FunctionLoss", "GradientsWhereNeeded", "ModelLoss", "ask_model", "size_of"]
 
 _SHIFTING_LOSSES = ("ForCausalLM", "ForConditionalGeneration")
 
@@ -121,10 +122,10 @@ def ask_model(
     )
 
 
-class ModelLoss:
-    """Weighted mean of `model(**batch)`'s losses: calling it returns a 0-dim float64 tensor on `device`.
+class ModelLoss(Loss):
+    """Weighted mean of `model(**batch)`'s losses; batches without a target are left out.
 
-    `scored` targets in `rows` rows; batches without a target are left out. `mean` is what `ask_model` found.
+    `mean` is what `ask_model` found.
     """
 
     def __init__(
@@ -139,12 +140,15 @@ class ModelLoss:
         weighed = [(batch, *(mean or Mean()).weigh(batch)) for batch in batches]
         self._use([(self.call.prepared(batch), *weight) for batch, *weight in weighed if weight[1]])
         self.for_company: list[dict[str, Any]] = []
+        ids = [batch.get("input_ids") for batch in batches]
+        known = all(isinstance(x, torch.Tensor) for x in ids)
+        self.computed_tokens = sum(x.numel() for x in ids) if known else 0
 
     def _use(self, weighed: Sequence[tuple[dict[str, Any], int, int]]) -> None:
         """Run these batches, each with what its loss is multiplied by and how many targets that adds up."""
         self.weighed = list(weighed)
-        self.scored = sum(count for _, _, count in weighed)
-        self.rows = sum(count_rows(batch) for batch in self.batches)
+        self.tokens = sum(count for _, _, count in weighed)
+        self.examples = sum(count_rows(batch) for batch in self.batches)
 
     @property
     def batches(self) -> list[dict[str, Any]]:
@@ -160,8 +164,8 @@ class ModelLoss:
         self._use([self.weighed[i] for i in chosen])
         self.for_company = [smallest] * (forwards - len(chosen))
 
-    def __call__(self) -> torch.Tensor:
-        return self.total() / self.scored
+    def evaluate(self) -> torch.Tensor:
+        return self.total() / self.tokens
 
     def total(self) -> torch.Tensor:
         """The sum over all targets, 0-dim float64; 0 without batches."""
@@ -176,14 +180,14 @@ class ModelLoss:
         return total
 
 
-class FunctionLoss:
+class FunctionLoss(Loss):
     """What `function(model)` returns, as a 0-dim float64 tensor on `device`."""
 
     def __init__(self, function: Callable[[nn.Module], Any], model: nn.Module, device: torch.device) -> None:
         self.function, self.model, self.device = function, model, device
         self._run = GradientsWhereNeeded(model)
 
-    def __call__(self) -> torch.Tensor:
+    def evaluate(self) -> torch.Tensor:
         return self._run(self._value)
 
     def _value(self) -> torch.Tensor:
@@ -199,11 +203,6 @@ class FunctionLoss:
                 f"loss_fn(model) returned a tensor of shape {tuple(value.shape)}: one number is needed"
             )
         return value.reshape(())
-
-
-def is_loss_function(given: Any) -> bool:
-    """Whether this is a function of the model, and nothing that holds examples."""
-    return callable(given) and not any(hasattr(given, name) for name in ("__iter__", "__getitem__"))
 
 
 class GradientsWhereNeeded:

@@ -28,12 +28,12 @@ from ffkernels.validation.batches import (
     Example,
     check_causal_batches,
     count_rows,
+    is_loss_function,
     items_of,
     read_batches,
     read_examples,
 )
 from ffkernels.validation.causal_lm import FastPathRefused, model_device
-from ffkernels.validation.generic import is_loss_function
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.restore import keep_random_state
 
@@ -105,8 +105,8 @@ class ValidationPool(ValidationLoss):
             process_group=process_group,
         )
         with together(ranks):
-            if self._lm is not None:
-                check_causal_batches(self._pool, self._lm.vocabulary, self._lm.embeddings)
+            if (lm := self.causal_lm) is not None:
+                check_causal_batches(self._pool, lm.vocabulary, lm.embeddings)
         self.draw(0)
 
     def _prepare_pool(
@@ -151,10 +151,10 @@ class ValidationPool(ValidationLoss):
         rows = [self._pool[i] for i in drawn]
         in_place = False
         self.follow()
-        if self.path == "generic" and self._collator is not None:  # it makes batches of several
+        if self._collator is not None and self.causal_lm is None:  # it makes batches of several
             self._swap_collated([self._items[i] for i in drawn])
         elif self.ranks is None and self._places is not None:
-            in_place = self._swap_in_place(rows)
+            in_place = self._loss.swap(rows)
             if not in_place:  # places were made for one draw, when the model went to another device
                 self.swap_batch(self._places)
                 self.swap_batch(rows)
@@ -168,7 +168,7 @@ class ValidationPool(ValidationLoss):
             self.swap_batch(items, self._collator)
             return
         groups = [items[i : i + self._batch_size] for i in range(0, len(items), self._batch_size)]
-        with keep_random_state(self._device):
+        with keep_random_state(self.device):
             batches = [self._collator(group) for group in groups]
         self.swap_batch(batches)
 

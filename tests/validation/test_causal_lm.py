@@ -8,7 +8,7 @@ from torch import nn
 
 from ffkernels.graphs import check as graph_check
 from ffkernels.graphs.token import describe_change, token
-from ffkernels.validation import check as validation_check
+from ffkernels.validation import choice
 from ffkernels.validation.causal_lm import (
     FastPathRefused,
     cuda_products_in_tf32,
@@ -183,9 +183,9 @@ def test_tolerances_and_tokens_follow_tf32(way, tiny_model, padded_batch, defaul
     for statement in statements:
         statement()
     assert cuda_products_in_tf32() is in_force
-    assert validation_check._tolerance(lm, model, GPU) == (2e-3 if in_force else 2e-5)
+    assert choice._tolerance(lm, model, GPU) == (2e-3 if in_force else 2e-5)
     assert graph_check.loss_tolerance(validation, GPU) == (1e-4 if in_force else 1e-5)
-    assert validation_check._tolerance(lm, model, CPU) == 2e-5
+    assert choice._tolerance(lm, model, CPU) == 2e-5
     assert graph_check.loss_tolerance(validation, CPU) == 1e-5
     after = token(validation)
     assert (after != before) is in_force
@@ -200,5 +200,5 @@ def test_other_types_have_no_tf32(dtype, own, captured, tiny_model, default_prec
     model = tiny_model("llama").to(dtype)
     validation = ValidationLoss(model, lambda model: 0.0)
     root("tf32")
-    assert validation_check._tolerance(find_causal_lm(model), model, GPU) == own
+    assert choice._tolerance(find_causal_lm(model), model, GPU) == own
     assert graph_check.loss_tolerance(validation, GPU) == captured

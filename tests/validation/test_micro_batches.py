@@ -65,7 +65,8 @@ def test_examples_that_are_exchanged_in_place_keep_every_address(tiny_model, pad
 
     def addresses():
         return [
-            tensor.data_ptr() for tensor in (*validation.labelled.examples._places, validation.example_tokens)
+            tensor.data_ptr()
+            for tensor in (*validation.labelled.by_example._places, validation.example_tokens)
         ]
 
     before = addresses()
