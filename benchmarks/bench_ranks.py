@@ -120,8 +120,8 @@ class Job:
         """One round."""
         calls = {
             "validation": self.validation,
-            "local": lambda: self.validation.run(self.validation._loss.part),
-            "whole": lambda: self.validation.run(self.whole.evaluate),
+            "local": lambda: self.validation.evaluator.run(self.validation._loss.part),
+            "whole": lambda: self.validation.evaluator.run(self.whole.evaluate),
         }
         for name, call in calls.items():
             self.ranks.exchange(LOSS)  # together

@@ -163,7 +163,7 @@ def stage_of(config: TrainConfig, repeats: int) -> dict[str, Any]:
                 mine, loss = taus[ranks.rank] if ranks.rank < len(taus) else None, math.nan
                 if mine is not None:
                     move(mine)
-                    loss = float(validation.run(whole.evaluate))
+                    loss = float(validation.evaluator.run(whole.evaluate))
                 found = ranks.exchange(LOSS, loss)
                 search.observe({tau: row.a for tau, row in zip(taus, found, strict=False)})
 
@@ -202,7 +202,7 @@ def stage_of(config: TrainConfig, repeats: int) -> dict[str, Any]:
         }
         if ranks.rank == 0:
             found["more_ranks"] = more_ranks(
-                lambda tau: (move(tau), float(validation.run(whole.evaluate)))[1]
+                lambda tau: (move(tau), float(validation.evaluator.run(whole.evaluate)))[1]
             )
         dist.barrier()
         return found

@@ -82,11 +82,11 @@ class SteeredLoss(ValidationLoss):
         return self.forward.example_counts
 
     def real_loss(self) -> torch.Tensor:
-        return self.run(self.forward.evaluate)
+        return self.evaluator.run(self.forward.evaluate)
 
     def __call__(self) -> torch.Tensor:
         self.follow()
-        self.run(self.forward.evaluate)
+        self.evaluator.run(self.forward.evaluate)
         return self._next()
 
     def evaluate(self) -> torch.Tensor:
@@ -95,7 +95,7 @@ class SteeredLoss(ValidationLoss):
 
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.follow()
-        self.run(self.forward.measure)
+        self.evaluator.run(self.forward.measure)
         return self._next(), self._number * self._sharing
 
     def evaluate_with_sums(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,18 +65,14 @@ class CausalLM:
         floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
         return weight.dtype if floating else torch.get_default_dtype()
 
-    def is_current(self) -> bool:
-        """Whether backbone and head are still the model's: adapters put around the head later replace it."""
-        inner = self.wrappers[-1]
-        return inner.get_output_embeddings() is self.head and inner.base_model is self.backbone
-
     def current(self) -> CausalLM:
-        """Itself, or the halves that the model has now.
+        """Itself, or the halves that the model has now: adapters put around the head later replace it.
 
         Raises:
             RuntimeError: when the model is no longer what the fast path computes.
         """
-        if self.is_current():
+        inner = self.wrappers[-1]
+        if inner.get_output_embeddings() is self.head and inner.base_model is self.backbone:
             return self
         try:
             return replace(find_causal_lm(self.wrappers[0]), given_mask=self.given_mask)
@@ -178,7 +174,7 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
 
 
 def find_autocast(wrappers: tuple[nn.Module, ...]) -> torch.autocast | None:
-    """The autocast that accelerate wrapped around a bypassed `forward`, if there is one.
+    """The autocast that accelerate wrapped around a bypassed `forward`, if there is one and it is enabled.
 
     `Accelerator.prepare` replaces `model.forward` on the instance by a chain of decorators, one of them a
     `torch.autocast`. The fast path calls the backbone below it and has to enter the same precision itself.
@@ -194,7 +190,7 @@ def find_autocast(wrappers: tuple[nn.Module, ...]) -> torch.autocast | None:
                 except ValueError:
                     continue
                 if isinstance(value, torch.autocast):
-                    return value
+                    return value if value._enabled else None
             forward = _next_layer(forward)
     return None
 

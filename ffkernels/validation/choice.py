@@ -1,8 +1,12 @@
 """Which way a validation loss is computed, and why: the fast one where the model's own loss agrees with it.
 
-    callable    `loss_fn(model)`, whatever it computes
-    fast        a causal language model on plain batches (`batches.read`), compared once with its own loss
-    generic     whatever else returns a loss, weighted by what that is the mean of
+    fast        a causal language model on ordinary batches: trimmed micro-batches, logits at labelled
+                positions only, and the loss of each example too (`fast`)
+    generic     any model whose `model(**batch)` returns a loss: the batches as given, weighted by what that
+                loss is the mean of (`generic`, `mean`)
+    callable    `loss_fn(model)`, whatever it computes (`generic`)
+
+In a job of several processes each runs its share of the examples and all get the same numbers (`shared`).
 
 A model may do more around its two halves than its structure shows. The comparison runs both on up to four
 examples of different lengths, in one padded batch, with the padding on the side the user's data has it;
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +29,7 @@ from ffkernels.validation.batches import IGNORE, Example, Given
 from ffkernels.validation.causal_lm import CausalLM, cuda_products_in_tf32, find_autocast, unwrap
 from ffkernels.validation.evaluator import Evaluator, Loss, autocast_dtype
 from ffkernels.validation.fast import LabelledLoss
-from ffkernels.validation.generic import FunctionLoss, ModelLoss, ask_model
+from ffkernels.validation.generic import FunctionLoss, GradientsWhereNeeded, ModelCall, ModelLoss, ask_model
 from ffkernels.validation.maskless_attention import could_be_given_a_mask
 from ffkernels.validation.mean import Mean
 from ffkernels.validation.shared import shared_function, shared_labelled_loss, shared_model_loss
@@ -111,7 +116,9 @@ def _compare(
 ) -> tuple[CausalLM | None, str | None]:
     """The halves to run, given a mask where they would make one and agree so; or None, and why not."""
     chosen, device = _choose(rows, lm.vocabulary or 1 << 16), evaluator.device
-    own = float(evaluator.run_first(ModelLoss(model, [_as_batch(chosen)], device).evaluate))
+    call = ModelCall(model, device)
+    own_loss = partial(call, call.prepared(_as_batch(chosen)))
+    own = float(evaluator.run_first(partial(GradientsWhereNeeded(call.model), own_loss)))
     allowed = _tolerance(lm, model, device, evaluator.autocast)
     for candidate in [replace(lm, given_mask=True), lm] if could_be_given_a_mask(lm) else [lm]:
         try:
@@ -170,7 +177,7 @@ def _tolerance(
     if (cast := autocast_dtype(device.type) or otherwise) is not None:
         dtypes.add(cast)
     wrapped = find_autocast(lm.wrappers)
-    if wrapped is not None and wrapped._enabled:
+    if wrapped is not None:
         dtypes.add(wrapped.fast_dtype)
     tolerances = [_TOLERANCE.get(dtype, 2e-2) for dtype in dtypes] or [0.0]
     if device.type == "cuda" and torch.float32 in dtypes and cuda_products_in_tf32():

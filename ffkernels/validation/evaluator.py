@@ -49,6 +49,11 @@ __all__ = [
 _evaluations = 0  # that are going on
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What the autocast that is active for this kind of device casts to; None where none is."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 @contextmanager
 def uncached_autocast(device_type: str, otherwise: torch.dtype | None = None) -> Iterator[None]:
     """Keep the caller's autocast for `device_type`, if one is active, but not what its cache holds.
@@ -57,7 +62,7 @@ def uncached_autocast(device_type: str, otherwise: torch.dtype | None = None) ->
     cache, which is cleared only with the outermost context: so the cache is emptied on both sides.
     Where none is active, one to the dtype `otherwise` is, if given.
     """
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else otherwise
+    dtype = autocast_dtype(device_type) or otherwise
     if dtype is None:
         yield
         return
@@ -160,11 +165,6 @@ def evaluation_mode(
                 stack.close()
 
 
-def autocast_dtype(kind: str) -> torch.dtype | None:
-    """What the autocast that is active for this kind of device casts to; None where none is."""
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
 def needed_autocast(model: nn.Module, error: RuntimeError) -> torch.dtype | None:
     """What to cast to where a forward failed since it meets two dtypes; None where something else failed."""
     dtypes = {parameter.dtype for parameter in model.parameters()}
@@ -187,17 +187,16 @@ class TrainingAutocast:
     Attributes:
         dtype: what it casts to, None for none. Before the first such forward: what was active when this was
             made.
-        heard: whether there was such a forward.
     """
 
     is_harmless_before_a_bypassed_forward = True
 
     def __init__(self, kind: str) -> None:
-        self.kind, self.dtype, self.heard = kind, autocast_dtype(kind), False
+        self.kind, self.dtype = kind, autocast_dtype(kind)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if torch.is_grad_enabled() and not is_evaluating():
-            self.dtype, self.heard = autocast_dtype(self.kind), True
+            self.dtype = autocast_dtype(self.kind)
 
     def hooks(self, model: nn.Module) -> list[Any]:
         """Listen to this model, whichever of its wrappers training calls; the handles end that."""
@@ -213,21 +212,11 @@ class TrainingAutocast:
 class Loss:
     """What an evaluator runs: one face for every way to a validation loss. As it is here, of no examples.
 
-    None of its methods touches modes or random state; the evaluator does.
-
-    Attributes:
-        examples, tokens: rows that are run, and targets the mean runs over.
-        computed_tokens: in one evaluation, without padding; 0 where there are none to count. All three of all
-            processes together.
-        lm, rows: the two halves of the model and the examples, on the fast path.
-        example_tokens, example_counts: labelled tokens of each example, (rows,) float64 on the device, and
-            the same on the host; None where ``measure`` gives no S.
-        flops: what an evaluator counted.
+    Methods touch neither modes nor random state; the evaluator does. The attributes are those of the same
+    name of a ``ValidationLoss``; ``flops`` is None until an evaluator has counted them.
     """
 
-    examples: int = 0
-    tokens: int = 0
-    computed_tokens: int = 0
+    examples = tokens = computed_tokens = 0
     lm: CausalLM | None = None
     rows: Sequence[Example] = ()
     example_tokens: torch.Tensor | None = None

@@ -188,7 +188,7 @@ class LabelledLoss(Loss):
         with ExitStack() as stack:
             stack.enter_context(maskless_attention(self.lm.backbone, self._attention_configs))
             autocast = find_autocast(self.lm.wrappers)
-            if autocast is not None and autocast._enabled:
+            if autocast is not None:
                 stack.enter_context(
                     torch.autocast(autocast.device, dtype=autocast.fast_dtype, cache_enabled=False)
                 )

@@ -23,7 +23,7 @@ from ffkernels.validation.causal_lm import accepts_argument, unwrap
 from ffkernels.validation.evaluator import Loss
 from ffkernels.validation.mean import Mean, ask_mean
 
-__all__ = ["FunctionLoss", "GradientsWhereNeeded", "ModelLoss", "ask_model", "size_of"]
+__all__ = ["FunctionLoss", "GradientsWhereNeeded", "ModelCall", "ModelLoss", "ask_model", "size_of"]
 
 _SHIFTING_LOSSES = ("ForCausalLM", "ForConditionalGeneration")
 
@@ -133,11 +133,11 @@ class ModelLoss(Loss):
         model: nn.Module,
         batches: Sequence[dict[str, Any]],
         device: torch.device,
-        mean: Mean | None = None,
+        mean: Mean,
     ) -> None:
         self.call, self.device = ModelCall(model, device), device
         self._run = GradientsWhereNeeded(self.call.model)
-        weighed = [(batch, *(mean or Mean()).weigh(batch)) for batch in batches]
+        weighed = [(batch, *mean.weigh(batch)) for batch in batches]
         self._use([(self.call.prepared(batch), *weight) for batch, *weight in weighed if weight[1]])
         self.for_company: list[dict[str, Any]] = []
         ids = [batch.get("input_ids") for batch in batches]

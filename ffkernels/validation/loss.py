@@ -3,15 +3,7 @@
     L(W) = Σ NLL over labelled tokens / their number        not a mean of batch means
 
 What is given is read once (`batches`), one of three ways to that number is chosen (`choice`), and what that
-way runs, a `Loss` of one face, is held and run by an `Evaluator`, as if nobody had evaluated:
-
-- fast      a causal language model on ordinary batches: trimmed micro-batches, logits at labelled positions
-            only (`fast`), and the loss of each example too (`micro_batches`);
-- generic   any model whose `model(**batch)` returns a loss: the batches as given, weighted by what that loss
-            is the mean of (`generic`, `mean`);
-- callable  `loss_fn(model)`, whatever it computes (`generic`).
-
-In a job of several processes each runs its share of the examples and all get the same numbers (`shared`).
+way runs, a `Loss`, is held here and run by an `Evaluator`, as if nobody had evaluated (`evaluator`).
 """
 
 from __future__ import annotations
@@ -92,30 +84,28 @@ class ValidationLoss:
     ) -> None:
         device = model_device(model)
         self.model, self.version = model, 0
-        self._max_tokens = micro_batch_limit(micro_batch_tokens, device)
-        self._check, self._process_group = check, process_group
+        tokens = micro_batch_limit(micro_batch_tokens, device)
+        self._settings = {"micro_batch_tokens": tokens, "check": check, "process_group": process_group}
         self.evaluator = Evaluator(model, device, batches if is_loss_function(batches) else None)
         self.before_ranks = not several_processes()
         self.ranks = Ranks.present(device, process_group or training_group(model))
         if self.ranks is not None:
             self.ranks.forward_is_collective = self.evaluator.is_collective
         with together(self.ranks):
-            given = read(model, batches, collator, self._max_tokens, device)
+            given = read(model, batches, collator, tokens, device)
         if self.ranks is not None:
             self.ranks.agree(
                 {
                     "whether the validation loss is a callable": given.function is not None,
                     "the number of validation batches": len(given.batches),
                     "the validation examples (their hash)": digest(given.batches),
-                    "micro_batch_tokens": self._max_tokens,
+                    "micro_batch_tokens": tokens,
                 },
                 "give every rank the same, whole validation set; the ranks share it among themselves",
             )
         with together(self.ranks, forwards=True):
-            chosen = choose(
-                given, model, self.evaluator, self.ranks, self._max_tokens, check=check, mean=_mean
-            )
-            self.path, self.reason, self._make, self._loss, self._mean = chosen
+            chosen = choose(given, model, self.evaluator, self.ranks, tokens, check=check, mean=_mean)
+        self.path, self.reason, self._make, self._loss, self._mean = chosen
         if self.ranks is not None:
             facts = {"the path of the validation loss": self.path, "what it is the mean of": str(self._mean)}
             self.ranks.agree(facts, f"here: {self.reason}")
@@ -176,7 +166,7 @@ class ValidationLoss:
 
     def __call__(self) -> torch.Tensor:
         self.follow()
-        return self.run(self._loss.evaluate)
+        return self.evaluator.run(self._loss.evaluate)
 
     def evaluate(self) -> torch.Tensor:
         """The forward alone, for callers that hold the model in `evaluation_mode` themselves."""
@@ -190,15 +180,11 @@ class ValidationLoss:
             the generic path and for a callable. Of several processes each gets the sums of all, in one order.
         """
         self.follow()
-        return self.run(self._loss.measure)
+        return self.evaluator.run(self._loss.measure)
 
     def evaluate_with_sums(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `measure`, and the forward alone, as `evaluate`."""
         return self.evaluator.forward(self._loss.measure)
-
-    def run(self, measure: Callable[[], Any]) -> Any:
-        """Call ``measure`` as the loss itself is: in evaluation mode, and leaving no trace."""
-        return self.evaluator.run(measure)
 
     def swap_batch(self, batches: Any, collator: Callable[..., Any] | None = None) -> bool:
         """Validate on other examples from now on.
@@ -227,19 +213,12 @@ class ValidationLoss:
         self.follow()
         if self.ranks is None:
             with keep_random_state(self.device):
-                batches, collator = read_batches(batches, collator, self._max_tokens), None
+                batches = read_batches(batches, collator, self._settings["micro_batch_tokens"])
+                collator = None
             if self._loss.swap(batches):
                 return True
         with uncached_autocast(self.device.type, self.evaluator.autocast):
-            fresh = ValidationLoss(
-                self.model,
-                batches,
-                collator=collator,
-                micro_batch_tokens=self._max_tokens,
-                check=self._check,
-                process_group=self._process_group,
-                _mean=self._mean,
-            )
+            fresh = ValidationLoss(self.model, batches, collator=collator, **self._settings, _mean=self._mean)
         with interrupt_later():
             vars(self).update(vars(fresh), version=self.version + 1, evaluator=self.evaluator)
         return False

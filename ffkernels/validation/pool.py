@@ -96,7 +96,24 @@ class ValidationPool(ValidationLoss):
             raise ValueError(f"seed={seed!r}: must be an integer of at least 0")
         ranks = Ranks.present(device, process_group or training_group(model))
         with together(ranks):
-            self._prepare_pool(model, pool, collator, size, seed, device, batch_size)
+            with keep_random_state(device):
+                self._pool, self._items = _read(pool, collator, placeholder_ids(model))
+            self._collator, self._batch_size = collator, batch_size
+            examples = [_example(row) for row in self._pool]
+            kept = [i for i, example in enumerate(examples) if example is not None]
+            if len(kept) < size:
+                raise ValueError(
+                    f"the pool has {len(kept)} examples with something to score, and a draw takes "
+                    f"size={size}: give more of them, several times as many, or a smaller size"
+                )
+            order = sorted(kept, key=lambda i: _order(examples[i]))
+            cuts = [len(order) * i // size for i in range(size + 1)]
+            self._strata = [order[cuts[i] : cuts[i + 1]] for i in range(size)]
+            self._seed, self.pool_size, self.drawn = seed, len(kept), -1
+            self._places: list[Batch] | None = None
+            if all(isinstance(examples[i], Example) for i in kept):
+                padded = any(examples[i].left_padded for i in kept)
+                self._places = [_longest([examples[i] for i in stratum], padded) for stratum in self._strata]
         super().__init__(
             model,
             self._places or [self._pool[i] for i in self._indices(0)],
@@ -108,36 +125,6 @@ class ValidationPool(ValidationLoss):
             if (lm := self.causal_lm) is not None:
                 check_causal_batches(self._pool, lm.vocabulary, lm.embeddings)
         self.draw(0)
-
-    def _prepare_pool(
-        self,
-        model: nn.Module,
-        pool: Any,
-        collator: Callable[..., Any] | None,
-        size: int,
-        seed: int,
-        device: torch.device,
-        batch_size: int | None,
-    ) -> None:
-        """Read the pool, cut it into strata, and make what takes up as much as any draw."""
-        with keep_random_state(device):
-            self._pool, self._items = _read(pool, collator, placeholder_ids(model))
-        self._collator, self._batch_size = collator, batch_size
-        examples = [_example(row) for row in self._pool]
-        kept = [i for i, example in enumerate(examples) if example is not None]
-        if len(kept) < size:
-            raise ValueError(
-                f"the pool has {len(kept)} examples with something to score, and a draw takes size={size}: "
-                "give more of them, several times as many, or a smaller size"
-            )
-        order = sorted(kept, key=lambda i: _order(examples[i]))
-        cuts = [len(order) * i // size for i in range(size + 1)]
-        self._strata = [order[cuts[i] : cuts[i + 1]] for i in range(size)]
-        self._seed, self.pool_size, self.drawn = seed, len(kept), -1
-        self._places: list[Batch] | None = None
-        if all(isinstance(examples[i], Example) for i in kept):
-            padded = any(examples[i].left_padded for i in kept)
-            self._places = [_longest([examples[i] for i in stratum], padded) for stratum in self._strata]
 
     def draw(self, number: int) -> bool:
         """Validate on draw ``number`` from now on.

@@ -90,20 +90,17 @@ def shared_labelled_loss(
         idle = max(map(len, plans)) - len(plans[ranks.rank])
         company = LabelledLoss(lm, [_SHORTEST], max_tokens=max_tokens, device=device)
 
-    def part() -> torch.Tensor:
-        loss = torch.zeros((), dtype=torch.float64, device=device) if local is None else local.evaluate()
-        keep_company()
-        return loss * weight
-
-    def measured() -> tuple[torch.Tensor, torch.Tensor]:
+    def measured(sums: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         nothing = torch.zeros(1, dtype=torch.float64, device=device)
-        loss, sums = (nothing[0], nothing[1:]) if local is None else local.measure()
-        keep_company()
-        return loss * weight, sums
-
-    def keep_company() -> None:
+        mine = nothing[0], nothing[1:]
+        if local is not None:
+            mine = local.measure() if sums else (local.evaluate(), None)
         for _ in range(idle):
             company.evaluate()
+        return mine[0] * weight, mine[1]
+
+    def part() -> torch.Tensor:
+        return measured(sums=False)[0]
 
     counts = [
         [rows[shard[i]].scored for group in groups for i in group]
