@@ -9,6 +9,7 @@ way runs, a `Loss`, is held here and run by an `Evaluator`, as if nobody had eva
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from ffkernels.validation.mean import Mean
 from ffkernels.validation.restore import keep_random_state
 
 __all__ = ["ValidationLoss"]
+
+
+def _of_what_is_run(name: str) -> Any:
+    return property(attrgetter(f"_loss.{name}"))
 
 
 class ValidationLoss:
@@ -60,8 +65,15 @@ class ValidationLoss:
     Attributes:
         path, reason: "fast", "generic" or "callable", and why.
         examples: rows that are run (rows with nothing to score are not, on the fast path); 0 for a callable.
-        version: rises whenever what an evaluation runs, and reads its examples from, is made anew.
         tokens: targets the mean runs over; 0 for a callable.
+        computed_tokens: in one evaluation, without padding; 0 where there are none to count. All three of all
+            processes together.
+        version: rises whenever what an evaluation runs, and reads its examples from, is made anew.
+        causal_lm: the two halves of the model that the fast path runs; None on the other paths.
+        rows: the examples of the fast path, none on the others; another list after each exchange.
+        example_tokens: n, labelled tokens by example, (rows,) float64 on the device, in the order of S; None
+            where `measure` gives no S. After a `swap_batch` in place the same tensor, 0 for rows without one.
+        example_counts: the same numbers on the host.
         ranks: the processes that share the examples; None where it is one.
         evaluator: runs it.
         before_ranks: it was made before the job had a process group of several.
@@ -70,6 +82,14 @@ class ValidationLoss:
         ValueError: when the model returns no loss for such batches, or they have nothing to score.
         RanksDisagree: when the ranks were given different examples, or came to different paths.
     """
+
+    examples: int = _of_what_is_run("examples")
+    tokens: int = _of_what_is_run("tokens")
+    causal_lm: CausalLM | None = _of_what_is_run("lm")
+    rows: Sequence[Example] = _of_what_is_run("rows")
+    example_tokens: torch.Tensor | None = _of_what_is_run("example_tokens")
+    example_counts: list[int] | None = _of_what_is_run("example_counts")
+    computed_tokens: int = _of_what_is_run("computed_tokens")
 
     def __init__(
         self,
@@ -115,45 +135,9 @@ class ValidationLoss:
         return self.evaluator.device
 
     @property
-    def examples(self) -> int:
-        return self._loss.examples
-
-    @property
-    def tokens(self) -> int:
-        return self._loss.tokens
-
-    @property
-    def causal_lm(self) -> CausalLM | None:
-        """The two halves of the model that the fast path runs; None on the other paths."""
-        return self._loss.lm
-
-    @property
     def labelled(self) -> LabelledLoss | None:
         """What the fast path runs, in a job of one process; None on the other paths and in several."""
         return self._loss if isinstance(self._loss, LabelledLoss) else None
-
-    @property
-    def rows(self) -> Sequence[Example]:
-        """The examples of the fast path, none on the others; another list after each exchange."""
-        return self._loss.rows
-
-    @property
-    def example_tokens(self) -> torch.Tensor | None:
-        """n, labelled tokens by example, (rows,) float64 on the device; None where `measure` gives no S.
-
-        In the order of S. After a `swap_batch` in place it is the same tensor, and 0 where a row holds none.
-        """
-        return self._loss.example_tokens
-
-    @property
-    def example_counts(self) -> list[int] | None:
-        """The same numbers on the host."""
-        return self._loss.example_counts
-
-    @property
-    def computed_tokens(self) -> int:
-        """Tokens in one evaluation, of all processes, without padding; 0 where there are none to count."""
-        return self._loss.computed_tokens
 
     @property
     def flops(self) -> int:
