@@ -205,10 +205,10 @@ def test_who_runs_in_which_row_on_a_gpu(benchmarks, monkeypatch):
 
 
 def test_a_refused_fast_path_is_measured_and_named(benchmarks, bench, monkeypatch):
-    from ffkernels.validation import loss as validation
+    from ffkernels.validation import choice
 
     assert bench.loss.refused == ""
-    monkeypatch.setattr(validation, "disagreement", lambda *a: "it differs by 3")
+    monkeypatch.setattr(choice, "_compare", lambda *a: (None, "it differs by 3"))
     loss = benchmarks("stages.providers").SteeredLoss(bench.model, bench.batches)
     assert loss.refused == "it differs by 3" and loss.path == "fast"
     assert float(loss.real_loss()) == float(bench.loss.real_loss())

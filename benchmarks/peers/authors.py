@@ -21,8 +21,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ffkernels.ops.notices import announce_once
-from ffkernels.validation.evaluation_mode import evaluation_mode
-from ffkernels.validation.flop_counter import count_flops
+from ffkernels.validation.evaluator import evaluation_mode
+from ffkernels.validation.flops import count_flops
 
 from .face import Peer, held_bytes, require
 

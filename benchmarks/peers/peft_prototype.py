@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ffkernels.validation.evaluation_mode import keep_random_state
-from ffkernels.validation.flop_counter import count_flops
+from ffkernels.validation.flops import count_flops
+from ffkernels.validation.restore import keep_random_state
 
 from .face import Peer, held_bytes, require
 

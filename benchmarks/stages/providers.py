@@ -43,7 +43,7 @@ from ffkernels import ops
 from ffkernels.search.search import LinearSearch, ParabolicSearch, Search
 from ffkernels.stage.eager import EagerExecutor
 from ffkernels.stage.program import StageProgram
-from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.fast import LabelledLoss
 from ffkernels.validation.loss import ValidationLoss
 
@@ -94,20 +94,20 @@ class SteeredLoss(ValidationLoss):
         return self.forward.example_counts
 
     def real_loss(self) -> torch.Tensor:
-        return self.run(self.forward)
+        return self.evaluator.run(self.forward.evaluate)
 
     def __call__(self) -> torch.Tensor:
         self.follow()
-        self.run(self.forward)
+        self.evaluator.run(self.forward.evaluate)
         return self._next()
 
     def evaluate(self) -> torch.Tensor:
-        self.forward()
+        self.forward.evaluate()
         return self._next()
 
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.follow()
-        self.run(self.forward.measure)
+        self.evaluator.run(self.forward.measure)
         return self._next(), self._number * self._sharing
 
     def evaluate_with_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -290,7 +290,7 @@ class BareForward:
         self.bench = bench
         self.prepare = bench.prepare
         forward = (loss or bench.loss).forward
-        work = forward.measure if sums else lambda: (forward(), None)
+        work = forward.measure if sums else lambda: (forward.evaluate(), None)
         self.graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(bench.device)
         side.wait_stream(torch.cuda.current_stream(bench.device))

@@ -34,8 +34,9 @@ from ffkernels.ranks.ranks import LOSS, ROW_BYTES, Ranks
 from ffkernels.ranks.shards import shard_examples
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_task
-from ffkernels.validation.fast import LabelledLoss, plan_micro_batches
+from ffkernels.validation.fast import LabelledLoss
 from ffkernels.validation.forward_price import forward_price
+from ffkernels.validation.micro_batches import plan_micro_batches
 
 CPU = torch.device("cpu")
 STAGES, INTERVAL, BATCH = 2, 6, 16
@@ -84,8 +85,8 @@ class Job:
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
         self.validation = self.loss()
-        self.lengths = [row.computed for row in self.validation._rows]
-        rows = (self.validation.causal_lm, self.validation._rows)
+        self.lengths = [row.computed for row in self.validation.rows]
+        rows = (self.validation.causal_lm, self.validation.rows)
         self.whole = LabelledLoss(*rows, max_tokens=2048, device=CPU)
         self.ranks = Ranks(CPU, self.group)
         config = FastForwardConfig(interval=INTERVAL, patience=None)
@@ -109,11 +110,10 @@ class Job:
 
     def measure(self) -> None:
         """One round."""
-        own = getattr(self.validation._loss, "local", self.validation._loss)
         calls = {
             "validation": self.validation,
-            "local": lambda: self.validation.run(own),
-            "whole": lambda: self.validation.run(self.whole),
+            "local": lambda: self.validation.evaluator.run(self.validation._loss.part),
+            "whole": lambda: self.validation.evaluator.run(self.whole.evaluate),
         }
         for name, call in calls.items():
             self.ranks.exchange(LOSS)  # together

@@ -157,7 +157,7 @@ def stage_of(config: TrainConfig, repeats: int) -> dict[str, Any]:
                 mine, loss = taus[ranks.rank] if ranks.rank < len(taus) else None, math.nan
                 if mine is not None:
                     move(mine)
-                    loss = float(validation.run(whole))
+                    loss = float(validation.evaluator.run(whole.evaluate))
                 found = ranks.exchange(LOSS, loss)
                 search.observe({tau: row.a for tau, row in zip(taus, found, strict=False)})
             return search
@@ -189,7 +189,9 @@ def stage_of(config: TrainConfig, repeats: int) -> dict[str, Any]:
         for name, samples in seconds.items():
             found[name]["seconds"] = median(samples)
         if ranks.rank == 0:
-            found["more_ranks"] = more_ranks(lambda tau: (move(tau), float(validation.run(whole)))[1])
+            found["more_ranks"] = more_ranks(
+                lambda tau: (move(tau), float(validation.evaluator.run(whole.evaluate)))[1]
+            )
         dist.barrier()
         return found
 

@@ -29,7 +29,7 @@ from ffkernels.analysis.options import at_least
 from ffkernels.training.examples import IGNORED, Example, collate, start_tokens
 from ffkernels.training.records import BOM, parsed
 from ffkernels.validation.causal_lm import model_device
-from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.evaluator import evaluation_mode
 
 __all__ = ["PUBMEDQA", "Question", "choice_scores", "from_examples", "load_benchmark"]
 

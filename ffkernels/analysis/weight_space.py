@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ffkernels.ops.notices import announce_once
 from ffkernels.training.session import Batch, Session
-from ffkernels.validation.evaluation_mode import keep_random_state
+from ffkernels.validation.restore import keep_random_state
 
 __all__ = ["Plane", "cosines", "flat", "flat_gradient", "gradients_of", "inner_products"]
 __all__ += ["losses_at", "plane_through", "spans"]

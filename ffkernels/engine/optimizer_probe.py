@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ffkernels.engine.run_state import OptimizerSnapshot
 from ffkernels.ranks.interrupts import interrupt_later
-from ffkernels.validation.evaluation_mode import keep_random_state
+from ffkernels.validation.restore import keep_random_state
 
 __all__ = ["require_step_sizes", "why_rate_means_nothing"]
 

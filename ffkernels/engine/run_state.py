@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ffkernels.ranks.digests import checksum
-from ffkernels.validation.evaluation_mode import keep_random_state
+from ffkernels.validation.restore import keep_random_state
 
 __all__ = ["OptimizerSnapshot", "RunState"]
 

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 
 from ffkernels.graphs import driver as graph_driver
-from ffkernels.validation.evaluation_mode import keep_random_state
+from ffkernels.validation.restore import keep_random_state
 
 __all__ = ["Capture", "CaptureFailed"]
 

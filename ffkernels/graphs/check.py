@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ffkernels import ops
 from ffkernels.stage.program import StageProgram
-from ffkernels.validation.causal_lm import find_autocast
-from ffkernels.validation.tf32 import cuda_products_in_tf32
+from ffkernels.validation.causal_lm import cuda_products_in_tf32, find_autocast
 
 __all__ = ["Snapshot", "difference", "follow", "loss_tolerance"]
 
@@ -42,7 +41,7 @@ def loss_tolerance(validation: Any, device: torch.device) -> float:
         dtypes.add(torch.get_autocast_dtype(device.type))
     lm = validation.causal_lm
     wrapped = find_autocast(lm.wrappers) if lm is not None else None
-    if wrapped is not None and wrapped._enabled:
+    if wrapped is not None:
         dtypes.add(wrapped.fast_dtype)
     allowed = [_TOLERANCE.get(dtype, _TOLERANCE_UNKNOWN) for dtype in dtypes] or [_TOLERANCE_UNKNOWN]
     if device.type == "cuda" and torch.float32 in dtypes and cuda_products_in_tf32():

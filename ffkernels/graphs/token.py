@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ffkernels.validation.causal_lm import find_autocast
-from ffkernels.validation.tf32 import cuda_products_in_tf32
+from ffkernels.validation.causal_lm import cuda_products_in_tf32, find_autocast
+from ffkernels.validation.evaluator import autocast_dtype
 
 if TYPE_CHECKING:
     from ffkernels.validation.loss import ValidationLoss
@@ -181,14 +181,9 @@ def _frozen(value: Any) -> Any:
 
 def _autocast_state(validation: ValidationLoss) -> tuple:
     kind = validation.device.type
-    active = (
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else validation.evaluator.autocast
-    )
     wrapped = find_autocast(validation.causal_lm.wrappers) if validation.causal_lm is not None else None
-    return (
-        active,
-        wrapped.fast_dtype if wrapped is not None and wrapped._enabled else None,
-    )
+    active = autocast_dtype(kind) or validation.evaluator.autocast
+    return (active, None if wrapped is None else wrapped.fast_dtype)
 
 
 def _precision() -> tuple:

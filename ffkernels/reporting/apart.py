@@ -27,8 +27,7 @@ from torch.nn.utils import parametrize
 
 from ffkernels.engine.price import uncounted
 from ffkernels.ranks.interrupts import interrupt_later
-from ffkernels.validation.evaluation_mode import keep_random_state
-from ffkernels.validation.generators import keep_generators, own_generators, used_by
+from ffkernels.validation.restore import keep_generators, keep_random_state, own_generators, used_by
 
 __all__ = ["apart", "stand_in"]
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from ffkernels.reporting.apart import apart
 from ffkernels.stage.record import Stage
-from ffkernels.validation.flop_counter import count_flops, counter
+from ffkernels.validation.flops import count_flops, counter
 
 __all__ = ["FlopMeter", "Flops", "count_flops", "flops_of", "shapes"]
 

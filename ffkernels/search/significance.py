@@ -1,7 +1,7 @@
 """Signal before sign: whether a validation loss is really higher than the lowest one seen before.
 
-One rule. Let S_i be the summed NLL of example i and n_i its tokens (``validation.examples``), at two places
-of a search, d_i the difference of the two S_i, D = Σ d_i / Σ n_i the difference of the two losses, and
+One rule. Let S_i be the summed NLL of example i and n_i its tokens (``validation.micro_batches``), at two
+places of a search, d_i the difference of the two S_i, D = Σ d_i / Σ n_i the difference of the two losses, and
 w_i = n_i / Σ n_i. D is a ratio estimate over m examples; with the jackknife's estimate of its variance
 
     t = Σ d_i / sqrt( (m−1)/m · Σ ((d_i − n_i·D) / (1 − w_i))² )

@@ -22,7 +22,7 @@ from ffkernels.ranks.trial import comes_of_weights, say_there_is_none
 from ffkernels.search.significance import Rises
 from ffkernels.stage.clock import Lag
 from ffkernels.stage.program import NO_UPDATE, UPDATE_NOT_FINITE, Pace, StageProgram
-from ffkernels.validation.examples import read_together
+from ffkernels.validation.micro_batches import read_together
 
 
 class EagerExecutor:

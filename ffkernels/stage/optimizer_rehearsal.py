@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ffkernels.ranks.optimizer_wrappers import names_of, optimizer_chain
-from ffkernels.validation.evaluation_mode import keep_random_state
+from ffkernels.validation.restore import keep_random_state
 
 __all__ = ["refuse_pulling_back", "what_stays"]
 

@@ -30,9 +30,9 @@ from ffkernels.training import trainer_access
 from ffkernels.training.rules import Rule, check, one_of, whole
 from ffkernels.training.step_flops import StepFlops
 from ffkernels.training.trainer_loss import LOSSES, make_validation
-from ffkernels.validation.evaluation_mode import keep_random_state
-from ffkernels.validation.generic import is_loss_function
+from ffkernels.validation.batches import is_loss_function
 from ffkernels.validation.loss import ValidationLoss
+from ffkernels.validation.restore import keep_random_state
 
 try:
     from transformers.trainer_callback import ExportableState, TrainerCallback

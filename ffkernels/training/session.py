@@ -27,7 +27,7 @@ from ffkernels.reporting.machine import choose_device
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.models import add_adapter, attention_targets, load_model, train_weights
 from ffkernels.training.tasks import Example, Task, collate, count_of, load_file, load_task
-from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.pool import ValidationPool
 

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ffkernels.ranks.parallelism import fsdp_modules
 from ffkernels.reporting.apart import stand_in
 from ffkernels.reporting.flops import Flops, flops_of, shapes
-from ffkernels.validation.flop_counter import counter, say_uncounted
+from ffkernels.validation.flops import counter, say_uncounted
 
 __all__ = ["SHAPES", "StepFlops"]
 

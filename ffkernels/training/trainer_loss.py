@@ -22,7 +22,7 @@ from torch import nn
 
 from ffkernels.ops.notices import announce_once
 from ffkernels.training.trainer_data import EvaluationData, evaluation_data
-from ffkernels.validation.gradients import GradientsWhereNeeded
+from ffkernels.validation.generic import GradientsWhereNeeded
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.pool import ValidationPool
 

@@ -1,1 +1,1 @@
-"""The validation loss: reading batches, the paths that compute it, and what it leaves untouched."""
+"""The validation loss: reading batches, three ways to it, and what it leaves untouched."""

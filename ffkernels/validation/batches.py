@@ -1,8 +1,8 @@
 """Validation data as users have it, read once into batches and, where possible, into unpadded examples.
 
 Accepted: one dict, an iterable of dicts as a Hugging Face collator makes them (`input_ids`, `attention_mask`,
-`labels`, −100 where nothing is scored), or a dataset of examples together with its collator. Nothing is asked
-of a batch here but to be one; what it must be is asked by the path that runs it.
+`labels`, −100 where nothing is scored), or a dataset of examples together with its collator. Of a batch
+nothing is asked but to be one; what else it must be is asked by the path that runs it.
 
 An example of the fast path is a row without its padding. A causal model computes position i from
 positions ≤ i only, so everything after the last scored prediction is cut off as well.
@@ -12,24 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 
-from ffkernels.validation.causal_lm import FastPathRefused
+from ffkernels.validation.causal_lm import CausalLM, FastPathRefused, find_causal_lm
+from ffkernels.validation.restore import keep_random_state
 
 __all__ = [
     "IGNORE",
     "Example",
+    "Given",
     "check_causal_batches",
     "chosen_rows",
     "count_rows",
+    "is_loss_function",
     "items_of",
     "micro_batch_limit",
     "on_device",
+    "read",
     "read_batches",
     "read_examples",
 ]
@@ -62,6 +67,11 @@ class Example:
         return int(self.labels[1:].ne(IGNORE).sum())
 
 
+def is_loss_function(given: Any) -> bool:
+    """Whether this is a function of the model, and nothing that holds examples."""
+    return callable(given) and not any(hasattr(given, name) for name in ("__iter__", "__getitem__"))
+
+
 def micro_batch_limit(given: int | None, device: torch.device) -> int:
     """Padded tokens of one forward: what was given, checked, or what suits the device."""
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
@@ -77,6 +87,41 @@ def items_of(dataset: Any, count: int | None = None) -> list[Any]:
     if not isinstance(dataset, Iterable) and hasattr(dataset, "__getitem__"):
         return [dataset[i] for i in range(len(dataset) if count is None else min(count, len(dataset)))]
     return list(islice(dataset, count))
+
+
+@dataclass(frozen=True)
+class Given:
+    """A validation set as it was read."""
+
+    function: Callable[[nn.Module], Any] | None = None
+    batches: list[dict[str, Any]] = field(default_factory=list)  # of a function none
+    lm: CausalLM | None = None  # the halves of a model that runs rows; None where it does not, or not these
+    rows: list[Example] = field(default_factory=list)
+    refused: str = ""  # why not
+
+
+def read(
+    model: nn.Module, given: Any, collator: Callable[..., Any] | None, tokens: int, device: torch.device
+) -> Given:
+    """Read what users give, once: as batches and, where batches and model are such, as rows.
+
+    Raises:
+        TypeError, ValueError: for what is no validation set of this model.
+    """
+    if is_loss_function(given):
+        if collator is not None:
+            raise TypeError("collator goes with a dataset, not with a callable loss_fn(model)")
+        return Given(function=given)
+    with keep_random_state(device):  # shuffling loaders and masking collators draw random numbers
+        batches = read_batches(given, collator, tokens)
+    try:
+        lm = find_causal_lm(model)
+        check_causal_batches(batches, lm.vocabulary, lm.embeddings)
+        rows = read_examples(batches)
+        lm.check_length(max((row.input_ids.numel() for row in rows), default=0))
+    except FastPathRefused as refusal:
+        return Given(batches=batches, refused=str(refusal))
+    return Given(batches=batches, lm=lm, rows=rows)
 
 
 def read_batches(batches: Any, collator: Callable[..., Any] | None, tokens: int) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "CausalLM",
     "FastPathRefused",
     "accepts_argument",
+    "cuda_products_in_tf32",
     "find_autocast",
     "find_causal_lm",
     "model_device",
@@ -64,10 +65,21 @@ class CausalLM:
         floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
         return weight.dtype if floating else torch.get_default_dtype()
 
-    def is_current(self) -> bool:
-        """Whether backbone and head are still the model's: adapters put around the head later replace it."""
+    def current(self) -> CausalLM:
+        """Itself, or the halves that the model has now: adapters put around the head later replace it.
+
+        Raises:
+            RuntimeError: when the model is no longer what the fast path computes.
+        """
         inner = self.wrappers[-1]
-        return inner.get_output_embeddings() is self.head and inner.base_model is self.backbone
+        if inner.get_output_embeddings() is self.head and inner.base_model is self.backbone:
+            return self
+        try:
+            return replace(find_causal_lm(self.wrappers[0]), given_mask=self.given_mask)
+        except FastPathRefused as refusal:
+            raise RuntimeError(
+                f"the model changed since its ValidationLoss was made: {refusal}; make a new one"
+            ) from refusal
 
     def check_length(self, longest: int) -> None:
         """Refuse what is only right for sequences up to some length."""
@@ -162,7 +174,7 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
 
 
 def find_autocast(wrappers: tuple[nn.Module, ...]) -> torch.autocast | None:
-    """The autocast that accelerate wrapped around a bypassed `forward`, if there is one.
+    """The autocast that accelerate wrapped around a bypassed `forward`, if there is one and it is enabled.
 
     `Accelerator.prepare` replaces `model.forward` on the instance by a chain of decorators, one of them a
     `torch.autocast`. The fast path calls the backbone below it and has to enter the same precision itself.
@@ -178,7 +190,7 @@ def find_autocast(wrappers: tuple[nn.Module, ...]) -> torch.autocast | None:
                 except ValueError:
                     continue
                 if isinstance(value, torch.autocast):
-                    return value
+                    return value if value._enabled else None
             forward = _next_layer(forward)
     return None
 
@@ -189,6 +201,17 @@ def _next_layer(forward: Callable[..., Any]) -> Callable[..., Any] | None:
         if callable(layer):
             return layer
     return None
+
+
+def cuda_products_in_tf32() -> bool:
+    """Whether float32 products run in TF32 on CUDA: factors rounded to 10 bits of mantissa, by 5e-4 at most.
+
+    PyTorch has two interfaces to that switch. The old getters (`torch.get_float32_matmul_precision`,
+    `allow_tf32`) raise RuntimeError once the new one switched TF32 on, as `TrainingArguments(tf32=True)`
+    does. The new getter knows what either has set: what `cuda.matmul` leaves open ("none") its backend
+    decides, and what that leaves open the root of the tree.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _rows(module: nn.Module | None, attribute: str) -> int | None:

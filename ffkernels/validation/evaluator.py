@@ -1,27 +1,243 @@
-"""Run a model's loss and leave no trace: what an evaluation needs to know of the model, from one to the next.
+"""Run a model's loss and leave no trace: as if nobody had evaluated it.
 
-That is how its parameters are spread, under which autocast training runs, which random generators the loss
-has of its own, and which buffers it writes. What `evaluation_mode` does with that is said there.
+In an evaluation all modules have `training = False`, gradients are off, an active autocast context, or else
+the one that training's forward had, is active without its cache, and PEFT's DoRA norm cache is off: both
+caches would keep values computed from weights that have moved since. Afterwards, also when an exception
+passes through, each module has its own `training` flag again, and what forwards draw from and write stands
+where it stood (`validation.restore`).
+
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(**batch).loss          # a hook notes the autocast here
+    loss.backward()
+    optimizer.step()                        # and a stage's losses are computed under the same
+
+A base in 16 bits whose norms were upcast to float32 runs under autocast only; any other model has another
+loss under it, and the search would optimize what training does not.
+
+`torch.no_grad` and not `inference_mode`: a buffer built lazily in here must stay usable for autograd later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ffkernels.ops.notices import announce_once
+from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.ranks.parallelism import fsdp_modules, replicas, reshard, without_broadcasts
-from ffkernels.validation.buffers import WrittenBuffers
-from ffkernels.validation.causal_lm import unwrap
-from ffkernels.validation.evaluation_mode import evaluation_mode
-from ffkernels.validation.generators import own_generators
-from ffkernels.validation.training_autocast import TrainingAutocast, needed_autocast
+from ffkernels.validation.batches import Example
+from ffkernels.validation.causal_lm import CausalLM, unwrap
+from ffkernels.validation.flops import counter, say_uncounted
+from ffkernels.validation.restore import WrittenBuffers, keep_generators, keep_random_state, own_generators
 
-__all__ = ["Evaluator"]
+__all__ = [
+    "Evaluator",
+    "Loss",
+    "TrainingAutocast",
+    "autocast_dtype",
+    "evaluation_mode",
+    "is_evaluating",
+    "needed_autocast",
+    "uncached_autocast",
+]
+
+_evaluations = 0  # that are going on
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What the autocast that is active for this kind of device casts to; None where none is."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+@contextmanager
+def uncached_autocast(device_type: str, otherwise: torch.dtype | None = None) -> Iterator[None]:
+    """Keep the caller's autocast for `device_type`, if one is active, but not what its cache holds.
+
+    Casts of weights that have moved since are stale. An autocast opened further inside brings its own
+    cache, which is cleared only with the outermost context: so the cache is emptied on both sides.
+    Where none is active, one to the dtype `otherwise` is, if given.
+    """
+    dtype = autocast_dtype(device_type) or otherwise
+    if dtype is None:
+        yield
+        return
+    torch.clear_autocast_cache()
+    try:
+        with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _without_dora_cache() -> Iterator[None]:
+    dora = sys.modules.get("peft.tuners.lora.dora")
+    if dora is None or not getattr(dora, "ENABLE_DORA_CACHING", False):
+        yield
+        return
+    dora.ENABLE_DORA_CACHING = False
+    try:
+        yield
+    finally:
+        dora.ENABLE_DORA_CACHING = True
+
+
+@contextmanager
+def _all_modules_in_eval(model: nn.Module) -> Iterator[None]:
+    # Flags are set one by one: `eval()` and `train()` may be overridden with side effects (merging adapters
+    # into the weights, say), and a model may mix frozen modules in eval with others in training.
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, training in flags:
+            # bitsandbytes packs a 4-bit weight for inference at its first use in eval mode on such a CPU, for
+            # good: no gradient would come through it any more. The layer has no other use for the flag, and
+            # `from_pretrained` leaves it in eval mode.
+            wanted = bool(vars(module).get("support_avx512bf16_for_cpu"))
+            if training != wanted:
+                _set_training(module, wanted)
+        yield
+    finally:
+        for module, training in flags:
+            if module.training != training:
+                _set_training(module, training)
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    # Past Module.__setattr__, which looks for parameters, buffers and submodules first: a large model has
+    # thousands of modules. A scripted module keeps the flag elsewhere.
+    attributes = vars(module)
+    if "training" in attributes:
+        attributes["training"] = training
+    else:
+        module.training = training
+
+
+def is_evaluating() -> bool:
+    """Whether an evaluation is going on."""
+    return _evaluations > 0
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    global _evaluations
+    _evaluations += 1
+    try:
+        yield
+    finally:
+        _evaluations -= 1
+
+
+@contextmanager
+def evaluation_mode(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    autocast: torch.dtype | None = None,
+    generators: Sequence[Any] = (),
+    buffers: WrittenBuffers | None = None,
+) -> Iterator[None]:
+    """Everything above at once. Ctrl-C waits while state is changed or put back.
+
+    Args:
+        autocast: what to cast to where no autocast is active; None for nothing.
+        generators: random generators beside the global ones.
+        buffers: what earlier evaluations of this model wrote.
+    """
+    with ExitStack() as stack:
+        try:
+            with interrupt_later():
+                stack.enter_context(_counted())
+                stack.enter_context(keep_random_state(device))
+                stack.enter_context(keep_generators(generators))
+                stack.enter_context((buffers or WrittenBuffers()).put_back(model))
+                stack.enter_context(_all_modules_in_eval(model))
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(uncached_autocast(device.type, autocast))
+                stack.enter_context(_without_dora_cache())
+            yield
+        finally:
+            with interrupt_later():
+                stack.close()
+
+
+def needed_autocast(model: nn.Module, error: RuntimeError) -> torch.dtype | None:
+    """What to cast to where a forward failed since it meets two dtypes; None where something else failed."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    narrow = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes]
+    return narrow[0] if narrow and torch.float32 in dtypes and "dtype" in str(error) else None
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """``module``, or in the place of a container, which has no forward, what is in it."""
+    if type(module).forward is not nn.Module.forward or "forward" in vars(module):
+        yield module
+    else:
+        for child in module.children():
+            yield from _called(child)
+
+
+class TrainingAutocast:
+    """A forward pre-hook that notes the autocast around each forward with gradients.
+
+    Attributes:
+        dtype: what it casts to, None for none. Before the first such forward: what was active when this was
+            made.
+    """
+
+    is_harmless_before_a_bypassed_forward = True
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.dtype = kind, autocast_dtype(kind)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled() and not is_evaluating():
+            self.dtype = autocast_dtype(self.kind)
+
+    def hooks(self, model: nn.Module) -> list[Any]:
+        """Listen to this model, whichever of its wrappers training calls; the handles end that."""
+        inner, wrappers = unwrap(model)
+        heard = []
+        for module in wrappers:
+            heard.append(module.register_forward_pre_hook(self))
+            if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+                return heard  # what is inside is compiled, and is not to be compiled anew
+        return heard + [module.register_forward_pre_hook(self) for module in _called(inner)]
+
+
+class Loss:
+    """What an evaluator runs: one face for every way to a validation loss. As it is here, of no examples.
+
+    Methods touch neither modes nor random state; the evaluator does. The attributes are those of the same
+    name of a ``ValidationLoss``; ``flops`` is None until an evaluator has counted them.
+    """
+
+    examples = tokens = computed_tokens = 0
+    lm: CausalLM | None = None
+    rows: Sequence[Example] = ()
+    example_tokens: torch.Tensor | None = None
+    example_counts: list[int] | None = None
+    flops: int | None = None
+
+    def evaluate(self) -> torch.Tensor:
+        """The loss, 0-dim float64."""
+        raise NotImplementedError
+
+    def measure(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss, and S, the sums of NLL by example, (rows,) float64; None where there are none."""
+        return self.evaluate(), None
+
+    def part(self) -> Any:
+        """Run what this process runs of it, without the others."""
+        return self.evaluate()
+
+    def swap(self, batches: list[dict[str, Any]]) -> bool:
+        """Copy other examples over the present ones, if they fit: whether they were."""
+        return False
 
 
 class Evaluator:
@@ -72,6 +288,21 @@ class Evaluator:
         """Call ``measure`` in evaluation mode."""
         with self.mode():
             return self.forward(measure)
+
+    def flops(self, loss: Loss) -> int:
+        """FLOPs of this process's part of an evaluation, which is run for it, eagerly, the first time.
+
+        0, announced, where an evaluation cannot be counted.
+        """
+        if loss.flops is None:
+            try:
+                with counter() as counted:
+                    self.run(loss.part)
+                loss.flops = counted.total
+            except Exception as error:
+                loss.flops = 0
+                say_uncounted("the validation loss", error)
+        return loss.flops
 
     def run_first(self, measure: Callable[[], Any]) -> Any:
         """The same, before any training: under an autocast where the model cannot be run without."""

@@ -2,8 +2,8 @@
 
     loss = 1/N · Σ over labelled positions  logsumexp(head(h)) − head(h)[label]        h = backbone(input_ids)
 
-Examples are sorted by length and cut into micro-batches so that little padding is computed. Rows are
-padded on the right and no mask is passed: under causal attention real tokens never see what follows them,
+Examples are run in micro-batches with little padding (`validation.micro_batches`). Rows are padded on the
+right and no mask is passed: under causal attention real tokens never see what follows them,
 and the attention kernel keeps its causal fast path. Hidden states are gathered at the N labelled
 positions only; the head and the cross-entropy run over them in chunks, so logits exist for one chunk at a
 time, and their log-probabilities for a part of it. Per-token losses are fp32 (float64 for a float64
@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ffkernels.ranks.interrupts import interrupt_later
-from ffkernels.validation.batches import IGNORE, Example
-from ffkernels.validation.causal_lm import CausalLM, accepts_argument, find_autocast
-from ffkernels.validation.examples import ExampleSums, MicroBatch
+from ffkernels.validation.batches import IGNORE, Example, check_causal_batches, read_examples
+from ffkernels.validation.causal_lm import CausalLM, FastPathRefused, accepts_argument, find_autocast
+from ffkernels.validation.evaluator import Loss
 from ffkernels.validation.forward_price import forward_price
 from ffkernels.validation.maskless_attention import (
     attends_eagerly,
@@ -39,54 +39,19 @@ from ffkernels.validation.maskless_attention import (
     causal_mask,
     maskless_attention,
 )
+from ffkernels.validation.micro_batches import ExampleSums, MicroBatch, assign, lay_out, plan_micro_batches
 
-__all__ = [
-    "LabelledLoss",
-    "MicroBatch",
-    "could_be_given_a_mask",
-    "plan_micro_batches",
-    "token_limit",
-]
+__all__ = ["LabelledLoss", "token_limit"]
 
 # Bytes of one chunk's logits in fp32: enough rows for an efficient matrix product with the head, no more.
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 # So many chunks of logits may exist at once where the head cannot be run in chunks.
 _CHUNKS_AT_ONCE = 4
-
-
 # Log-probabilities are made for a quarter of a chunk, though not for fewer rows than a GPU has processors.
 _PARTS = 4
 _LEAST_ROWS_OF_A_PART = {"cpu": 16}
 _LEAST_ROWS_OF_A_PART_ELSEWHERE = 128
-
-
-def plan_micro_batches(lengths: Sequence[int], max_tokens: int, forward_cost: int) -> list[list[int]]:
-    """Cut the examples, sorted by length, where Σ (rows · longest + forward_cost) is smallest.
-
-    No micro-batch exceeds `max_tokens` padded tokens unless a single example does. Dynamic programming
-    over the sorted order, from short to long; the last group's start never moves back as examples are added.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first n examples, start of their last group
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        choice = (float("inf"), end - 1)
-        for start in range(end - 1, best[end - 1][1] - 1, -1):
-            padded = (end - start) * longest
-            if padded > max_tokens and start < end - 1:
-                break
-            cost = best[start][0] + padded + forward_cost
-            if cost < choice[0]:
-                choice = (cost, start)
-        best.append(choice)
-    groups: list[list[int]] = []
-    end = len(order)
-    while end > 0:
-        start = best[end][1]
-        groups.append(order[start:end])
-        end = start
-    return groups[::-1]
 
 
 def token_limit(lm: CausalLM, max_tokens: int, device: torch.device) -> int:
@@ -99,60 +64,11 @@ def _chunk_rows(lm: CausalLM, device: torch.device, budget: int | None = None) -
     return max(16, budget // (4 * (lm.vocabulary or 1 << 16)))
 
 
-def could_be_given_a_mask(lm: CausalLM) -> bool:
-    """Whether the model would make a mask, and read from the device for it, where it is given none."""
-    return attends_eagerly(attention_configs(lm.backbone)) and accepts_argument(lm.backbone, "attention_mask")
-
-
-def lay_out(
-    examples: Sequence[Example], pad: int, *, rows: int = 0, length: int = 0, scored: int = 0
-) -> MicroBatch:
-    """`examples` as one micro-batch on the CPU, of at least the given sizes."""
-    rows, length = max(rows, len(examples)), max(length, *(example.computed for example in examples), 1)
-    ids, targets = torch.full((rows, length), pad), torch.full((rows, length), IGNORE)
-    for i, example in enumerate(examples):
-        ids[i, : example.computed] = example.input_ids[: example.computed]
-        targets[i, : example.computed] = example.labels[1 : example.computed + 1]
-    positions = targets.flatten().ne(IGNORE).nonzero().flatten()
-    targets = targets.flatten()[positions]
-    missing = max(0, scored - positions.numel())
-    return MicroBatch(ids, F.pad(positions, (0, missing)), F.pad(targets, (0, missing), value=IGNORE))
-
-
-def assign(examples: Sequence[Example], rooms: Sequence[tuple[int, int, int]]) -> list[list[Example]] | None:
-    """Examples for micro-batches of (rows, length, labels), or None where they were not found to fit.
-
-    From long to short: a room that is long enough for an example is so for all later ones, so any free row
-    will do. The one with most labels to spare is taken or, where that leads nowhere, the longest: examples,
-    in this order each no larger than one of those that the rooms were made for, then fit for certain.
-    """
-    ordered = sorted(examples, key=lambda example: (-example.computed, -example.scored))
-    for longest in (False, True):
-        placed: list[list[Example]] = [[] for _ in rooms]
-        spare = [labels for _, _, labels in rooms]
-        for example in ordered:
-            fitting = [
-                i
-                for i, (rows, length, _) in enumerate(rooms)
-                if length >= example.computed and rows > len(placed[i]) and spare[i] >= example.scored
-            ]
-            if not fitting:
-                break
-            chosen = max(fitting, key=lambda i: (rooms[i][1], i) if longest else (spare[i], -i))
-            placed[chosen].append(example)
-            spare[chosen] -= example.scored
-        else:
-            return placed
-    return None
-
-
-class LabelledLoss:
-    """Token-weighted mean NLL of `examples`: calling it runs the forward and returns a 0-dim float64 tensor.
-
-    It does not touch modes or random state; the caller does. Everything between the call and the returned
-    tensor is asynchronous on a GPU.
+class LabelledLoss(Loss):
+    """Token-weighted mean NLL of ``rows``. An evaluation is asynchronous on a GPU until its result is read.
 
     Attributes:
+        by_example: where in the token losses those of each example are.
         before_head: called in each forward, when all is launched but the head and what follows it.
     """
 
@@ -161,16 +77,14 @@ class LabelledLoss:
     def __init__(
         self,
         lm: CausalLM,
-        examples: Sequence[Example],
+        rows: Sequence[Example],
         *,
         max_tokens: int,
         device: torch.device,
         chunk_bytes: int | None = None,
         one_batch: bool = False,
     ) -> None:
-        self.lm = lm
-        self.device = device
-        self.scored = sum(example.scored for example in examples)
+        self.lm, self.rows, self.device = lm, rows, device
         self.chunk_rows = _chunk_rows(lm, device, chunk_bytes)
         least = _LEAST_ROWS_OF_A_PART.get(device.type, _LEAST_ROWS_OF_A_PART_ELSEWHERE)
         self.part_rows = max(least, -(-self.chunk_rows // _PARTS))
@@ -181,14 +95,14 @@ class LabelledLoss:
         size = lm.embeddings or lm.vocabulary or 1
         pad = getattr(lm.config, "pad_token_id", None)
         self._pad = pad if isinstance(pad, int) and 0 <= pad < size else 0
-        groups = [list(range(len(examples)))]
+        groups = [list(range(len(rows)))]
         if not one_batch:
-            lengths, limit = [example.computed for example in examples], token_limit(lm, max_tokens, device)
+            lengths, limit = [row.computed for row in rows], token_limit(lm, max_tokens, device)
             groups = plan_micro_batches(lengths, limit, forward_price(lm, device))
-        laid_out = [lay_out([examples[i] for i in group], self._pad) for group in groups]
-        self.examples = ExampleSums(laid_out, device)
+        laid_out = [lay_out([rows[i] for i in group], self._pad) for group in groups]
+        self.by_example = ExampleSums(laid_out, device)
         self.micro_batches = [batch.to(device) for batch in laid_out]
-        self._divisor = torch.tensor(self.scored, dtype=torch.float64, device=device)
+        self._divisor = torch.tensor(self.tokens, dtype=torch.float64, device=device)
         self._masks: dict[int, torch.Tensor] = {}
         if lm.given_mask:
             dtype = lm.embedding_dtype
@@ -196,15 +110,41 @@ class LabelledLoss:
                 self._masks[length] = causal_mask(length, dtype, device)
 
     @property
+    def examples(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.scored for row in self.rows)
+
+    @property
+    def computed_tokens(self) -> int:
+        return sum(row.computed for row in self.rows)
+
+    @property
     def example_tokens(self) -> torch.Tensor:
-        return self.examples.tokens
+        return self.by_example.tokens
 
     @property
     def example_counts(self) -> list[int]:
-        return self.examples.counts
+        return self.by_example.counts
 
-    def swap(self, examples: Sequence[Example]) -> bool:
-        """Put `examples` in place of the present ones, at the same addresses; False where they do not fit."""
+    def swap(self, batches: list[dict[str, Any]]) -> bool:
+        """Put their examples in place of the present ones, at the same addresses.
+
+        Raises:
+            ValueError: where they hold token ids that the model has not.
+        """
+        check_causal_batches(batches, self.lm.vocabulary, self.lm.embeddings)
+        try:
+            rows = read_examples(batches)
+        except FastPathRefused:
+            return False
+        # The comparison with the model's own loss has to see padding on the left where there is any.
+        new_kind = any(row.left_padded for row in rows) and not any(row.left_padded for row in self.rows)
+        return bool(rows) and not new_kind and self._place(rows)
+
+    def _place(self, examples: Sequence[Example]) -> bool:
         rooms = [(*batch.input_ids.shape, batch.positions.numel()) for batch in self.micro_batches]
         placed = assign(examples, rooms)
         if placed is None:
@@ -216,18 +156,17 @@ class LabelledLoss:
         with interrupt_later():
             for mine, other in zip(self.micro_batches, new, strict=True):
                 mine.copy_(other)
-            self.examples.copy_(new)
-            self.scored = sum(example.scored for example in examples)
-            self._divisor.fill_(self.scored)
+            self.by_example.copy_(new)
+            self.rows = examples
+            self._divisor.fill_(self.tokens)
         return True
 
-    def __call__(self) -> torch.Tensor:
+    def evaluate(self) -> torch.Tensor:
         return self._mean(lambda index, losses: None)
 
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and the sums by example of the same token losses."""
         parts: list[list[torch.Tensor]] = [[] for _ in self.micro_batches]
-        return self._mean(lambda index, losses: parts[index].append(losses)), self.examples(parts)
+        return self._mean(lambda index, losses: parts[index].append(losses)), self.by_example(parts)
 
     def _mean(self, take: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -249,7 +188,7 @@ class LabelledLoss:
         with ExitStack() as stack:
             stack.enter_context(maskless_attention(self.lm.backbone, self._attention_configs))
             autocast = find_autocast(self.lm.wrappers)
-            if autocast is not None and autocast._enabled:
+            if autocast is not None:
                 stack.enter_context(
                     torch.autocast(autocast.device, dtype=autocast.fast_dtype, cache_enabled=False)
                 )

@@ -17,8 +17,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ffkernels.validation.causal_lm import CausalLM, find_autocast
-from ffkernels.validation.tf32 import cuda_products_in_tf32
+from ffkernels.validation.causal_lm import CausalLM, cuda_products_in_tf32, find_autocast
 
 __all__ = ["forward_price", "operations"]
 
@@ -52,7 +51,7 @@ def forward_price(lm: CausalLM | None, device: torch.device) -> int:
         return _NOMINAL_ELSEWHERE
     dtype = max(weights, key=weights.__getitem__)
     wrapped = find_autocast(lm.wrappers)
-    if wrapped is not None and wrapped._enabled:
+    if wrapped is not None:
         dtype = wrapped.fast_dtype
     flops = _FLOPS.get(dtype, _FLOPS_16_BIT)
     if dtype == torch.float32 and cuda_products_in_tf32():

@@ -8,19 +8,22 @@ are (`validation.mean`). It is also asked once whether it has a loss for such ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ffkernels.ops.notices import announce_once
+from ffkernels.ranks.parallelism import fsdp_modules
 from ffkernels.validation.batches import IGNORE, chosen_rows, count_rows, on_device
 from ffkernels.validation.causal_lm import accepts_argument, unwrap
-from ffkernels.validation.gradients import GradientsWhereNeeded
+from ffkernels.validation.evaluator import Loss
 from ffkernels.validation.mean import Mean, ask_mean
 
-__all__ = ["FunctionLoss", "ModelLoss", "ask_model", "is_loss_function", "size_of"]
+__all__ = ["FunctionLoss", "GradientsWhereNeeded", "ModelCall", "ModelLoss", "ask_model", "size_of"]
 
 _SHIFTING_LOSSES = ("ForCausalLM", "ForConditionalGeneration")
 
@@ -119,10 +122,10 @@ def ask_model(
     )
 
 
-class ModelLoss:
-    """Weighted mean of `model(**batch)`'s losses: calling it returns a 0-dim float64 tensor on `device`.
+class ModelLoss(Loss):
+    """Weighted mean of `model(**batch)`'s losses; batches without a target are left out.
 
-    `scored` targets in `rows` rows; batches without a target are left out. `mean` is what `ask_model` found.
+    `mean` is what `ask_model` found.
     """
 
     def __init__(
@@ -130,19 +133,22 @@ class ModelLoss:
         model: nn.Module,
         batches: Sequence[dict[str, Any]],
         device: torch.device,
-        mean: Mean | None = None,
+        mean: Mean,
     ) -> None:
         self.call, self.device = ModelCall(model, device), device
         self._run = GradientsWhereNeeded(self.call.model)
-        weighed = [(batch, *(mean or Mean()).weigh(batch)) for batch in batches]
+        weighed = [(batch, *mean.weigh(batch)) for batch in batches]
         self._use([(self.call.prepared(batch), *weight) for batch, *weight in weighed if weight[1]])
         self.for_company: list[dict[str, Any]] = []
+        ids = [batch.get("input_ids") for batch in batches]
+        known = all(isinstance(x, torch.Tensor) for x in ids)
+        self.computed_tokens = sum(x.numel() for x in ids) if known else 0
 
     def _use(self, weighed: Sequence[tuple[dict[str, Any], int, int]]) -> None:
         """Run these batches, each with what its loss is multiplied by and how many targets that adds up."""
         self.weighed = list(weighed)
-        self.scored = sum(count for _, _, count in weighed)
-        self.rows = sum(count_rows(batch) for batch in self.batches)
+        self.tokens = sum(count for _, _, count in weighed)
+        self.examples = sum(count_rows(batch) for batch in self.batches)
 
     @property
     def batches(self) -> list[dict[str, Any]]:
@@ -158,8 +164,8 @@ class ModelLoss:
         self._use([self.weighed[i] for i in chosen])
         self.for_company = [smallest] * (forwards - len(chosen))
 
-    def __call__(self) -> torch.Tensor:
-        return self.total() / self.scored
+    def evaluate(self) -> torch.Tensor:
+        return self.total() / self.tokens
 
     def total(self) -> torch.Tensor:
         """The sum over all targets, 0-dim float64; 0 without batches."""
@@ -174,14 +180,14 @@ class ModelLoss:
         return total
 
 
-class FunctionLoss:
+class FunctionLoss(Loss):
     """What `function(model)` returns, as a 0-dim float64 tensor on `device`."""
 
     def __init__(self, function: Callable[[nn.Module], Any], model: nn.Module, device: torch.device) -> None:
         self.function, self.model, self.device = function, model, device
         self._run = GradientsWhereNeeded(model)
 
-    def __call__(self) -> torch.Tensor:
+    def evaluate(self) -> torch.Tensor:
         return self._run(self._value)
 
     def _value(self) -> torch.Tensor:
@@ -199,6 +205,59 @@ class FunctionLoss:
         return value.reshape(())
 
 
-def is_loss_function(given: Any) -> bool:
-    """Whether this is a function of the model, and nothing that holds examples."""
-    return callable(given) and not any(hasattr(given, name) for name in ("__iter__", "__getitem__"))
+class GradientsWhereNeeded:
+    """Calls the forward of one loss: without gradients, unless it differentiates inside (forces, penalties).
+
+    One that fails without them and works with them has them from then on, and leaves none behind.
+
+    Attributes:
+        on: whether it was seen to differentiate.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.on = self._worked = False
+
+    def __call__(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if self.on:
+            return self._with_gradients(forward)
+        try:
+            found = forward()
+        except RuntimeError as error:
+            first = not self._worked and not torch.is_grad_enabled() and "grad" in str(error)
+            # Where a forward is collective, the ranks would not all begin it anew.
+            if not first or fsdp_modules(self.model):
+                raise
+            cause = error
+        else:
+            self._worked = True
+            return found
+        try:
+            found = self._with_gradients(forward)
+        except Exception:
+            raise cause from None
+        self.on = True
+        announce_once(
+            "validation-differentiates",
+            f"the validation loss of {type(unwrap(self.model)[0]).__name__} differentiates inside, so it is "
+            "computed with gradients on and keeps what a backward pass needs; to save that memory, put "
+            "torch.enable_grad() around the part that differentiates",
+        )
+        return found
+
+    def _with_gradients(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with torch.enable_grad(), _gradients_of_its_own(self.model):
+            return forward()
+
+
+@contextmanager
+def _gradients_of_its_own(model: nn.Module) -> Iterator[None]:
+    """Those that come up inside, as by `backward()`, do not add to those that training has."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient

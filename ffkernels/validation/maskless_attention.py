@@ -27,7 +27,16 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["PRIVATE_NAME", "attends_eagerly", "attention_configs", "causal_mask", "maskless_attention"]
+from ffkernels.validation.causal_lm import CausalLM, accepts_argument
+
+__all__ = [
+    "PRIVATE_NAME",
+    "attends_eagerly",
+    "attention_configs",
+    "causal_mask",
+    "could_be_given_a_mask",
+    "maskless_attention",
+]
 
 PRIVATE_NAME = "ffkernels_sdpa"
 _FIELD = "_attn_implementation_internal"
@@ -49,6 +58,11 @@ def attention_configs(backbone: nn.Module) -> list[Any]:
 def attends_eagerly(configs: list[Any]) -> bool:
     """Whether these are the configs of a model whose attention is transformers' plain "eager" one."""
     return bool(configs) and all(getattr(config, _FIELD) == "eager" for config in configs)
+
+
+def could_be_given_a_mask(lm: CausalLM) -> bool:
+    """Whether the model would make a mask, and read from the device for it, where it is given none."""
+    return attends_eagerly(attention_configs(lm.backbone)) and accepts_argument(lm.backbone, "attention_mask")
 
 
 def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

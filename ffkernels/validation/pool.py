@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ffkernels.ranks.parallelism import training_group
 from ffkernels.ranks.ranks import Ranks, together
@@ -28,17 +28,16 @@ from ffkernels.validation.batches import (
     Example,
     check_causal_batches,
     count_rows,
+    is_loss_function,
     items_of,
     read_batches,
     read_examples,
 )
 from ffkernels.validation.causal_lm import FastPathRefused, model_device
-from ffkernels.validation.evaluation_mode import keep_random_state
-from ffkernels.validation.generic import is_loss_function
 from ffkernels.validation.loss import ValidationLoss
-from ffkernels.validation.rows import placeholder_ids, rows_of
+from ffkernels.validation.restore import keep_random_state
 
-__all__ = ["ValidationPool", "draw_for_stage"]
+__all__ = ["ValidationPool", "draw_for_stage", "placeholder_ids", "rows_of"]
 
 Batch = dict[str, Any]
 
@@ -97,7 +96,24 @@ class ValidationPool(ValidationLoss):
             raise ValueError(f"seed={seed!r}: must be an integer of at least 0")
         ranks = Ranks.present(device, process_group or training_group(model))
         with together(ranks):
-            self._prepare_pool(model, pool, collator, size, seed, device, batch_size)
+            with keep_random_state(device):
+                self._pool, self._items = _read(pool, collator, placeholder_ids(model))
+            self._collator, self._batch_size = collator, batch_size
+            examples = [_example(row) for row in self._pool]
+            kept = [i for i, example in enumerate(examples) if example is not None]
+            if len(kept) < size:
+                raise ValueError(
+                    f"the pool has {len(kept)} examples with something to score, and a draw takes "
+                    f"size={size}: give more of them, several times as many, or a smaller size"
+                )
+            order = sorted(kept, key=lambda i: _order(examples[i]))
+            cuts = [len(order) * i // size for i in range(size + 1)]
+            self._strata = [order[cuts[i] : cuts[i + 1]] for i in range(size)]
+            self._seed, self.pool_size, self.drawn = seed, len(kept), -1
+            self._places: list[Batch] | None = None
+            if all(isinstance(examples[i], Example) for i in kept):
+                padded = any(examples[i].left_padded for i in kept)
+                self._places = [_longest([examples[i] for i in stratum], padded) for stratum in self._strata]
         super().__init__(
             model,
             self._places or [self._pool[i] for i in self._indices(0)],
@@ -106,39 +122,9 @@ class ValidationPool(ValidationLoss):
             process_group=process_group,
         )
         with together(ranks):
-            if self._lm is not None:
-                check_causal_batches(self._pool, self._lm.vocabulary, self._lm.embeddings)
+            if (lm := self.causal_lm) is not None:
+                check_causal_batches(self._pool, lm.vocabulary, lm.embeddings)
         self.draw(0)
-
-    def _prepare_pool(
-        self,
-        model: nn.Module,
-        pool: Any,
-        collator: Callable[..., Any] | None,
-        size: int,
-        seed: int,
-        device: torch.device,
-        batch_size: int | None,
-    ) -> None:
-        """Read the pool, cut it into strata, and make what takes up as much as any draw."""
-        with keep_random_state(device):
-            self._pool, self._items = _read(pool, collator, placeholder_ids(model))
-        self._collator, self._batch_size = collator, batch_size
-        examples = [_example(row) for row in self._pool]
-        kept = [i for i, example in enumerate(examples) if example is not None]
-        if len(kept) < size:
-            raise ValueError(
-                f"the pool has {len(kept)} examples with something to score, and a draw takes size={size}: "
-                "give more of them, several times as many, or a smaller size"
-            )
-        order = sorted(kept, key=lambda i: _order(examples[i]))
-        cuts = [len(order) * i // size for i in range(size + 1)]
-        self._strata = [order[cuts[i] : cuts[i + 1]] for i in range(size)]
-        self._seed, self.pool_size, self.drawn = seed, len(kept), -1
-        self._places: list[Batch] | None = None
-        if all(isinstance(examples[i], Example) for i in kept):
-            padded = any(examples[i].left_padded for i in kept)
-            self._places = [_longest([examples[i] for i in stratum], padded) for stratum in self._strata]
 
     def draw(self, number: int) -> bool:
         """Validate on draw ``number`` from now on.
@@ -152,10 +138,10 @@ class ValidationPool(ValidationLoss):
         rows = [self._pool[i] for i in drawn]
         in_place = False
         self.follow()
-        if self.path == "generic" and self._collator is not None:  # it makes batches of several
+        if self._collator is not None and self.causal_lm is None:  # it makes batches of several
             self._swap_collated([self._items[i] for i in drawn])
         elif self.ranks is None and self._places is not None:
-            in_place = self._swap_in_place(rows)
+            in_place = self._loss.swap(rows)
             if not in_place:  # places were made for one draw, when the model went to another device
                 self.swap_batch(self._places)
                 self.swap_batch(rows)
@@ -169,7 +155,7 @@ class ValidationPool(ValidationLoss):
             self.swap_batch(items, self._collator)
             return
         groups = [items[i : i + self._batch_size] for i in range(0, len(items), self._batch_size)]
-        with keep_random_state(self._device):
+        with keep_random_state(self.device):
             batches = [self._collator(group) for group in groups]
         self.swap_batch(batches)
 
@@ -237,3 +223,106 @@ def _longest(stratum: Sequence[Example], left_padded: bool) -> Batch:
         ids, labels = torch.cat([ids[:1], ids]), torch.cat([IGNORE * one, labels])
         mask = torch.cat([0 * one, mask])
     return {"input_ids": ids[None], "attention_mask": mask[None], "labels": labels[None]}
+
+
+Batch = dict[str, Any]
+# What a tensor's name has, and whose tokens stand for its entries.
+_NAMED = {"video": "video", "audio": "audio", "input_features": "audio", "image": "image", "pixel": "image"}
+
+
+def placeholder_ids(model: nn.Module) -> dict[str, int]:
+    """By "image", "video" and "audio": the token that stands for a part of one, where the model has it."""
+    found: dict[str, int] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for media in set(_NAMED.values()):
+            for name in (f"{media}_token_id", f"{media}_token_index"):
+                if isinstance(token := getattr(config, name, None), int):
+                    found.setdefault(media, token)
+    return found
+
+
+def rows_of(batch: Batch, placeholders: dict[str, int]) -> list[Batch]:
+    """The batch's rows, each as a batch of one; lists with an entry for each row are cut, too.
+
+        (rows, …)                      one entry for each row
+        (k, rows, tokens)              positions in several dimensions
+        (patches or images, …)         those of all rows one after the other, as vision-language models have
+
+    The last, known by their names, are divided by the tokens in ``input_ids`` that stand for them, whose id
+    is in the model's config: so many entries for each such token, or so many tokens for each entry; a grid
+    (``image_grid_thw``) says of every image how many patches it has. What else there is all rows share, but
+    not images of which no token is known.
+
+    Raises:
+        ValueError: naming a tensor that cannot be divided among the rows.
+    """
+    ids, count = batch.get("input_ids"), count_rows(batch)
+    if count == 1:
+        return [batch]
+    parts = {key: _parts(key, value, batch, ids, count, placeholders) for key, value in batch.items()}
+    return [{key: part[i] for key, part in parts.items()} for i in range(count)]
+
+
+def _parts(
+    key: str, value: Any, batch: Batch, ids: Any, count: int, placeholders: dict[str, int]
+) -> Sequence[Any]:
+    if isinstance(value, (list, tuple)) and len(value) == count:
+        return [value[i : i + 1] for i in range(count)]
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return [value] * count
+    tokens = ids.shape[:2] if isinstance(ids, Tensor) and ids.ndim > 1 else None
+    if value.ndim == 3 and value.shape[1:] == tokens and len(value) != count:
+        return [value[:, i : i + 1] for i in range(count)]
+    media = next((media for word, media in _NAMED.items() if word in key), None)
+    if value.shape[:2] != tokens and tokens is not None and media in placeholders:
+        stand_in = (ids == placeholders[media]).sum(1).tolist()
+        by_row = len(value) == count and len({*stand_in}) == 1
+        if not by_row and sum(stand_in):
+            sizes = _sizes(value, batch.get(f"{media}_grid_thw"), stand_in)
+            if sizes is None:
+                raise _undivided(key, value, count, stand_in)
+            return value.split(sizes)
+    if len(value) == count:
+        return value.split(1)
+    if media is not None and media not in placeholders and len(value) > 1:
+        raise _undivided(key, value, count, "no")
+    return [value] * count
+
+
+def _undivided(key: str, value: Tensor, count: int, stand_in: Any) -> ValueError:
+    return ValueError(
+        f"{key} has {len(value)} entries for {count} rows, in which {stand_in} tokens stand for them: it is "
+        "not known whose each is. Pass the pool as examples, with the collator that makes batches of them"
+    )
+
+
+def _sizes(value: Tensor, grid: Any, stand_in: Sequence[int]) -> list[int] | None:
+    """How many of the tensor's entries are of each row, by the tokens that stand for them."""
+    if isinstance(grid, Tensor) and grid.ndim == 2:
+        patches = grid.prod(1).tolist()
+        images = _images(patches, stand_in)
+        if images is not None and len(value) == len(grid):
+            return images
+        if images is not None and len(value) == sum(patches):
+            per_row = torch.tensor(patches).split(images)
+            return [int(of_row.sum()) for of_row in per_row]
+        return None
+    total = sum(stand_in)
+    sizes = [tokens * len(value) // total for tokens in stand_in]
+    exact = all(size * total == tokens * len(value) for size, tokens in zip(sizes, stand_in, strict=True))
+    return sizes if exact else None
+
+
+def _images(patches: Sequence[int], stand_in: Sequence[int]) -> list[int] | None:
+    """How many images each row has, where each token stands for equally many patches."""
+    per_token, rest = divmod(sum(patches), sum(stand_in))
+    images, left = [], list(patches)
+    for tokens in stand_in:
+        before, taken = len(left), 0
+        while left and taken < tokens * per_token:
+            taken += left.pop(0)
+        images.append(before - len(left))
+        if taken != tokens * per_token:
+            return None
+    return None if rest or left else images

@@ -11,7 +11,7 @@ from torch import nn
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
 from ffkernels.engine.price import StagePrice
 from ffkernels.reporting.flops import FlopMeter
-from ffkernels.validation.flop_counter import count_flops
+from ffkernels.validation.flops import count_flops
 
 
 @pytest.fixture

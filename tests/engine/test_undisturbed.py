@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
 from ffkernels.ops.notices import FFKernelsNotice
-from ffkernels.validation import buffers
+from ffkernels.validation import restore
 
 
 class Mixed(nn.Module):
@@ -358,7 +358,7 @@ def test_buffers_that_a_forward_writes_are_put_back(kind):
 
 
 def test_a_buffer_too_large_to_copy_is_named(monkeypatch):
-    monkeypatch.setattr(buffers, "COPIED_AT_FIRST", 16)
+    monkeypatch.setattr(restore, "COPIED_AT_FIRST", 16)
     model = nn.Sequential(Counting(), nn.Module())
     model[1].register_buffer("cache", torch.zeros(100))
 

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ffkernels.graphs.check import loss_tolerance
 from ffkernels.graphs.rules import describe_change, token, why_not_captured
-from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 
 pytestmark = pytest.mark.gpu

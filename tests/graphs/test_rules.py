@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffkernels.graphs.rules import describe_change, token, why_not_captured
 from ffkernels.graphs.token import evaluated_modules
-from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 
 CPU = torch.device("cpu")

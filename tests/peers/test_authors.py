@@ -12,7 +12,7 @@ import torch
 from ffkernels import FastForwardConfig
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.training.peers import load_module, load_peer
-from ffkernels.validation.flop_counter import count_flops
+from ffkernels.validation.flops import count_flops
 
 
 def authors(**options):

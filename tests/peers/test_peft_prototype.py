@@ -9,7 +9,7 @@ import torch
 
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.training.peers import load_peer
-from ffkernels.validation.flop_counter import count_flops
+from ffkernels.validation.flops import count_flops
 
 
 def prototype(**options):

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from ffkernels.ranks.shards import shard_evenly, shard_examples
-from ffkernels.validation.fast import plan_micro_batches
+from ffkernels.validation.micro_batches import plan_micro_batches
 
 
 def cost(lengths, shard, max_tokens, forward_cost):

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 from ffkernels import FastForward, FastForwardCallback, FastForwardConfig, ValidationLoss
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.training.step_flops import StepFlops
-from ffkernels.validation.flop_counter import count_flops
+from ffkernels.validation.flops import count_flops
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

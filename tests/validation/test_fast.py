@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffkernels.validation import fast as validation_fast
-from ffkernels.validation.fast import plan_micro_batches
 from ffkernels.validation.loss import ValidationLoss
 
 
@@ -76,36 +73,3 @@ def test_rows_end_at_their_last_prediction(tiny_model):
     shapes = [tuple(batch.input_ids.shape) for batch in validation._loss.micro_batches]
     assert shapes == [(2, 9)]
     assert validation.tokens == 2
-
-
-def test_micro_batches_cover_everything_within_the_limit():
-    generator = torch.Generator().manual_seed(0)
-    for limit, cost in itertools.product((1, 40, 100, 1000), (0, 16, 512)):
-        lengths = torch.randint(1, 60, (50,), generator=generator).tolist()
-        groups = plan_micro_batches(lengths, limit, cost)
-        assert sorted(itertools.chain(*groups)) == list(range(50))
-        for group in groups:
-            assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= limit
-
-
-def test_micro_batches_are_the_cheapest():
-    generator = torch.Generator().manual_seed(1)
-    for limit, cost in itertools.product((30, 80, 500), (0, 7, 60)):
-        lengths = sorted(torch.randint(1, 30, (9,), generator=generator).tolist())
-
-        def price(groups, cost=cost, lengths=lengths):
-            return sum(len(group) * max(lengths[i] for i in group) + cost for group in groups)
-
-        cheapest = float("inf")
-        for cuts in itertools.product((False, True), repeat=8):
-            edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), 9]
-            groups = [list(range(a, b)) for a, b in itertools.pairwise(edges)]
-            if all(len(g) == 1 or len(g) * lengths[g[-1]] <= limit for g in groups):
-                cheapest = min(cheapest, price(groups))
-        assert price(plan_micro_batches(lengths, limit, cost)) == cheapest
-
-
-def test_a_large_set_is_planned_quickly():
-    groups = plan_micro_batches([20] * 2000 + [50] * 1000, 1 << 20, 32)
-    assert [len(group) for group in groups] == [2000, 1000]
-    assert plan_micro_batches([], 100, 10) == []

@@ -14,11 +14,11 @@ from ffkernels.validation import forward_price as module
 from ffkernels.validation import shared as validation_shared
 from ffkernels.validation.batches import Example
 from ffkernels.validation.causal_lm import find_causal_lm
-from ffkernels.validation.evaluation_mode import evaluation_mode
-from ffkernels.validation.fast import plan_micro_batches
+from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.forward_price import forward_price, operations
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.maskless_attention import attention_configs, maskless_attention
+from ffkernels.validation.micro_batches import plan_micro_batches
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -340,6 +340,6 @@ def test_follows_the_model_to_another_device(tiny_model, padded_batch):
     model = tiny_model("llama")
     validation = ValidationLoss(model, [padded_batch(2, 8)])
     model.to("meta")
-    validation._device = torch.device("meta")
+    validation.evaluator.device = torch.device("meta")
     model.to_empty(device="cpu").load_state_dict(tiny_model("llama").state_dict())
     assert float(validation()) > 0 and validation.device.type == "cpu"

@@ -16,7 +16,7 @@ from ffkernels.graphs import rules as capture_rules
 from ffkernels.graphs.rules import why_not_captured
 from ffkernels.validation import fast as validation_fast
 from ffkernels.validation import maskless_attention as module
-from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.maskless_attention import (
     PRIVATE_NAME,

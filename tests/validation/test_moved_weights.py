@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 
 CPU = torch.device("cpu")

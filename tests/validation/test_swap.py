@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ffkernels.validation.batches import Example
-from ffkernels.validation.fast import assign, lay_out
 from ffkernels.validation.loss import ValidationLoss
 
 
@@ -166,43 +164,3 @@ def test_swapped_examples_follow_the_model_to_another_dtype_of_itself(tiny_model
     model.double()
     fresh = ValidationLoss(model, [shorter(first)])
     assert float(validation()) == pytest.approx(float(fresh()), rel=1e-12)
-
-
-def example(computed, scored):
-    labels = torch.full((computed + 1,), -100)
-    labels[computed + 1 - scored :] = 1
-    return Example(torch.ones(computed + 1, dtype=torch.int64), labels)
-
-
-def test_examples_find_their_places():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
-        rooms = [(draw(1, 5), draw(3, 12), 0) for _ in range(draw(1, 5))]
-        rooms = [(rows, length, rows * length) for rows, length, _ in rooms]
-        # As many examples as there are rows, none longer than its row: these always fit.
-        examples = [
-            example(computed := draw(1, length + 1), draw(1, computed + 1))
-            for rows, length, _ in rooms
-            for _ in range(rows)
-        ]
-        placed = assign(examples, rooms)
-        assert placed is not None
-        assert sorted(map(id, examples)) == sorted(id(one) for group in placed for one in group)
-        for group, (rows, length, labels) in zip(placed, rooms, strict=True):
-            assert len(group) <= rows and sum(one.scored for one in group) <= labels
-            assert all(one.computed <= length for one in group)
-    # The first in the room with most labels would leave none that has enough for the second.
-    placed = assign([example(3, 1), example(2, 2)], [(1, 3, 3), (1, 4, 1)])
-    assert [[one.scored for one in group] for group in placed] == [[2], [1]]
-    assert assign([example(3, 1)] * 2, [(1, 3, 9)]) is None
-    assert assign([example(4, 1)], [(1, 3, 9)]) is None
-    assert assign([example(3, 3)], [(1, 3, 2)]) is None
-
-
-def test_places_that_stay_empty():
-    batch = lay_out([example(2, 1)], 9, rows=2, length=4, scored=3)
-    assert batch.input_ids.tolist() == [[1, 1, 9, 9], [9, 9, 9, 9]]
-    assert batch.positions.tolist() == [1, 0, 0]
-    assert batch.targets.tolist() == [1, -100, -100]
-    assert lay_out([], 9, rows=1, length=2, scored=1).targets.tolist() == [-100]

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ffkernels import FastForward, FastForwardConfig
 from ffkernels.ops import notices
-from ffkernels.validation.flop_counter import count_flops, counter
-from ffkernels.validation.flop_formulas import formula_of
+from ffkernels.validation.flops import count_flops, counter, formula_of
 
 B, L, E, H, F = 3, 5, 8, 2, 12  # rows, length, width, heads, width of the feed-forward
 aten = torch.ops.aten

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from ffkernels.validation import evaluation_mode as modes
-from ffkernels.validation.evaluation_mode import evaluation_mode
+from ffkernels.validation import evaluator
+from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 
 
@@ -186,7 +186,7 @@ def test_a_module_can_be_evaluated_by_hand():
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_ctrl_c_waits_until_modes_are_put_back(at, monkeypatch):
-    real, calls = modes._set_training, []
+    real, calls = evaluator._set_training, []
 
     def set_training(module, training):
         calls.append(module)
@@ -194,7 +194,7 @@ def test_ctrl_c_waits_until_modes_are_put_back(at, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         real(module, training)
 
-    monkeypatch.setattr(modes, "_set_training", set_training)
+    monkeypatch.setattr(evaluator, "_set_training", set_training)
     model = nn.Sequential(nn.Dropout())  # two modules into eval, two back
     before = random_state()
     with pytest.raises(KeyboardInterrupt), evaluation_mode(model, torch.device("cpu")):

@@ -1,6 +1,7 @@
-"""FLOPs of operations that PyTorch's own registry of formulas lacks or gets wrong, on CPU and GPU.
+"""Counting the FLOPs of real calls: matrix products, convolutions, attention; elementwise work is none.
 
-A multiply and an add are two FLOPs. A formula gets what its operation gets, and ``out_val``, its result:
+A dispatch mode looks at each operation, runs it as it is and adds what its formula says: PyTorch's, or one of
+these, for what PyTorch's registry lacks or gets wrong. A multiply and an add are two FLOPs.
 
     m×k by k×n, quantised or not        2·m·n·k
     attention, Q·Kᵀ and P·V             2·B·H·Lq·Lk·(d + dv), causal or not; backward 5 products in place of 2
@@ -8,19 +9,32 @@ A multiply and an add are two FLOPs. A formula gets what its operation gets, and
     a fused encoder layer               2·tokens·weights + 4·B·L²·E
     LSTM, GRU, RNN                      2·rows·weights of the layers; backward twice that
     convolution, weight gradient        what the forward costs: PyTorch's formula has it times the groups
+
+(PyTorch's ``FlopCounterMode`` decomposes operations on the way, which changes the last bits of what they
+compute, and cannot run higher-order operations such as ``flex_attention``.) Code that ``torch.compile`` made
+runs eagerly while it is counted, and is compiled as before afterwards: what PyTorch first compiles under a
+dispatch mode, it would leave uncompiled for good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-__all__ = ["formula_of", "is_like_a_product"]
+from ffkernels.ops.notices import announce_once
 
+__all__ = ["FlopCounter", "count_flops", "counter", "formula_of", "is_like_a_product", "say_uncounted"]
+
+# Gets what its operation gets, and ``out_val``, its result.
 Formula = Callable[..., int]
 
 
@@ -176,3 +190,74 @@ def is_like_a_product(operation: Any) -> bool:
 def _name(operation: Any) -> str:
     packet = getattr(operation, "_overloadpacket", operation)
     return getattr(packet, "_qualified_op_name", None) or f"higher_order::{operation.name()}"
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up FLOPs of what runs inside of it.
+
+    Attributes:
+        total: FLOPs so far.
+        missed: names of operations that look like matrix products and have no formula.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.missed: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = formula_of(func)
+        if formula is None:
+            if isinstance(func, HigherOrderOperator):  # cond, scan: count in what they call
+                args, kwargs = tree_map_only(FunctionType, self._inside, (args, kwargs))
+            elif func.namespace == "aten" and (torch.is_inference_mode_enabled() or is_like_a_product(func)):
+                with self:  # linear and matmul come whole where autograd is not
+                    out = func.decompose(*args, **kwargs)
+                if out is not NotImplemented:
+                    return out
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=out))
+        elif is_like_a_product(func):
+            self.missed.add(str(getattr(func, "_overloadpacket", func)))
+        return out
+
+    def _inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return counted
+
+
+@contextmanager
+def counter() -> Iterator[FlopCounter]:
+    """A counter at work, compiled code running eagerly; says once which products it has no formula for."""
+    with torch.compiler.set_stance("force_eager"), FlopCounter() as counted:
+        yield counted
+    for name in sorted(counted.missed):
+        announce_once(
+            f"no FLOP formula: {name}",
+            f"FLOPs of {name} are not counted, it has no formula: FLOPs called measured are too few by them. "
+            "Give it one with torch.utils.flop_counter.register_flop_formula",
+        )
+
+
+def count_flops(fn: Callable[[], Any]) -> int:
+    """FLOPs of one call of ``fn``; a backward pass inside it is counted too."""
+    with counter() as counted:
+        fn()
+    return counted.total
+
+
+def say_uncounted(what: str, cause: Exception | str) -> None:
+    """Say once that FLOPs of ``what`` are not counted, and that all else goes on."""
+    if isinstance(cause, Exception):
+        cause = f"{type(cause).__name__}: {cause}".splitlines()[0]
+    announce_once(
+        f"FLOPs of {what}: {cause}",
+        f"FLOPs of {what} are not counted: {cause}. Training goes on; what is called measured lacks them",
+    )

@@ -1,0 +1,261 @@
+"""What an evaluation puts back: random generators, and what a forward writes in eval mode too.
+
+The generators of PyTorch, Python and NumPy are known. Those of a loss's own, from which losses of one search
+have to draw the same numbers, are found where it keeps them: from the attributes of the model's modules, and
+from a loss function, along the attributes of objects, the items of short lists and dicts, and the variables
+that a function uses from outside of it.
+
+Token counts of experts, ranges of observers and counters are buffers, tensors that are plain attributes, and
+the numbers beside them, some of which say what a buffer was computed for. Which ones are written shows at the
+first evaluation, by version counters and values. Until then all are copied, up to `COPIED_AT_FIRST` bytes in
+all and the smallest first; from then on those that were written before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import CodeType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ffkernels.ops.notices import announce_once
+
+__all__ = [
+    "COPIED_AT_FIRST",
+    "WrittenBuffers",
+    "keep_generators",
+    "keep_random_state",
+    "own_generators",
+    "used_by",
+]
+
+# How many objects deep, and from how many items on something is data and holds none.
+DEPTH, DATA = 5, 64
+
+
+@contextmanager
+def keep_random_state(device: torch.device) -> Iterator[None]:
+    """Put back the random generators of CPU, `device`, Python and (when already imported) NumPy."""
+    accelerator = _accelerator_generator(device)
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    cpu = torch.get_rng_state()
+    on_device = accelerator.get_rng_state(device) if accelerator is not None else None
+    python = random.getstate()
+    numpy = numpy_random.get_state() if numpy_random is not None else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if accelerator is not None:
+            accelerator.set_rng_state(on_device, device)
+        random.setstate(python)
+        if numpy_random is not None:
+            numpy_random.set_state(numpy)
+
+
+def _accelerator_generator(device: torch.device) -> Any:
+    if device.type not in ("cuda", "xpu"):
+        return None
+    module = torch.get_device_module(device)
+    return module if module.is_initialized() else None
+
+
+def own_generators(model: nn.Module, function: Any = None) -> list[Any]:
+    """`torch.Generator`, `random.Random`, `numpy.random.Generator` and `RandomState` objects, each once."""
+    kinds, found, seen = _kinds(), {}, {}  # by id; what was seen is held, so that no id is given twice
+    level = [function, *(value for module in model.modules() for value in vars(module).values())]
+    for _ in range(DEPTH):
+        new = {id(value): value for value in level if id(value) not in seen}
+        seen |= new
+        found |= {key: value for key, value in new.items() if isinstance(value, kinds)}
+        level = [inner for key, value in new.items() if key not in found for inner in _inside(value)]
+    return list(found.values())
+
+
+@contextmanager
+def keep_generators(generators: Sequence[Any]) -> Iterator[None]:
+    """Put them back where they stood."""
+    before = [_state(generator) for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            _put_back(generator, state)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    if isinstance(value, (torch.Tensor, nn.Module, type, ModuleType)):
+        return
+    if isinstance(value, (dict, list, tuple, set)):
+        if len(value) < DATA:
+            yield from list(value.values() if isinstance(value, dict) else value)
+    elif callable(value):
+        yield from used_by(value)
+    elif isinstance(attributes := getattr(value, "__dict__", None), dict):
+        yield from list(attributes.values())
+
+
+def used_by(function: Any) -> Iterator[Any]:
+    """What a function, method or callable object reads from outside of its arguments, one step far."""
+    while isinstance(function, partial):
+        yield from (*function.args, *function.keywords.values())
+        function = function.func
+    bound = getattr(function, "__self__", None if inspect.isroutine(function) else function)
+    if not isinstance(bound, nn.Module):
+        yield from getattr(bound, "__dict__", {}).values()
+    function = inspect.unwrap(function if inspect.isroutine(function) else type(function).__call__)
+    function = getattr(function, "__func__", function)
+    if not inspect.isfunction(function):
+        return
+    known = function.__globals__
+    yield from (known[name] for name in _names(function.__code__) if name in known)
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # empty as yet
+            yield cell.cell_contents
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Global names in a function and in those inside of it, comprehensions too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _kinds() -> tuple[type, ...]:
+    of_numpy = vars(sys.modules.get("numpy.random", random))
+    known = [of_numpy[name] for name in ("Generator", "RandomState") if name in of_numpy]
+    return (torch.Generator, random.Random, *known)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state()
+
+
+def _put_back(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+COPIED_AT_FIRST = 256 << 20
+
+
+class _Before(NamedTuple):
+    module: nn.Module
+    held: dict[str, Any]  # by the module
+    name: str
+    tensor: torch.Tensor
+    version: int
+    copy: torch.Tensor | None
+
+
+class WrittenBuffers:
+    """The buffers and tensor attributes of one model that its evaluations were seen to write.
+
+    Attributes:
+        names: of them, by module and name; None before the first evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[tuple[int, str], str] | None = None
+        self._changing: set[int] = set()  # modules with attributes that an evaluation changes
+
+    @contextmanager
+    def put_back(self, model: nn.Module) -> Iterator[None]:
+        """Around one evaluation, also one that raises."""
+        first, modules = self.names is None, list(model.modules())
+        own = [module for module in modules if first or id(module) in self._changing]
+        numbers = [(m, _numbers(m)) for m in modules if first or m._buffers or id(m) in self._changing]
+        before = self._note(modules, own)
+        try:
+            yield
+        finally:
+            for module, noted in numbers:
+                if _numbers(module) != noted:
+                    vars(module).update(noted)
+                    self._changing.add(id(module))
+            self._restore(model, before)
+
+    def _note(self, modules: list[nn.Module], own: list[nn.Module]) -> list[_Before]:
+        found = [(m, m._buffers, name, b) for m in modules for name, b in m._buffers.items()]
+        of_own = [
+            (m, vars(m), name, t) for m in own for name, t in vars(m).items() if type(t) is torch.Tensor
+        ]
+        if of_own:  # but not another name of a weight, which moves
+            weights = {p.untyped_storage()._cdata for m in modules for p in m.parameters(recurse=False)}
+            found += [entry for entry in of_own if entry[3].untyped_storage()._cdata not in weights]
+        found = [entry for entry in found if entry[3] is not None and not entry[3].is_inference()]
+        if self.names is None:
+            found.sort(key=lambda entry: entry[3].nbytes)
+        noted, left = [], COPIED_AT_FIRST
+        for module, held, name, tensor in found:
+            left -= tensor.nbytes if self.names is None else 0
+            wanted = left >= 0 if self.names is None else (id(module), name) in self.names
+            copy = tensor.detach().clone() if wanted else None
+            noted.append(_Before(module, held, name, tensor, tensor._version, copy))
+        return noted
+
+    def _restore(self, model: nn.Module, before: list[_Before]) -> None:
+        known, self.names, lost = self.names, dict(self.names or {}), []
+        for module, held, name, tensor, version, copy in before:
+            key, replaced = (id(module), name), held.get(name) is not tensor
+            written = tensor._version != version or key in self.names
+            written = written or (known is None and copy is not None and not _same(tensor, copy))
+            if not (written or replaced):
+                continue
+            if key not in self.names:
+                self.names[key] = _name_of(model, module, name)
+                self._changing.add(id(module))
+            if written and copy is None:
+                lost.append(self.names[key])
+                continue
+            if written:
+                with torch.no_grad():
+                    tensor.copy_(copy)
+            if replaced and name in held:
+                held[name] = tensor
+        if lost:
+            cause = "is too large to be copied before each" if known is None else "had not been before"
+            announce_once(
+                f"buffers-{lost[0]}",
+                f"a validation wrote the buffer {lost[0]}{f' and {len(lost) - 1} more' if lost[1:] else ''}, "
+                f"which {cause}, so that it was not put back; let the forward write it only where "
+                "self.training is True",
+            )
+
+
+def _same(tensor: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Batch norms write their statistics, and ``.data`` is written, past the version counter."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return True
+    return torch.equal(tensor, copy) or bool(((tensor == copy) | (tensor != tensor)).all())
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float)) and name != "training"
+    }
+
+
+def _name_of(model: nn.Module, module: nn.Module, name: str) -> str:
+    for path, candidate in model.named_modules():
+        if candidate is module:
+            return f"{path}.{name}" if path else name
+    return f"{type(module).__name__}.{name}"
