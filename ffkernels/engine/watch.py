@@ -11,7 +11,7 @@ some of the way, since the stage went as far as it helped: what counts is only w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class StepWatch:
         hooks: removing them ends it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> None:
         self._gradients = 0
         self._first: torch.Tensor | None = None
         weight = min((w for w in weights if w.numel()), key=nn.Parameter.numel)

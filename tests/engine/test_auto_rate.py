@@ -385,7 +385,7 @@ def test_groups_that_are_unfrozen_later_are_taken_along():
     model.b.requires_grad_(True)
     with pytest.warns(FFKernelsNotice, match="the table was rebuilt"):
         train(model, optimizer, 28, first=2)
-    assert len(ff._weights) == 2 and not auto(ff).rising and bowl_loss(model) < 5.0
+    assert len(ff._moved.parameters) == 2 and not auto(ff).rising and bowl_loss(model) < 5.0
     assert optimizer.param_groups[1]["lr"] == pytest.approx(10 * optimizer.param_groups[0]["lr"])
     assert model.b.abs().max() < 0.9
 
