@@ -60,15 +60,14 @@ class StageDecision:
         ranks: Ranks | None,
         sharded: bool,
     ) -> None:
-        self._ranks = ranks
-        shares = ranks if sharded else None
+        self._ranks, self._shares = ranks, ranks if sharded else None
         self.schedule = StageSchedule(config)
-        self.watch = StageWatch(optimizer, self.schedule, shares)
+        self.watch = StageWatch(optimizer, self.schedule, self._shares)
         asked, auto = self.schedule.asks_alignment, config.learning_rate == "auto"
         self.alignment: Alignment | None = None
         if asked or auto:
             kept = config.interval if asked else 1
-            self.alignment = Alignment(shares, heard=auto, kept=kept)
+            self.alignment = Alignment(self._shares, heard=auto, kept=kept)
         self.auto: AutoRate | None = None
         self._rate = FadedRate(unwrap_optimizer(optimizer))
         self._unconfirmed = True  # that all ranks start from the same state
@@ -123,8 +122,8 @@ class StageDecision:
     @property
     def exchanges(self) -> bool:
         """Whether the ranks meet in this step. In others one that raises must not wait for the rest."""
-        sharded = self.alignment is not None and self.alignment.sharded
-        return sharded or self._due or self._compares
+        exchanged = self.alignment is not None and self._shares is not None
+        return exchanged or self._due or self._compares
 
     def _compare(self) -> None:
         c = math.nan if self.alignment.last is None else self.alignment.last

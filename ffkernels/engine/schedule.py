@@ -137,7 +137,7 @@ class StageSchedule:
         self.last = (search.best_tau, len(search.losses), alignment)
 
     def end(self) -> None:
-        """What a stage moves is undone: there shall be none."""
+        """For what a stage moves is undone."""
         self.ended = self.undone = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,11 +149,11 @@ class StageSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.failures, self.waits = int(state["failures"]), int(state.get("waits", 0))
+        self.failures, self.waits = int(state["failures"]), int(state["waits"])
         # What ended the saved run goes on where the present rule is another.
         self.undone = state["switched_off"] == "undone"
         self.ended = self.undone or (bool(state["switched_off"]) and isinstance(self._patience, int))
-        last = state.get("last_stage")
+        last = state["last_stage"]
         self.last = None if last is None else (int(last[0]), int(last[1]), last[2])
 
 
@@ -193,4 +193,4 @@ class FadedRate:
         return {"highest_rate": self.highest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.highest = float(state.get("highest_rate", 0.0))
+        self.highest = float(state["highest_rate"])

@@ -30,7 +30,7 @@ from ffkernels.graphs.check import Snapshot, difference, follow
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.search.significance import Rises, critical_values
-from ffkernels.stage.clock import StageClock
+from ffkernels.stage.clock import StageClock, read_later
 from ffkernels.stage.program import StageProgram
 
 __all__ = ["GraphUnsafe", "StageGraphExecutor", "StepGraphExecutor"]
@@ -276,16 +276,16 @@ class StepGraphExecutor(GraphExecutor):
         with interrupt_later():
             ops.delta_(table)
             decide.begin(state, ops.delta_absmax_on_device(table))
-        waiting: deque[Callable[[], bool]] = deque()
+        waiting: deque[Callable[[], list]] = deque()
         try:
             # The first replay is not waited for either: where the search has not begun it changes nothing.
             go = True
             while go:
                 step.replay()
-                waiting.append(self._answer(state.go))
+                waiting.append(read_later(state.go) if self.ahead else lambda: [state.go.item()])
                 if len(waiting) > self.ahead:
                     with program.clock.reading(), lap.reading():
-                        go = waiting.popleft()()
+                        (go,) = waiting.popleft()()
         except BaseException:
             with interrupt_later():
                 ops.step_(table, False, 0.0)  # W ← best
@@ -293,22 +293,6 @@ class StepGraphExecutor(GraphExecutor):
                     follow(program, state.read())
             raise
         return state.read()
-
-    def _answer(self, go: torch.Tensor) -> Callable[[], bool]:
-        """Ask for ``go`` as it is after the work launched so far; calling the result waits for it."""
-        if not self.ahead or go.device.type != "cuda":
-            now = go if not self.ahead else go.clone()
-            return lambda: bool(now.item())
-        copy = torch.empty(go.shape, dtype=go.dtype, pin_memory=True)
-        copy.copy_(go, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-
-        def wait() -> bool:
-            done.synchronize()
-            return bool(copy.item())
-
-        return wait
 
 
 class StageGraphExecutor(GraphExecutor):

@@ -283,7 +283,7 @@ def test_on_a_gpu_it_is_read_one_step_later_and_decides_the_same(monkeypatch):
         kept = sums.clone()
         return lambda: waits.append(1) or kept.tolist()
 
-    monkeypatch.setattr(module, "_reading", late)
+    monkeypatch.setattr(module, "read_later", late)
     monkeypatch.setattr(module, "_reads_at_once", lambda device: False)
     model, optimizer, ff = attached(interval=100)
     plain = Bowl()
@@ -322,7 +322,7 @@ def test_the_event_that_is_waited_for_is_of_the_stream_that_copies(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: Pinned())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", str(device)))
-    module._reading(Sums())
+    module.read_later(Sums())
     assert recorded == [("stream of", "cuda:1")]
 
 

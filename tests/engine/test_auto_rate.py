@@ -564,7 +564,7 @@ def test_after_the_rise_c_is_used_one_step_late_where_it_is_read_so(monkeypatch)
         return lambda: kept
 
     monkeypatch.setattr(alignment_module, "_reads_at_once", lambda device: False)
-    monkeypatch.setattr(alignment_module, "_reading", later)
+    monkeypatch.setattr(alignment_module, "read_later", later)
     model, optimizer, _, ff = make()
     rates, known = [], []
     for step in range(30):

@@ -109,12 +109,6 @@ def test_after_a_capture_the_gain_must_pay_for_it(capture, replay, pays, words):
     assert words in reason and "10 ms" in reason
 
 
-def test_the_horizon_may_be_another():
-    pace = Pace(1.0, 0.010)
-    assert graphs_pay(pace, 0.4, 0.0096, horizon=999)[0] is False
-    assert graphs_pay(pace, 0.4, 0.0096, horizon=1001)[0] is True
-
-
 # ---- without a GPU ----
 
 
