@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import torch
 
-from ffkernels.graphs import core as graphs
-from ffkernels.graphs import driver as graph_driver
-from ffkernels.graphs import rules as capture_rules
+from ffkernels.graphs import driver, rules
+from ffkernels.graphs.capture import CaptureFailed
 from ffkernels.graphs.executors import GraphExecutor, GraphUnsafe, StageGraphExecutor, StepGraphExecutor
+from ffkernels.graphs.support import why_no_stage_graph, why_no_step_graph
 from ffkernels.ops.notices import announce_once
 from ffkernels.stage.clock import StageClock
 from ffkernels.stage.eager import EagerExecutor
@@ -81,10 +81,10 @@ def _ms(seconds: float) -> str:
 
 def why_not(rung: str, validation: ValidationLoss, device: torch.device, *, explicit: bool) -> str | None:
     """Why "stage_graph" or "step_graph" cannot run here, as "cause; cure"; None where it can."""
-    refused = graphs.why_no_step_graph(device)
-    refused = refused or capture_rules.why_not_captured(validation, device, explicit=explicit)
+    refused = why_no_step_graph(device)
+    refused = refused or rules.why_not_captured(validation, device, explicit=explicit)
     # Last, as it may try a small loop.
-    return refused or (graphs.why_no_stage_graph(device) if rung == "stage_graph" else None)
+    return refused or (why_no_stage_graph(device) if rung == "stage_graph" else None)
 
 
 class Ladder:
@@ -150,7 +150,7 @@ class Ladder:
             self.name = graph.name
             try:
                 graph.run(program)
-            except graphs.CaptureFailed as failure:
+            except CaptureFailed as failure:
                 self._graph = None
                 self._descend(program, [f"{self._rungs.pop(0)} could not be captured: {failure}"])
             except GraphUnsafe as fault:
@@ -169,7 +169,7 @@ class Ladder:
 
     def _profiler_forbids(self, device: torch.device) -> bool:
         """Whether the next stage would be one launch, or found out whether it can be, under a profiler."""
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         return self._rungs[:1] == ["stage_graph"] and cuda.is_cuda(device) and cuda.is_profiled()
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class Ladder:
     def _look(self, program: StageProgram) -> None:
         """Leave out, at the first stage, the rungs that cannot be had here."""
         device = program.table.device
-        if self._auto and not graph_driver.cuda.is_cuda(device):
+        if self._auto and not driver.cuda.is_cuda(device):
             self._rungs = []
             self._why = NO_LAUNCHES if device.type == "cpu" else f"there are no CUDA graphs on {device}"
             return

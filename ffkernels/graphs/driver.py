@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Cuda", "DriverError", "cuda"]
+__all__ = ["Cuda", "DriverError", "cuda", "first_line"]
 
 _WAITED = "called a synchronizing CUDA operation"
 
@@ -306,12 +306,8 @@ class Cuda:
 
     def add_child(self, graph: int, after: list[int], child: int) -> int:
         """A node that is a copy of the graph `child`."""
-        driver = self._driver()
-        before = [driver.CUgraphNode(node) for node in after]
-        node = self._call(
-            "cuGraphAddChildGraphNode", driver.CUgraph(graph), before, len(before), driver.CUgraph(child)
-        )
-        return int(node)
+        of = self._driver().CUgraph(child)
+        return int(self._add("cuGraphAddChildGraphNode", graph, after, of))
 
     def add_kernel(self, graph: int, after: list[int], function: Any, arguments: tuple) -> int:
         """A node that runs the CUfunction in one thread; `arguments` are its values and their ctypes."""
@@ -320,8 +316,7 @@ class Cuda:
         params.func, params.kernelParams = function, arguments
         params.gridDimX = params.gridDimY = params.gridDimZ = 1
         params.blockDimX = params.blockDimY = params.blockDimZ = 1
-        before = [driver.CUgraphNode(node) for node in after]
-        return int(self._call("cuGraphAddKernelNode", driver.CUgraph(graph), before, len(before), params))
+        return int(self._add("cuGraphAddKernelNode", graph, after, params))
 
     def add_while(self, graph: int, after: list[int], handle: int) -> int:
         """A node that repeats the graph returned, which is empty and belongs to it, while `handle` is set."""
@@ -332,11 +327,15 @@ class Cuda:
         params.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
         params.conditional.size = 1
         params.conditional.ctx = self._context()
-        before = [driver.CUgraphNode(node) for node in after]
         # 13.0 gave the plain name to the form with data on edges, which 12 calls _v2.
         edges = () if hasattr(driver, "cuGraphAddNode_v2") else (None,)
-        self._call("cuGraphAddNode", driver.CUgraph(graph), before, *edges, len(before), params)
+        self._add("cuGraphAddNode", graph, after, params, edges)
         return int(params.conditional.phGraph_out[0])
+
+    def _add(self, call: str, graph: int, after: list[int], what: Any, edges: tuple = ()) -> Any:
+        driver = self._driver()
+        before = [driver.CUgraphNode(node) for node in after]
+        return self._call(call, driver.CUgraph(graph), before, *edges, len(before), what)
 
     def exec_create(self, graph: int) -> int:
         return int(self._call("cuGraphInstantiate", self._driver().CUgraph(graph), 0))
@@ -368,6 +367,11 @@ class Cuda:
         if int(status) != 0:
             raise DriverError(f"{name}: {getattr(status, 'name', status)}")
         return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _index(device: torch.device) -> int:

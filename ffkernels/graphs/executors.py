@@ -24,9 +24,10 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ffkernels import ops
-from ffkernels.graphs import core as graphs
-from ffkernels.graphs import rules as capture_rules
+from ffkernels.graphs import rules
+from ffkernels.graphs.capture import Capture, CaptureFailed
 from ffkernels.graphs.check import Snapshot, difference, follow
+from ffkernels.graphs.while_graph import WhileGraph
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.search.significance import Rises, critical_values
@@ -62,11 +63,9 @@ class GraphExecutor:
         self.step_seconds: float | None = None
         self.fault: str | None = None
         self._held: list[Any] = []
-        self._table: ops.TensorTable | None = None
-        self._plan: Any = None  # where its weights lay
-        self._validation: Any = None
+        self._made_of: dict[str, Any] = {}  # what has to stay the same, beside the model
+        self._kept_alive: tuple = ()
         self._state: Any = None
-        self._search: tuple = ()
         self._token: Any = None
         self._proved = False
         self._counts: list[int] | None = None
@@ -93,29 +92,28 @@ class GraphExecutor:
     def close(self) -> None:
         """Give the graphs and their memory back; a later stage would record again. Idempotent."""
         held, self._held = self._held, []
-        self._table = self._plan = self._validation = self._state = None
-        self._proved = False
+        self._made_of, self._kept_alive, self._state, self._proved = {}, (), None, False
         for graph in reversed(held):
             graph.close()
 
     def _record_if_needed(self, program: StageProgram) -> None:
-        search = (program.search.name, program.search.max_tau)
-        token = capture_rules.token(program.validation)
+        token, table, search = rules.token(program.validation), program.table, program.search
+        made_of = {
+            "the table of the weights that move": (id(table), id(table.plan)),
+            "the validation loss": id(program.validation),
+            "the search": (search.name, search.max_tau),
+        }
         other = "it had been given back"
         if self._held:
-            same = {
-                "the table of the weights that move": self._table is program.table
-                and self._plan is program.table.plan,
-                "the validation loss": self._validation is program.validation,
-                "the search": self._search == search,
-            }
-            other = next((what for what, kept in same.items() if not kept), "")
+            other = next((what for what, now in made_of.items() if self._made_of[what] != now), "")
             if not other and self._token == token:
                 return
             self.close()
         if self._token is not None:
             self._record_again(token, other)
-        self._token, self._search = token, search
+        self._token, self._made_of = token, made_of
+        # So that no other gets their addresses as long as the graph has them.
+        self._kept_alive = table, table.plan, program.validation
         began = perf_counter()
         try:
             # A capture that Ctrl-C cuts is hard to clean up; it takes a few forwards.
@@ -124,14 +122,14 @@ class GraphExecutor:
         except BaseException as error:
             # The token stays: the next stage's capture counts as another one.
             self.close()
-            if isinstance(error, graphs.CaptureFailed) or not isinstance(error, Exception):
+            if isinstance(error, CaptureFailed) or not isinstance(error, Exception):
                 raise
-            raise graphs.CaptureFailed(f"{type(error).__name__} during capture: {error}") from error
+            raise CaptureFailed(f"{type(error).__name__} during capture: {error}") from error
         self.capture_seconds = perf_counter() - began
         self.captures += 1
 
     def _record_again(self, token: Any, other: str) -> None:
-        changed = capture_rules.describe_change(self._token, token)
+        changed = rules.describe_change(self._token, token)
         if changed == "nothing":
             changed = other
         if self.captures >= MAX_CAPTURES:
@@ -150,8 +148,6 @@ class GraphExecutor:
         rows = len(program.example_counts or ())
         state = self._state = decide.DecideState(search.name, search.max_tau, table.device, rows)
         self._counts = None
-        # Held, so that what it validates keeps its addresses as long as the graph has them.
-        self._table, self._plan, self._validation = table, table.plan, validation
         decide.prepare(state, with_condition=self.loops)
 
         def prologue(handle: int | None = None) -> None:
@@ -171,7 +167,7 @@ class GraphExecutor:
                 self._build(table.device, prologue, body)
             program.extra_validations += WARM_UPS
             if written := validation.evaluator.written_buffers:
-                raise graphs.CaptureFailed(
+                raise CaptureFailed(
                     f"the forward writes {', '.join(written[:3])}, which a replay would not put back; let it "
                     "write them only where self.training is True"
                 )
@@ -228,17 +224,14 @@ class GraphExecutor:
         with interrupt_later() if self.loops else nullcontext():
             lap = StageClock(program.table.device)
             decided = self._launch(program, lap)
-            self._note_writes(moved=bool(decided.losses))
+            # Autograd is told, as by the eager moves, so that no gradient is taken by what was written.
+            moved = program.table.weights if decided.losses else ()
+            increment_version([*program.table.delta_flats, *program.table.best_flats, *moved])
             seconds = lap.seconds()
             program.validate_seconds += seconds
             fault = follow(program, decided)
         self.step_seconds = seconds / len(decided.losses) if decided.losses else None
         return fault
-
-    def _note_writes(self, moved: bool) -> None:
-        """Tell autograd what was written, as the eager moves do, so that no gradient is taken by it."""
-        table = self._table
-        increment_version([*table.delta_flats, *table.best_flats, *(table.weights if moved else ())])
 
     def _launch(self, program: StageProgram, lap: StageClock) -> Any:
         """Run the stage on the device and return the state that was read back."""
@@ -262,7 +255,7 @@ class StepGraphExecutor(GraphExecutor):
         self.ahead = ahead
 
     def _build(self, device: torch.device, prologue: Callable[..., None], body: Callable[..., None]) -> None:
-        step = graphs.Capture(device)
+        step = Capture(device)
         self._held.append(step)
         prologue()
         step.warm_up(body, times=WARM_UPS)
@@ -305,11 +298,11 @@ class StageGraphExecutor(GraphExecutor):
     loops = True
 
     def _build(self, device: torch.device, prologue: Callable[..., None], body: Callable[..., None]) -> None:
-        start = graphs.Capture(device)
+        start = Capture(device)
         self._held.append(start)
-        step = graphs.Capture(device, pool=start)
+        step = Capture(device, pool=start)
         self._held.append(step)
-        loop = graphs.WhileGraph(device)
+        loop = WhileGraph(device)
         self._held.append(loop)
         # A condition can be set inside a graph only: what is warmed up goes without it.
         start.warm_up(prologue, times=WARM_UPS)

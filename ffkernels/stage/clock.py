@@ -36,7 +36,8 @@ def _recorded_event(device: torch.device) -> Any:
 def read_later(values: torch.Tensor) -> Callable[[], list]:
     """What gives the values as they are now, later; waits for them only where they are not there by then."""
     if values.device.type == "cpu":
-        return lambda kept=values.tolist(): kept
+        kept = values.tolist()
+        return lambda: kept
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     copy.copy_(values, non_blocking=True)
     done = torch.cuda.Event()

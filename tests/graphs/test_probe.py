@@ -465,7 +465,7 @@ class TestInAStage:
             return ff.stages
 
     def test_the_seconds_of_a_process_are_not_a_stages(self, processes, monkeypatch):
-        monkeypatch.setattr(ladder.capture_rules, "why_not_captured", lambda *a, **k: None)
+        monkeypatch.setattr(ladder.rules, "why_not_captured", lambda *a, **k: None)
         processes.inside = f"time.sleep(1)\n{RIGHT}"
         (stage,) = self.train(1)
         assert processes.started == ["inside"] and 0 < stage.seconds < 1
