@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from ffkernels import FastForward, FastForwardConfig, ValidationLoss, ValidationPool, ops
+from ffkernels import FastForward, FastForwardConfig, ValidationLoss, ops
 from ffkernels.graphs import check as graph_check
 from ffkernels.graphs import core as graphs
 from ffkernels.graphs import executors as graph_executors
 from ffkernels.graphs.executors import GraphUnsafe, StageGraphExecutor, StepGraphExecutor
 from ffkernels.ops import condition
 from ffkernels.ops.notices import FFKernelsNotice
-from ffkernels.search.search import Search, make_search
+from ffkernels.search.search import make_search
 from ffkernels.stage.eager import EagerExecutor
 from ffkernels.stage.program import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
 
@@ -564,13 +564,13 @@ def lora_model(tiny_model, dora=False, dtype=torch.float32):
     return peft.get_peft_model(model, adapter)
 
 
-def train(model, batch, executor, steps=4, change=None, validation=None, interval=2, **config):
+def train(model, batch, executor, steps=4, change=None):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     ff = FastForward(
         model,
         optimizer,
-        validation or ValidationLoss(model, [batch(4, 16, seed=1)]),
-        FastForwardConfig(interval=interval, executor=executor, max_tau=16, patience=None, **config),
+        ValidationLoss(model, [batch(4, 16, seed=1)]),
+        FastForwardConfig(interval=2, executor=executor, max_tau=16, patience=None),
     )
     for step in range(steps):
         if change is not None and step == steps // 2:
@@ -600,49 +600,6 @@ def test_adapters_end_with_the_same_weights_and_records(dora, dtype, fake, tiny_
             assert all(s.validate_seconds + s.move_seconds <= s.seconds for s in ff.stages)
         assert fake.alive() == {}
     assert found["step_graph"] == found["stage_graph"] == found["eager"]
-
-
-@BOTH
-@pytest.mark.filterwarnings("error:.*captured again")
-def test_other_examples_in_every_stage_need_no_other_capture(name, fake, tiny_model, padded_batch):
-    found = {}
-    for executor in ("eager", name):
-        model = lora_model(tiny_model)
-        pool = ValidationPool(model, [padded_batch(12, 24, seed=seed) for seed in range(2)], size=4)
-        with train(model, padded_batch, executor, steps=6, validation=pool) as ff:
-            found[executor] = results(ff, model)
-            assert [(stage.draw, stage.executor) for stage in ff.stages] == [(i, executor) for i in range(3)]
-        assert len({repr(stage.losses) for stage in ff.stages}) == 3
-    assert found[name] == found["eager"]
-
-
-@BOTH
-def test_verdicts_on_rises_are_those_of_the_host_also_on_exchanged_examples(
-    name, fake, tiny_model, padded_batch, monkeypatch, recwarn
-):
-    """In bfloat16 some rises are noise. Fewer examples come, in place: nothing is captured anew."""
-    observe, verdicts, found = Search.observe, {"eager": [], name: []}, {}
-
-    def seen(search, tau, loss, sure=True, computed=True):
-        if search.losses and loss >= search.best_loss:
-            verdicts[executor].append(sure)
-        observe(search, tau, loss, sure, computed)
-
-    monkeypatch.setattr(Search, "observe", seen)
-    monkeypatch.setattr("ffkernels.search.significance.LEVEL", 0.9)  # of random examples little is proved
-    for executor in verdicts:
-        model = lora_model(tiny_model, dtype=torch.bfloat16)
-        validation = ValidationLoss(model, [padded_batch(9, 24, seed=1)])
-
-        def exchange(model, validation=validation):
-            assert validation.swap_batch([padded_batch(6, 20, seed=8)])
-
-        with train(model, padded_batch, executor, 8, exchange, validation) as ff:
-            found[executor] = results(ff, model)
-            assert {stage.executor for stage in ff.stages} == {executor}
-    assert found[name] == found["eager"] and verdicts[name] == verdicts["eager"]
-    assert True in verdicts[name] and False in verdicts[name]
-    assert not any("captured again" in str(warning.message) for warning in recwarn)
 
 
 def second_adapter(model):
@@ -710,30 +667,6 @@ def test_trainable_tensors_that_moved_are_captured_again(name, fake, tiny_model,
     assert fake.alive()["pools"] == 1
     ff.detach()
     assert fake.alive() == {}
-
-
-def test_two_at_once(fake, tiny_model, padded_batch):
-    models = [lora_model(tiny_model) for _ in range(3)]
-    alone = results(train(models[0], padded_batch, "eager", steps=6), models[0])
-    for name in GRAPHS:
-        pair = [lora_model(tiny_model) for _ in range(2)]
-        optimizers = [
-            torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=2e-3) for m in pair
-        ]
-        validation = [ValidationLoss(m, [padded_batch(4, 16, seed=1)]) for m in pair]
-        config = FastForwardConfig(interval=2, executor=name, max_tau=16, patience=None)
-        ffs = [FastForward(*parts, config) for parts in zip(pair, optimizers, validation, strict=True)]
-        for step in range(6):
-            for model, optimizer in zip(pair, optimizers, strict=True):
-                optimizer.zero_grad()
-                model(**padded_batch(4, 16, seed=2 + step)).loss.backward()
-                optimizer.step()
-            if step == 3:
-                ffs[1].detach()
-        assert results(ffs[0], pair[0]) == alone
-        assert len(ffs[1].stages) == 2
-        ffs[0].detach()
-        assert fake.alive() == {}
 
 
 def test_a_stage_switched_off_by_patience_gives_the_graph_back(fake):
