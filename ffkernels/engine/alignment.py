@@ -122,7 +122,7 @@ class Alignment:
         return heard or []
 
     def begin_interval(self) -> None:
-        """What was asked for and is not read yet counts for the new one: nothing waits for it here."""
+        """What was asked for and is not read yet counts for the new one."""
         self.values = []
 
     def mean(self, newest: int) -> float | None:
@@ -197,8 +197,7 @@ def _versions(table: ops.TensorTable) -> list[int]:
 
 
 def _gradient(weight: nn.Parameter) -> Tensor | None:
-    gradient = weight.grad
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return weight.grad.to_local() if hasattr(weight.grad, "to_local") else weight.grad
 
 
 def _reads_at_once(device: torch.device) -> bool:

@@ -51,6 +51,11 @@ SKIPS = 4
 # Of the largest group's base rate: what leads beyond is no training, such as a loss that does not see
 # the weights.
 LOWEST, HIGHEST = 1e-9, 1e3
+# What a state has, and where it is kept here.
+_KEPT = {
+    **{name: name for name in ("rate", "rising", "trims")},
+    **{name: f"_{name}" for name in ("given", "mean", "settled", "shape", "moved")},
+}
 
 
 class AutoRate:
@@ -239,19 +244,8 @@ class AutoRate:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; the learning rates themselves are in the optimizer's and the schedulers' states."""
-        return {
-            "auto_rate": {
-                "given": self._given,
-                "rate": self.rate,
-                "rising": self.rising,
-                "trims": self.trims,
-                "mean": self._mean,
-                "settled": self._settled,
-                "shape": self._shape,
-                "moved": self._moved,
-                "rates": self._rates.now,
-            }
-        }
+        kept = {name: getattr(self, attribute) for name, attribute in _KEPT.items()}
+        return {"auto_rate": {**kept, "rates": self._rates.now}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, whether the optimizer's state was loaded before this was made, since then, or will be."""
@@ -262,8 +256,6 @@ class AutoRate:
             return
         if self._rates.now != saved["rates"] == self._as_given:
             self._give_back()  # they were there already, and have been set to start
-        self._given, self.rate = float(saved["given"]), float(saved["rate"])
-        self.rising, self.trims = bool(saved["rising"]), int(saved["trims"])
-        self._mean, self._settled = float(saved["mean"]), bool(saved["settled"])
-        self._shape = float(saved["shape"])
-        self._moved, self._expected = bool(saved["moved"]), None
+        for name, attribute in _KEPT.items():
+            setattr(self, attribute, type(getattr(self, attribute))(saved[name]))
+        self._expected = None

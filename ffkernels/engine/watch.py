@@ -34,7 +34,6 @@ class StageWatch:
 
     Args:
         optimizer: as it was given, with its wrappers.
-        schedule: of the stages.
         ranks: those that hold a shard of the weights each; None where this process holds them whole.
     """
 
@@ -44,7 +43,7 @@ class StageWatch:
         self._tau = 0  # of the stage that is looked after; 0 for none
 
     def after_stage(self, tau: int) -> None:
-        """A stage has left the weights at best, moved by τ·Δ."""
+        """Of which the weights are at best, moved by τ·Δ."""
         self._tau = tau
 
     def before_step(self, table: ops.TensorTable) -> None:

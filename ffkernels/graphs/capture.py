@@ -109,19 +109,14 @@ class Capture:
         """
         with explained("be warmed up for a CUDA graph"), self._side_stream() as place:
             for left in reversed(range(times)):
-                if not self._rehearsed(fn, place, last=not left):
-                    # What lies unused outside of the pool is not taken back while one allocates from it.
-                    driver.cuda.empty_cache()
+                try:
                     self._rehearse(fn, place, last=not left)
-
-    def _rehearsed(self, fn: Callable[[], Any], place: _Place, last: bool) -> bool:
-        """Whether there was enough memory. On return nothing holds what `fn` had got so far."""
-        try:
-            self._rehearse(fn, place, last)
-        except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)
-            return False
-        return True
+                    continue
+                except torch.OutOfMemoryError as error:
+                    traceback.clear_frames(error.__traceback__)
+                # What lies unused outside of the pool is not taken back while one allocates from it.
+                driver.cuda.empty_cache()
+                self._rehearse(fn, place, last=not left)
 
     def _rehearse(self, fn: Callable[[], Any], place: _Place, last: bool) -> None:
         cuda = driver.cuda

@@ -41,7 +41,6 @@ class Cuda:
         return torch.version.hip is not None
 
     def torch_problem(self) -> str | None:
-        """What this torch lacks."""
         needed = ("raw_cuda_graph", "instantiate", "capture_begin")
         missing = [name for name in needed if not hasattr(torch.cuda.CUDAGraph, name)]
         return f"torch {torch.__version__} has no CUDAGraph.{missing[0]}" if missing else None
@@ -70,7 +69,6 @@ class Cuda:
         return int(self._call("cuDriverGetVersion"))
 
     def devices(self) -> list[torch.device]:
-        """The GPUs that this process sees."""
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
     def gpu(self, device: torch.device) -> dict[str, str]:
@@ -215,7 +213,6 @@ class Cuda:
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
 
     def work(self, graph: Any, fn: Callable[[], Any]) -> Any:
-        """Call what is captured, between `begin` and `end`."""
         return fn()
 
     def end(self, graph: Any) -> None:
@@ -264,11 +261,9 @@ class Cuda:
         return graph.raw_cuda_graph()
 
     def instantiate(self, graph: Any) -> None:
-        """Make the executable now, which the first replay does otherwise."""
         graph.instantiate()
 
     def replay(self, graph: Any) -> None:
-        """Launch on the current stream."""
         graph.replay()
 
     def reset(self, graph: Any) -> None:
@@ -305,7 +300,6 @@ class Cuda:
         return found
 
     def add_child(self, graph: int, after: list[int], child: int) -> int:
-        """A node that is a copy of the graph `child`."""
         of = self._driver().CUgraph(child)
         return int(self._add("cuGraphAddChildGraphNode", graph, after, of))
 

@@ -24,7 +24,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ffkernels import ops
-from ffkernels.graphs import rules
+from ffkernels.graphs import driver, rules
 from ffkernels.graphs.capture import Capture, CaptureFailed
 from ffkernels.graphs.check import Snapshot, difference, follow
 from ffkernels.graphs.while_graph import WhileGraph
@@ -46,6 +46,9 @@ class GraphUnsafe(RuntimeError):
 
 class GraphExecutor:
     """What both graphs share: recording when needed, checking, and the record of a stage.
+
+    Each has a ``_build(device, prologue, body)``, which records, and a ``_launch(program, lap)``, which runs
+    the stage on the device and returns the state that it read back.
 
     Attributes:
         captures: how often the work was recorded; at most ``MAX_CAPTURES`` times.
@@ -78,8 +81,7 @@ class GraphExecutor:
             GraphUnsafe: when the check of a fresh capture failed, or it goes out of date too often; weights
                 and best are as they were when the stage began.
         """
-        device = program.table.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with driver.cuda.guard(program.table.device):
             self._record_if_needed(program)
             self._tell_of_examples(program.example_counts)
             if self._state.start != program.search.start:
@@ -184,9 +186,6 @@ class GraphExecutor:
         self._state.know(critical, rises.tokens or (), rises.weights)
         self._counts = list(counts)
 
-    def _build(self, device: torch.device, prologue: Callable[..., None], body: Callable[..., None]) -> None:
-        raise NotImplementedError
-
     def _prove(self, program: StageProgram) -> None:
         """Run the first stage on a fresh capture, check it, and undo it where it is wrong."""
         try:
@@ -232,10 +231,6 @@ class GraphExecutor:
             fault = follow(program, decided)
         self.step_seconds = seconds / len(decided.losses) if decided.losses else None
         return fault
-
-    def _launch(self, program: StageProgram, lap: StageClock) -> Any:
-        """Run the stage on the device and return the state that was read back."""
-        raise NotImplementedError
 
 
 class StepGraphExecutor(GraphExecutor):
