@@ -164,19 +164,14 @@ def test_a_stage_runs_where_it_pays_and_says_by_what(monkeypatch):
         # Four of them, all ±0.4: σ² = 0.16 / 6; weights −4, −1, 2, 5, 8 and 11 of 21.
         ([-0.1, -0.3, -0.1, -0.3, -0.1, -0.3], -5.1 / 21, 0.16 / 6 * 22 / 42 * 2.13**2),
         ([-0.1, -0.2, -0.3, -0.4, -0.5], -0.5, 0.0),  # a trend is no noise
+        # Of fewer than three values nobody knows the noise.
+        *((values, 0.0, math.inf) for values in ([], [-0.3], [-0.3, 0.2])),
     ],
 )
 def test_what_noise_may_hide_by_hand(values, line, squared_error):
     alignment = Alignment(kept=6)
     alignment.values = values
     assert alignment.possible() == pytest.approx(line - math.sqrt(squared_error))
-
-
-@pytest.mark.parametrize("values", [[], [-0.3], [-0.3, 0.2]])
-def test_of_fewer_than_three_values_nobody_knows_the_noise(values):
-    alignment = Alignment()
-    alignment.values = values
-    assert alignment.possible() == -math.inf
 
 
 def test_the_mean_is_of_the_newest():
@@ -339,37 +334,39 @@ class Shard:
         return [number + self.others for number in numbers]
 
 
+def stepped(shard):
+    """After a step that nothing is known of."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    alignment, table = Alignment(shard), ops.TensorTable({"w": weight})
+    alignment.before_step(table, [weight])
+    with torch.no_grad():
+        weight.add_(1.0)
+    alignment.after_step(table)
+    return alignment, table, weight
+
+
+def knows(alignment, table, weight):
+    """Whether the next step's c is known."""
+    weight.grad = torch.ones(4)
+    alignment.before_step(table, [weight])
+    return alignment.last is not None
+
+
 @pytest.mark.parametrize(("rank", "known"), [(0, True), (1, False)])
 def test_a_shards_weights_before_are_taken_by_the_rank_that_saved_them_only(rank, known):
     """States of one rank may be loaded on all: where shards are equally large, nothing else tells."""
-    weight = torch.nn.Parameter(torch.ones(4))
-    table = ops.TensorTable({"w": weight})
-    saving = Alignment(Shard(0))
-    saving.before_step(table, [weight])
-    saving.after_step(table)
+    saving, table, weight = stepped(Shard(0))
     loading = Alignment(Shard(rank))
     loading.load_state_dict(copy.deepcopy(saving.state_dict(table)), table)
-    weight.grad = torch.ones(4)
-    with torch.no_grad():
-        weight.add_(1.0)
-    loading.before_step(table, [weight])
-    assert (loading.last is not None) == known
+    assert knows(loading, table, weight) == known
 
 
 @pytest.mark.parametrize(("others", "known"), [(1.0, True), (0.0, False)])
 def test_no_rank_takes_a_cosine_of_shards_that_another_does_not(others, known):
     """Else it would wait for the other's sums for good."""
-    weight = torch.nn.Parameter(torch.ones(4))
-    table = ops.TensorTable({"w": weight})
-    alignment = Alignment(Shard(0, others))
-    alignment.before_step(table, [weight])
-    with torch.no_grad():
-        weight.add_(1.0)
-    alignment.after_step(table)
+    alignment, table, weight = stepped(Shard(0, others))
     alignment.agree()
-    weight.grad = torch.ones(4)
-    alignment.before_step(table, [weight])
-    assert (alignment.last is not None) == known
+    assert knows(alignment, table, weight) == known
 
 
 @pytest.mark.parametrize(("first", "told"), [(1, []), (2, ["OutOfMemoryError"])])
