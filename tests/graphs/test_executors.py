@@ -80,6 +80,10 @@ class Setting:
     def weights(self):
         return [weight.detach().clone() for weight in self.table.weights]
 
+    def is_at(self, weights, best=None):
+        assert all(map(torch.equal, self.weights(), weights))
+        assert best is None or all(map(torch.equal, self.table.best_flats, best))
+
     def outcome(self, program):
         search = program.search
         found = (repr(search.losses), search.best_tau, search.best_loss, program.reason, program.moves)
@@ -215,7 +219,7 @@ def test_a_stage_with_nothing_to_search(name, fake):
     before = setting.weights()
     executor.run(program)
     assert (program.reason, program.search.losses, program.moves) == (NO_UPDATE, [], 0)
-    assert all(map(torch.equal, setting.weights(), before))
+    setting.is_at(before)
     # It proved nothing: the next stage is checked, and with it the graph goes on.
     assert not executor._proved
     twin = Setting()
@@ -259,20 +263,12 @@ def test_modes_random_numbers_and_gradients_stay_as_they_were(name, fake):
     assert (True, False, False) in modes, "captured as an evaluation"
 
 
-ALWAYS = ["new_stream", "new_pool", "claim_workspaces", "in_pool", "new_graph", "begin", "work", "end"]
+ALWAYS = "new_stream new_pool claim_workspaces in_pool new_graph begin work end"
 CALLS = {
-    "step_graph": ["instantiate"],
-    "stage_graph": [
-        "graph_create",
-        "handle_create",
-        "node_types",
-        "raw",
-        "add_child",
-        "add_while",
-        "exec_create",
-    ],
+    "step_graph": "instantiate",
+    "stage_graph": "graph_create handle_create node_types raw add_child add_while exec_create",
 }
-FAULTS = [(name, which) for name in GRAPHS for which in [*ALWAYS, *CALLS[name]]]
+FAULTS = [(name, which) for name in GRAPHS for which in f"{ALWAYS} {CALLS[name]}".split()]
 
 
 @pytest.mark.parametrize("after", [0, 1])
@@ -280,15 +276,14 @@ FAULTS = [(name, which) for name in GRAPHS for which in [*ALWAYS, *CALLS[name]]]
 def test_a_capture_that_fails_anywhere_has_not_happened(name, which, after, fake):
     setting, executor = Setting(), GRAPHS[name]()
     program = setting.program()
-    before, checkpoint = setting.weights(), [flat.clone() for flat in setting.table.best_flats]
+    before = setting.weights(), [flat.clone() for flat in setting.table.best_flats]
     random = torch.get_rng_state()
     fake.fail(which, after=after)
     try:
         executor.run(program)
     except graphs.CaptureFailed as failure:
         assert "PLANTED" in str(failure)
-        assert all(map(torch.equal, setting.weights(), before))
-        assert all(map(torch.equal, setting.table.best_flats, checkpoint))
+        setting.is_at(*before)
         assert program.search.losses == [] and setting.model.training
         assert torch.equal(torch.get_rng_state(), random)
         assert fake.alive() == {}
@@ -310,7 +305,7 @@ def test_a_first_stage_that_fails_is_undone(name, where, fake, monkeypatch):
         monkeypatch.setattr(fake.decide.DecideState, "read", lambda state: 1 / 0)
     with pytest.raises(GraphUnsafe, match=r"in its first stage: .*(PLANTED|division)"):
         executor.run(program)
-    assert all(map(torch.equal, setting.weights(), before))
+    setting.is_at(before)
     assert fake.alive() == {}
     EagerExecutor().run(program)
     assert setting.outcome(program) == Setting().stage(EagerExecutor())
@@ -354,12 +349,11 @@ def test_the_check_finds_a_graph_that_does_something_else(name, fault, search, f
 
         monkeypatch.setattr(fake.graph_class, "run", wrong)
     program = setting.program()
-    before, checkpoint = setting.weights(), [flat.clone() for flat in setting.table.best_flats]
+    before = setting.weights(), [flat.clone() for flat in setting.table.best_flats]
     executor = GRAPHS[name]()
     with pytest.raises(GraphUnsafe):
         executor.run(program)
-    assert all(map(torch.equal, setting.weights(), before))
-    assert all(map(torch.equal, setting.table.best_flats, checkpoint))
+    setting.is_at(*before)
     program.restart()
     EagerExecutor().run(program)
     assert setting.outcome(program) == Setting(search=search).stage(EagerExecutor())
@@ -463,7 +457,7 @@ def test_ctrl_c_in_a_stage_that_is_not_proved_leaves_the_optimizers_weights(name
     monkeypatch.setattr(fake.graph_class, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         executor.run(program)
-    assert all(map(torch.equal, setting.weights(), before))
+    setting.is_at(before)
     assert program.search.losses == [] and fake.alive() == {}
 
 
@@ -486,23 +480,25 @@ def test_ctrl_c_during_a_capture_waits_for_its_end(name, fake):
 def test_another_table_search_or_precision_is_captured_again(name, fake):
     setting, executor = Setting(), GRAPHS[name]()
     setting.stage(executor)
+
+    def again(told):
+        with pytest.warns(FFKernelsNotice, match=f"captured again: {told}"):
+            setting.stage(executor)
+
     setting.table = ops.TensorTable(dict(setting.model.named_parameters()), impl="torch")
-    with pytest.warns(FFKernelsNotice, match="captured again: the table of the weights"):
-        setting.stage(executor)
+    again("the table of the weights")
     setting.model.a.data = setting.model.a.data.clone()
     setting.table = ops.TensorTable(dict(setting.model.named_parameters()), impl="torch")
-    with pytest.warns(FFKernelsNotice, match=r"captured again: the address of Landscape\.a"):
-        setting.stage(executor)
+    again(r"the address of Landscape\.a")
     setting.search = "linear"
-    with pytest.warns(FFKernelsNotice, match="captured again: the search"):
-        setting.stage(executor)
+    again("the search")
     assert executor.captures == 4 == graph_executors.MAX_CAPTURES
     setting.max_tau = 5
     program = setting.program()
     before = setting.weights()
     with pytest.raises(GraphUnsafe, match="went out of date 4 times"):
         executor.run(program)
-    assert all(map(torch.equal, setting.weights(), before))
+    setting.is_at(before)
     executor.close()
     assert fake.alive() == {}
 
