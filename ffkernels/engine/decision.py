@@ -45,7 +45,7 @@ class StageDecision:
 
     Attributes:
         schedule: which steps end an interval, and what the stages so far came to.
-        alignment: None where neither ``patience`` nor ``learning_rate`` asks for it.
+        alignment: None where nothing asks for it.
         watch: whether stages are taken back, which ends them.
         auto: what moves the learning rate by it; None where nothing does. No stage follows while it says so.
         hooks: removing them ends the counting of tokens.

@@ -57,8 +57,7 @@ class FastForward:
 
     Args:
         model: the module that trains.
-        optimizer: its optimizer, or a wrapper that keeps it as ``.optimizer``; the hooks sit on the inner
-            one.
+        optimizer: its optimizer, or a wrapper that keeps it as ``.optimizer``, where the hooks sit.
         validation: a ``ValidationLoss``, or what makes one: batches or a callable ``loss_fn(model)``. Of a
             ``ValidationPool``, other examples are drawn before each stage. With ``config.interval=None``
             nothing is validated, and of a ``ValidationLoss`` only its process group is looked at.
@@ -140,8 +139,7 @@ class FastForward:
         self, optimizer: Any, validation: ValidationLoss | Any, *narrowed: NameFilter | None
     ) -> dict[str, Any]:
         """Find out what is moved, by what loss and how. Returns what must be the same on every rank."""
-        refused = why_refused(self.model, optimizer)
-        if refused:
+        if refused := why_refused(self.model, optimizer):
             raise RuntimeError(f"Fast Forward cannot move these weights: {refused}")
         self.optimizer = unwrap_optimizer(optimizer)
         if attached(self.optimizer) is not None:

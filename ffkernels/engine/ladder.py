@@ -117,8 +117,7 @@ class Ladder:
             # Whether a loop runs is found out by running one.
             self._looked = not self._profiler_forbids(device)
             rung = wanted if self._looked else "step_graph"
-            refused = why_not(rung, validation, device, explicit=True)
-            if refused:
+            if refused := why_not(rung, validation, device, explicit=True):
                 raise RuntimeError(
                     f'executor="{wanted}" cannot run here: {refused}; or leave it at "auto", which takes the '
                     "fastest that works"

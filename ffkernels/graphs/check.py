@@ -48,7 +48,7 @@ def loss_tolerance(validation: Any, device: torch.device) -> float:
 
 
 class Snapshot:
-    """Weights and best as they are when a stage begins: two more copies of the adapters, for one stage."""
+    """Weights and best as a stage begins: two more copies of the adapters, for one stage."""
 
     def __init__(self, table: ops.TensorTable) -> None:
         self._to = [*(weight.detach() for weight in table.weights), *table.best_flats]

@@ -34,7 +34,6 @@ class Cuda:
     # ---- the machine ----
 
     def is_cuda(self, device: torch.device) -> bool:
-        """Whether `device` is a GPU that this torch can use."""
         return device.type == "cuda" and torch.cuda.is_available()
 
     def is_rocm(self) -> bool:
@@ -202,7 +201,6 @@ class Cuda:
                 torch.cuda.set_sync_debug_mode(before)
 
     def random_state(self, device: torch.device) -> torch.Tensor:
-        """The state of the device's generator, as bytes on the host."""
         return torch.cuda.get_rng_state(device)
 
     def new_graph(self) -> Any:

@@ -238,7 +238,7 @@ class StepGraphExecutor(GraphExecutor):
 
     Args:
         ahead: how many replays are launched before the answer to an earlier one is awaited. Those after the
-            search's end change nothing, but each costs a validation. 0 waits for every answer.
+            search's end change nothing, but each costs a validation.
     """
 
     name = "step_graph"
