@@ -423,11 +423,10 @@ def test_the_rate_of_a_group_that_is_added_later_is_a_ratio_too(when, tensor):
 
 
 def test_a_rate_that_is_a_tensor_keeps_its_address():
-    model = Bowl()
     rate = torch.tensor(1e-4)
-    groups = [{"params": [model.w]}, {"params": [model.b]}]
-    optimizer = torch.optim.Adam(groups, lr=rate, foreach=False, capturable=False)
-    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    model, optimizer, _, ff = make(
+        lr=rate, groups=lambda m: [{"params": [m.w]}, {"params": [m.b]}], foreach=False, capturable=False
+    )
     cosines, rates = followed(ff, model, optimizer, 25)
     assert all(group["lr"] is rate for group in optimizer.param_groups)
     assert float(rate) == pytest.approx(ff.learning_rate, rel=1e-5) and not auto(ff).rising
@@ -613,9 +612,7 @@ def test_a_warm_up_from_0_is_no_rounding():
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_loss_scaling_skips(fused):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    model = Bowl()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=fused)
-    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    model, optimizer, _, ff = make(fused=fused)
     cosines, rates = [], []
     for step in range(40):
         optimizer.zero_grad()
@@ -640,9 +637,7 @@ def test_steps_that_loss_scaling_skips(fused):
 def test_an_overshoot_to_infinite_gradients_is_undone_where_a_fused_optimizer_skips():
     """From the second jump on gradients are infinite, as in float16, at whatever scale, so that it falls."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    model = Bowl()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    model, optimizer, _, ff = make(fused=True)
     before = []
     for _ in range(8):
         optimizer.zero_grad()
