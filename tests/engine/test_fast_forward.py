@@ -436,7 +436,7 @@ def test_sixteen_bit_weights_work_and_are_warned_about(dtype, impl, recwarn):
     assert model.loss().item() == best
 
 
-def test_bad_arguments_are_named():
+def test_bad_arguments_and_a_validation_of_another_model_are_named():
     model = Bowl()
     optimizer = torch.optim.SGD([model.w], lr=1e-3)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
@@ -445,6 +445,8 @@ def test_bad_arguments_are_named():
         FastForward(model, optimizer, bowl_loss, {"interval": 3})
     with pytest.raises(ValueError, match="none of the model's 1 trainable parameters"):
         FastForward(Bowl(), optimizer, bowl_loss)
+    with pytest.raises(ValueError, match="validation belongs to a model that has none of the weights"):
+        FastForward(model, optimizer, ValidationLoss(Bowl(), bowl_loss))
 
 
 def test_a_second_one_is_refused_and_detaching_twice_leaves_the_next_one_attached():
@@ -456,13 +458,6 @@ def test_a_second_one_is_refused_and_detaching_twice_leaves_the_next_one_attache
         ff.detach()
         with pytest.raises(RuntimeError, match="already carries a FastForward"):
             FastForward(model, optimizer, bowl_loss)
-
-
-def test_a_validation_of_another_model_is_refused():
-    model = Bowl()
-    optimizer = torch.optim.SGD([model.w], lr=1e-3)
-    with pytest.raises(ValueError, match="validation belongs to a model that has none of the weights"):
-        FastForward(model, optimizer, ValidationLoss(Bowl(), bowl_loss))
 
 
 def test_an_incomplete_state_is_refused_before_anything_changes():

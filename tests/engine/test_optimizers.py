@@ -92,6 +92,12 @@ def take_step(model, optimizer):
     return optimizer.step()
 
 
+def attached(make, model=None, config=EVERY_2):
+    model = model or Factors()
+    optimizer = make(list(model.parameters()))
+    return model, optimizer, FastForward(model, optimizer, loss_of, config)
+
+
 def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -154,10 +160,8 @@ def test_steps_inside_steps_count_once_whether_or_not_the_parent_was_used_before
 
 
 def test_a_nested_step_that_raises_leaves_the_next_one_whole():
-    model = Factors()
-    optimizer = Nested(model.parameters(), lr=1e-2)
+    model, optimizer, ff = attached(OPTIMIZERS["nested"])
     torch.optim.RAdam([nn.Parameter(torch.zeros(1))])
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
 
     def fails():
         raise RuntimeError("bad batch")
@@ -254,9 +258,8 @@ def test_weights_that_get_other_memory_in_a_step_are_moved_there(make, step, kno
     ff = check_stages(Factors, make, step=step)
     assert all(stage.tau for stage in ff.stages)
     assert not [str(w.message) for w in recwarn if "trainable parameters changed" in str(w.message)]
-    model = Factors()
-    optimizer = make(list(model.parameters()))
-    ff, steps = FastForward(model, optimizer, loss_of, FastForwardConfig(interval=5)), ""
+    model, optimizer, ff = attached(make, config=FastForwardConfig(interval=5))
+    steps = ""
     for n in range(1, 8):
         step(model, optimizer)
         steps += str(n) if ff.alignment is not None else ""
@@ -293,9 +296,8 @@ class Forgetful(torch.optim.Optimizer):
     ],
 )
 def test_what_is_no_one_optimizer_is_named(make, told):
-    model = Factors()
     with pytest.raises(TypeError, match=told):
-        FastForward(model, make(list(model.parameters())), loss_of)
+        attached(make)
 
 
 def test_what_requires_no_gradient_stays():
@@ -320,9 +322,7 @@ class TiedMemory(Factors):
 
 
 def test_two_parameters_in_one_memory():
-    model = TiedMemory()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    model, optimizer, ff = attached(OPTIMIZERS["sgd"], TiedMemory())
     assert ff.trainable_numel == 128
     take_step(model, optimizer)
     before = weights_of(model)
@@ -440,13 +440,10 @@ class Adam8bitLike(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "Lion8bit", None])
 def test_eight_bit_optimizers(name):
-    model = Factors()
-    if name is None:
-        optimizer = Adam8bitLike(model.parameters(), lr=1e-3)
-    else:
-        make = getattr(pytest.importorskip("bitsandbytes").optim, name)
-        optimizer = make(model.parameters(), lr=1e-3, min_8bit_size=16)
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    kind, options = Adam8bitLike, {}
+    if name is not None:
+        kind, options = getattr(pytest.importorskip("bitsandbytes").optim, name), {"min_8bit_size": 16}
+    model, optimizer, ff = attached(lambda p: kind(p, lr=1e-3, **options))
     for _ in range(2):
         take_step(model, optimizer)
     state, tau = copy.deepcopy(optimizer.state[model.a]), ff.stages[0].tau
