@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from ffkernels import ops
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.ranks import ALIGNMENT, Ranks
+from ffkernels.stage.clock import read_later
 
 __all__ = ["Alignment", "cosine"]
 
@@ -95,7 +96,7 @@ class Alignment:
             return
         self._written = 0
         self._sums = ops.align_(table, [_gradient(weight) for weight in weights], self._sums)
-        self._read = _reading(self._sums)
+        self._read = read_later(self._sums)
         if at_once or _reads_at_once(table.device) or self._ranks is not None:
             self._collect()
 
@@ -115,17 +116,13 @@ class Alignment:
         if ranks is not None and ranks.add(ALIGNMENT, [float(self._whole)])[0] < ranks.size:
             self.forget()
 
-    @property
-    def sharded(self) -> bool:
-        return self._ranks is not None
-
     def take(self) -> list[list[float]]:
         """⟨g, d⟩, ⟨g, g⟩, ⟨d, d⟩ of each step since the last call, where there is a pair and it is read."""
         heard, self._heard = self._heard, []
         return heard or []
 
     def begin_interval(self) -> None:
-        """What was asked for and is not read yet counts for the new one: nothing waits for it here."""
+        """What was asked for and is not read yet counts for the new one."""
         self.values = []
 
     def mean(self, newest: int) -> float | None:
@@ -167,9 +164,9 @@ class Alignment:
             "values": list(self.values),
             "last": self.last,
             "strongest": self.strongest,
-            **({"heard": [list(sums) for sums in self._heard]} if self._heard else {}),
+            "heard": [list(sums) for sums in self._heard or ()],
             "before": [best.detach().cpu().clone() for best in table.best] if known else None,
-            **({} if self._ranks is None else {"part": self._part()}),
+            "part": self._part(),
         }
 
     def _part(self) -> list[int] | None:
@@ -181,12 +178,12 @@ class Alignment:
         self._read = None
         self.forget()
         if self._heard is not None:
-            self._heard = [list(sums) for sums in state.get("heard", ())]
+            self._heard = [list(sums) for sums in state["heard"]]
         self.values = [float(c) for c in state["values"]][-self._kept :]
         self.last, self.strongest = state["last"], float(state["strongest"])
-        before = state.get("before")
+        before = state.get("before")  # a state that is JSON has none
         shapes = [best.shape for best in table.best]
-        mine = state.get("part") == self._part()  # else another rank's, whose shards may have these shapes
+        mine = state["part"] == self._part()  # else another rank's, whose shards may have these shapes
         if before is not None and mine and [old.shape for old in before] == shapes:
             with torch.no_grad():
                 for best, old in zip(table.best, before, strict=True):
@@ -200,28 +197,11 @@ def _versions(table: ops.TensorTable) -> list[int]:
 
 
 def _gradient(weight: nn.Parameter) -> Tensor | None:
-    gradient = weight.grad
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return weight.grad.to_local() if hasattr(weight.grad, "to_local") else weight.grad
 
 
 def _reads_at_once(device: torch.device) -> bool:
     return device.type == "cpu"
-
-
-def _reading(sums: Tensor) -> Callable[[], Sequence[float]]:
-    """What gives the sums as they are now, later; it waits for them only where they are not there by then."""
-    if sums.device.type == "cpu":
-        return sums.tolist
-    copy = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-    copy.copy_(sums, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record(torch.cuda.current_stream(sums.device))  # of the copy, whatever device is the current one
-
-    def read() -> Sequence[float]:
-        done.synchronize()
-        return copy.tolist()
-
-    return read
 
 
 def cosine(gd: float, gg: float, dd: float) -> float | None:

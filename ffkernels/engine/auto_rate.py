@@ -30,16 +30,7 @@ import torch
 from ffkernels import ops
 from ffkernels.engine.alignment import Alignment, cosine
 from ffkernels.engine.optimizer_probe import require_step_sizes, why_rate_means_nothing
-from ffkernels.engine.scheduled_rates import (
-    KeptRates,
-    base_rates,
-    every_scheduler,
-    rates,
-    require_the_scheduler,
-    scale_learning_rates,
-    set_rates,
-    tell_of_overwriting,
-)
+from ffkernels.engine.scheduled_rates import ScheduledRates, tell_of_overwriting
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.interrupts import interrupt_later
 
@@ -60,6 +51,11 @@ SKIPS = 4
 # Of the largest group's base rate: what leads beyond is no training, such as a loss that does not see
 # the weights.
 LOWEST, HIGHEST = 1e-9, 1e3
+# What a state has, and where it is kept here.
+_KEPT = {
+    **{name: name for name in ("rate", "rising", "trims")},
+    **{name: f"_{name}" for name in ("given", "mean", "settled", "shape", "moved")},
+}
 
 
 class AutoRate:
@@ -81,27 +77,27 @@ class AutoRate:
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:
         require_step_sizes(optimizer)
-        self._optimizer, self._schedulers = optimizer, every_scheduler(scheduler, optimizer)
+        self._optimizer, self._rates = optimizer, ScheduledRates(optimizer, scheduler)
         self._probed, self._groups = False, len(optimizer.param_groups)
-        self._held: list[tuple[float, Any]] | None = None  # lr and weight decay, in a step without
+        self._held: tuple[list[float], list[Any]] | None = None  # lr and weight decay, in a step without
         self._begin()
 
     def _begin(self) -> None:
-        self._given = max(base_rates(self._optimizer, self._schedulers))
+        self._given = max(self._rates.base)
         if not 0 < self._given < math.inf:
             raise ValueError(
                 f"the largest base learning rate is {self._given:g}: 'auto' takes the ratios of the param "
                 "groups from the optimizer's rates; give it any number above 0"
             )
-        self._as_given = KeptRates(self._optimizer, self._schedulers)
+        self._as_given, self._give_back = self._rates.now, self._rates.keep()
         self.rate, self.rising, self.trims = START, True, 0
         self._mean, self._settled = 0.0, False  # c̄, and whether it has been 0 or above
         self._shape = math.inf  # what the schedule multiplied the base rate by in the last step
         self._moved = False  # whether the last step had a learning rate and was not skipped
         self._kept = False  # whether Δ holds W before a step
         self._skips = 0  # steps in a row that were skipped
-        scale_learning_rates(self._optimizer, self._schedulers, START / self._given)
-        self._expected: list[float] | None = rates(self._optimizer)  # until the next step
+        self._rates.scale(START / self._given)
+        self._expected: list[float] | None = self._rates.now  # until the next step
 
     @property
     def scale(self) -> float:
@@ -116,7 +112,7 @@ class AutoRate:
             return self._take_new_groups()
         # A schedule may do as much as the smaller scales in one step.
         if expected is not None and not 1 / 16 < self.scale < 16:
-            tell_of_overwriting(expected, rates(self._optimizer), self.scale)
+            tell_of_overwriting(expected, self._rates.now, self.scale)
 
     def _take_new_groups(self) -> None:
         """A group of ``add_param_group``: its rate is a ratio to those that the others came with."""
@@ -142,8 +138,8 @@ class AutoRate:
                 "closure that computes them inside: call backward() first and step() without, or choose "
                 "learning_rate='keep'"
             )
-        require_the_scheduler(self._optimizer, self._schedulers)
-        if not self._probed and self._has_gradients() and any(rates(self._optimizer)):
+        self._rates.require_scheduler()
+        if not self._probed and self._gradients() and any(self._rates.now):
             if refused := why_rate_means_nothing(self._optimizer, table.weights):
                 raise ValueError(f"learning_rate='auto': {refused}")
             self._probed = True
@@ -154,7 +150,7 @@ class AutoRate:
     def before_update(self, table: ops.TensorTable, alignment: Alignment) -> bool:
         """Take the steps' c and move the rate by it; whether a stage may follow this step."""
         rose, taken = self.rising, True
-        shape = max(rates(self._optimizer)) / self.rate
+        shape = max(self._rates.now) / self.rate
         falls, self._shape = shape < self._shape * (1 - 1e-9), shape
         with interrupt_later():
             for sums in alignment.take():
@@ -210,17 +206,16 @@ class AutoRate:
                 f"{HIGHEST:g}]: do gradients reach the weights, are they of this loss, and is it finite? "
                 "Otherwise choose a rate with learning_rate='keep'",
             )
-        scale_learning_rates(self._optimizer, self._schedulers, rate / self.rate)
+        self._rates.scale(rate / self.rate)
         self.rate = rate
 
     @torch.no_grad()
     def _hold(self) -> None:
-        groups = self._optimizer.param_groups
-        for gradient in (p.grad for group in groups for p in group["params"] if p.grad is not None):
+        for gradient in self._gradients():
             gradient.zero_()
-        now = rates(self._optimizer)
-        self._held = [(rate, group.get("weight_decay")) for rate, group in zip(now, groups, strict=True)]
-        set_rates(self._optimizer, [0.0] * len(groups))
+        groups = self._optimizer.param_groups
+        self._held = self._rates.now, [group.get("weight_decay") for group in groups]
+        self._rates.set([0.0] * len(groups))
         for group in groups:
             if group.get("weight_decay") is not None:
                 group["weight_decay"] = 0.0
@@ -229,8 +224,9 @@ class AutoRate:
         held, self._held = self._held, None
         if held is None:
             return
-        set_rates(self._optimizer, [rate for rate, _ in held])
-        for group, (_, decay) in zip(self._optimizer.param_groups, held, strict=True):
+        rates, decays = held
+        self._rates.set(rates)
+        for group, decay in zip(self._optimizer.param_groups, decays, strict=True):
             if decay is not None:
                 group["weight_decay"] = decay
 
@@ -238,41 +234,28 @@ class AutoRate:
         """Give the rates back that were held for the step."""
         self._release()
         if self.rising:
-            self._expected = rates(self._optimizer)
+            self._expected = self._rates.now
             found_inf = getattr(self._optimizer, "found_inf", None)
             self._moved = any(self._expected) and not (found_inf is not None and bool(found_inf))
 
-    def _has_gradients(self) -> bool:
+    def _gradients(self) -> list[torch.Tensor]:
         groups = self._optimizer.param_groups
-        return any(p.grad is not None for group in groups for p in group["params"])
+        return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; the learning rates themselves are in the optimizer's and the schedulers' states."""
-        return {
-            "auto_rate": {
-                "given": self._given,
-                "rate": self.rate,
-                "rising": self.rising,
-                "trims": self.trims,
-                "mean": self._mean,
-                "settled": self._settled,
-                "shape": self._shape,
-                "moved": self._moved,
-                "rates": rates(self._optimizer),
-            }
-        }
+        kept = {name: getattr(self, attribute) for name, attribute in _KEPT.items()}
+        return {"auto_rate": {**kept, "rates": self._rates.now}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, whether the optimizer's state was loaded before this was made, since then, or will be."""
         saved, self._groups = state.get("auto_rate"), len(self._optimizer.param_groups)
         if saved is None:  # of a run with a rate of its own
-            if not math.isclose(max(base_rates(self._optimizer, self._schedulers)), START):
+            if not math.isclose(max(self._rates.base), START):
                 self._begin()
             return
-        if rates(self._optimizer) != saved["rates"] == self._as_given.rates:
-            self._as_given.restore()  # they were there already, and have been set to start
-        self._given, self.rate = float(saved["given"]), float(saved["rate"])
-        self.rising, self.trims = bool(saved["rising"]), int(saved["trims"])
-        self._mean, self._settled = float(saved["mean"]), bool(saved["settled"])
-        self._shape = float(saved["shape"])
-        self._moved, self._expected = bool(saved["moved"]), None
+        if self._rates.now != saved["rates"] == self._as_given:
+            self._give_back()  # they were there already, and have been set to start
+        for name, attribute in _KEPT.items():
+            setattr(self, attribute, type(getattr(self, attribute))(saved[name]))
+        self._expected = None

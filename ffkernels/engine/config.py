@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,6 +74,17 @@ class FastForwardConfig:
         value = getattr(self, field)
         if value not in allowed:
             raise ValueError(f"{field}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+    def warn_of_others(self, saved: dict[str, Any]) -> None:
+        """Say which settings a saved run had differently."""
+        mine = asdict(self)
+        differing = {k: v for k, v in saved.items() if mine.get(k, v) != v}
+        if differing:
+            warnings.warn(
+                f"resuming with a different FastForwardConfig: the saved run had {differing}; "
+                "the present settings are kept, and the run will not be the saved one's exact continuation",
+                stacklevel=3,
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,10 +12,8 @@ first step, at each step of the rise, and every ``COMPARED`` steps after it: the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ffkernels import ops
@@ -24,16 +22,16 @@ from ffkernels.engine.auto_rate import AutoRate
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.price import SAME_GRADIENTS, StagePrice
 from ffkernels.engine.schedule import FadedRate, StageSchedule
+from ffkernels.engine.watch import StageWatch
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.ranks import ALIGNMENT, Ranks
 from ffkernels.search.search import Search
 from ffkernels.stage.record import Stage
+from ffkernels.stage.weights import MovedWeights, unwrap_optimizer
 from ffkernels.validation.loss import ValidationLoss
 
 __all__ = ["StageDecision"]
 
-# What states of earlier releases lack.
-NEWER = ("alignment", "auto_rate", "last_stage", "tokens", "steps", "waits", "highest_rate")
 # Optimizer steps from one look whether all ranks have the same learning rate to the next.
 COMPARED = 64
 
@@ -42,11 +40,13 @@ class StageDecision:
     """What FastForward asks before and after each optimizer step.
 
     Args:
+        optimizer: as it was given, with its wrappers.
         sharded: whether each of ``ranks`` holds a part of every weight.
 
     Attributes:
         schedule: which steps end an interval, and what the stages so far came to.
-        alignment: None where neither ``patience`` nor ``learning_rate`` asks for it.
+        alignment: None where nothing asks for it.
+        watch: whether stages are taken back, which ends them.
         auto: what moves the learning rate by it; None where nothing does. No stage follows while it says so.
         hooks: removing them ends the counting of tokens.
     """
@@ -55,40 +55,41 @@ class StageDecision:
         self,
         config: FastForwardConfig,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         validation: ValidationLoss | None,
         ranks: Ranks | None,
         sharded: bool,
     ) -> None:
-        self._ranks = ranks
+        self._ranks, self._shares = ranks, ranks if sharded else None
         self.schedule = StageSchedule(config)
+        self.watch = StageWatch(optimizer, self.schedule, self._shares)
         asked, auto = self.schedule.asks_alignment, config.learning_rate == "auto"
         self.alignment: Alignment | None = None
         if asked or auto:
             kept = config.interval if asked else 1
-            self.alignment = Alignment(ranks if sharded else None, heard=auto, kept=kept)
+            self.alignment = Alignment(self._shares, heard=auto, kept=kept)
         self.auto: AutoRate | None = None
-        self._rate = FadedRate(optimizer)
+        self._rate = FadedRate(unwrap_optimizer(optimizer))
+        self._unconfirmed = True  # that all ranks start from the same state
         self._due = False  # whether a stage may follow the coming step
         self._compares = False  # whether the ranks compare their learning rates in it
         self._price = StagePrice(model, validation, asked)
         self.hooks = self._price.hooks
         self._expected: tuple[float | None, float | None] = (None, None)
 
-    def before_step(self, table: ops.TensorTable, weights: Sequence[nn.Parameter], closure: str) -> bool:
+    def before_step(self, moved: MovedWeights, closure: str) -> bool:
         """Make the checkpoint; whether a stage shall follow the step. Collective where it ``exchanges``.
 
         Args:
-            table, weights: what moves, and its parameters in the same order.
             closure: the optimizer's name where its step computes the gradients, else empty.
 
         Raises:
             RanksDisagree: where ranks that should have the same gradients do not.
         """
         if self.alignment is None:
-            ops.checkpoint_(table)
+            ops.checkpoint_(moved.table)
             return self._due
-        auto = self.auto
+        table, auto = moved.table, self.auto
         if auto is not None:
             auto.before_alignment(table, closure)
         if closure:
@@ -99,6 +100,7 @@ class StageDecision:
                 "backward() before step(), or choose patience=N",
             )
             self.alignment.forget()
+        weights = list(moved.parameters.values())
         self.alignment.before_step(table, weights, at_once=auto is not None and auto.rising)
         if auto is not None:
             may_follow = auto.before_update(table, self.alignment)
@@ -120,8 +122,8 @@ class StageDecision:
     @property
     def exchanges(self) -> bool:
         """Whether the ranks meet in this step. In others one that raises must not wait for the rest."""
-        sharded = self.alignment is not None and self.alignment.sharded
-        return sharded or self._due or self._compares
+        exchanged = self.alignment is not None and self._shares is not None
+        return exchanged or self._due or self._compares
 
     def _compare(self) -> None:
         c = math.nan if self.alignment.last is None else self.alignment.last
@@ -133,8 +135,16 @@ class StageDecision:
         rows = self._ranks.exchange(ALIGNMENT, c, self.auto.rate, self.auto.trims)
         self._ranks.agree_on_rows(rows, names, SAME_GRADIENTS)
 
-    def begin_step(self, step: int) -> bool:
+    def begin_step(self, step: int, table: ops.TensorTable) -> bool:
         """A batch has run, and optimizer step ``step`` comes, from 1; whether a stage may follow it."""
+        self.watch.before_step(table)
+        if self._ranks is not None and self._unconfirmed:
+            self.in_step(step - 1)
+            if self.alignment is not None:
+                self.alignment.agree()
+            if self.auto is not None:
+                self._compare()
+            self._unconfirmed = False
         due, auto = self.schedule.due(step), self.auto
         self._due = not self._rate.look(due) and due
         self._compares = False
@@ -145,6 +155,7 @@ class StageDecision:
         return self._due
 
     def after_step(self, table: ops.TensorTable | None) -> None:
+        self.watch.after_step(table)
         if self.auto is not None:
             self.auto.after_step()
         if self.alignment is not None and table is not None:
@@ -160,32 +171,26 @@ class StageDecision:
             self._price.settle()
             self.schedule.after_stage(search, stage.alignment)
 
-    def agree(self) -> None:
-        """At the first step, and the first after a state was loaded. Collective."""
-        if self.alignment is not None:
-            self.alignment.agree()
-        if self.auto is not None:
-            self._compare()
+    def in_step(self, step: int, stale: bool = False) -> bool:
+        """Whether any rank's weights are stale; that all have come equally far. Collective."""
+        if self._ranks is None:
+            return stale
+        return self._ranks.in_step(step, self.schedule.fingerprint, stale)
 
     def forget_update(self) -> None:
         if self.alignment is not None:
             self.alignment.forget()
 
     def state_dict(self, table: ops.TensorTable | None) -> dict[str, Any]:
-        aligned = {} if self.alignment is None else {"alignment": self.alignment.state_dict(table)}
-        auto = {} if self.auto is None else self.auto.state_dict()
-        return {
-            **self.schedule.state_dict(),
-            **self._price.state_dict(),
-            **self._rate.state_dict(),
-            **aligned,
-            **auto,
-        }
+        parts = (self.schedule, self._price, self._rate, *([self.auto] if self.auto else []))
+        state = {key: value for part in parts for key, value in part.state_dict().items()}
+        return state if self.alignment is None else {**state, "alignment": self.alignment.state_dict(table)}
 
     def load_state_dict(self, state: dict[str, Any], table: ops.TensorTable) -> None:
-        self.schedule.load_state_dict(state)
-        self._price.load_state_dict(state)
-        self._rate.load_state_dict(state)
+        self._unconfirmed = True
+        self.watch.after_stage(0)
+        for part in (self.schedule, self._price, self._rate):
+            part.load_state_dict(state)
         if self.alignment is not None and state.get("alignment"):
             self.alignment.load_state_dict(state["alignment"], table)
         if self.auto is not None:

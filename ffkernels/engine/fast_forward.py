@@ -9,7 +9,6 @@ Training goes on with the optimizer's own state untouched. Source: Rahamim et al
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from time import perf_counter
@@ -18,31 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffkernels import ops
 from ffkernels.engine.auto_rate import AutoRate
 from ffkernels.engine.config import FastForwardConfig
-from ffkernels.engine.decision import NEWER, StageDecision
+from ffkernels.engine.decision import StageDecision
 from ffkernels.engine.ladder import Ladder
 from ffkernels.engine.rank_executor import RankExecutor
 from ffkernels.engine.step_hooks import on_step
-from ffkernels.engine.watch import StageWatch, StepWatch
-from ffkernels.ranks.digests import digest
+from ffkernels.engine.watch import StepWatch
 from ffkernels.ranks.parallelism import training_group, why_refused
 from ffkernels.ranks.ranks import Ranks, refuse_late_ranks, several_processes, telling, together
 from ffkernels.search.search import make_search
 from ffkernels.stage.optimizer_rehearsal import refuse_pulling_back
 from ffkernels.stage.program import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
 from ffkernels.stage.record import INTERRUPTED, Stage, next_start
-from ffkernels.stage.weights import (
-    NameFilter,
-    follow,
-    local_tensors,
-    require_same_model,
-    signature,
-    tell_of_rounding,
-    trainable_weights,
-    unwrap_optimizer,
-)
+from ffkernels.stage.weights import MovedWeights, NameFilter, require_same_model, unwrap_optimizer
 from ffkernels.validation.causal_lm import model_device
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.pool import draw_for_stage
@@ -50,7 +38,6 @@ from ffkernels.validation.pool import draw_for_stage
 __all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
 
 STATE_VERSION = 1
-WEIGHTS_CHANGED = "the weights were replaced during the optimizer's step"
 
 _attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref] = weakref.WeakKeyDictionary()
 
@@ -70,12 +57,11 @@ class FastForward:
 
     Args:
         model: the module that trains.
-        optimizer: its optimizer, or a wrapper that keeps it as ``.optimizer``; the hooks sit on the inner
-            one.
+        optimizer: its optimizer, or a wrapper that keeps it as ``.optimizer``, where the hooks sit.
         validation: a ``ValidationLoss``, or what makes one: batches or a callable ``loss_fn(model)``. Of a
             ``ValidationPool``, other examples are drawn before each stage. With ``config.interval=None``
             nothing is validated, and of a ``ValidationLoss`` only its process group is looked at.
-        config: when and how; see ``FastForwardConfig``.
+        config: when and how.
         include, exclude: narrow the moved tensors by name (predicate, regular expression or several).
         defer: do not run a stage inside ``optimizer.step()``; it waits for ``run_due_stage()``. For loops
             that call back later, when the gradients are freed.
@@ -123,39 +109,37 @@ class FastForward:
             raise TypeError(f"config must be a FastForwardConfig, got {type(config).__name__}")
         self.model = model
         self.config = config or FastForwardConfig()
-        self.include, self.exclude, self.defer = include, exclude, defer
+        self.defer = defer
         self.stages: list[Stage] = []
         self.optimizer_steps = 0
         self.on_stage: Callable[[Stage], None] | None = None
         self.on_stage_begins: Callable[[], None] | None = None
         self._executor: Ladder | RankExecutor | None = None
-        self._decision: StageDecision | None = None
-        self._table: ops.TensorTable | None = None
-        self._signature: tuple = ()
-        self._weights: list[nn.Parameter] = []  # of the table's tensors
         self._armed = self._due_now = False
-        self._unconfirmed = True  # that all ranks start from the same state
         self._checkpoint_seconds = 0.0
-        self._hooks: list[Any] = []
         self.before_ranks = not several_processes()
         given = isinstance(validation, ValidationLoss)
         self.ranks = validation.ranks if given else Ranks.present(model_device(model), training_group(model))
         with together(self.ranks):
-            facts = self._prepare(optimizer, validation)
+            facts = self._prepare(optimizer, validation, include, exclude)
         if self.ranks is not None:
             self.ranks.agree(facts, "make the same FastForward on every rank")
         if self.config.learning_rate == "auto":
             self._decision.auto = AutoRate(self.optimizer, scheduler)
-        self._hooks = on_step(self.optimizer, self._before_step, self._after_step) + self._decision.hooks
-        self._hooks += StepWatch(self.optimizer, self._weights).hooks
+        self._hooks: list[Any] = [
+            *on_step(self.optimizer, self._before_step, self._after_step),
+            *self._decision.hooks,
+            *StepWatch(self.optimizer, self._moved.parameters.values()).hooks,
+        ]
         if self.validation is not None:
             self._hooks += self.validation.evaluator.listen(self.model)
         _attached[self.optimizer] = weakref.ref(self)
 
-    def _prepare(self, optimizer: Any, validation: ValidationLoss | Any) -> dict[str, Any]:
+    def _prepare(
+        self, optimizer: Any, validation: ValidationLoss | Any, *narrowed: NameFilter | None
+    ) -> dict[str, Any]:
         """Find out what is moved, by what loss and how. Returns what must be the same on every rank."""
-        refused = why_refused(self.model, optimizer)
-        if refused:
+        if refused := why_refused(self.model, optimizer):
             raise RuntimeError(f"Fast Forward cannot move these weights: {refused}")
         self.optimizer = unwrap_optimizer(optimizer)
         if attached(self.optimizer) is not None:
@@ -173,27 +157,20 @@ class FastForward:
         elif not isinstance(validation, ValidationLoss):
             validation = ValidationLoss(self.model, validation)
         self.validation = validation
-        refuse_late_ranks(self if validation is None else validation)
-        weights = self._refresh_table()
+        refuse_late_ranks(validation or self)
+        self._moved = MovedWeights(self.model, self.optimizer, *narrowed, impl=self.config.impl)
         if validation is not None:
             refuse_pulling_back(optimizer)
-            require_same_model(validation, weights)
-        wanted, device = self.config.executor, self._table.device
-        sharded = any(hasattr(weight, "placements") for weight in weights.values())
-        self._decision = StageDecision(
-            self.config, self.model, self.optimizer, self.validation, self.ranks, sharded
-        )
-        self._watch = StageWatch(optimizer, self._decision.schedule, self.ranks if sharded else None)
-        if validation is not None and self.ranks is None:
-            self._executor = Ladder(wanted, validation, device)
-        elif validation is not None:
-            self._executor = RankExecutor(wanted, validation, device, sharded=sharded)
+            require_same_model(validation, self._moved.parameters)
+        sharded = self._moved.sharded
+        self._decision = StageDecision(self.config, self.model, optimizer, validation, self.ranks, sharded)
+        if validation is not None:
+            arguments = self.config.executor, validation, self._moved.table.device
+            alone = self.ranks is None
+            self._executor = Ladder(*arguments) if alone else RankExecutor(*arguments, sharded=sharded)
         return {
             **{f"FastForwardConfig.{name}": value for name, value in self.config.to_dict().items()},
-            "the trainable parameters (number, hash of names and shapes)": [
-                len(weights),
-                digest([[name, list(p.shape), str(p.dtype)] for name, p in weights.items()]),
-            ],
+            "the trainable parameters (number, hash of names and shapes)": self._moved.fingerprint,
             "the optimizer": type(self.optimizer).__name__,
             "defer": self.defer,
         }
@@ -221,18 +198,18 @@ class FastForward:
     @property
     def trainable_numel(self) -> int:
         """Elements in all tensors that a stage moves."""
-        return 0 if self._table is None else self._table.numel
+        return 0 if self._moved.table is None else self._moved.table.numel
 
     def detach(self) -> None:
         """Take the hooks off and free buffers and graphs; ``stages`` stays readable. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._table, self._weights, self._armed, self._due_now = None, [], False, False
+        self._armed = self._due_now = False
+        self._moved.free()
         if attached(self.optimizer) is self:  # else another has been attached since
             del _attached[self.optimizer]
-        if self._executor is not None:
-            self._executor.close()
+        self._let_go()
 
     def __enter__(self) -> FastForward:
         return self
@@ -258,7 +235,7 @@ class FastForward:
             "config": self.config.to_dict(),
             "optimizer_steps": self.optimizer_steps,
             "stages": [stage.to_dict() for stage in self.stages],
-            **self._decision.state_dict(self._table),
+            **self._decision.state_dict(self._moved.table),
         }
 
     def forget_update(self) -> None:
@@ -270,51 +247,36 @@ class FastForward:
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             version = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"not a FastForward state of version {STATE_VERSION}: got {version!r}")
-        missing = sorted(self.state_dict().keys() - state.keys() - {*NEWER})
+        missing = sorted(self.state_dict().keys() - state.keys() - {"alignment", "auto_rate"})
         if missing:
             raise ValueError(f"the FastForward state is incomplete: {', '.join(missing)} missing")
-        mine = self.config.to_dict()
-        differing = {k: v for k, v in state["config"].items() if mine.get(k, v) != v}
-        if differing:
-            warnings.warn(
-                f"resuming with a different FastForwardConfig: the saved run had {differing}; "
-                "the present settings are kept, and the run will not be the saved one's exact continuation",
-                stacklevel=2,
-            )
+        self.config.warn_of_others(state["config"])
         self.optimizer_steps = int(state["optimizer_steps"])
-        self._refresh_table()
-        self._decision.load_state_dict(state, self._table)
+        self._refresh()
+        self._decision.load_state_dict(state, self._moved.table)
         self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
         if self.ranks is None:  # there each draws together with the others, at its next stage
             draw_for_stage(self.validation, max(0, len(self.stages) - 1))
         self._armed = self._due_now = False
-        self._unconfirmed = True
-        self._watch.after_stage(0)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._armed = self._due_now = False
-        if self.ranks is not None and self._unconfirmed:
-            self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint)
-            self._decision.agree()
-            self._unconfirmed = False
-        self._watch.before_step(self._table)
-        due = self._decision.begin_step(self.optimizer_steps + 1)
+        due = self._decision.begin_step(self.optimizer_steps + 1, self._moved.table)
         if not due and self._decision.alignment is None:
             return
         closure = (args[1:2] or [kwargs.get("closure")])[0] is not None
         start = perf_counter()
         with telling(self.ranks if self._decision.exchanges else None):
-            refuse_late_ranks(self if self.validation is None else self.validation)
-            if due or self._table.is_stale():
-                self._refresh_table()
+            refuse_late_ranks(self.validation or self)
+            if due or self._moved.table.is_stale():
+                self._refresh()
             name = type(self.optimizer).__name__ if closure else ""
-            self._armed = self._decision.before_step(self._table, self._weights, name)
+            self._armed = self._decision.before_step(self._moved, name)
         self._checkpoint_seconds = perf_counter() - start
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.optimizer_steps += 1
-        self._watch.after_step(self._table)
-        self._decision.after_step(self._table)
+        self._decision.after_step(self._moved.table)
         self._due_now, self._armed = self._armed and not self._decision.schedule.ended, False
         if not self.defer:
             self.run_due_stage()
@@ -332,37 +294,23 @@ class FastForward:
         self._run_stage()
         return self.stages[-1]
 
-    def _refresh_table(self) -> dict[str, nn.Parameter]:
-        """Follow trainable tensors to other memory, or make the table anew for others. Returns those."""
-        weights = trainable_weights(self.model, self.optimizer, self.include, self.exclude)
-        now = signature(weights)
-        if self._table is not None and now == self._signature:
-            return weights
-        if self._executor is not None:
-            self._executor.close()  # a capture holds on to the memory
-        if self._table is not None and follow(self._table, self._signature, weights):
-            self._signature = now
-            return weights
-        self._table = None  # free the old arenas first
-        tell_of_rounding(weights)
-        self._table = ops.TensorTable(local_tensors(weights), impl=self.config.impl)
-        self._signature, self._weights = now, list(weights.values())
-        if self._decision is not None:
+    def _refresh(self) -> None:
+        if self._moved.refresh(self._let_go):
             self._decision.forget_update()
-        return weights
+
+    def _let_go(self) -> None:
+        if self._executor is not None:
+            self._executor.close()
 
     def _run_stage(self) -> None:
-        table, executor = self._table, self._executor
+        table, executor = self._moved.table, self._executor
         stage = Stage(self.optimizer_steps, executor=executor.name)
         self._decision.begin_stage(stage)
         search = make_search(self.config.search, self.config.max_tau, next_start(self.stages))
         program = StageProgram(table, self.validation, search)
         stage.draw = draw_for_stage(self.validation, len(self.stages))
-        stale = table.is_stale() and not table.follow()
-        if self.ranks is not None:
-            stale = self.ranks.in_step(self.optimizer_steps, self._decision.schedule.fingerprint, stale)
-        if stale:
-            program.stopped_because = WEIGHTS_CHANGED
+        if self._decision.in_step(self.optimizer_steps, table.is_stale() and not table.follow()):
+            program.stopped_because = "the weights were replaced during the optimizer's step"
             return self._finish(stage, program)
         try:
             if self.on_stage_begins is not None:
@@ -379,19 +327,12 @@ class FastForward:
             self._finish(stage, program)
 
     def _finish(self, stage: Stage, program: StageProgram) -> None:
-        stage.tau, stage.losses = program.search.best_tau, list(program.search.losses)
-        stage.stopped_because = program.reason
-        stage.validate_seconds = program.validate_seconds
-        stage.move_seconds = program.move_seconds + self._checkpoint_seconds
-        stage.seconds = program.clock.seconds() + self._checkpoint_seconds
-        self._watch.after_stage(stage.tau)
+        program.write_into(stage, self._checkpoint_seconds)
+        self._decision.watch.after_stage(stage.tau)
         # Recorded before its FLOPs: their first reading runs the validation and may be interrupted.
         self.stages.append(stage)
         try:
-            validations = stage.evaluations + program.extra_validations
-            if validations and not stage.stopped_because.startswith(INTERRUPTED):
-                moved = self.trainable_numel * program.moves
-                stage.flops = validations * self.validation.flops + 2 * moved
+            stage.flops = program.flops()
         finally:
             if self.on_stage is not None:
                 self.on_stage(stage)

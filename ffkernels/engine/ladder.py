@@ -18,22 +18,17 @@ from __future__ import annotations
 
 import torch
 
-from ffkernels.graphs import core as graphs
-from ffkernels.graphs import driver as graph_driver
-from ffkernels.graphs import rules as capture_rules
-from ffkernels.graphs.executors import (
-    GraphExecutor,
-    GraphUnsafe,
-    StageGraphExecutor,
-    StepGraphExecutor,
-)
+from ffkernels.graphs import driver, rules
+from ffkernels.graphs.capture import CaptureFailed
+from ffkernels.graphs.executors import GraphExecutor, GraphUnsafe, StageGraphExecutor, StepGraphExecutor
+from ffkernels.graphs.support import why_no_stage_graph, why_no_step_graph
 from ffkernels.ops.notices import announce_once
 from ffkernels.stage.clock import StageClock
 from ffkernels.stage.eager import EagerExecutor
 from ffkernels.stage.program import Pace, StageProgram, step_pace
 from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["HORIZON", "NO_LAUNCHES", "Ladder", "graphs_pay", "why_not"]
+__all__ = ["NO_LAUNCHES", "Ladder", "graphs_pay", "why_not"]
 
 NO_LAUNCHES = "on a CPU there are no launches to save"
 # Fast Forward steps within which a capture has to earn what it cost: about a hundred stages of ten steps.
@@ -44,10 +39,7 @@ PROFILED = (
     "a profiler is on, and profilers have ended the process on loops on the device; choose "
     'executor="step_graph" to profile captured steps'
 )
-_EXECUTORS: dict[str, type[GraphExecutor]] = {
-    "stage_graph": StageGraphExecutor,
-    "step_graph": StepGraphExecutor,
-}
+_EXECUTORS: dict[str, type[GraphExecutor]] = {e.name: e for e in (StageGraphExecutor, StepGraphExecutor)}
 _RUNS = {
     "stage_graph": "as one graph launch",
     "step_graph": "as one graph replay per step",
@@ -55,16 +47,13 @@ _RUNS = {
 }
 
 
-def graphs_pay(
-    pace: Pace, capture: float | None = None, replay: float | None = None, *, horizon: int = HORIZON
-) -> tuple[bool, str]:
+def graphs_pay(pace: Pace, capture: float | None = None, replay: float | None = None) -> tuple[bool, str]:
     """Whether a captured validation is worth having, and the numbers that say so.
 
     Args:
         pace: of an eager Fast Forward step.
         capture: seconds the capture cost; None before there is one.
         replay: seconds a captured step takes; None before there is one.
-        horizon: steps within which the capture has to pay for itself, unless the gain is large.
     """
     eager = pace.total
     if capture is None or replay is None:
@@ -81,8 +70,8 @@ def graphs_pay(
         return False, f"{numbers}: the graph saves nothing"
     steps = capture / gain
     pays = f"the capture's {capture:.2f} s pay for themselves after {steps:,.0f} steps"
-    if steps > horizon and gain < LARGE_GAIN * eager:
-        return False, f"{numbers}; {pays}, which is more than the {horizon:,} allowed for a gain that small"
+    if steps > HORIZON and gain < LARGE_GAIN * eager:
+        return False, f"{numbers}; {pays}, which is more than the {HORIZON:,} allowed for a gain that small"
     return True, f"{numbers}; {pays}"
 
 
@@ -92,10 +81,10 @@ def _ms(seconds: float) -> str:
 
 def why_not(rung: str, validation: ValidationLoss, device: torch.device, *, explicit: bool) -> str | None:
     """Why "stage_graph" or "step_graph" cannot run here, as "cause; cure"; None where it can."""
-    refused = graphs.why_no_step_graph(device)
-    refused = refused or capture_rules.why_not_captured(validation, device, explicit=explicit)
+    refused = why_no_step_graph(device)
+    refused = refused or rules.why_not_captured(validation, device, explicit=explicit)
     # Last, as it may try a small loop.
-    return refused or (graphs.why_no_stage_graph(device) if rung == "stage_graph" else None)
+    return refused or (why_no_stage_graph(device) if rung == "stage_graph" else None)
 
 
 class Ladder:
@@ -118,7 +107,7 @@ class Ladder:
         self._refused = ""
         self._profiled = False
         self._auto = wanted == "auto"
-        self._rungs = list(_EXECUTORS) if self._auto else [wanted] if wanted in _EXECUTORS else []
+        self._rungs = [name for name in _EXECUTORS if self._auto or name == wanted]
         self._looked = not self._rungs
         self._eager = EagerExecutor()
         self._graph: GraphExecutor | None = None
@@ -128,8 +117,7 @@ class Ladder:
             # Whether a loop runs is found out by running one.
             self._looked = not self._profiler_forbids(device)
             rung = wanted if self._looked else "step_graph"
-            refused = why_not(rung, validation, device, explicit=True)
-            if refused:
+            if refused := why_not(rung, validation, device, explicit=True):
                 raise RuntimeError(
                     f'executor="{wanted}" cannot run here: {refused}; or leave it at "auto", which takes the '
                     "fastest that works"
@@ -161,8 +149,9 @@ class Ladder:
             self.name = graph.name
             try:
                 graph.run(program)
-            except graphs.CaptureFailed as failure:
-                self._next_rung(program, str(failure))
+            except CaptureFailed as failure:
+                self._graph = None
+                self._descend(program, [f"{self._rungs.pop(0)} could not be captured: {failure}"])
             except GraphUnsafe as fault:
                 self._give_up(f"the captured stage was given up and run again eagerly: {fault}")
                 program.restart()
@@ -179,7 +168,7 @@ class Ladder:
 
     def _profiler_forbids(self, device: torch.device) -> bool:
         """Whether the next stage would be one launch, or found out whether it can be, under a profiler."""
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         return self._rungs[:1] == ["stage_graph"] and cuda.is_cuda(device) and cuda.is_profiled()
 
     def close(self) -> None:
@@ -190,20 +179,22 @@ class Ladder:
     def _look(self, program: StageProgram) -> None:
         """Leave out, at the first stage, the rungs that cannot be had here."""
         device = program.table.device
-        if self._auto and not graph_driver.cuda.is_cuda(device):
+        if self._auto and not driver.cuda.is_cuda(device):
             self._rungs = []
             self._why = NO_LAUNCHES if device.type == "cpu" else f"there are no CUDA graphs on {device}"
             return
-        causes = []
+        self._descend(program, [])
+
+    def _descend(self, program: StageProgram, causes: list[str]) -> None:
+        """To the first rung that can be had here; says why it is none before, with what is known already."""
         while self._rungs:
-            refused = why_not(self._rungs[0], program.validation, device, explicit=not self._auto)
+            refused = why_not(
+                self._rungs[0], program.validation, program.table.device, explicit=not self._auto
+            )
             if refused is None:
                 break
             causes.append(refused)
             del self._rungs[0]
-        self._say(causes)
-
-    def _say(self, causes: list[str]) -> None:
         if causes:
             name = self._rungs[0] if self._rungs else "eager"
             self._refused = "; ".join(dict.fromkeys(causes))
@@ -228,22 +219,8 @@ class Ladder:
             self._graph = _EXECUTORS[self._rungs[0]]()
         return self._graph
 
-    def _next_rung(self, program: StageProgram, failure: str) -> None:
-        failed = self._rungs.pop(0)
-        self._graph = None
-        causes = [f"{failed} could not be captured: {failure}"]
-        if self._rungs:
-            refused = why_not(
-                self._rungs[0], program.validation, program.table.device, explicit=not self._auto
-            )
-            if refused:
-                causes.append(refused)
-                self._rungs = []
-        self._say(causes)
-
     def _give_up(self, message: str) -> None:
-        if self._graph is not None:
-            self._graph.close()
+        self.close()
         self._graph, self._rungs, self._why, self._refused = None, [], message, ""
         announce_once(f"executor-{message}", f'{message}. Choose executor="eager" to not try it')
 
@@ -255,5 +232,5 @@ class Ladder:
         pays, self._why = graphs_pay(self._pace, graph.capture_seconds, graph.step_seconds)
         self._unpaid = 0 if pays else self._unpaid + 1
         if self._unpaid == 2:
-            graph.close()
+            self.close()
             self._graph, self._rungs = None, []

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffkernels.engine import scheduled_rates as places
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.engine.optimizer_probe import require_step_sizes
 from ffkernels.engine.run_state import RunState
+from ffkernels.engine.scheduled_rates import ScheduledRates
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.interrupts import interrupt_later
@@ -56,10 +56,9 @@ class Finding:
 
     def apply(self, optimizer: torch.optim.Optimizer, schedulers: Any = None) -> None:
         """Multiply every rate by ``scale``, of optimizer and schedulers, once; RuntimeError without those."""
-        optimizer = unwrap_optimizer(optimizer)
-        schedulers = places.every_scheduler(schedulers, optimizer)
-        places.require_the_scheduler(optimizer, schedulers)
-        places.scale_learning_rates(optimizer, schedulers, self.scale)
+        rates = ScheduledRates(unwrap_optimizer(optimizer), schedulers)
+        rates.require_scheduler()
+        rates.scale(self.scale)
 
 
 def find_learning_rate(
@@ -102,17 +101,17 @@ def find_learning_rate(
         raise RuntimeError('find_learning_rate works in one process; learning_rate="auto" in several, too')
     optimizer = unwrap_optimizer(optimizer)
     require_step_sizes(optimizer)
-    schedulers = places.every_scheduler(schedulers, optimizer)
+    rates = ScheduledRates(optimizer, schedulers)
     config = FastForwardConfig(learning_rate="auto", interval=None, impl=impl)
-    base, begin = places.base_rates(optimizer, schedulers), perf_counter()
-    state = RunState(model, optimizer, schedulers)
+    base, begin = rates.base, perf_counter()
+    state = RunState(model, optimizer, rates.schedulers)
     try:
         state.take_gradients()
         step = batches
         if not callable(batches) or hasattr(batches, "__iter__"):
             step = _stepping(model, optimizer, batches)
-            places.set_rates(optimizer, base)  # a warm-up may hold them at 0 before the first step
-        with FastForward(model, optimizer, config=config, scheduler=schedulers) as ff:
+            rates.set(base)  # a warm-up may hold them at 0 before the first step
+        with FastForward(model, optimizer, config=config, scheduler=rates.schedulers) as ff:
             finding = _take(ff, step, steps, base)
     finally:
         with interrupt_later():
@@ -150,7 +149,7 @@ def _take(ff: FastForward, step: Callable[[], Any], steps: int, base: list[float
     found = Finding(base[group], base[group])
 
     def note(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        found.rates.append(places.rates(optimizer)[group])
+        found.rates.append(float(optimizer.param_groups[group]["lr"]))
         found.alignments.append(ff.alignment)
 
     before, behind = on_step(ff.optimizer, lambda *_: None, note)  # after ff's own

@@ -47,9 +47,7 @@ class StagePrice:
 
     def __init__(self, model: nn.Module, validation: ValidationLoss, needed: bool = True) -> None:
         self._model, self._validation = model, validation
-        self._count = TokenCount()
-        self.steps = 0
-        self.hooks = []
+        self._count, self.steps, self.hooks = TokenCount(), 0, []
         embedding = input_embedding(model) if needed else None
         if embedding is not None:
             self.hooks = [embedding.register_forward_pre_hook(self._count)]
@@ -70,21 +68,14 @@ class StagePrice:
         trained = self.tokens / max(1, self.steps)
         if ranks is not None:
             rows = ranks.exchange(PRICE, trained, math.nan if alignment is None else alignment)
-            ranks.agree_on_rows(
-                rows,
-                {"b": "the alignment of their gradients with the last update"},
-                SAME_GRADIENTS,
-            )
+            names = {"b": "the alignment of their gradients with the last update"}
+            ranks.agree_on_rows(rows, names, SAME_GRADIENTS)
             trained = sum(row.a for row in rows)
         validated = self._validation.computed_tokens
         share = validated / trained if validated and trained else 1.0
-        return share / self._forwards()
-
-    def _forwards(self) -> float:
-        """What an optimizer step costs, in forwards."""
         weights = list(self._model.parameters())
-        trained = sum(p.numel() for p in weights if p.requires_grad)
-        return 2 + trained / max(1, sum(p.numel() for p in weights))
+        moving = sum(p.numel() for p in weights if p.requires_grad)
+        return share / (2 + moving / max(1, sum(p.numel() for p in weights)))
 
     def settle(self) -> None:
         """Begin to count anew."""
@@ -94,7 +85,7 @@ class StagePrice:
         return {"tokens": self.tokens, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._count.tokens, self.steps = int(state.get("tokens", 0)), int(state.get("steps", 0))
+        self._count.tokens, self.steps = int(state["tokens"]), int(state["steps"])
 
 
 _uncounted = 0  # contexts that are open

@@ -1,9 +1,5 @@
 """Everything that a few training steps change, kept aside and put back bit for bit.
 
-OptimizerSnapshot    what one optimizer changes: the weights it trains, its state, its groups' settings
-RunState             that, and buffers, gradients, schedulers, train/eval flags, the random generators of CPU,
-                     device, Python and NumPy
-
 Tensors are written in place, so that whoever holds them (captured graphs, fused kernels) still does.
 
 Buffers that training writes are small: statistics, counters. Large ones are quantised weights, which it does
@@ -29,10 +25,10 @@ LARGE = 1 << 20  # elements
 
 
 class OptimizerSnapshot:
-    """A copy of what an optimizer trains and of all it knows; ``restore``, as often as needed, puts it back.
+    """What an optimizer trains, and all it knows: its state, its groups and what it keeps in attributes.
 
-    It knows its state, its groups, and what it keeps in attributes. What did not exist is removed. Memory: a
-    copy of the weights and of the state.
+    ``restore`` puts it back as often as needed; what did not exist is removed. Memory: a copy of the weights
+    and of the state.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -91,10 +87,8 @@ def _is_hooks(name: Any) -> bool:
 
 
 class RunState:
-    """A copy of a run: of what trains, the optimizer's state, and the model's small buffers.
-
-    ``restore`` is called once.
-    """
+    """A whole run: an ``OptimizerSnapshot``, buffers, gradients, schedulers, train/eval flags, and the random
+    generators of CPU, device, Python and NumPy. ``restore`` is called once."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any] = ()

@@ -12,22 +12,14 @@ half, for nothing (``alignment``), in two ways of which the larger counts:
     by the last one   τ · m / m_then   what the last stage found, where the alignment then was m_then;
                                        τ, where that was not known or, in noise, not below 0
 
-The first says when a stage is worth trying that has not been, or not lately; the second knows this run's own
-curvature. m ≥ 0 says that the last step went too far already: no stage. e is what the last stage took, and
-before there was one the fewest that find a step.
+m ≥ 0 says that the last step went too far already: no stage. e is what the last stage took, and before there
+was one the fewest that find a step. Before a stage has measured anything the slope forbids one only where it
+is sure: the most negative that c may be by now behind its noise (``Alignment.possible``) counts in place of m
+where it is stronger. That is one try. Where alignment is not known (an optimizer with a closure) a stage runs
+as long as the last one paid. docs/algorithm.md derives it.
 
-``strongest`` is an extreme value and m a mean, so that noise alone pulls r towards 0. Before a stage has
-measured anything the slope forbids one only where it is sure: the most negative that c may be by now behind
-its noise (``Alignment.possible``) counts in place of m where it is stronger. That is one try.
-
-Gradients that agree with updates say nothing about held-out examples whose loss rises while training's falls:
-there stages find no step, however often. After two of them in a row 1 interval passes without one, then 3, 7,
-…: of n intervals some log₂ n have a stage that fails.
-
-Where alignment is not known (an optimizer with a closure) a stage runs as long as the last one paid.
-docs/algorithm.md derives it. ``patience`` other than "auto" looks at no alignment: a number ends Fast Forward
-for good after so many stages in a row that found no step (the paper's section 5.1), None runs one at every
-interval.
+After two stages in a row that found no step 1 interval passes without one, then 3, 7, …: of n intervals some
+log₂ n have a stage that fails. Held-out examples may rise while gradients agree with updates.
 
 Under a rate that a schedule has brought below ``FADED`` of the highest so far none runs, whatever
 ``patience`` is: a schedule falls to 0 so that the last steps average out the noise of the batches, and a
@@ -102,8 +94,7 @@ class StageSchedule:
 
         Args:
             alignment: the mean c of the interval's second half; None where it is not known.
-            possible: the most negative that c may be by now.
-            strongest: the most negative c so far.
+            possible, strongest: the most negative that c may be by now, and that it was so far.
             price: of one validation, in optimizer steps.
         """
         if self.waits:
@@ -137,7 +128,7 @@ class StageSchedule:
         self.last = (search.best_tau, len(search.losses), alignment)
 
     def end(self) -> None:
-        """What a stage moves is undone: there shall be none."""
+        """For what a stage moves is undone."""
         self.ended = self.undone = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,11 +140,11 @@ class StageSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.failures, self.waits = int(state["failures"]), int(state.get("waits", 0))
+        self.failures, self.waits = int(state["failures"]), int(state["waits"])
         # What ended the saved run goes on where the present rule is another.
         self.undone = state["switched_off"] == "undone"
         self.ended = self.undone or (bool(state["switched_off"]) and isinstance(self._patience, int))
-        last = state.get("last_stage")
+        last = state["last_stage"]
         self.last = None if last is None else (int(last[0]), int(last[1]), last[2])
 
 
@@ -193,4 +184,4 @@ class FadedRate:
         return {"highest_rate": self.highest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.highest = float(state.get("highest_rate", 0.0))
+        self.highest = float(state["highest_rate"])

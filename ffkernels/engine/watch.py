@@ -11,7 +11,7 @@ some of the way, since the stage went as far as it helped: what counts is only w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ class StageWatch:
 
     Args:
         optimizer: as it was given, with its wrappers.
-        schedule: of the stages.
         ranks: those that hold a shard of the weights each; None where this process holds them whole.
     """
 
@@ -44,7 +43,7 @@ class StageWatch:
         self._tau = 0  # of the stage that is looked after; 0 for none
 
     def after_stage(self, tau: int) -> None:
-        """A stage has left the weights at best, moved by τ·Δ."""
+        """Of which the weights are at best, moved by τ·Δ."""
         self._tau = tau
 
     def before_step(self, table: ops.TensorTable) -> None:
@@ -97,7 +96,7 @@ class StepWatch:
         hooks: removing them ends it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> None:
         self._gradients = 0
         self._first: torch.Tensor | None = None
         weight = min((w for w in weights if w.numel()), key=nn.Parameter.numel)

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ffkernels.graphs import driver as graph_driver
+from ffkernels.graphs import driver
 from ffkernels.validation.restore import keep_random_state
 
 __all__ = ["Capture", "CaptureFailed"]
@@ -45,7 +45,7 @@ class _Place:
     """Where captures happen: a stream and memory of their own, given back by the last that leaves."""
 
     def __init__(self, device: torch.device) -> None:
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         self.device, self.guests, self.failures, self.spoilt = device, 0, 0, False
         try:
             self.stream = _idle.setdefault(device, []).pop()
@@ -59,7 +59,7 @@ class _Place:
 
     def abandon(self, graph: Any) -> None:
         """Undo a capture that failed, on the stream."""
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         self.failures += 1
         cuda.abandon(graph, self.pool, self.device)
         try:
@@ -70,7 +70,7 @@ class _Place:
     def leave(self) -> None:
         self.guests -= 1
         if not self.guests:
-            graph_driver.cuda.close_pool(self.pool, self.device, self.failures)
+            driver.cuda.close_pool(self.pool, self.device, self.failures)
             if not self.spoilt:
                 _idle.setdefault(self.device, []).append(self.stream)
 
@@ -97,7 +97,7 @@ class Capture:
             raise RuntimeError(
                 "the capture whose memory was to be shared is closed; share that of a live one"
             )
-        with explained("be captured in a CUDA graph"), graph_driver.cuda.guard(device):
+        with explained("be captured in a CUDA graph"), driver.cuda.guard(device):
             self._place = _Place(device) if pool is None else pool._place
             self._place.guests += 1
 
@@ -109,22 +109,17 @@ class Capture:
         """
         with explained("be warmed up for a CUDA graph"), self._side_stream() as place:
             for left in reversed(range(times)):
-                if not self._rehearsed(fn, place, last=not left):
-                    # What lies unused outside of the pool is not taken back while one allocates from it.
-                    graph_driver.cuda.empty_cache()
+                try:
                     self._rehearse(fn, place, last=not left)
-
-    def _rehearsed(self, fn: Callable[[], Any], place: _Place, last: bool) -> bool:
-        """Whether there was enough memory. On return nothing holds what `fn` had got so far."""
-        try:
-            self._rehearse(fn, place, last)
-        except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)
-            return False
-        return True
+                    continue
+                except torch.OutOfMemoryError as error:
+                    traceback.clear_frames(error.__traceback__)
+                # What lies unused outside of the pool is not taken back while one allocates from it.
+                driver.cuda.empty_cache()
+                self._rehearse(fn, place, last=not left)
 
     def _rehearse(self, fn: Callable[[], Any], place: _Place, last: bool) -> None:
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         before = cuda.random_state(self.device)
         cuda.claim_workspaces(self.device)
         with cuda.in_pool(place.pool, self.device), cuda.sync_is_error() if last else nullcontext():
@@ -137,7 +132,7 @@ class Capture:
         Tensors among that are overwritten by each replay. When this raises, stream, allocator and random
         generators are as they were.
         """
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         if self._graph is not None:
             raise RuntimeError("a Capture records once; make a new one")
         with explained("be captured in a CUDA graph"), ExitStack() as undo:
@@ -159,25 +154,25 @@ class Capture:
     @property
     def raw(self) -> int:
         """The cudaGraph_t."""
-        return graph_driver.cuda.raw(self._recorded())
+        return driver.cuda.raw(self._recorded())
 
     def instantiate(self) -> None:
         """Make the graph ready to be replayed, which takes longest where it has thousands of nodes.
 
         The first replay does that otherwise. A graph that others are made of needs none of it.
         """
-        with explained("be made ready to launch as a CUDA graph"), graph_driver.cuda.guard(self.device):
-            graph_driver.cuda.instantiate(self._recorded())
+        with explained("be made ready to launch as a CUDA graph"), driver.cuda.guard(self.device):
+            driver.cuda.instantiate(self._recorded())
 
     def replay(self) -> None:
         """Launch the graph on the current stream."""
         graph = self._recorded()
-        with graph_driver.cuda.guard(self.device):
-            graph_driver.cuda.replay(graph)
+        with driver.cuda.guard(self.device):
+            driver.cuda.replay(graph)
 
     def close(self) -> None:
         """Wait for the device, then give everything back; a `WhileGraph` made of it is closed before."""
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         graph, self._graph, self._value = self._graph, None, None
         place, self._place = self._place, None
         if place is None:
@@ -199,7 +194,7 @@ class Capture:
     @contextmanager
     def _side_stream(self) -> Iterator[_Place]:
         """On the own stream, after all that the current one holds; which then waits in turn."""
-        cuda, place = graph_driver.cuda, self._place
+        cuda, place = driver.cuda, self._place
         if place is None:
             raise RuntimeError("the capture is closed; make a new one")
         with cuda.guard(self.device), keep_random_state(self.device):
@@ -228,7 +223,7 @@ def close_forgotten(graph: Any) -> None:
     """Close what nobody closed, unless that would do harm: at exit, or in the midst of another capture."""
     if not sys.is_finalizing():
         with suppress(Exception):
-            if not graph_driver.cuda.is_capturing():
+            if not driver.cuda.is_capturing():
                 graph.close()
 
 
@@ -239,29 +234,22 @@ def explained(what: str, instead: str = "eager") -> Iterator[None]:
         yield
     except CaptureFailed:
         raise
-    except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)
-        raise CaptureFailed(
-            f"the work cannot {what}: there is not enough memory for it beside the training's"
-            f" ({_line(error)}); validate fewer tokens at a time, or take executor={instead!r}"
-        ) from error
     except Exception as error:
-        origin = _origin(error)
+        said = f"{driver.first_line(error).rstrip('.')}{_origin(error)}; change that"
+        if isinstance(error, torch.OutOfMemoryError):
+            said = (
+                f"there is not enough memory for it beside the training's ({driver.first_line(error)}); "
+                "validate fewer tokens at a time"
+            )
         # As long as the error lives, its frames would keep what the work had allocated.
         traceback.clear_frames(error.__traceback__)
-        raise CaptureFailed(
-            f"the work cannot {what}: {_line(error)}{origin}; change that, or take executor={instead!r}"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise CaptureFailed(f"the work cannot {what}: {said}, or take executor={instead!r}") from error
 
 
 def _origin(error: Exception) -> str:
     """The innermost line outside of torch and of this module that an error came through."""
-    here = (__file__, str(Path(__file__).with_name("while_graph.py")), graph_driver.__file__)
-    stand_in = sys.modules[type(graph_driver.cuda).__module__].__file__
+    here = (__file__, str(Path(__file__).with_name("while_graph.py")), driver.__file__)
+    stand_in = sys.modules[type(driver.cuda).__module__].__file__
     own = (*here, stand_in, contextlib.__file__, warnings.__file__, str(Path(torch.__file__).parent))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
     return f", at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""

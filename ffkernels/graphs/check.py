@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ffkernels import ops
+from ffkernels.graphs.token import wrapped_autocast
 from ffkernels.stage.program import StageProgram
-from ffkernels.validation.causal_lm import cuda_products_in_tf32, find_autocast
+from ffkernels.validation.causal_lm import cuda_products_in_tf32
 
 __all__ = ["Snapshot", "difference", "follow", "loss_tolerance"]
 
@@ -28,9 +29,8 @@ __all__ = ["Snapshot", "difference", "follow", "loss_tolerance"]
 # order flips roundings, of which the mean over tokens leaves less than one.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 _TOLERANCE_TF32 = 1e-4
-_SMALL_LOSS = (
-    0.1  # below it the tolerance is absolute: a difference of logits is not more exact than they are
-)
+# Below it the tolerance is absolute: a difference of logits is not more exact than they are.
+_SMALL_LOSS = 0.1
 _TOLERANCE_UNKNOWN = 5e-3  # quantised weights are computed in a 16-bit type
 
 
@@ -39,10 +39,8 @@ def loss_tolerance(validation: Any, device: torch.device) -> float:
     dtypes = {p.dtype for p in validation.model.parameters()}
     if torch.is_autocast_enabled(device.type):
         dtypes.add(torch.get_autocast_dtype(device.type))
-    lm = validation.causal_lm
-    wrapped = find_autocast(lm.wrappers) if lm is not None else None
-    if wrapped is not None:
-        dtypes.add(wrapped.fast_dtype)
+    if wrapped := wrapped_autocast(validation):
+        dtypes.add(wrapped)
     allowed = [_TOLERANCE.get(dtype, _TOLERANCE_UNKNOWN) for dtype in dtypes] or [_TOLERANCE_UNKNOWN]
     if device.type == "cuda" and torch.float32 in dtypes and cuda_products_in_tf32():
         allowed.append(_TOLERANCE_TF32)
@@ -50,7 +48,7 @@ def loss_tolerance(validation: Any, device: torch.device) -> float:
 
 
 class Snapshot:
-    """Weights and best as they are when a stage begins: two more copies of the adapters, for one stage."""
+    """Weights and best as a stage begins: two more copies of the adapters, for one stage."""
 
     def __init__(self, table: ops.TensorTable) -> None:
         self._to = [*(weight.detach() for weight in table.weights), *table.best_flats]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Cuda", "DriverError", "cuda"]
+__all__ = ["Cuda", "DriverError", "cuda", "first_line"]
 
 _WAITED = "called a synchronizing CUDA operation"
 
@@ -34,14 +34,12 @@ class Cuda:
     # ---- the machine ----
 
     def is_cuda(self, device: torch.device) -> bool:
-        """Whether `device` is a GPU that this torch can use."""
         return device.type == "cuda" and torch.cuda.is_available()
 
     def is_rocm(self) -> bool:
         return torch.version.hip is not None
 
     def torch_problem(self) -> str | None:
-        """What this torch lacks."""
         needed = ("raw_cuda_graph", "instantiate", "capture_begin")
         missing = [name for name in needed if not hasattr(torch.cuda.CUDAGraph, name)]
         return f"torch {torch.__version__} has no CUDAGraph.{missing[0]}" if missing else None
@@ -70,7 +68,6 @@ class Cuda:
         return int(self._call("cuDriverGetVersion"))
 
     def devices(self) -> list[torch.device]:
-        """The GPUs that this process sees."""
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
     def gpu(self, device: torch.device) -> dict[str, str]:
@@ -204,7 +201,6 @@ class Cuda:
                 torch.cuda.set_sync_debug_mode(before)
 
     def random_state(self, device: torch.device) -> torch.Tensor:
-        """The state of the device's generator, as bytes on the host."""
         return torch.cuda.get_rng_state(device)
 
     def new_graph(self) -> Any:
@@ -215,7 +211,6 @@ class Cuda:
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
 
     def work(self, graph: Any, fn: Callable[[], Any]) -> Any:
-        """Call what is captured, between `begin` and `end`."""
         return fn()
 
     def end(self, graph: Any) -> None:
@@ -264,11 +259,9 @@ class Cuda:
         return graph.raw_cuda_graph()
 
     def instantiate(self, graph: Any) -> None:
-        """Make the executable now, which the first replay does otherwise."""
         graph.instantiate()
 
     def replay(self, graph: Any) -> None:
-        """Launch on the current stream."""
         graph.replay()
 
     def reset(self, graph: Any) -> None:
@@ -305,13 +298,8 @@ class Cuda:
         return found
 
     def add_child(self, graph: int, after: list[int], child: int) -> int:
-        """A node that is a copy of the graph `child`."""
-        driver = self._driver()
-        before = [driver.CUgraphNode(node) for node in after]
-        node = self._call(
-            "cuGraphAddChildGraphNode", driver.CUgraph(graph), before, len(before), driver.CUgraph(child)
-        )
-        return int(node)
+        of = self._driver().CUgraph(child)
+        return int(self._add("cuGraphAddChildGraphNode", graph, after, of))
 
     def add_kernel(self, graph: int, after: list[int], function: Any, arguments: tuple) -> int:
         """A node that runs the CUfunction in one thread; `arguments` are its values and their ctypes."""
@@ -320,8 +308,7 @@ class Cuda:
         params.func, params.kernelParams = function, arguments
         params.gridDimX = params.gridDimY = params.gridDimZ = 1
         params.blockDimX = params.blockDimY = params.blockDimZ = 1
-        before = [driver.CUgraphNode(node) for node in after]
-        return int(self._call("cuGraphAddKernelNode", driver.CUgraph(graph), before, len(before), params))
+        return int(self._add("cuGraphAddKernelNode", graph, after, params))
 
     def add_while(self, graph: int, after: list[int], handle: int) -> int:
         """A node that repeats the graph returned, which is empty and belongs to it, while `handle` is set."""
@@ -332,11 +319,15 @@ class Cuda:
         params.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
         params.conditional.size = 1
         params.conditional.ctx = self._context()
-        before = [driver.CUgraphNode(node) for node in after]
         # 13.0 gave the plain name to the form with data on edges, which 12 calls _v2.
         edges = () if hasattr(driver, "cuGraphAddNode_v2") else (None,)
-        self._call("cuGraphAddNode", driver.CUgraph(graph), before, *edges, len(before), params)
+        self._add("cuGraphAddNode", graph, after, params, edges)
         return int(params.conditional.phGraph_out[0])
+
+    def _add(self, call: str, graph: int, after: list[int], what: Any, edges: tuple = ()) -> Any:
+        driver = self._driver()
+        before = [driver.CUgraphNode(node) for node in after]
+        return self._call(call, driver.CUgraph(graph), before, *edges, len(before), what)
 
     def exec_create(self, graph: int) -> int:
         return int(self._call("cuGraphInstantiate", self._driver().CUgraph(graph), 0))
@@ -368,6 +359,11 @@ class Cuda:
         if int(status) != 0:
             raise DriverError(f"{name}: {getattr(status, 'name', status)}")
         return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _index(device: torch.device) -> int:

@@ -24,13 +24,14 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ffkernels import ops
-from ffkernels.graphs import core as graphs
-from ffkernels.graphs import rules as capture_rules
+from ffkernels.graphs import driver, rules
+from ffkernels.graphs.capture import Capture, CaptureFailed
 from ffkernels.graphs.check import Snapshot, difference, follow
+from ffkernels.graphs.while_graph import WhileGraph
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.search.significance import Rises, critical_values
-from ffkernels.stage.clock import StageClock
+from ffkernels.stage.clock import StageClock, read_later
 from ffkernels.stage.program import StageProgram
 
 __all__ = ["GraphUnsafe", "StageGraphExecutor", "StepGraphExecutor"]
@@ -45,6 +46,9 @@ class GraphUnsafe(RuntimeError):
 
 class GraphExecutor:
     """What both graphs share: recording when needed, checking, and the record of a stage.
+
+    Each has a ``_build(device, prologue, body)``, which records, and a ``_launch(program, lap)``, which runs
+    the stage on the device and returns the state that it read back.
 
     Attributes:
         captures: how often the work was recorded; at most ``MAX_CAPTURES`` times.
@@ -62,11 +66,9 @@ class GraphExecutor:
         self.step_seconds: float | None = None
         self.fault: str | None = None
         self._held: list[Any] = []
-        self._table: ops.TensorTable | None = None
-        self._plan: Any = None  # where its weights lay
-        self._validation: Any = None
+        self._made_of: dict[str, Any] = {}  # what has to stay the same, beside the model
+        self._kept_alive: tuple = ()
         self._state: Any = None
-        self._search: tuple = ()
         self._token: Any = None
         self._proved = False
         self._counts: list[int] | None = None
@@ -79,8 +81,7 @@ class GraphExecutor:
             GraphUnsafe: when the check of a fresh capture failed, or it goes out of date too often; weights
                 and best are as they were when the stage began.
         """
-        device = program.table.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with driver.cuda.guard(program.table.device):
             self._record_if_needed(program)
             self._tell_of_examples(program.example_counts)
             if self._state.start != program.search.start:
@@ -93,29 +94,28 @@ class GraphExecutor:
     def close(self) -> None:
         """Give the graphs and their memory back; a later stage would record again. Idempotent."""
         held, self._held = self._held, []
-        self._table = self._plan = self._validation = self._state = None
-        self._proved = False
+        self._made_of, self._kept_alive, self._state, self._proved = {}, (), None, False
         for graph in reversed(held):
             graph.close()
 
     def _record_if_needed(self, program: StageProgram) -> None:
-        search = (program.search.name, program.search.max_tau)
-        token = capture_rules.token(program.validation)
+        token, table, search = rules.token(program.validation), program.table, program.search
+        made_of = {
+            "the table of the weights that move": (id(table), id(table.plan)),
+            "the validation loss": id(program.validation),
+            "the search": (search.name, search.max_tau),
+        }
         other = "it had been given back"
         if self._held:
-            same = {
-                "the table of the weights that move": self._table is program.table
-                and self._plan is program.table.plan,
-                "the validation loss": self._validation is program.validation,
-                "the search": self._search == search,
-            }
-            other = next((what for what, kept in same.items() if not kept), "")
+            other = next((what for what, now in made_of.items() if self._made_of[what] != now), "")
             if not other and self._token == token:
                 return
             self.close()
         if self._token is not None:
             self._record_again(token, other)
-        self._token, self._search = token, search
+        self._token, self._made_of = token, made_of
+        # So that no other gets their addresses as long as the graph has them.
+        self._kept_alive = table, table.plan, program.validation
         began = perf_counter()
         try:
             # A capture that Ctrl-C cuts is hard to clean up; it takes a few forwards.
@@ -124,14 +124,14 @@ class GraphExecutor:
         except BaseException as error:
             # The token stays: the next stage's capture counts as another one.
             self.close()
-            if isinstance(error, graphs.CaptureFailed) or not isinstance(error, Exception):
+            if isinstance(error, CaptureFailed) or not isinstance(error, Exception):
                 raise
-            raise graphs.CaptureFailed(f"{type(error).__name__} during capture: {error}") from error
+            raise CaptureFailed(f"{type(error).__name__} during capture: {error}") from error
         self.capture_seconds = perf_counter() - began
         self.captures += 1
 
     def _record_again(self, token: Any, other: str) -> None:
-        changed = capture_rules.describe_change(self._token, token)
+        changed = rules.describe_change(self._token, token)
         if changed == "nothing":
             changed = other
         if self.captures >= MAX_CAPTURES:
@@ -150,8 +150,6 @@ class GraphExecutor:
         rows = len(program.example_counts or ())
         state = self._state = decide.DecideState(search.name, search.max_tau, table.device, rows)
         self._counts = None
-        # Held, so that what it validates keeps its addresses as long as the graph has them.
-        self._table, self._plan, self._validation = table, table.plan, validation
         decide.prepare(state, with_condition=self.loops)
 
         def prologue(handle: int | None = None) -> None:
@@ -171,7 +169,7 @@ class GraphExecutor:
                 self._build(table.device, prologue, body)
             program.extra_validations += WARM_UPS
             if written := validation.evaluator.written_buffers:
-                raise graphs.CaptureFailed(
+                raise CaptureFailed(
                     f"the forward writes {', '.join(written[:3])}, which a replay would not put back; let it "
                     "write them only where self.training is True"
                 )
@@ -187,9 +185,6 @@ class GraphExecutor:
         critical = critical_values(rises.examples, self._state.capacity)
         self._state.know(critical, rises.tokens or (), rises.weights)
         self._counts = list(counts)
-
-    def _build(self, device: torch.device, prologue: Callable[..., None], body: Callable[..., None]) -> None:
-        raise NotImplementedError
 
     def _prove(self, program: StageProgram) -> None:
         """Run the first stage on a fresh capture, check it, and undo it where it is wrong."""
@@ -228,21 +223,14 @@ class GraphExecutor:
         with interrupt_later() if self.loops else nullcontext():
             lap = StageClock(program.table.device)
             decided = self._launch(program, lap)
-            self._note_writes(moved=bool(decided.losses))
+            # Autograd is told, as by the eager moves, so that no gradient is taken by what was written.
+            moved = program.table.weights if decided.losses else ()
+            increment_version([*program.table.delta_flats, *program.table.best_flats, *moved])
             seconds = lap.seconds()
             program.validate_seconds += seconds
             fault = follow(program, decided)
         self.step_seconds = seconds / len(decided.losses) if decided.losses else None
         return fault
-
-    def _note_writes(self, moved: bool) -> None:
-        """Tell autograd what was written, as the eager moves do, so that no gradient is taken by it."""
-        table = self._table
-        increment_version([*table.delta_flats, *table.best_flats, *(table.weights if moved else ())])
-
-    def _launch(self, program: StageProgram, lap: StageClock) -> Any:
-        """Run the stage on the device and return the state that was read back."""
-        raise NotImplementedError
 
 
 class StepGraphExecutor(GraphExecutor):
@@ -250,7 +238,7 @@ class StepGraphExecutor(GraphExecutor):
 
     Args:
         ahead: how many replays are launched before the answer to an earlier one is awaited. Those after the
-            search's end change nothing, but each costs a validation. 0 waits for every answer.
+            search's end change nothing, but each costs a validation.
     """
 
     name = "step_graph"
@@ -262,7 +250,7 @@ class StepGraphExecutor(GraphExecutor):
         self.ahead = ahead
 
     def _build(self, device: torch.device, prologue: Callable[..., None], body: Callable[..., None]) -> None:
-        step = graphs.Capture(device)
+        step = Capture(device)
         self._held.append(step)
         prologue()
         step.warm_up(body, times=WARM_UPS)
@@ -276,16 +264,16 @@ class StepGraphExecutor(GraphExecutor):
         with interrupt_later():
             ops.delta_(table)
             decide.begin(state, ops.delta_absmax_on_device(table))
-        waiting: deque[Callable[[], bool]] = deque()
+        waiting: deque[Callable[[], list]] = deque()
         try:
             # The first replay is not waited for either: where the search has not begun it changes nothing.
             go = True
             while go:
                 step.replay()
-                waiting.append(self._answer(state.go))
+                waiting.append(read_later(state.go) if self.ahead else lambda: [state.go.item()])
                 if len(waiting) > self.ahead:
                     with program.clock.reading(), lap.reading():
-                        go = waiting.popleft()()
+                        (go,) = waiting.popleft()()
         except BaseException:
             with interrupt_later():
                 ops.step_(table, False, 0.0)  # W ← best
@@ -293,22 +281,6 @@ class StepGraphExecutor(GraphExecutor):
                     follow(program, state.read())
             raise
         return state.read()
-
-    def _answer(self, go: torch.Tensor) -> Callable[[], bool]:
-        """Ask for ``go`` as it is after the work launched so far; calling the result waits for it."""
-        if not self.ahead or go.device.type != "cuda":
-            now = go if not self.ahead else go.clone()
-            return lambda: bool(now.item())
-        copy = torch.empty(go.shape, dtype=go.dtype, pin_memory=True)
-        copy.copy_(go, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-
-        def wait() -> bool:
-            done.synchronize()
-            return bool(copy.item())
-
-        return wait
 
 
 class StageGraphExecutor(GraphExecutor):
@@ -321,11 +293,11 @@ class StageGraphExecutor(GraphExecutor):
     loops = True
 
     def _build(self, device: torch.device, prologue: Callable[..., None], body: Callable[..., None]) -> None:
-        start = graphs.Capture(device)
+        start = Capture(device)
         self._held.append(start)
-        step = graphs.Capture(device, pool=start)
+        step = Capture(device, pool=start)
         self._held.append(step)
-        loop = graphs.WhileGraph(device)
+        loop = WhileGraph(device)
         self._held.append(loop)
         # A condition can be set inside a graph only: what is warmed up goes without it.
         start.warm_up(prologue, times=WARM_UPS)

@@ -35,8 +35,7 @@ from typing import Any
 
 import torch
 
-from ffkernels.graphs import driver as graph_driver
-from ffkernels.graphs import verdicts as graph_verdicts
+from ffkernels.graphs import driver, verdicts
 from ffkernels.graphs.while_graph import small_loop
 from ffkernels.ops import condition
 from ffkernels.ops.condition import WAYS
@@ -93,14 +92,14 @@ def verdict(device: torch.device) -> Verdict:
     Raises nothing: where it cannot be found out, that is the verdict, for this time.
     """
     try:
-        gpu = graph_driver.cuda.gpu(device)
-        key = graph_verdicts.key(gpu)
-        kept = graph_verdicts.read(key)
+        gpu = driver.cuda.gpu(device)
+        key = verdicts.key(gpu)
+        kept = verdicts.read(key)
         return _judge(kept or _find_out(device, gpu["uuid"], key)[1], device)
     except NotTried as reason:
         return _unknown(str(reason), device)
     except Exception as error:
-        return _unknown(_line(error), device)
+        return _unknown(driver.first_line(error), device)
 
 
 def try_again(device: torch.device, tell: Callable[[str], None]) -> tuple[Verdict, Path | None]:
@@ -113,7 +112,7 @@ def try_again(device: torch.device, tell: Callable[[str], None]) -> tuple[Verdic
         key, found = _find_out(device, "", tell=tell)
     except NotTried as reason:
         return _unknown(str(reason), device), None
-    return _judge(found, device), graph_verdicts.path(key) if graph_verdicts.read(key) == found else None
+    return _judge(found, device), verdicts.path(key) if verdicts.read(key) == found else None
 
 
 def attempt(device: torch.device, uuid: str, way: str) -> Outcome:
@@ -190,9 +189,9 @@ def _find_out(
         else:
             problems[way] = outcome.problem
             lasting |= outcome.lasting
-    key, found = key or graph_verdicts.key(outcome.gpu), {"way": good, "problems": problems}
+    key, found = key or verdicts.key(outcome.gpu), {"way": good, "problems": problems}
     if good or lasting:
-        graph_verdicts.keep(key, found)
+        verdicts.keep(key, found)
     return key, found
 
 
@@ -266,10 +265,6 @@ def _last(said: str) -> str:
     return f": {lines[-1].strip()[:300]}" if lines else ""
 
 
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
 # ---- in the process that is asked ----
 
 
@@ -285,31 +280,31 @@ def answer(index: str, uuid: str, way: str) -> None:
 def _replies(index: int, uuid: str, way: str) -> Iterator[dict[str, Any]]:
     try:
         device = _reach(index, uuid)
-        gpu = graph_driver.cuda.gpu(device)
+        gpu = driver.cuda.gpu(device)
         import_module("ffkernels.ops.decide")
     except Exception as error:
-        yield {"refused": f"it did not get at the GPU: {_line(error)}"}
+        yield {"refused": f"it did not get at the GPU: {driver.first_line(error)}"}
         return
     yield {"gpu": gpu}
     try:
         condition.use(device, way)
         problem = small_loop(device)
-        graph_driver.cuda.synchronize(device)
+        driver.cuda.synchronize(device)
     except Exception as error:
         traceback.print_exc()
         try:
-            graph_driver.cuda.synchronize(device)
+            driver.cuda.synchronize(device)
         except Exception:  # the context is lost, not just a call refused
-            yield {"faulted": _line(error)}
+            yield {"faulted": driver.first_line(error)}
         else:
-            yield {"raised": _line(error)}
+            yield {"raised": driver.first_line(error)}
     else:
         yield {"counted": problem}
 
 
 def _reach(index: int, uuid: str) -> torch.device:
     """The device with that uuid, else with that number; something has run on it."""
-    cuda = graph_driver.cuda
+    cuda = driver.cuda
     devices = cuda.devices()
     for device in devices:
         if cuda.gpu(device)["uuid"] == uuid if uuid else (device.index or 0) == index:

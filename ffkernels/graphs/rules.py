@@ -47,17 +47,10 @@ def why_not_captured(validation: ValidationLoss, table_device: torch.device, *, 
             f"the validation loss is on its {validation.path} path ({validation.reason}), where Python may "
             'decide anew at every call; ask for executor="step_graph" or "stage_graph" by name if it does not'
         )
-    modules = evaluated_modules(validation)
-    return (
-        _sharded(validation.model)
-        or _offloaded(modules)
-        or _elsewhere(modules, torch.device(table_device))
-        or _quantised(modules)
-        or _compiled(modules)
-        or _rope(modules)
-        or _experts(modules, torch.device(table_device))
-        or _attention(modules)
-    )
+    modules, device = evaluated_modules(validation), torch.device(table_device)
+    of_all = (_sharded(validation.model), _offloaded(modules), _elsewhere(modules, device))
+    of_each = (rule(module, device) for rule in _OF_A_MODULE for module in modules)
+    return next((reason for reason in (*of_all, *of_each) if reason), None)
 
 
 def _class_names(value: object) -> set[str]:
@@ -111,80 +104,76 @@ def _elsewhere(modules: list[nn.Module], device: torch.device) -> str | None:
     return None
 
 
-def _quantised(modules: list[nn.Module]) -> str | None:
-    for module in modules:
-        if "Linear8bitLt" in _class_names(module):
+def _quantised(module: nn.Module, device: torch.device) -> str | None:
+    if "Linear8bitLt" not in _class_names(module):
+        return None
+    return (
+        "bitsandbytes' 8-bit layers look for outliers in their input at every forward; load the base model "
+        "in 4 bit or 16 bit to have graphs"
+    )
+
+
+def _compiled(module: nn.Module, device: torch.device) -> str | None:
+    attributes = vars(module)
+    if not (
+        attributes.get("_compiled_call_impl") is not None
+        or isinstance(attributes.get("_orig_mod"), nn.Module)
+        or hasattr(attributes.get("forward"), "_torchdynamo_orig_callable")
+    ):
+        return None
+    return (
+        f"{type(module).__name__} inside the model is compiled, may be compiled anew at any call and may "
+        "bring graphs of its own; compile the whole model (torch.compile(model)), which the validation looks "
+        "through, or nothing"
+    )
+
+
+def _rope(module: nn.Module, device: torch.device) -> str | None:
+    found = vars(module).get("rope_type")
+    for kind in found.values() if isinstance(found, dict) else [found]:
+        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
             return (
-                "bitsandbytes' 8-bit layers look for outliers in their input at every forward; load the base "
-                "model in 4 bit or 16 bit to have graphs"
+                f"the rotary embedding ({kind}) looks at the batch's length to choose its frequencies; "
+                f"use a model with fixed rotary frequencies to have graphs, {_EAGER}"
             )
     return None
 
 
-def _compiled(modules: list[nn.Module]) -> str | None:
-    for module in modules:
-        attributes = vars(module)
-        if (
-            attributes.get("_compiled_call_impl") is not None
-            or isinstance(attributes.get("_orig_mod"), nn.Module)
-            or hasattr(attributes.get("forward"), "_torchdynamo_orig_callable")
-        ):
-            return (
-                f"{type(module).__name__} inside the model is compiled, may be compiled anew at any call and "
-                "may bring graphs of its own; compile the whole model (torch.compile(model)), which the "
-                "validation looks through, or nothing"
-            )
+def _experts(module: nn.Module, device: torch.device) -> str | None:
+    name, config = type(module).__name__, vars(module).get("config")
+    if not name.endswith("Experts") or config is None:
+        return None
+    kind = getattr(config, "_experts_implementation_internal", None)
+    if kind in (None, "eager"):
+        return (
+            f"{name} loops over the experts that were hit, which the host reads; call "
+            'model.set_experts_implementation("grouped_mm")'
+        )
+    if kind != "grouped_mm" or device.type != "cuda":
+        return None
+    # Elsewhere PyTorch's grouped product is a loop over groups whose sizes it copies to the host.
+    wide = {parameter.dtype for parameter in module.parameters()} - {torch.bfloat16}
+    if not wide and torch.cuda.get_device_capability(device) >= (9, 0):
+        return None
+    return (
+        f"{name} multiplies by groups whose sizes the host reads, except in bfloat16 on compute capability "
+        f"9.0 or later; load the model in bfloat16 on such a GPU, {_EAGER}"
+    )
+
+
+def _attention(module: nn.Module, device: torch.device) -> str | None:
+    kind = getattr(vars(module).get("config"), "_attn_implementation_internal", None)
+    if kind == "flex_attention":
+        return (
+            "flex_attention compiles itself while it runs; load the model with "
+            'attn_implementation="sdpa" to have graphs'
+        )
+    if isinstance(kind, str) and kind.startswith("flash_attention"):
+        return (
+            f"transformers looks for packed sequences before {kind}, which the host waits for; load the "
+            'model with attn_implementation="sdpa", whose causal kernels are flash attention too'
+        )
     return None
 
 
-def _rope(modules: list[nn.Module]) -> str | None:
-    for module in modules:
-        found = vars(module).get("rope_type")
-        kinds = found.values() if isinstance(found, dict) else [found]
-        for kind in kinds:
-            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
-                return (
-                    f"the rotary embedding ({kind}) looks at the batch's length to choose its frequencies; "
-                    f"use a model with fixed rotary frequencies to have graphs, {_EAGER}"
-                )
-    return None
-
-
-def _experts(modules: list[nn.Module], device: torch.device) -> str | None:
-    for module in modules:
-        config = vars(module).get("config")
-        if not type(module).__name__.endswith("Experts") or config is None:
-            continue
-        kind = getattr(config, "_experts_implementation_internal", None)
-        if kind in (None, "eager"):
-            return (
-                f"{type(module).__name__} loops over the experts that were hit, which the host reads; call "
-                'model.set_experts_implementation("grouped_mm")'
-            )
-        if kind != "grouped_mm" or device.type != "cuda":
-            continue
-        # Elsewhere PyTorch's grouped product is a loop over groups whose sizes it copies to the host.
-        wide = {parameter.dtype for parameter in module.parameters()} - {torch.bfloat16}
-        if wide or torch.cuda.get_device_capability(device) < (9, 0):
-            return (
-                f"{type(module).__name__} multiplies by groups whose sizes the host reads, except in "
-                f"bfloat16 on compute capability 9.0 or later; load the model in bfloat16 on such a GPU, "
-                f"{_EAGER}"
-            )
-    return None
-
-
-def _attention(modules: list[nn.Module]) -> str | None:
-    for module in modules:
-        kind = getattr(vars(module).get("config"), "_attn_implementation_internal", None)
-        if kind == "flex_attention":
-            return (
-                "flex_attention compiles itself while it runs; load the model with "
-                'attn_implementation="sdpa" to have graphs'
-            )
-        if isinstance(kind, str) and kind.startswith("flash_attention"):
-            return (
-                f"transformers looks for packed sequences before {kind}, which the host waits for; load the "
-                'model with attn_implementation="sdpa", whose causal kernels are flash attention too'
-            )
-    return None
+_OF_A_MODULE = (_quantised, _compiled, _rope, _experts, _attention)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ffkernels.graphs import driver as graph_driver
+from ffkernels.graphs import driver
 from ffkernels.graphs import probe as graph_probe
 from ffkernels.graphs.while_graph import small_loop
 
@@ -21,7 +21,7 @@ _probed: dict[torch.device, str | None] = {}
 
 def why_no_step_graph(device: torch.device) -> str | None:
     """What stands against replaying a captured step on `device`, as far as one can tell beforehand."""
-    cuda = graph_driver.cuda
+    cuda = driver.cuda
     if not cuda.is_cuda(device):
         return f"CUDA graphs need weights on a CUDA device, these are on {device.type}; move the model there"
     if cuda.is_rocm():
@@ -46,7 +46,7 @@ def why_no_stage_graph(device: torch.device) -> str | None:
     """
     if problem := why_no_step_graph(device):
         return problem
-    cuda = graph_driver.cuda
+    cuda = driver.cuda
     if problem := cuda.bindings_problem():
         return f"loops on the device need cuda-bindings, which cannot be used ({problem}); {INSTALL}"
     try:
@@ -83,7 +83,7 @@ def _try(device: torch.device, ways: tuple[str, ...]) -> str | None:
         try:
             problem = small_loop(device)
         except Exception as error:
-            problem = str(error).strip().split("\n")[0] or type(error).__name__
+            problem = driver.first_line(error)
         if problem is None:
             return None
         problems.append(f"condition set {way} the decision: {problem}")

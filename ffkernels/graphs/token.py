@@ -22,7 +22,7 @@ from ffkernels.validation.evaluator import autocast_dtype
 if TYPE_CHECKING:
     from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["Token", "describe_change", "evaluated_modules", "token"]
+__all__ = ["Token", "describe_change", "evaluated_modules", "token", "wrapped_autocast"]
 
 
 def evaluated_modules(validation: ValidationLoss) -> list[nn.Module]:
@@ -87,20 +87,14 @@ def token(validation: ValidationLoss) -> Token:
     head that the model has left are rebuilt, which shows as another version.
     """
     validation.follow()
-    modules: list[Any] = []
-    tensors: list[tuple] = []
-    adapters: list[tuple] = []
-    hooks: list[tuple] = []
-    forwards: list[tuple] = []
+    modules, tensors, adapters, hooks, forwards = [], [], [], [], []
     configs: dict[int, tuple] = {}
     for module in evaluated_modules(validation):
         attributes, key = module.__dict__, id(module)
-        modules.append(key)
-        modules.append(type(module))
-        if attributes["_parameters"]:
-            _add_tensors(tensors, key, attributes["_parameters"])
-        if attributes["_buffers"]:
-            _add_tensors(tensors, key, attributes["_buffers"])
+        modules += (key, type(module))
+        for held in (attributes["_parameters"], attributes["_buffers"]):
+            if held:
+                _add_tensors(tensors, key, held)
         if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
             _add_hooks(hooks, key, attributes["_forward_hooks"], attributes["_forward_pre_hooks"])
         if "forward" in attributes:
@@ -181,9 +175,15 @@ def _frozen(value: Any) -> Any:
 
 def _autocast_state(validation: ValidationLoss) -> tuple:
     kind = validation.device.type
-    wrapped = find_autocast(validation.causal_lm.wrappers) if validation.causal_lm is not None else None
     active = autocast_dtype(kind) or validation.evaluator.autocast
-    return (active, None if wrapped is None else wrapped.fast_dtype)
+    return active, wrapped_autocast(validation)
+
+
+def wrapped_autocast(validation: ValidationLoss) -> torch.dtype | None:
+    """What a wrapper around the model's forward casts to."""
+    lm = validation.causal_lm
+    wrapped = find_autocast(lm.wrappers) if lm is not None else None
+    return None if wrapped is None else wrapped.fast_dtype
 
 
 def _precision() -> tuple:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import torch
 
 from ffkernels import ops
-from ffkernels.graphs import driver as graph_driver
+from ffkernels.graphs import driver
 from ffkernels.graphs.capture import Capture, close_forgotten, explained
 from ffkernels.ops import condition
 
@@ -46,7 +46,7 @@ class WhileGraph:
     """
 
     def __init__(self, device: torch.device) -> None:
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         self.device = device
         self.handle: int | None = None
         self._handle = self._top = self._exec = 0
@@ -66,7 +66,7 @@ class WhileGraph:
 
         `go`, int32[1] on the device, is where either leaves whether the loop is to go on.
         """
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         if self._exec or not self._top:
             raise RuntimeError("a WhileGraph is built once; make a new one")
         with explained("be put into a CUDA WHILE node", "step_graph"), cuda.guard(self.device):
@@ -85,7 +85,7 @@ class WhileGraph:
 
     def _add(self, graph: int, part: Capture, go: torch.Tensor) -> int:
         """A copy of `part`; returns the node after which the condition is set."""
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         node = cuda.add_child(graph, [], part.raw)
         if self.handle is not None:
             return node
@@ -97,13 +97,13 @@ class WhileGraph:
         """Launch prologue and loop on the current stream; waits for nothing."""
         if not self._exec:
             raise RuntimeError("there is nothing to launch: the graph was not built, or it was closed")
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         with cuda.guard(self.device):
             cuda.exec_launch(self._exec, cuda.current_stream(self.device))
 
     def close(self) -> None:
         """Wait for the device and destroy the graph; the captures it was built from are closed afterwards."""
-        cuda = graph_driver.cuda
+        cuda = driver.cuda
         executable, self._exec = self._exec, 0
         top, self._top = self._top, 0
         self._parts = ()
@@ -123,7 +123,7 @@ def audit(raw: int, *, in_loop: bool) -> list[str]:
     """What a WHILE node (else: the part before it) may not hold, in words; looks into child graphs too."""
     allowed = IN_LOOP if in_loop else BEFORE_LOOP
     found: dict[str, None] = {}
-    for kind, child in graph_driver.cuda.node_types(raw):
+    for kind, child in driver.cuda.node_types(raw):
         if kind not in allowed:
             found[WORDS.get(kind, f"a node of type {kind}")] = None
         if child:

@@ -13,14 +13,14 @@ waited for. An event tells: is the device past a mark that was set shortly befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
 import torch
 
-__all__ = ["Lag", "StageClock"]
+__all__ = ["Lag", "StageClock", "read_later"]
 
 
 def _recorded_event(device: torch.device) -> Any:
@@ -31,6 +31,23 @@ def _recorded_event(device: torch.device) -> Any:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
     return event
+
+
+def read_later(values: torch.Tensor) -> Callable[[], list]:
+    """What gives the values as they are now, later; waits for them only where they are not there by then."""
+    if values.device.type == "cpu":
+        kept = values.tolist()
+        return lambda: kept
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(values.device))  # of the copy, whatever device is the current one
+
+    def read() -> list:
+        done.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 class StageClock:

@@ -12,6 +12,7 @@ import torch
 from ffkernels import ops
 from ffkernels.search.search import LinearSearch, Search, make_search
 from ffkernels.stage.clock import StageClock
+from ffkernels.stage.record import INTERRUPTED, Stage
 from ffkernels.validation.loss import ValidationLoss
 
 __all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "Pace", "StageProgram", "step_pace"]
@@ -83,6 +84,21 @@ class StageProgram:
         if isinstance(self.search, LinearSearch) or not isinstance(self.validation, ValidationLoss):
             return None
         return self.validation.example_counts
+
+    def write_into(self, stage: Stage, before: float) -> None:
+        """Note what was found and the time it took, with the ``before`` seconds of the checkpoint."""
+        stage.tau, stage.losses = self.search.best_tau, list(self.search.losses)
+        stage.stopped_because = self.reason
+        stage.validate_seconds = self.validate_seconds
+        stage.move_seconds = self.move_seconds + before
+        stage.seconds = self.clock.seconds() + before
+
+    def flops(self) -> int:
+        """Of its validations and moves; 0 for an interrupted stage. The first reading runs a validation."""
+        validations = len(self.search.losses) + self.extra_validations
+        if not validations or self.reason.startswith(INTERRUPTED):
+            return 0
+        return validations * self.validation.flops + 2 * self.table.numel * self.moves
 
     def restart(self) -> None:
         """Forget what was found, for another executor to run the same stage; the clock goes on."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ffkernels.ops import TensorTable
 from ffkernels.ops.notices import announce_once
+from ffkernels.ranks.digests import digest
 from ffkernels.ranks.optimizer_wrappers import optimizer_chain, parts, refuse_own_weights
 from ffkernels.ranks.parallelism import fsdp_modules, reshard
 
@@ -182,18 +184,78 @@ def signature(weights: dict[str, nn.Parameter]) -> tuple:
     )
 
 
-def follow(table: TensorTable, before: tuple, weights: dict[str, nn.Parameter]) -> bool:
-    """Take a table along to the weights whose signature was ``before``, where only their memory is another.
+class MovedWeights:
+    """The weights that stages move, and the table of them, which follows them to other memory.
 
-    Else it is said what changed.
+    Args:
+        model, optimizer, include, exclude: as of ``trainable_weights``.
+        impl: which implementation moves them.
+
+    Attributes:
+        parameters: by name.
+        table: of their tensors, in the same order; None when it was let go.
     """
-    now = signature(weights)
 
-    def but_address(entry: tuple) -> tuple:
-        return entry[:2] + entry[3:]
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        include: NameFilter | None = None,
+        exclude: NameFilter | None = None,
+        *,
+        impl: str = "auto",
+    ) -> None:
+        self._present = partial(trainable_weights, model, optimizer, include, exclude)
+        self._impl = impl
+        self.table: TensorTable | None = None
+        self._make(self._present())
 
-    if list(map(but_address, now)) == list(map(but_address, before)):
-        return table.follow(list(local_tensors(weights).values()))
+    def _make(self, weights: dict[str, nn.Parameter]) -> None:
+        tell_of_rounding(weights)
+        self.table = TensorTable(local_tensors(weights), impl=self._impl)
+        self.parameters, self._signature = weights, signature(weights)
+
+    def refresh(self, let_go: Callable[[], None]) -> bool:
+        """Take the table along, or make it anew for other weights; whether it is another one.
+
+        ``let_go`` is called before, where either is to be done: a capture holds on to the memory.
+        """
+        weights = self._present()
+        now = signature(weights)
+        if self.table is not None and now == self._signature:
+            return False
+        let_go()
+        if self.table is not None and self._follow(weights, now):
+            self.parameters, self._signature = weights, now
+            return False
+        self.table = None  # free the old arenas first
+        self._make(weights)
+        return True
+
+    def free(self) -> None:
+        """Let the table go with its arenas."""
+        self.table, self.parameters = None, {}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process has a part of some of them only."""
+        return any(hasattr(weight, "placements") for weight in self.parameters.values())
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """How many there are, and a hash of their names, shapes and dtypes."""
+        facts = [[name, list(p.shape), str(p.dtype)] for name, p in self.parameters.items()]
+        return [len(facts), digest(facts)]
+
+    def _follow(self, weights: dict[str, nn.Parameter], now: tuple) -> bool:
+        """Whether only the memory is another, and the table is there now. Else it is said what changed."""
+        if [entry[:2] + entry[3:] for entry in now] == [entry[:2] + entry[3:] for entry in self._signature]:
+            return self.table.follow(list(local_tensors(weights).values()))
+        _tell_of_changes(self._signature, now)
+        return False
+
+
+def _tell_of_changes(before: tuple, now: tuple) -> None:
     old, new = {entry[0]: entry for entry in before}, {entry[0]: entry for entry in now}
     shared = [name for name in new if name in old]
     changes = {
@@ -208,7 +270,6 @@ def follow(table: TensorTable, before: tuple, weights: dict[str, nn.Parameter]) 
         f"the trainable parameters changed since the last Fast Forward stage ({told or 'in another order'}); "
         "the table was rebuilt for the present ones",
     )
-    return False
 
 
 def tell_of_rounding(weights: Mapping[str, Tensor]) -> None:

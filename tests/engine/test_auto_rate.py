@@ -104,13 +104,33 @@ def by_hand(cosines, shape=lambda step: 1.0):
     return rates, undone
 
 
-def followed(ff, model, optimizer, steps, scheduler=None, **options):
+def followed(ff, model, optimizer, steps, scheduler=None, look=lambda step: None, **options):
+    """c and the base rate of each step, after which ``look`` is called."""
     cosines, rates = [], []
     for step in range(steps):
         train(model, optimizer, 1, scheduler, first=step, **options)
         cosines.append(ff.alignment)
         rates.append(ff.learning_rate)
+        look(step)
     return cosines, rates
+
+
+def descend(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def resume(states, **options):
+    """A run made anew that has loaded these states."""
+    model, optimizer, _, ff = made = make(**options)
+    for part, state in zip((model, optimizer, ff), states, strict=True):
+        part.load_state_dict(state)
+    return made
+
+
+def states_of(*parts):
+    return copy.deepcopy([part.state_dict() for part in parts])
 
 
 def test_the_constants_are_those_that_the_pages_name():
@@ -268,16 +288,12 @@ def test_a_gradient_that_is_not_finite_undoes_in_the_rise_and_skips_after_it():
     train(model, optimizer, 1, first=5)
     assert auto(ff).rising
     rate = ff.learning_rate
-    optimizer.zero_grad()
-    (model.loss(6) * math.inf).backward()
-    optimizer.step()
+    descend(optimizer, model.loss(6) * math.inf)
     assert not auto(ff).rising and ff.learning_rate == rate / 4
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     after = train(model, optimizer, 3, first=7)[-1]
     rate = ff.learning_rate
-    optimizer.zero_grad()
-    (model.loss(10) * math.nan).backward()
-    optimizer.step()
+    descend(optimizer, model.loss(10) * math.nan)
     assert ff.learning_rate == rate / 4
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), after, strict=True))
     assert all(v["exp_avg"].isfinite().all() for v in optimizer.state.values())
@@ -295,12 +311,12 @@ SCHEDULES = {
 @pytest.mark.parametrize("shape", SCHEDULES.values(), ids=SCHEDULES)
 def test_schedules_keep_their_shape(shape):
     model, optimizer, scheduler, ff = make(schedule=lambda o: lr_scheduler.LambdaLR(o, shape))
-    cosines, rates = [], []
-    for step in range(40):
-        train(model, optimizer, 1, scheduler, first=step)
-        cosines.append(ff.alignment)
-        rates.append(ff.learning_rate)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1] * shape(step + 1), rel=1e-9)
+
+    def look(step):
+        now = optimizer.param_groups[0]["lr"]
+        assert now == pytest.approx(ff.learning_rate * shape(step + 1), rel=1e-9)
+
+    cosines, rates = followed(ff, model, optimizer, 40, scheduler, look)
     assert rates == pytest.approx(by_hand(cosines, shape)[0], rel=1e-9)
     assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]] and not auto(ff).rising
 
@@ -385,7 +401,7 @@ def test_groups_that_are_unfrozen_later_are_taken_along():
     model.b.requires_grad_(True)
     with pytest.warns(FFKernelsNotice, match="the table was rebuilt"):
         train(model, optimizer, 28, first=2)
-    assert len(ff._weights) == 2 and not auto(ff).rising and bowl_loss(model) < 5.0
+    assert len(ff._moved.parameters) == 2 and not auto(ff).rising and bowl_loss(model) < 5.0
     assert optimizer.param_groups[1]["lr"] == pytest.approx(10 * optimizer.param_groups[0]["lr"])
     assert model.b.abs().max() < 0.9
 
@@ -407,11 +423,10 @@ def test_the_rate_of_a_group_that_is_added_later_is_a_ratio_too(when, tensor):
 
 
 def test_a_rate_that_is_a_tensor_keeps_its_address():
-    model = Bowl()
     rate = torch.tensor(1e-4)
-    groups = [{"params": [model.w]}, {"params": [model.b]}]
-    optimizer = torch.optim.Adam(groups, lr=rate, foreach=False, capturable=False)
-    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    model, optimizer, _, ff = make(
+        lr=rate, groups=lambda m: [{"params": [m.w]}, {"params": [m.b]}], foreach=False, capturable=False
+    )
     cosines, rates = followed(ff, model, optimizer, 25)
     assert all(group["lr"] is rate for group in optimizer.param_groups)
     assert float(rate) == pytest.approx(ff.learning_rate, rel=1e-5) and not auto(ff).rising
@@ -457,11 +472,9 @@ def test_a_resumed_run_continues_bit_for_bit(at, order, schedule):
 def test_a_run_that_kept_its_rate_begins_to_rise_when_it_is_resumed():
     model, optimizer, _, ff = make(FastForwardConfig(interval=100))
     train(model, optimizer, 3)
-    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), ff.state_dict()])
-    again, fresh, _, other = make(FastForwardConfig(interval=100, learning_rate="auto"))
+    config = FastForwardConfig(interval=100, learning_rate="auto")
     with pytest.warns(UserWarning, match="different FastForwardConfig"):
-        for part, state in zip((again, fresh, other), saved, strict=True):
-            part.load_state_dict(state)
+        _, fresh, _, other = resume(states_of(model, optimizer, ff), config=config)
     assert fresh.param_groups[0]["lr"] == pytest.approx(START) and other.lr_scale == pytest.approx(0.01)
     assert other.optimizer_steps == 3 and auto(other).rising
 
@@ -564,16 +577,16 @@ def test_after_the_rise_c_is_used_one_step_late_where_it_is_read_so(monkeypatch)
         return lambda: kept
 
     monkeypatch.setattr(alignment_module, "_reads_at_once", lambda device: False)
-    monkeypatch.setattr(alignment_module, "_reading", later)
+    monkeypatch.setattr(alignment_module, "read_later", later)
     model, optimizer, _, ff = make()
-    rates, known = [], []
-    for step in range(30):
-        train(model, optimizer, 1, first=step)
-        rates.append(ff.learning_rate)
-        known.append(ff.alignment)  # in trims, of the step before
+    saved = []
+
+    def look(step):
         if step == 20:
-            saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), ff.state_dict()])
+            saved.extend(states_of(model, optimizer, ff))
             assert len(saved[-1]["alignment"]["heard"]) == 1
+
+    known, rates = followed(ff, model, optimizer, 30, look=look)  # c, in trims, of the step before
     end = next(i for i, rate in enumerate(rates) if i and rate < rates[i - 1])
     assert known[end] > 0 and rates[:end] == [4.0**i * START for i in range(end)]
     # The step after the undo has no pair, and the one after that hears of it.
@@ -581,9 +594,7 @@ def test_after_the_rise_c_is_used_one_step_late_where_it_is_read_so(monkeypatch)
     steps = zip(rates[end + 2 :], rates[end + 3 :], known[end + 3 :], strict=False)
     for n, (old, new, c) in enumerate(steps):
         assert new == pytest.approx(old * math.exp(-c / (1 + n / 20)), rel=1e-9)
-    again, fresh, _, other = make()
-    for part, state in zip((again, fresh, other), saved, strict=True):
-        part.load_state_dict(state)
+    again, fresh, _, other = resume(saved)
     train(again, fresh, 9, first=21)
     assert torch.equal(again.w, model.w) and other.learning_rate == ff.learning_rate
 
@@ -601,9 +612,7 @@ def test_a_warm_up_from_0_is_no_rounding():
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_loss_scaling_skips(fused):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    model = Bowl()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=fused)
-    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    model, optimizer, _, ff = make(fused=fused)
     cosines, rates = [], []
     for step in range(40):
         optimizer.zero_grad()
@@ -628,9 +637,7 @@ def test_steps_that_loss_scaling_skips(fused):
 def test_an_overshoot_to_infinite_gradients_is_undone_where_a_fused_optimizer_skips():
     """From the second jump on gradients are infinite, as in float16, at whatever scale, so that it falls."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    model = Bowl()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    model, optimizer, _, ff = make(fused=True)
     before = []
     for _ in range(8):
         optimizer.zero_grad()
@@ -670,42 +677,11 @@ def test_bounds_are_kept_and_said_once():
         FFKernelsNotice, match=r"has come to 1000, its bound, and stays within \[1e-09, 1000\]"
     ):
         for _ in range(20):
-            optimizer.zero_grad()
-            model.loss().backward()
-            optimizer.step()
+            descend(optimizer, model.loss())
     assert ff.learning_rate == HIGHEST and optimizer.param_groups[0]["lr"] == pytest.approx(1e3)
     for _ in range(40):
-        optimizer.zero_grad()
-        (model.loss() * math.nan).backward()
-        optimizer.step()
+        descend(optimizer, model.loss() * math.nan)
     assert ff.learning_rate == LOWEST and model.w.isfinite().all()
-
-
-class Normalised(torch.optim.SGD):
-    """Steps of a length of its own."""
-
-    def step(self, closure=None):
-        with torch.no_grad():
-            for group in self.param_groups:
-                for p in group["params"]:
-                    p.sub_(0.01 * p.grad.sign())
-
-
-def test_optimizers_that_lr_means_nothing_to_are_refused():
-    for kind, message in (
-        (torch.optim.LBFGS, "evaluates the loss several times"),
-        (torch.optim.Rprop, "as long as lr at the first only"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make(kind=kind)
-    model, optimizer, _, _ff = make(kind=Normalised)
-    with pytest.raises(
-        ValueError, match=r"'auto': Normalised's update does not scale with its learning rate"
-    ):
-        train(model, optimizer, 1)
-    assert torch.equal(model.w, torch.zeros(4))
-    with pytest.raises(ValueError, match="largest base learning rate is 0"):
-        make(lr=0.0)
 
 
 def test_closures_are_refused():

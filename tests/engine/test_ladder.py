@@ -6,6 +6,7 @@ import copy
 import pickle
 import signal
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -59,6 +60,17 @@ class Run:
         return [(s.tau, s.losses, s.stopped_because) for s in self.ff.stages], self.model.w.tolist()
 
 
+@contextmanager
+def silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def names(stages):
+    return [stage.executor for stage in stages]
+
+
 def eager_result(count, **config):
     run = Run("eager", **config)
     run.stages(count)
@@ -109,18 +121,11 @@ def test_after_a_capture_the_gain_must_pay_for_it(capture, replay, pays, words):
     assert words in reason and "10 ms" in reason
 
 
-def test_the_horizon_may_be_another():
-    pace = Pace(1.0, 0.010)
-    assert graphs_pay(pace, 0.4, 0.0096, horizon=999)[0] is False
-    assert graphs_pay(pace, 0.4, 0.0096, horizon=1001)[0] is True
-
-
 # ---- without a GPU ----
 
 
 def test_a_cpu_is_eager_and_nothing_is_said():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silence():
         stages = Run("auto").stages(2)
     assert [(s.executor, s.executor_reason) for s in stages] == [("eager", NO_LAUNCHES)] * 2
 
@@ -148,11 +153,10 @@ def test_eager_asked_for_says_so():
 
 
 def test_auto_measures_first_then_takes_the_whole_stage(graphs_allowed):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silence():
         run = Run()
         stages = run.stages(3)
-    assert [s.executor for s in stages] == ["eager", "stage_graph", "stage_graph"]
+    assert names(stages) == ["eager", "stage_graph", "stage_graph"]
     assert "measured first, to see whether stage_graph pays" in stages[0].executor_reason
     assert "pay for themselves" in stages[1].executor_reason
     assert run.result() == eager_result(3)
@@ -170,9 +174,9 @@ def test_a_stage_without_an_update_measures_nothing(fake, monkeypatch):
     monkeypatch.setattr(ladder, "graphs_pay", lambda *numbers: (True, "pays"))
     run = Run()
     run.optimizer.param_groups[0]["lr"] = 0.0
-    assert [s.executor for s in run.stages(2)] == ["eager", "eager"]
+    assert names(run.stages(2)) == ["eager", "eager"]
     run.optimizer.param_groups[0]["lr"] = 1e-3
-    assert [s.executor for s in run.stages(3)] == ["eager", "stage_graph", "stage_graph"]
+    assert names(run.stages(3)) == ["eager", "stage_graph", "stage_graph"]
 
 
 def test_without_bindings_a_step_is_a_graph(graphs_allowed):
@@ -183,7 +187,7 @@ def test_without_bindings_a_step_is_a_graph(graphs_allowed):
     ) as said:
         stages = run.stages(2)
     assert len(said) == 1
-    assert [s.executor for s in stages] == ["eager", "step_graph"]
+    assert names(stages) == ["eager", "step_graph"]
     assert "cuda-bindings" in stages[1].executor_reason and "captured step" in stages[1].executor_reason
     with pytest.raises(RuntimeError, match=r"cannot run here: .*cuda-bindings"):
         Run("stage_graph")
@@ -196,7 +200,7 @@ def test_without_any_graph_a_stage_is_eager_and_the_cause_said_once(graphs_allow
     ) as said:
         stages = [*Run().stages(2), *Run().stages(1)]
     assert len(said) == 1 and str(said[0].message).count("cudaMallocAsync") == 1
-    assert [s.executor for s in stages] == ["eager"] * 3
+    assert names(stages) == ["eager"] * 3
     assert stages[0].executor_reason.startswith("memory comes from cudaMallocAsync")
 
 
@@ -213,7 +217,7 @@ def test_a_stage_that_cannot_be_captured_becomes_steps(asked, graphs_allowed):
     graphs_allowed.fail("exec_create")
     with pytest.warns(FFKernelsNotice, match="per step .*stage_graph could not be captured: .*PLANTED"):
         stages = run.stages(3)
-    assert [s.executor for s in stages][-2:] == ["step_graph"] * 2
+    assert names(stages)[-2:] == ["step_graph"] * 2
     assert "stage_graph could not be captured" in stages[-1].executor_reason
     assert run.result() == eager_result(3)
 
@@ -225,7 +229,7 @@ def test_what_cannot_be_captured_at_all_is_eager(asked, graphs_allowed):
     graphs_allowed.fail("end", times=2)
     with pytest.warns(FFKernelsNotice, match="run eagerly .*step_graph could not be captured"):
         stages = run.stages(3)
-    assert [s.executor for s in stages] == ["eager"] * 3
+    assert names(stages) == ["eager"] * 3
     assert run.result() == eager_result(3)
     assert graphs_allowed.alive() == {}
 
@@ -286,20 +290,18 @@ def test_a_pace_under_a_profiler_is_not_asked_whether_a_graph_pays(graphs_allowe
         run.stage()
     graphs_allowed.profiler = False
     stages = run.stages(2)
-    assert [s.executor for s in stages] == ["eager", "stage_graph"]
+    assert names(stages) == ["eager", "stage_graph"]
     assert "measured first" in stages[0].executor_reason
 
 
 def test_steps_are_replayed_under_a_profiler_too(fake):
     fake.profiler = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert [s.executor for s in Run("step_graph").stages(2)] == ["step_graph"] * 2
+    with silence():
+        assert names(Run("step_graph").stages(2)) == ["step_graph"] * 2
 
 
 def test_on_a_cpu_a_profiler_changes_nothing():
-    with warnings.catch_warnings(), torch.autograd.profiler.profile():
-        warnings.simplefilter("error")
+    with silence(), torch.autograd.profiler.profile():
         assert Run().stage().executor_reason == NO_LAUNCHES
 
 
@@ -308,10 +310,9 @@ def test_on_a_cpu_a_profiler_changes_nothing():
 
 def test_a_busy_device_needs_no_graph(graphs_allowed, monkeypatch):
     pace(monkeypatch, 0.009, 0.010, True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silence():
         stages = Run().stages(3)
-    assert [s.executor for s in stages] == ["eager"] * 3
+    assert names(stages) == ["eager"] * 3
     assert "launches hide behind" in stages[1].executor_reason and "10 ms" in stages[2].executor_reason
     assert graphs_allowed.iterations == [5, 5, 0], "the trial's launches alone"
     assert graphs_allowed.alive() == {}
@@ -320,10 +321,9 @@ def test_a_busy_device_needs_no_graph(graphs_allowed, monkeypatch):
 def test_a_graph_that_does_not_pay_is_closed_after_two_stages(graphs_allowed, monkeypatch):
     pace(monkeypatch, 1e-9, 1e-9)
     run = Run()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silence():
         stages = run.stages(5)
-    assert [s.executor for s in stages] == ["eager", "stage_graph", "stage_graph", "eager", "eager"]
+    assert names(stages) == ["eager", "stage_graph", "stage_graph", "eager", "eager"]
     assert all("the graph saves nothing" in s.executor_reason for s in stages[1:])
     assert graphs_allowed.alive() == {}
     assert run.result() == eager_result(5)
@@ -331,7 +331,7 @@ def test_a_graph_that_does_not_pay_is_closed_after_two_stages(graphs_allowed, mo
 
 def test_a_graph_asked_for_is_not_asked_whether_it_pays(fake, monkeypatch):
     pace(monkeypatch, 1e-9, 1e-9)
-    assert [s.executor for s in Run("step_graph").stages(4)] == ["step_graph"] * 4
+    assert names(Run("step_graph").stages(4)) == ["step_graph"] * 4
 
 
 def test_a_wrong_graph_is_given_up_and_the_stage_run_again(graphs_allowed, monkeypatch):
@@ -343,7 +343,7 @@ def test_a_wrong_graph_is_given_up_and_the_stage_run_again(graphs_allowed, monke
     run = Run("stage_graph")
     with pytest.warns(FFKernelsNotice, match="given up and run again eagerly: at τ = 0 the graph measured"):
         stages = run.stages(2)
-    assert [s.executor for s in stages] == ["eager"] * 2
+    assert names(stages) == ["eager"] * 2
     assert "at τ = 0" in stages[1].executor_reason
     assert run.result() == eager_result(2)
     assert graphs_allowed.alive() == {}
@@ -377,7 +377,7 @@ def test_what_goes_out_of_date_all_the_time_is_given_up(fake, monkeypatch):
     with pytest.warns(FFKernelsNotice, match="went out of date 4 times") as said:
         stages = run.stages(7)
     most = graph_executors.MAX_CAPTURES
-    assert [s.executor for s in stages] == ["step_graph"] * most + ["eager"] * (7 - most)
+    assert names(stages) == ["step_graph"] * most + ["eager"] * (7 - most)
     assert any("captured again: the validation set's buffers" in str(w.message) for w in said)
     assert run.result() == eager_result(7)
     assert fake.alive() == {}

@@ -280,12 +280,12 @@ REFUSED = {
     "silent": (ValueError, r"Silent returned no loss for a batch with \['noise'\]", dict(kind=Silent)),
     "scheduler": (TypeError, "scheduler is a int", dict(schedulers=3)),
     "several": (ValueError, "LBFGS evaluates the loss several times", dict(make=torch.optim.LBFGS)),
-    "own way": (
+    "own way": (ValueError, "Rprop's steps are as long as lr at the first", dict(make=torch.optim.Rprop)),
+    "own length": (
         ValueError,
-        "Rprop's steps are as long as lr at the first",
-        dict(make=torch.optim.Rprop),
+        "'auto': Signs's update does not scale with its learning rate",
+        dict(make=Signs),
     ),
-    "own length": (ValueError, "Signs's update does not scale with its learning rate", dict(make=Signs)),
     "zero": (ValueError, "largest base learning rate is 0", dict(lr=0.0)),
 }
 

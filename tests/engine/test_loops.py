@@ -45,6 +45,11 @@ def adam_line(**options):
     return model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, **options)
 
 
+def fast_line():
+    model, optimizer = adam_line()
+    return model, optimizer, FastForward(model, optimizer, loss_of, EVERY_2)
+
+
 def plain_steps(model, optimizer, steps, first=0):
     for step in range(first, first + steps):
         optimizer.zero_grad()
@@ -206,8 +211,7 @@ def test_schedulers_wrap_the_step_and_it_still_counts_once(scheduler_first, recw
 
 
 def test_two_steps_by_hand_are_two():
-    model, optimizer = adam_line()
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    model, optimizer, ff = fast_line()
     model(inputs(0)).backward()
     optimizer.step()
     assert ff.stages == []
@@ -235,8 +239,7 @@ def test_averages_beside_it_see_the_weights_after_the_stage(use_buffers):
 
 
 def test_copies_of_model_and_optimizer_train_on_without_it():
-    model, optimizer = adam_line()
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    model, optimizer, ff = fast_line()
     plain_steps(model, optimizer, 1)
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
     assert {id(p) for group in twin_optimizer.param_groups for p in group["params"]} == {
@@ -250,8 +253,7 @@ def test_copies_of_model_and_optimizer_train_on_without_it():
 
 
 def test_bf16_autocast_around_the_loop():
-    model, optimizer = adam_line()
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    model, optimizer, ff = fast_line()
     for step in range(4):
         with torch.autocast("cpu", torch.bfloat16):
             plain_steps(model, optimizer, 1, first=step)
@@ -276,6 +278,12 @@ def train(model, optimizer, batches, steps):
         optimizer.zero_grad()
         model(**batches[0]).loss.backward()
         optimizer.step()
+
+
+def found(ff, loss):
+    """Every stage found steps, and the second one left the model's loss at this."""
+    assert all(stage.tau > 0 for stage in ff.stages)
+    assert ff.stages[1].loss_after == pytest.approx(loss, rel=1e-5)
 
 
 def test_lora_plus(lora, own_loss):
@@ -307,8 +315,7 @@ def test_lora_fa_freezes_a_and_so_does_a_stage(lora, own_loss):
     ff = FastForward(model, optimizer, batches, EVERY_2)
     train(model, optimizer, batches, 4)
     assert ff.trainable_numel == sum(p.numel() for n, p in model.named_parameters() if "lora_B" in n)
-    assert all(stage.tau > 0 for stage in ff.stages)
-    assert ff.stages[1].loss_after == pytest.approx(own_loss(model, batches), rel=1e-5)
+    found(ff, own_loss(model, batches))
     assert all(torch.equal(dict(model.named_parameters())[n], old) for n, old in frozen.items())
 
 
@@ -319,22 +326,19 @@ def test_gradient_checkpointing_in_training(lora, own_loss):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     ff = FastForward(model, optimizer, batches, EVERY_2)
     train(model, optimizer, batches, 4)
-    assert all(stage.tau > 0 for stage in ff.stages)
-    assert ff.stages[1].loss_after == pytest.approx(own_loss(model, batches), rel=1e-5)
+    found(ff, own_loss(model, batches))
     assert all(module.training for module in model.modules())
 
 
 def test_a_compiled_step_and_a_compiled_iteration(recwarn):
     torch._dynamo.reset()
-    model, optimizer = adam_line()
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    model, optimizer, ff = fast_line()
     step = torch.compile(optimizer.step, backend="eager")
     for n in range(4):
         optimizer.zero_grad()
         model(inputs(n)).backward()
         step()
-    plain, plain_optimizer = adam_line()
-    plain_ff = FastForward(plain, plain_optimizer, loss_of, EVERY_2)
+    plain, plain_optimizer, plain_ff = fast_line()
     plain_steps(plain, plain_optimizer, 4)
     assert ff.optimizer_steps == 4
     assert [stage.tau for stage in ff.stages] == [stage.tau for stage in plain_ff.stages]

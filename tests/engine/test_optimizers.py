@@ -92,6 +92,12 @@ def take_step(model, optimizer):
     return optimizer.step()
 
 
+def attached(make, model=None, config=EVERY_2):
+    model = model or Factors()
+    optimizer = make(list(model.parameters()))
+    return model, optimizer, FastForward(model, optimizer, loss_of, config)
+
+
 def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -154,10 +160,8 @@ def test_steps_inside_steps_count_once_whether_or_not_the_parent_was_used_before
 
 
 def test_a_nested_step_that_raises_leaves_the_next_one_whole():
-    model = Factors()
-    optimizer = Nested(model.parameters(), lr=1e-2)
+    model, optimizer, ff = attached(OPTIMIZERS["nested"])
     torch.optim.RAdam([nn.Parameter(torch.zeros(1))])
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
 
     def fails():
         raise RuntimeError("bad batch")
@@ -254,9 +258,8 @@ def test_weights_that_get_other_memory_in_a_step_are_moved_there(make, step, kno
     ff = check_stages(Factors, make, step=step)
     assert all(stage.tau for stage in ff.stages)
     assert not [str(w.message) for w in recwarn if "trainable parameters changed" in str(w.message)]
-    model = Factors()
-    optimizer = make(list(model.parameters()))
-    ff, steps = FastForward(model, optimizer, loss_of, FastForwardConfig(interval=5)), ""
+    model, optimizer, ff = attached(make, config=FastForwardConfig(interval=5))
+    steps = ""
     for n in range(1, 8):
         step(model, optimizer)
         steps += str(n) if ff.alignment is not None else ""
@@ -293,9 +296,8 @@ class Forgetful(torch.optim.Optimizer):
     ],
 )
 def test_what_is_no_one_optimizer_is_named(make, told):
-    model = Factors()
     with pytest.raises(TypeError, match=told):
-        FastForward(model, make(list(model.parameters())), loss_of)
+        attached(make)
 
 
 def test_what_requires_no_gradient_stays():
@@ -320,9 +322,7 @@ class TiedMemory(Factors):
 
 
 def test_two_parameters_in_one_memory():
-    model = TiedMemory()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
+    model, optimizer, ff = attached(OPTIMIZERS["sgd"], TiedMemory())
     assert ff.trainable_numel == 128
     take_step(model, optimizer)
     before = weights_of(model)
@@ -438,37 +438,21 @@ class Adam8bitLike(torch.optim.Optimizer):
                 p.add_(torch.sign(momentum), alpha=-group["lr"])
 
 
-@pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "Lion8bit"])
+@pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "Lion8bit", None])
 def test_eight_bit_optimizers(name):
-    optim = pytest.importorskip("bitsandbytes").optim
-
-    def eight_bit(params):
-        return getattr(optim, name)(params, lr=1e-3, min_8bit_size=16)
-
-    model = Factors()
-    optimizer = eight_bit(model.parameters())
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
-    for _ in range(4):
+    kind, options = Adam8bitLike, {}
+    if name is not None:
+        kind, options = getattr(pytest.importorskip("bitsandbytes").optim, name), {"min_8bit_size": 16}
+    model, optimizer, ff = attached(lambda p: kind(p, lr=1e-3, **options))
+    for _ in range(2):
         take_step(model, optimizer)
-    assert optimizer.state[model.a]["state1"].dtype == torch.uint8
-    assert len(ff.stages) == 2 and ff.stages[0].tau > 0
-    assert ff.stages[1].loss_after == model.loss().item()
-
-
-def test_an_optimizer_with_eight_bit_state():
-    model = Factors()
-    optimizer = Adam8bitLike(model.parameters(), lr=1e-3)
-    ff = FastForward(model, optimizer, loss_of, EVERY_2)
-    take_step(model, optimizer)
-    take_step(model, optimizer)
-    state = copy.deepcopy(optimizer.state[model.a])
+    state, tau = copy.deepcopy(optimizer.state[model.a]), ff.stages[0].tau
     assert state["state1"].dtype == torch.uint8
-    assert ff.stages[0].tau > 0
-    assert ff.stages[0].loss_after == model.loss().item()
-    # Zero before the first step, ±lr after it, then τ + 1 times ±lr of the second one's signs.
-    assert set((model.b.detach().abs() * 1e3).round().int().unique().tolist()) <= {
-        ff.stages[0].tau,
-        ff.stages[0].tau + 2,
-    }
+    assert tau > 0 and ff.stages[0].loss_after == model.loss().item()
+    if name is None:
+        # Zero before the first step, ±lr after it, then τ + 1 times ±lr of the second one's signs.
+        assert set((model.b.detach().abs() * 1e3).round().int().unique().tolist()) <= {tau, tau + 2}
     take_step(model, optimizer)
     assert same(optimizer.state[model.a]["state1"], state["state1"]) is False
+    take_step(model, optimizer)
+    assert len(ff.stages) == 2 and ff.stages[1].loss_after == model.loss().item()

@@ -179,6 +179,17 @@ def train(model, optimizer, batches, count, after=lambda step: None):
         after(step)
 
 
+def check_one_stage(model, padded_batch, own_loss, lr=3e-3, rel=1e-5):
+    """Two steps and the stage after them, which is to find something."""
+    optimizer, batches = adamw(model, lr), [padded_batch(4, 12, seed=1)]
+    watch = Watch(model, optimizer)
+    ff = FastForward(model, optimizer, batches, FastForwardConfig(interval=2))
+    train(model, optimizer, batches, 2)
+    assert ff.stages[0].tau > 0
+    watch.check(ff.stages[0], own_loss, batches, rel=rel)
+    return ff, watch
+
+
 CASES = [
     *(("llama", method) for method in METHODS if method != "base_bias"),
     *(("gpt_neox", method) for method in ON_BOTH),
@@ -259,13 +270,7 @@ def test_switching_the_adapter_rebuilds_the_table(base, padded_batch, own_loss):
 @pytest.mark.parametrize("tied", [True, False])
 def test_full_fine_tuning(base, padded_batch, own_loss, tied):
     model = base("llama", tie_word_embeddings=tied)
-    optimizer = adamw(model, lr=1e-3)
-    batches = [padded_batch(4, 12, seed=1)]
-    watch = Watch(model, optimizer)
-    ff = FastForward(model, optimizer, batches, FastForwardConfig(interval=2))
-    train(model, optimizer, batches, 2)
-    watch.check(ff.stages[0], own_loss, batches, rel=1e-5)
-    assert ff.stages[0].tau > 0
+    ff, _ = check_one_stage(model, padded_batch, own_loss, lr=1e-3)
     assert ff.trainable_numel == sum(p.numel() for p in model.parameters())
 
 
@@ -282,13 +287,7 @@ def test_adapters_of_tied_embeddings_move_once(base, padded_batch, own_loss, tie
     if "ensure_weight_tying" in options and not hasattr(peft.LoraConfig, "ensure_weight_tying"):
         pytest.skip("this PEFT does not tie adapters")
     model = peft.get_peft_model(base("llama", tie_word_embeddings=True), peft.LoraConfig(**options))
-    optimizer = adamw(model)
-    batches = [padded_batch(4, 12, seed=1)]
-    watch = Watch(model, optimizer)
-    ff = FastForward(model, optimizer, batches, FastForwardConfig(interval=2))
-    train(model, optimizer, batches, 2)
-    assert ff.stages[0].tau > 0
-    watch.check(ff.stages[0], own_loss, batches, rel=1e-5)
+    check_one_stage(model, padded_batch, own_loss)
 
 
 def test_a_model_without_trainable_weights_is_refused(base, padded_batch):
@@ -303,15 +302,8 @@ def test_a_model_without_trainable_weights_is_refused(base, padded_batch):
 @pytest.mark.parametrize("method", ["lora", "dora", "modules_to_save", "adalora"])
 def test_a_sixteen_bit_base_under_float32_adapters(base, padded_batch, own_loss, method):
     model = peft.get_peft_model(base("llama").bfloat16(), config_of(method, "llama"))
-    optimizer = adamw(model)
-    batches = [padded_batch(4, 12, seed=1)]
-    watch = Watch(model, optimizer)
-    dtypes = {p.dtype for p in watch.trainable.values()}
-    assert torch.float32 in dtypes
-    ff = FastForward(model, optimizer, batches, FastForwardConfig(interval=2))
-    train(model, optimizer, batches, 2)
-    assert ff.stages[0].tau > 0
-    watch.check(ff.stages[0], own_loss, batches, rel=2e-2)
+    _, watch = check_one_stage(model, padded_batch, own_loss, rel=2e-2)
+    assert torch.float32 in {p.dtype for p in watch.trainable.values()}
 
 
 def test_sixteen_bit_adapters_are_warned_about_and_exact(base, padded_batch, own_loss):

@@ -49,14 +49,14 @@ def autocast(on=True):
     return torch.autocast("cpu", torch.bfloat16, enabled=on)
 
 
-def train(model, ff, optimizer, steps, on):
+def train(forward, optimizer, steps):
+    """Each stage runs in a step, outside of autocast."""
     for step in range(steps):
-        with autocast(on):
-            loss = model(**data(seed=step))["loss"]
+        with autocast():
+            loss = forward(step)
         loss.backward()
-        optimizer.step()  # a stage runs in here, outside of autocast
+        optimizer.step()
         optimizer.zero_grad()
-    return ff.stages
 
 
 @pytest.mark.parametrize("kind", [Mixed, Wide])
@@ -69,7 +69,8 @@ def test_a_stage_runs_under_the_autocast_that_the_forward_had(kind, form):
         validation = ValidationLoss(model, given)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     ff = FastForward(model, optimizer, validation, FastForwardConfig(interval=3, patience=None))
-    stages = train(model, ff, optimizer, 6, on=True)
+    train(lambda step: model(**data(seed=step))["loss"], optimizer, 6)
+    stages = ff.stages
     with autocast(), torch.no_grad():
         expected = model(**data())["loss"].item()
     assert stages[-1].loss_after == float(validation()) == expected
@@ -92,10 +93,7 @@ def test_parts_that_are_called_one_by_one_are_listened_to():
 
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     ff = FastForward(model, optimizer, loss, FastForwardConfig(interval=2, patience=None))
-    for _ in range(2):
-        with autocast():
-            loss(model).backward()
-        optimizer.step()
+    train(lambda step: loss(model), optimizer, 2)
     with autocast(), torch.no_grad():
         assert ff.stages[0].tau > 0 and ff.stages[0].loss_after == loss(model).item()
     assert loss(model).item() != ff.stages[0].loss_after
@@ -142,12 +140,7 @@ def test_listening_compiles_nothing_anew(compiled):
     given = whole if compiled == "outside" else model
     validation = ValidationLoss(model, lambda _: model(**data())["loss"])
     ff = FastForward(given, optimizer, validation, FastForwardConfig(interval=2, patience=None))
-    for _ in range(4):
-        with autocast():
-            loss = whole(**data())["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(lambda step: whole(**data())["loss"], optimizer, 4)
     assert len(ff.stages) == 2 and len(calls) == 1
     with autocast(), torch.no_grad():
         assert ff.stages[-1].loss_after == model(**data())["loss"].item()

@@ -12,7 +12,13 @@ from torch import nn
 from ffkernels import FastForward, FastForwardConfig
 from ffkernels.ops.notices import FFKernelsNotice
 
-EVERY_3 = FastForwardConfig(interval=3, max_tau=256, patience=None)
+
+def every_3(max_tau=256, patience=None):
+    return FastForwardConfig(interval=3, max_tau=max_tau, patience=patience)
+
+
+def said(warned, words):
+    return [str(w.message) for w in warned if words in str(w.message)]
 
 
 class Curve(nn.Module):
@@ -96,15 +102,14 @@ BETWEEN, WITHIN = "between that stage and the next optimizer step", "in the opti
 def test_a_stage_that_is_taken_back_is_the_last(make, step, told, patience):
     model = Curve()
     optimizer = make(model.parameters(), lr=1e-3)
-    config = FastForwardConfig(interval=3, max_tau=256, patience=patience)
+    config = every_3(patience=patience)
     ff = FastForward(model, optimizer, loss_of, config)
     with pytest.warns(FFKernelsNotice) as warned:
         for n in range(12):
             backward(model, n)
             step(model, optimizer)
-    said = [str(w.message) for w in warned if "taken back" in str(w.message)]
-    assert len(said) == 1
-    assert re.match(told, said[0]), said
+    (once,) = said(warned, "taken back")
+    assert re.match(told, once), once
     assert [stage.optimizer_step for stage in ff.stages] == [3]
     assert ff.stages[0].tau > 8 and not ff.active
     state = ff.state_dict()
@@ -134,21 +139,20 @@ def clamped(model, optimizer):
 def test_what_stays_runs_on(make, step, recwarn):
     model = Curve()
     optimizer = make(model.parameters(), lr=1e-3)
-    ff = FastForward(model, optimizer, loss_of, EVERY_3)
+    ff = FastForward(model, optimizer, loss_of, every_3())
     for n in range(12):
         backward(model, n)
         step(model, optimizer)
     assert [stage.optimizer_step for stage in ff.stages] == [3, 6, 9, 12]
     assert ff.stages[0].tau > 8
-    assert not [w for w in recwarn if "taken back" in str(w.message)]
+    assert not said(recwarn, "taken back")
 
 
 def test_overshoot_of_a_noisy_batch_is_no_taking_back():
     """The step after a stage goes back by more than the stage's share, but by few updates."""
     model = Curve()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    config = FastForwardConfig(interval=3, max_tau=4, patience=None)
-    ff = FastForward(model, optimizer, loss_of, config)
+    ff = FastForward(model, optimizer, loss_of, every_3(max_tau=4))
     for n in range(12):
         backward(model, n)
         if n == 3:
@@ -200,13 +204,12 @@ def replaced(model, optimizer, n):
 def test_a_step_that_is_never_called_is_told_of_once(step):
     model = Curve()
     optimizer = TwoPhases(model.parameters(), lr=1e-3)
-    ff = FastForward(model, optimizer, loss_of, EVERY_3)
+    ff = FastForward(model, optimizer, loss_of, every_3())
     with pytest.warns(FFKernelsNotice) as warned:
         for n in range(20):
             step(model, optimizer, n)
-    said = [str(w.message) for w in warned if "has not been called" in str(w.message)]
-    assert len(said) == 1
-    assert said[0].startswith("the weights have changed over 4 gradients, but TwoPhases.step() has not been")
+    (once,) = said(warned, "has not been called")
+    assert once.startswith("the weights have changed over 4 gradients, but TwoPhases.step() has not been")
     assert (ff.optimizer_steps, ff.stages) == (0, [])
     optimizer.__dict__.pop("step", None)
     optimizer.step()
@@ -218,12 +221,12 @@ def test_a_step_that_is_never_called_is_told_of_once(step):
 def test_gradients_that_are_gathered_for_one_step_are_none(recwarn):
     model = Curve()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    FastForward(model, optimizer, loss_of, EVERY_3)
+    FastForward(model, optimizer, loss_of, every_3())
     with torch.no_grad():
         model.b.add_(1)  # as a checkpoint that is loaded now
     for n in range(40):
         model.loss().backward()
         if n % 16 == 15:
             optimizer.step()
-    assert not [w for w in recwarn if "has not been called" in str(w.message)]
+    assert not said(recwarn, "has not been called")
     assert not model.b._post_accumulate_grad_hooks

@@ -221,21 +221,6 @@ class FakeCuda:
     def is_cuda(self, device) -> bool:
         return True
 
-    def is_rocm(self) -> bool:
-        return self.rocm
-
-    def torch_problem(self) -> str | None:
-        return self.old_torch
-
-    def triton_problem(self) -> str | None:
-        return self.no_triton
-
-    def allocator(self) -> str:
-        return self.backend
-
-    def bindings_problem(self) -> str | None:
-        return self.problem
-
     def driver_version(self) -> int:
         self._called("driver_version")
         return self.driver
@@ -247,9 +232,6 @@ class FakeCuda:
         self._called("gpu")
         driver = f"CUDA {self.driver}"
         return {"gpu": "Fake 100", "capability": "9.0", "driver": driver, "uuid": "fake-uuid"}
-
-    def is_profiled(self) -> bool:
-        return self.profiler
 
     # ---- streams, memory, torch's capture ----
 
@@ -276,9 +258,6 @@ class FakeCuda:
         self._called("wait", during_capture=False)
         stream.waited_for.append(earlier)
 
-    def synchronize(self, device) -> None:
-        self._called("synchronize", during_capture=False)
-
     def new_pool(self, device) -> int:
         self._called("new_pool", during_capture=False)
         pool = next(self._numbers)
@@ -302,9 +281,6 @@ class FakeCuda:
         if any(graph.pool == pool for graph in self._graphs.values()):
             raise RuntimeError("the pool of a graph that lives")
         self._pools.remove(pool)
-
-    def empty_cache(self) -> None:
-        self._called("empty_cache", during_capture=False)
 
     def is_capturing(self) -> bool:
         return self.capturing is not None
@@ -362,9 +338,6 @@ class FakeCuda:
     def raw(self, graph) -> int:
         self._called("raw")
         return graph.raw
-
-    def instantiate(self, graph) -> None:
-        self._called("instantiate", during_capture=False)
 
     def replay(self, graph) -> None:
         self._called("replay", during_capture=False)
@@ -474,3 +447,17 @@ class FakeCuda:
     def exec_destroy(self, executable: int) -> None:
         self._called("exec_destroy")
         del self._execs[executable]
+
+
+# Questions that an attribute answers, and calls of which nothing comes but that they were made.
+for name, attribute in {
+    "is_rocm": "rocm",
+    "torch_problem": "old_torch",
+    "triton_problem": "no_triton",
+    "allocator": "backend",
+    "bindings_problem": "problem",
+    "is_profiled": "profiler",
+}.items():
+    setattr(FakeCuda, name, lambda self, attribute=attribute: getattr(self, attribute))
+for name in ("synchronize", "empty_cache", "instantiate"):
+    setattr(FakeCuda, name, lambda self, *of, name=name: self._called(name, during_capture=False))

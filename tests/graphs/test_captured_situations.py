@@ -12,7 +12,8 @@ from ffkernels import ValidationLoss
 from ffkernels.graphs import check as graph_check
 from ffkernels.graphs.driver import Cuda
 
-BOTH = pytest.mark.parametrize("name", ["step_graph", "stage_graph"])
+NAMES = ["step_graph", "stage_graph"]
+BOTH = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture
@@ -26,50 +27,31 @@ def place(fake, situations, tiny_model, padded_batch, monkeypatch):
     return situations.Place(torch.device("cpu"), build, padded_batch, monkeypatch, exact=True)
 
 
-@BOTH
-def test_other_examples_for_every_stage(name, situations, place):
-    situations.other_examples_for_every_stage(place, name)
+SITUATIONS = [
+    *((what, name) for what in ("other_examples_for_every_stage", "exchanged_examples") for name in NAMES),
+    *(("autocast_between_stages", name) for name in NAMES),
+    ("autocast_around_the_forward", "step_graph"),
+    ("mixed_precision_of_accelerate", "stage_graph"),
+]
 
 
-@BOTH
-def test_exchanged_examples(name, situations, place):
-    situations.exchanged_examples(place, name)
-
-
-def test_autocast_around_the_forward(situations, place):
-    situations.autocast_around_the_forward(place, "step_graph")
-
-
-@BOTH
-def test_autocast_between_stages(name, situations, place):
-    situations.autocast_between_stages(place, name)
-
-
-def test_mixed_precision_of_accelerate(situations, place):
-    situations.mixed_precision_of_accelerate(place, "stage_graph")
+@pytest.mark.parametrize(("what", "name"), SITUATIONS)
+def test_situation(what, name, situations, place):
+    getattr(situations, what)(place, name)
 
 
 @BOTH
 def test_training_on_another_stream(name, situations, place, fake, monkeypatch):
     """The launches are on it; what is recorded beside it waits for it, and it for that."""
     launched, recorded = [], []
-    replay, launch, work = fake.replay, fake.exec_launch, fake.work
 
-    def watched_replay(graph):
-        launched.append(fake.stream)
-        replay(graph)
+    def watch(call, note):
+        real = getattr(fake, call)
+        monkeypatch.setattr(fake, call, lambda *given: (note(*given), real(*given))[1])
 
-    def watched_launch(executable, stream):
-        launched.append(stream)
-        launch(executable, stream)
-
-    def watched_work(graph, fn):
-        recorded.append((fake.stream, list(fake.stream.waited_for)))
-        return work(graph, fn)
-
-    monkeypatch.setattr(fake, "replay", watched_replay)
-    monkeypatch.setattr(fake, "exec_launch", watched_launch)
-    monkeypatch.setattr(fake, "work", watched_work)
+    watch("replay", lambda graph: launched.append(fake.stream))
+    watch("exec_launch", lambda executable, stream: launched.append(stream))
+    watch("work", lambda *_: recorded.append((fake.stream, list(fake.stream.waited_for))))
     outer = fake.stream
     user = situations.training_on_another_stream(place, name)
     assert len(launched) >= 3 and set(launched) == {user}

@@ -109,6 +109,19 @@ def generator(monkeypatch):
     return state
 
 
+def give_back(cuda, pool, allocator) -> None:
+    """The pool of one capture that failed: nothing is left of it."""
+    cuda.close_pool(pool, GPU, failures=1)
+    assert (allocator.counts[pool], allocator.underway, allocator.freed) == (0, [], [pool])
+
+
+def recording(monkeypatch, stream, **calls) -> SimpleNamespace:
+    """`stream` is the current one, and the driver has these calls."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    mode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="this thread")
+    return SimpleNamespace(CUstream=lambda number: number, CUstreamCaptureMode=mode, **calls)
+
+
 @pytest.mark.parametrize("stuck", [False, True])
 @pytest.mark.parametrize("broken", [False, True], ids=["Python raised", "CUDA refused"])
 @pytest.mark.parametrize("tidy", ["nothing", "allocations", "all"])
@@ -125,8 +138,7 @@ def test_whatever_torch_leaves_of_a_failed_capture_is_undone(allocator, generato
     assert generator.replaced == stuck, "a generator in order stays the one that other graphs draw from"
     assert allocator.counts[pool] >= 2, "the pool of a graph that lives"
     cuda.reset(good)
-    cuda.close_pool(pool, GPU, failures=1)
-    assert (allocator.counts[pool], allocator.underway, allocator.freed) == (0, [], [pool])
+    give_back(cuda, pool, allocator)
 
 
 @pytest.mark.parametrize("tidy", ["nothing", "allocations", "all"])
@@ -141,8 +153,7 @@ def test_a_capture_that_could_not_begin_is_undone_too(allocator, generator, tidy
     with pytest.raises(RuntimeError):
         cuda.begin(graph, pool)
     cuda.abandon(graph, pool, GPU)
-    cuda.close_pool(pool, GPU, failures=1)
-    assert (allocator.counts[pool], allocator.underway, allocator.freed) == (0, [], [pool])
+    give_back(cuda, pool, allocator)
 
 
 def test_memory_is_held_between_uses_and_then_given_back(allocator):
@@ -195,7 +206,6 @@ class Refusing:
 @pytest.mark.parametrize("seen", ["in the work", "at the end"])
 def test_a_capture_whose_end_cuda_refused_is_made_to_end(allocator, generator, monkeypatch, seen, bound):
     stream = SimpleNamespace(records=False, valid=True, pinned=[], cuda_stream=77)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     cuda, begun = Cuda(), []
 
     def begin(of, mode):
@@ -203,11 +213,7 @@ def test_a_capture_whose_end_cuda_refused_is_made_to_end(allocator, generator, m
         stream.records = True
         return (Status.CUDA_SUCCESS,)
 
-    driver = SimpleNamespace(
-        CUstream=lambda number: number,
-        CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="this thread"),
-        cuStreamBeginCapture=begin,
-    )
+    driver = recording(monkeypatch, stream, cuStreamBeginCapture=begin)
     monkeypatch.setattr(cuda, "_driver", (lambda: driver) if bound else (lambda: 1 / 0))
     pool = cuda.new_pool(GPU)
     graph = Refusing(allocator, stream)
@@ -222,8 +228,7 @@ def test_a_capture_whose_end_cuda_refused_is_made_to_end(allocator, generator, m
     assert begun == ([(77, "this thread", False)] if bound else [])
     assert allocator.underway == [] and not stream.records
     assert stream.pinned == ([] if bound else [pool])
-    cuda.close_pool(pool, GPU, failures=1)
-    assert (allocator.counts[pool], allocator.freed) == (0, [pool])
+    give_back(cuda, pool, allocator)
     if bound:  # nothing is left of it: the pool's next capture begins and ends
         allocator.counts[pool] = 1
         good = Refusing(allocator, stream)
@@ -234,15 +239,14 @@ def test_a_capture_whose_end_cuda_refused_is_made_to_end(allocator, generator, m
 
 def test_a_capture_that_torch_had_not_begun_leaves_no_stream_recording(allocator, generator, monkeypatch):
     stream, ended = SimpleNamespace(cuda_stream=77, records=False), []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
 
     def record(on: bool):
         stream.records = on
         return (Status.CUDA_SUCCESS, 5)[: 1 if on else 2]
 
-    driver = SimpleNamespace(
-        CUstream=lambda number: number,
-        CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="this thread"),
+    driver = recording(
+        monkeypatch,
+        stream,
         cuStreamBeginCapture=lambda of, mode: record(True),
         cuStreamEndCapture=lambda of: record(False),
         cuGraphDestroy=lambda graph: ended.append(graph) or (Status.CUDA_SUCCESS,),
@@ -250,9 +254,8 @@ def test_a_capture_that_torch_had_not_begun_leaves_no_stream_recording(allocator
     cuda = Cuda()
     monkeypatch.setattr(cuda, "_driver", lambda: driver)
     pool = cuda.new_pool(GPU)
-    never = SimpleNamespace(
-        capture_end=lambda: 1 / 0, reset=lambda: None
-    )  # it ended before it touched the stream
+    # It ended before it touched the stream.
+    never = SimpleNamespace(capture_end=lambda: 1 / 0, reset=lambda: None)
     cuda.abandon(never, pool, GPU)
     assert not stream.records and ended == [5] and allocator.underway == []
 

@@ -46,13 +46,9 @@ class Toy:
 
     def stage(self) -> graphs.WhileGraph:
         self.decide.prepare(self.state, with_condition=True)
-        for make in (
-            lambda: graphs.Capture(CPU),
-            lambda: graphs.Capture(CPU, pool=self.held[0]),
-            lambda: graphs.WhileGraph(CPU),
-        ):
-            self.held.append(make())
-        start, step, loop = self.held
+        self.held.append(start := graphs.Capture(CPU))
+        self.held.append(step := graphs.Capture(CPU, pool=start))
+        self.held.append(loop := graphs.WhileGraph(CPU))
         start.warm_up(self.prologue)
         start.capture(lambda: self.prologue(loop.handle))
         step.warm_up(self.body)
@@ -464,30 +460,12 @@ class TestAudit:
 
 
 # Every call of a whole stage, from the first capture to the last close, and what a failed one may leave.
-CALLS = {
-    "new_stream": set(),
-    "new_pool": set(),
-    "graph_create": set(),
-    "handle_create": set(),
-    "wait": set(),
-    "in_pool": set(),
-    "claim_workspaces": set(),
-    "new_graph": set(),
-    "begin": set(),
-    "work": set(),
-    "end": set(),
-    "raw": set(),
-    "node_types": set(),
-    "add_child": set(),
-    "add_while": set(),
-    "exec_create": set(),
-    "exec_launch": set(),
-    "synchronize": set(),
-    "exec_destroy": {"execs"},
-    "graph_destroy": {"tops"},
-    "reset": set(),
-    "close_pool": {"pools"},
-}
+CALLS = dict.fromkeys(
+    """new_stream new_pool graph_create handle_create wait in_pool claim_workspaces new_graph begin work end
+    raw node_types add_child add_while exec_create exec_launch synchronize exec_destroy graph_destroy reset
+    close_pool""".split(),
+    frozenset(),
+) | {"exec_destroy": {"execs"}, "graph_destroy": {"tops"}, "close_pool": {"pools"}}
 BEFORE_LAUNCH = list(CALLS)[: list(CALLS).index("exec_launch")]
 
 

@@ -80,6 +80,11 @@ def kept(tmp_path) -> list[dict]:
     return [json.loads(path.read_text()) for path in folder.glob("*")]
 
 
+def only_file(tmp_path) -> Path:
+    (path,) = (tmp_path / "cache" / "graph-probe").glob("*")
+    return path
+
+
 def test_a_good_verdict_is_kept_and_the_loop_then_runs_here(fake, processes, tmp_path, monkeypatch):
     assert graphs.why_no_stage_graph(CPU) is None
     assert processes.started == ["inside"] and fake.iterations == [5, 5, 0]
@@ -224,21 +229,19 @@ def test_a_hang_before_the_loop_is_not_the_loops(processes, tmp_path, monkeypatc
 
 
 def test_no_process_can_be_started(processes, monkeypatch, tmp_path):
-    def refused(why: str) -> None:
-        assert why in graph_probe.verdict(CPU).problem and kept(tmp_path) == []
-
-    with monkeypatch.context() as patch:
-        patch.setattr(graph_probe, "_command", lambda *arguments: [str(tmp_path / "no-python")])
-        refused("no process could be started")
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "executable", "")
-        refused("no Python to start")
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "frozen", True, raising=False)  # its executable would be the training again
-        refused("no Python to start")
-    with monkeypatch.context() as patch:
-        patch.setenv(graph_probe._CHILD_MARK, "1")
-        refused("asks for it again")
+    for change, why in (
+        (
+            lambda p: p.setattr(graph_probe, "_command", lambda *_: [str(tmp_path / "no-python")]),
+            "no process could be started",
+        ),
+        (lambda p: p.setattr(sys, "executable", ""), "no Python to start"),
+        # Its executable would be the training again.
+        (lambda p: p.setattr(sys, "frozen", True, raising=False), "no Python to start"),
+        (lambda p: p.setenv(graph_probe._CHILD_MARK, "1"), "asks for it again"),
+    ):
+        with monkeypatch.context() as patch:
+            change(patch)
+            assert why in graph_probe.verdict(CPU).problem and kept(tmp_path) == []
     assert processes.started == []
 
 
@@ -299,7 +302,7 @@ def test_that_nothing_works_is_known_only_where_no_way_was_left_untried(processe
     """A version that had fewer ways may have kept that none of them works."""
     processes.all_do(WRONG)
     graph_probe.verdict(CPU)
-    (path,) = (tmp_path / "cache" / "graph-probe").glob("*")
+    path = only_file(tmp_path)
     file = json.loads(path.read_text())
     del file["problems"]["behind"]
     path.write_text(json.dumps(file))
@@ -313,7 +316,7 @@ def test_that_nothing_works_is_known_only_where_no_way_was_left_untried(processe
 )
 def test_a_file_that_is_none_of_these_is_replaced(processes, tmp_path, text):
     graph_probe.verdict(CPU)
-    (path,) = (tmp_path / "cache" / "graph-probe").glob("*")
+    path = only_file(tmp_path)
     if text is None:  # a way that nobody knows
         text = json.dumps({**json.loads(path.read_text()), "way": "around"})
     path.write_bytes(text.encode("latin-1"))
@@ -340,7 +343,7 @@ def test_the_command_says_what_each_way_did_and_where_it_is_kept(processes, tmp_
     processes.beside, processes.behind = WRONG, dies("SIGSEGV")
     assert graph_probe._main(["cpu"]) == 0
     said = capsys.readouterr().out
-    (path,) = (tmp_path / "cache" / "graph-probe").glob("*")
+    path = only_file(tmp_path)
     assert lines(said) == [
         "condition set inside the decision: it counted right",
         "condition set beside the decision: it counted wrong: it found [] and ended at 1.0, not at 4.0",
@@ -465,7 +468,7 @@ class TestInAStage:
             return ff.stages
 
     def test_the_seconds_of_a_process_are_not_a_stages(self, processes, monkeypatch):
-        monkeypatch.setattr(ladder.capture_rules, "why_not_captured", lambda *a, **k: None)
+        monkeypatch.setattr(ladder.rules, "why_not_captured", lambda *a, **k: None)
         processes.inside = f"time.sleep(1)\n{RIGHT}"
         (stage,) = self.train(1)
         assert processes.started == ["inside"] and 0 < stage.seconds < 1

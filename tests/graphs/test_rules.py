@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -101,21 +102,36 @@ def test_accelerates_hooks(tiny_model, padded_batch):
     assert "Hook" in reason(validation)
 
 
-def test_weights_left_on_the_meta_device(lora):
-    model, validation = lora
+def on_the_meta_device(model):
     layer = model.get_base_model().model.layers[1].mlp
     layer.up_proj.weight = nn.Parameter(layer.up_proj.weight.to("meta"))
-    assert "Linear.weight is on the meta device" in reason(validation)
 
 
-def test_sharded_parameters(lora, tiny_model, padded_batch):
-    model, validation = lora
+def fsdp(model):
     model.__class__ = type("FSDPPeft", (type("FSDPModule", (), {}), type(model)), {})
-    assert "FSDP" in reason(validation)
-    plain = tiny_model("llama")
-    validation = ValidationLoss(plain, [padded_batch(3, 12)])
-    plain.model.norm.weight.ds_id = 3
-    assert "ZeRO-3" in reason(validation) and "train with DDP" in reason(validation)
+
+
+def zero_3(model):
+    model.get_base_model().model.norm.weight.ds_id = 3
+
+
+def eight_bit(model):
+    model.get_base_model().model.layers[0].mlp.up_proj.__class__ = type("Linear8bitLt", (nn.Linear,), {})
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (on_the_meta_device, ["Linear.weight is on the meta device"]),
+        (fsdp, ["FSDP"]),
+        (zero_3, ["ZeRO-3", "train with DDP"]),
+        (eight_bit, ["8-bit", "4 bit"]),
+    ],
+)
+def test_weights_that_are_not_there_as_they_are(make, told, lora):
+    model, validation = lora
+    make(model)
+    assert all(words in reason(validation) for words in told)
 
 
 def test_distributed_tensors(tiny_model, padded_batch):
@@ -137,13 +153,6 @@ def test_distributed_tensors(tiny_model, padded_batch):
         assert token(validation) == token(validation)
     finally:
         dist.destroy_process_group()
-
-
-def test_eight_bit_layers(lora):
-    model, validation = lora
-    layer = model.get_base_model().model.layers[0].mlp.up_proj
-    layer.__class__ = type("Linear8bitLt", (nn.Linear,), {})
-    assert "8-bit" in reason(validation) and "4 bit" in reason(validation)
 
 
 def test_compiled_parts(tiny_model, padded_batch):
@@ -202,79 +211,60 @@ def test_the_modules_are_those_that_run(lora):
     assert model not in found and model.get_base_model() not in found
 
 
-def changes(name):
-    """A change to an adapted model that a captured forward cannot follow, and words of its description."""
-
-    def in_peft(method, *arguments):
-        return lambda model: getattr(model, method)(*arguments)
-
-    def load(assign):
-        def act(model):
-            state = {key: value.clone() for key, value in model.state_dict().items()}
-            model.load_state_dict(state, assign=assign)
-
-        return act
-
-    def layer(model):
-        return model.get_base_model().model.layers[0].self_attn.q_proj
-
-    def new_data(model):
-        weight = layer(model).lora_A["default"].weight
-        weight.data = weight.data.clone()
-
-    def instance_forward(model):
-        norm = model.get_base_model().model.norm
-        norm.forward = lambda x: x
-
-    def rope_buffer(model):
-        rotary = model.get_base_model().model.rotary_emb
-        rotary.inv_freq = rotary.inv_freq.clone()
-
-    def disable(model):
-        model.base_model.disable_adapter_layers()
-
-    return {
-        "set_adapter": (in_peft("set_adapter", "other"), "the active adapter"),
-        "disable": (disable, "switched off or on (False → True)"),
-        "merge": (in_peft("merge_adapter"), "merged or unmerged"),
-        "set_scale": (lambda m: layer(m).set_scale("default", 3.0), "scaling"),
-        "scale_layer": (lambda m: layer(m).scale_layer(0.5), "scaling"),
-        "add_adapter": (
-            lambda m: m.add_adapter("third", m.peft_config["default"]),
-            "scaling",
-        ),
-        "delete_adapter": (in_peft("delete_adapter", "other"), "scaling"),
-        "hook": (lambda m: layer(m).register_forward_hook(lambda *_: None), "forward hooks"),
-        "pre-hook": (lambda m: layer(m).register_forward_pre_hook(lambda *_: None), "forward hooks"),
-        "attention": (
-            lambda m: m.get_base_model().set_attn_implementation("eager"),
-            "attention or experts implementation (sdpa → eager)",
-        ),
-        "to": (lambda m: m.to(torch.float64), "the address of"),
-        "assign": (load(True), "the address of"),
-        "data": (new_data, "the address of base_model.model.model.layers.0.self_attn.q_proj.lora_A"),
-        "buffer": (rope_buffer, "rotary_emb.inv_freq"),
-        "forward": (instance_forward, "forward was replaced"),
-        "module": (
-            lambda m: setattr(m.get_base_model().model.layers[0], "mlp", nn.Identity()),
-            "modules were added, removed or replaced",
-        ),
-    }[name]
+def q_proj(model):
+    return model.get_base_model().model.layers[0].self_attn.q_proj
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "set_adapter", "disable", "merge", "set_scale", "scale_layer", "add_adapter", "delete_adapter",
-        "hook", "pre-hook", "attention", "to", "assign", "data", "buffer", "forward", "module",
-    ],
-)  # fmt: skip
-def test_every_change_is_seen_and_named(name, lora):
+def load_assigned(model):
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+
+
+def new_data(model):
+    weight = q_proj(model).lora_A["default"].weight
+    weight.data = weight.data.clone()
+
+
+def rope_buffer(model):
+    rotary = model.get_base_model().model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.clone()
+
+
+# Changes to an adapted model that a captured forward cannot follow, and words of their descriptions.
+CHANGES = {
+    "set_adapter": (lambda m: m.set_adapter("other"), "the active adapter"),
+    "disable": (lambda m: m.base_model.disable_adapter_layers(), "switched off or on (False → True)"),
+    "merge": (lambda m: m.merge_adapter(), "merged or unmerged"),
+    "set_scale": (lambda m: q_proj(m).set_scale("default", 3.0), "scaling"),
+    "scale_layer": (lambda m: q_proj(m).scale_layer(0.5), "scaling"),
+    "add_adapter": (lambda m: m.add_adapter("third", m.peft_config["default"]), "scaling"),
+    "delete_adapter": (lambda m: m.delete_adapter("other"), "scaling"),
+    "hook": (lambda m: q_proj(m).register_forward_hook(lambda *_: None), "forward hooks"),
+    "pre-hook": (lambda m: q_proj(m).register_forward_pre_hook(lambda *_: None), "forward hooks"),
+    "attention": (
+        lambda m: m.get_base_model().set_attn_implementation("eager"),
+        "attention or experts implementation (sdpa → eager)",
+    ),
+    "to": (lambda m: m.to(torch.float64), "the address of"),
+    "assign": (load_assigned, "the address of"),
+    "data": (new_data, "the address of base_model.model.model.layers.0.self_attn.q_proj.lora_A"),
+    "buffer": (rope_buffer, "rotary_emb.inv_freq"),
+    "forward": (
+        lambda m: setattr(m.get_base_model().model.norm, "forward", lambda x: x),
+        "forward was replaced",
+    ),
+    "module": (
+        lambda m: setattr(m.get_base_model().model.layers[0], "mlp", nn.Identity()),
+        "modules were added, removed or replaced",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES.values(), ids=CHANGES)
+def test_every_change_is_seen_and_named(change, words, lora):
     model, validation = lora
     model.add_adapter("other", model.peft_config["default"])
     before = token(validation)
     assert token(validation) == before and describe_change(before, token(validation)) == "nothing"
-    change, words = changes(name)
     change(model)
     after = token(validation)
     assert after != before
@@ -290,42 +280,54 @@ def test_a_disabled_adapter_comes_back(lora):
     assert token(validation) == before
 
 
-@pytest.mark.parametrize("kind", ["global hook", "autocast", "float32", "sdp", "deterministic", "reduced"])
+@contextmanager
+def switched(switch, on, off):
+    switch(on)
+    yield
+    switch(off)
+
+
+@contextmanager
+def global_hook():
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        yield
+
+
+@contextmanager
+def reduced():
+    matmul = torch.backends.cuda.matmul
+    was = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = not was
+    yield
+    matmul.allow_bf16_reduced_precision_reduction = was
+
+
+PRECISION = "precision or determinism switch"
+SWITCHES = {
+    "global hook": (global_hook, "forward hooks"),
+    "autocast": (lambda: torch.autocast("cpu", dtype=torch.bfloat16), "autocast (None → torch.bfloat16)"),
+    "float32": (lambda: switched(torch.set_float32_matmul_precision, "high", "highest"), PRECISION),
+    "sdp": (
+        lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        "attention kernels",
+    ),
+    "deterministic": (
+        lambda: switched(torch.use_deterministic_algorithms, True, False),
+        f"{PRECISION} (False → True)",
+    ),
+    "reduced": (reduced, PRECISION),
+}
+
+
+@pytest.mark.parametrize("kind", SWITCHES)
 def test_switches_outside_the_model_are_seen(kind, lora, default_precision):
     _, validation = lora
-    before = token(validation)
-    matmul = torch.backends.cuda.matmul
-    if kind == "global hook":
-        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    before, (switch, words) = token(validation), SWITCHES[kind]
+    with switch():
         after = token(validation)
-        handle.remove()
-        words = "forward hooks"
-    elif kind == "autocast":
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            after = token(validation)
+        if kind == "autocast":
             with evaluation_mode(validation.model, CPU):
                 assert token(validation) == after
-        words = "autocast (None → torch.bfloat16)"
-    elif kind == "float32":
-        torch.set_float32_matmul_precision("high")
-        after = token(validation)
-        torch.set_float32_matmul_precision("highest")
-        words = "precision or determinism switch"
-    elif kind == "sdp":
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            after = token(validation)
-        words = "attention kernels"
-    elif kind == "deterministic":
-        torch.use_deterministic_algorithms(True)
-        after = token(validation)
-        torch.use_deterministic_algorithms(False)
-        words = "precision or determinism switch (False → True)"
-    else:
-        was = matmul.allow_bf16_reduced_precision_reduction
-        matmul.allow_bf16_reduced_precision_reduction = not was
-        after = token(validation)
-        matmul.allow_bf16_reduced_precision_reduction = was
-        words = "precision or determinism switch"
     assert after != before and words in describe_change(before, after)
     assert token(validation) == before
 

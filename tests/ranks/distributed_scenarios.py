@@ -386,7 +386,7 @@ def slope_differs(rank, size, what):
         begun = Run(**AUTO).ff.state_dict()["auto_rate"]
         if rank == 0:
             run.ff.load_state_dict({**run.ff.state_dict(), "auto_rate": begun})
-        run.ff._unconfirmed = True
+        run.ff._decision._unconfirmed = True
         run.train(1, rank, first=3)
     elif what == "initial weights":
         run = Run(wrapped=False)

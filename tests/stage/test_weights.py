@@ -4,7 +4,13 @@ from torch import nn
 
 from ffkernels import ops
 from ffkernels.ops.notices import FFKernelsNotice
-from ffkernels.stage.weights import local_tensors, signature, trainable_weights, unwrap_optimizer
+from ffkernels.stage.weights import (
+    MovedWeights,
+    local_tensors,
+    signature,
+    trainable_weights,
+    unwrap_optimizer,
+)
 
 
 class Net(nn.Module):
@@ -202,3 +208,25 @@ def test_parameters_that_fsdp_has_gathered_are_not_missed(mesh):
     weights = trainable_weights(net, optimizer)
     assert list(weights) == names
     assert all(hasattr(weight, "to_local") for weight in weights.values())
+
+
+def test_the_table_is_taken_along_to_other_memory_and_made_anew_for_other_weights():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    moved, let_go = MovedWeights(model, optimizer, impl="torch"), []
+    table, fingerprint = moved.table, moved.fingerprint
+
+    def refresh():
+        return moved.refresh(lambda: let_go.append(1)), len(let_go)
+
+    assert refresh() == (False, 0) and (table.numel, fingerprint[0], moved.sharded) == (8, 2, False)
+    model.weight.data = model.weight.data.clone()
+    assert refresh() == (False, 1) and moved.table is table
+    assert table.weights[0].data_ptr() == model.weight.data_ptr()
+    model.bias.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"1 gone, such as 'bias'\); the table was rebuilt"):
+        assert refresh() == (True, 2)
+    assert moved.table is not table and (moved.table.numel, list(moved.parameters)) == (6, ["weight"])
+    assert moved.fingerprint[0] == 1 and moved.fingerprint != fingerprint
+    moved.free()
+    assert moved.table is None and refresh() == (True, 3) and moved.table.numel == 6
