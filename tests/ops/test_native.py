@@ -24,7 +24,7 @@ def test_a_machine_with_a_compiler_has_the_library():
 @needs_compiler
 def test_build_native_fills_the_cache_and_loads_it(fresh_native, tmp_path):
     fresh_native.setenv("FFKERNELS_CACHE", str(tmp_path))
-    fresh_native.setattr(native, "_PACKAGED", tmp_path / "absent.so")
+    fresh_native.setattr(native.RECIPE, "packaged", tmp_path / "absent.so")
     assert not ops.available()["cpp"].ok
     path = ops.build_native()
     assert path.is_relative_to(tmp_path) and native.load().path == path
@@ -42,9 +42,9 @@ def test_what_is_built_is_not_compiled_again(fresh_native, tmp_path):
     compiler.chmod(0o755)
     fresh_native.setenv("CXX", str(compiler))
     fresh_native.setenv("FFKERNELS_CACHE", str(tmp_path / "cache"))
-    fresh_native.setattr(native, "_PACKAGED", tmp_path / "absent.so")
+    fresh_native.setattr(native.RECIPE, "packaged", tmp_path / "absent.so")
     fresh_native.setattr(build, "FLAGS", tuple(flag for flag in build.FLAGS if flag != "-O3"))
-    broken = native._cached()
+    broken = native.RECIPE.cached()
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"\x7fELF, but not really")
 
@@ -118,10 +118,10 @@ def test_no_compiler_is_a_clear_error(fresh_native, tmp_path):
     fresh_native.delenv("CXX", raising=False)
     fresh_native.setenv("PATH", str(tmp_path))
     with pytest.raises(build.BuildError, match=r"no C\+\+ compiler on PATH.*install one or set CXX"):
-        build.compile_library(native.source_dir(), tmp_path / build.LIBRARY)
+        build.compile_library(native.RECIPE.source_dir(), tmp_path / build.LIBRARY)
     fresh_native.setenv("CXX", "no-such-compiler -m64")
     with pytest.raises(build.BuildError, match="CXX='no-such-compiler -m64' is not an executable"):
-        build.compile_library(native.source_dir(), tmp_path / build.LIBRARY)
+        build.compile_library(native.RECIPE.source_dir(), tmp_path / build.LIBRARY)
 
 
 @needs_compiler
