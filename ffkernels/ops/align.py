@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ffkernels.ops import reference
-from ffkernels.ops.moves import Lists, kernels, plan_for, same_length
+from ffkernels.ops.moves import Lists, kernels, plan_for
 from ffkernels.ops.plan import (
     DTYPE_CODES,
     SEGMENT,
@@ -41,6 +41,7 @@ from ffkernels.ops.plan import (
     empty_alike,
     lie_alike,
     names_of,
+    same_length,
 )
 from ffkernels.ops.table import TensorTable
 

@@ -31,7 +31,7 @@ from torch.autograd.graph import increment_version
 
 from ffkernels.ops import reference
 from ffkernels.ops.dispatch import choose
-from ffkernels.ops.plan import DTYPES, GPU_CHUNK, Plan, make_plan
+from ffkernels.ops.plan import DTYPES, GPU_CHUNK, Plan, make_plan, same_length
 from ffkernels.ops.table import TensorTable
 
 _PLANS_KEPT = 16
@@ -187,8 +187,8 @@ def _scalar(plan: Plan, name: str, value: Scalar) -> bool | float | Tensor:
 
     A tensor that is not on the host stays unread and goes to the plan's device; the C++ ops alone read it.
     """
-    allowed, dtype = ("a bool", torch.int32) if name == "accept" else ("a number", torch.float32)
     if isinstance(value, Tensor):
+        allowed, dtype = ("a bool", torch.int32) if name == "accept" else ("a number", torch.float32)
         if value.numel() != 1:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; give {allowed} or a tensor of one element"
@@ -251,14 +251,6 @@ def _(weights, deltas, best, accept, k, impl="auto") -> None:
     for name, scalar in (("accept", accept), ("k", k)):
         if scalar.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(scalar.shape)}; give a tensor of one element")
-
-
-def same_length(weights: Sequence[Tensor], **twins: Sequence[Tensor]) -> None:
-    for label, tensors in twins.items():
-        if len(tensors) != len(weights):
-            raise ValueError(
-                f"{label} has {len(tensors)} tensors for {len(weights)} weights; give one for each"
-            )
 
 
 @torch.no_grad()

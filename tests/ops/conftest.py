@@ -111,12 +111,15 @@ def isa_restored():
 
 @pytest.fixture
 def fresh_native(monkeypatch):
-    """The library is looked for anew inside the test, and again after it; notices start afresh."""
+    """Both libraries are looked for anew inside the test, and again after it; notices start afresh."""
+    found = (native.load, native_cuda.load, native_cuda.usable)
     monkeypatch.setattr("ffkernels.ops.notices._announced", set())
-    native.load.cache_clear()
+    for kept in found:
+        kept.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    native.load.cache_clear()
+    for kept in found:
+        kept.cache_clear()
 
 
 def _load(name: str, interpret: bool) -> ModuleType:

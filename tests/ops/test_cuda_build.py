@@ -42,17 +42,6 @@ needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason="needs cuo
 
 
 @pytest.fixture
-def fresh_cuda(monkeypatch):
-    """The library is looked for anew inside the test, and again after it."""
-    native_cuda.load.cache_clear()
-    native_cuda.usable.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    native_cuda.load.cache_clear()
-    native_cuda.usable.cache_clear()
-
-
-@pytest.fixture
 def fake_nvcc(tmp_path, monkeypatch):
     """Puts a shell script into CUDA_HOME."""
 
@@ -168,13 +157,13 @@ def test_newer_gpus_find_portable_code(library):
 
 
 @needs_nvcc
-def test_the_library_loads_without_a_gpu(library, fresh_cuda):
-    fresh_cuda.setenv("FFKERNELS_CUDA_LIBRARY", str(library))
+def test_the_library_loads_without_a_gpu(library, fresh_native):
+    fresh_native.setenv("FFKERNELS_CUDA_LIBRARY", str(library))
     loaded = native_cuda.load()
     assert loaded.library is not None and loaded.path == library
     assert "dtype" in loaded.library.ffk_cuda_error_string(-1).decode()
     # Nothing here stands in for a GPU: either the kernels load on device 0, or the driver says why not.
-    fresh_cuda.setattr(torch.cuda, "current_device", lambda: 0)
+    fresh_native.setattr(torch.cuda, "current_device", lambda: 0)
     refused = native_cuda.usable(0)
     if not os.path.exists("/dev/nvidia0"):
         assert refused is not None and str(library) in refused and "code" in refused
@@ -192,19 +181,19 @@ def test_the_library_brings_its_runtime_along(library):
 
 @pytest.mark.slow
 @needs_nvcc
-def test_build_cuda_fills_the_cache(tmp_path, fresh_cuda):
-    fresh_cuda.setenv("FFKERNELS_CACHE", str(tmp_path))
-    fresh_cuda.delenv("FFKERNELS_CUDA_LIBRARY", raising=False)
-    fresh_cuda.setattr(native_cuda.RECIPE, "packaged", tmp_path / "absent.so")
-    fresh_cuda.setattr(build, "CUDA_ARCHITECTURES", (80,))
+def test_build_cuda_fills_the_cache(tmp_path, fresh_native):
+    fresh_native.setenv("FFKERNELS_CACHE", str(tmp_path))
+    fresh_native.delenv("FFKERNELS_CUDA_LIBRARY", raising=False)
+    fresh_native.setattr(native_cuda.RECIPE, "packaged", tmp_path / "absent.so")
+    fresh_native.setattr(build, "CUDA_ARCHITECTURES", (80,))
     path = native_cuda.build_cuda()
     assert path.is_relative_to(tmp_path)
     assert native_cuda.load().path == path
     compiled = []
-    fresh_cuda.setattr(native_cuda.RECIPE, "compile", lambda *places: compiled.append(places))
+    fresh_native.setattr(native_cuda.RECIPE, "compile", lambda *places: compiled.append(places))
     assert native_cuda.build_cuda() == path and not compiled, "it is there and opens"
     assert native_cuda.build_cuda(again=True) == path and compiled == [(CSRC, path)]
-    fresh_cuda.setattr(build, "CUDA_FLAGS", (*build.CUDA_FLAGS, "-DFFK_OTHER"))
+    fresh_native.setattr(build, "CUDA_FLAGS", (*build.CUDA_FLAGS, "-DFFK_OTHER"))
     assert native_cuda.RECIPE.cached() != path
 
 
@@ -222,14 +211,14 @@ def test_architectures_are_compiled_side_by_side(tmp_path, fake_nvcc):
 
 @pytest.mark.slow
 @needs_nvcc
-def test_a_library_of_other_sources_is_refused(tmp_path, fresh_cuda):
+def test_a_library_of_other_sources_is_refused(tmp_path, fresh_native):
     other = tmp_path / "csrc"
     shutil.copytree(CSRC, other)
     with open(other / "step_cuda.cu", "a", encoding="utf-8") as source:
         source.write("// changed\n")
-    fresh_cuda.setattr(build, "CUDA_ARCHITECTURES", (80,))
+    fresh_native.setattr(build, "CUDA_ARCHITECTURES", (80,))
     build.compile_cuda_library(other, tmp_path / "other.so")
-    fresh_cuda.setenv("FFKERNELS_CUDA_LIBRARY", str(tmp_path / "other.so"))
+    fresh_native.setenv("FFKERNELS_CUDA_LIBRARY", str(tmp_path / "other.so"))
     assert native_cuda.load().library is None
     assert "other sources" in native_cuda.load().reason
 

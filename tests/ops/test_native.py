@@ -62,16 +62,20 @@ def test_what_is_built_is_not_compiled_again(fresh_native, tmp_path):
     assert ops.build_native() != broken and compiled() == 3 * once
 
 
-def test_cache_directory(fresh_native, tmp_path):
-    fresh_native.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    fresh_native.delenv("FFKERNELS_CACHE", raising=False)
-    assert native.cache_dir() == tmp_path / "xdg" / "ffkernels"
-    fresh_native.setenv("FFKERNELS_CACHE", str(tmp_path / "own"))
-    assert native.cache_dir() == tmp_path / "own"
-    fresh_native.delenv("FFKERNELS_CACHE")
-    fresh_native.delenv("XDG_CACHE_HOME")
-    fresh_native.setenv("HOME", str(tmp_path))
-    assert native.cache_dir() == tmp_path / ".cache" / "ffkernels"
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"HOME": "home"}, "home/.cache/ffkernels"),
+        ({"HOME": "home", "XDG_CACHE_HOME": "xdg"}, "xdg/ffkernels"),
+        ({"XDG_CACHE_HOME": "xdg", "FFKERNELS_CACHE": "own"}, "own"),
+    ],
+)
+def test_cache_directory(monkeypatch, tmp_path, variables, expected):
+    for name in ("FFKERNELS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    assert native.cache_dir() == tmp_path / expected
 
 
 def test_a_broken_library_falls_back_and_says_so_once(fresh_native, tmp_path):

@@ -149,22 +149,6 @@ def test_step_is_the_paper_s_step_and_checkpoint(impl, dtype, assert_same_bits):
     assert_same_bits(table.weights, moved)
 
 
-def test_rollback_restores_every_bit(impl, dtype):
-    """k = 0 must not compute: Δ is infinite, base is −0.0 and NaN with a payload."""
-    table = ops.TensorTable([torch.tensor([-0.0, 1.0, math.inf, math.nan], dtype=dtype)], impl=impl)
-    integers = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    table.weights[0].view(integers)[3] += 5
-    ops.checkpoint_(table)
-    before = table.weights[0].view(integers).clone()
-    table.weights[0].fill_(7.0)
-    table.deltas[0].fill_(math.inf)
-    ops.step_(table, False, 0)
-    assert torch.equal(table.weights[0].view(integers), before)
-    ops.step_(table, True, -0.0)
-    assert torch.equal(table.weights[0].view(integers), before)
-    assert torch.equal(table.best[0].view(integers), before)
-
-
 def test_a_stage(impl):
     """checkpoint, an optimizer's step, delta, three steps forward of which the last is refused, rollback."""
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
