@@ -27,9 +27,10 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ffkernels.ops import reference
-from ffkernels.ops.moves import kernels, plan_for, same_length
+from ffkernels.ops.moves import Lists, kernels, plan_for
 from ffkernels.ops.plan import (
     DTYPE_CODES,
     SEGMENT,
@@ -40,6 +41,7 @@ from ffkernels.ops.plan import (
     empty_alike,
     lie_alike,
     names_of,
+    same_length,
 )
 from ffkernels.ops.table import TensorTable
 
@@ -179,17 +181,21 @@ def _blocks(group: Group) -> int:
     return int(group.places[-1, 2]) - int(-group.rows[-1, 3] // SUM_BLOCK)
 
 
-def _align(plan: Plan, names, weights, grads, best, best_written, out: Tensor | None) -> Tensor:
+def _align(on: TensorTable | Lists, grads: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
+    on.check_addresses()
+    plan = on.plan
     if plan.gradients is None:
         plan.gradients = Gradients(plan)
-    found = plan.gradients.find(names, weights, grads)
+    found = plan.gradients.find(on.names, on.weights, grads)
     out = _sums(plan.device, out)
     if not plan.groups:
         return out.zero_()
     if plan.impl == "torch":
-        reference.align_(weights, found, best, out)
+        reference.align_(on.weights, found, on.best, out)
     else:
-        kernels(plan.impl).align_(plan, best_written, out)
+        kernels(plan.impl).align_(plan, out)
+        increment_version(on.best_flats)
+        increment_version(out)
     return out
 
 
@@ -206,12 +212,7 @@ def _sums(device: torch.device, out: Tensor | None) -> Tensor:
 
 def _align_lists(weights, grads, best, out: Tensor | None = None, *, impl: str = "auto") -> Tensor:
     plan = plan_for(weights, None, best, impl, tuple(DTYPE_CODES))
-    return _align(plan, None, weights, grads, best, best, out)
-
-
-def _align_table(table: TensorTable, grads: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
-    table.check_addresses()
-    return _align(table.plan, table.names, table.weights, grads, table.best, table.best_flats, out)
+    return _align(Lists(plan, weights, None, best), grads, out)
 
 
 @torch.library.custom_op("ffkernels::align_", mutates_args=("best",), schema=_SCHEMA)
@@ -262,5 +263,5 @@ def align_(weights, grads, *args, **kwargs):
             table = weights
             return _traced(table.weights, grads, table.best, *args, impl=table.impl, **kwargs)
         return _traced(weights, grads, *args, **kwargs)
-    form = _align_table if isinstance(weights, TensorTable) else _align_lists
+    form = _align if isinstance(weights, TensorTable) else _align_lists
     return form(weights, grads, *args, **kwargs)

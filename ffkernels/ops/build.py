@@ -73,11 +73,33 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
         raise BuildError(f"{command[0]} could not be run: {error}") from error
 
 
+def _compile(sources: list[Path], target: Path, commands: list[list[str]]) -> list[str]:
+    """Put what the first successful command makes of `sources` into `target`, and return that command.
+
+    The file appears in one move, so a concurrent process never loads half a library.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
+        built = Path(scratch) / target.name
+        for start in commands:
+            command = [*start, *map(str, sources), "-o", str(built)]
+            result = _run(command)
+            if result.returncode == 0:
+                os.replace(built, target)
+                return command
+    names = ", ".join(source.name for source in sources)
+    errors = (result.stderr or result.stdout)[-2000:].strip()
+    raise BuildError(f"{command[0]} failed on {names}:\n{errors}")
+
+
+def _define(source_id: str) -> str:
+    return f'-DFFK_SOURCE_ID="{source_id}"'
+
+
 def compile_library(source_dir: Path, target: Path) -> list[str]:
     """Compile `source_dir` into `target` and return the command that did it.
 
-    With OpenMP first; where the compiler or its runtime lacks it, without. The file appears in one move, so a
-    concurrent process never loads half a library.
+    With OpenMP first; where the compiler or its runtime lacks it, without.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -87,22 +109,10 @@ def compile_library(source_dir: Path, target: Path) -> list[str]:
             if chosen
             else "no C++ compiler on PATH (c++, g++ or clang++); install one or set CXX"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    sources = [str(source_dir / name) for name in SOURCES]
-    define = f'-DFFK_SOURCE_ID="{source_id(source_dir)}"'
-    errors = ""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
-        built = Path(scratch) / LIBRARY
-        for openmp in (["-fopenmp"], []):
-            # Our flags come last: CXXFLAGS may add to them, not switch contraction back on.
-            command = [*compiler, *extra, *FLAGS, *openmp, define, *sources, "-o", str(built)]
-            result = _run(command)
-            if result.returncode == 0:
-                os.replace(built, target)
-                return command
-            errors = result.stderr
-    raise BuildError(f"{compiler[0]} failed on {', '.join(SOURCES)}:\n{errors[-2000:].strip()}")
+    # Our flags come last: CXXFLAGS may add to them, not switch contraction back on.
+    common = [*compiler, *shlex.split(os.environ.get("CXXFLAGS", "")), *FLAGS, _define(source_id(source_dir))]
+    sources = [source_dir / name for name in SOURCES]
+    return _compile(sources, target, [[*common, "-fopenmp"], common])
 
 
 def find_nvcc() -> Path | None:
@@ -143,17 +153,7 @@ def compile_cuda_library(source_dir: Path, target: Path) -> list[str]:
             if home
             else "no nvcc on PATH; install a CUDA toolkit or set CUDA_HOME"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    define = f'-DFFK_SOURCE_ID="{cuda_source_id(source_dir)}"'
-    sources = [str(source_dir / name) for name in CUDA_SOURCES]
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
-        built = Path(scratch) / CUDA_LIBRARY
-        # The architectures are compiled side by side, on all cores.
-        targets = ["--threads=0", *_cuda_targets(nvcc)]
-        command = [str(nvcc), *CUDA_FLAGS, *targets, define, *sources, "-o", str(built)]
-        result = _run(command)
-        if result.returncode != 0:
-            errors = (result.stderr or result.stdout)[-2000:].strip()
-            raise BuildError(f"{nvcc} failed on {', '.join(CUDA_SOURCES)}:\n{errors}")
-        os.replace(built, target)
-    return command
+    # The architectures are compiled side by side, on all cores.
+    targets = ["--threads=0", *_cuda_targets(nvcc), _define(cuda_source_id(source_dir))]
+    sources = [source_dir / name for name in CUDA_SOURCES]
+    return _compile(sources, target, [[str(nvcc), *CUDA_FLAGS, *targets]])

@@ -102,7 +102,7 @@ def _triton_trial(kind: str, index: int) -> str | None:
         with torch.inference_mode(False):
             source = torch.arange(3, dtype=torch.float32, device=device)
             target = torch.full_like(source, -1)
-            triton_ops.checkpoint_(make_plan([source], None, [target], chunk=GPU_CHUNK), [target])
+            triton_ops.checkpoint_(make_plan([source], None, [target], chunk=GPU_CHUNK))
             triton_ops.prepare(device)
             return None if torch.equal(source, target) else "a Triton trial kernel gave a wrong result"
     except Exception as error:  # whatever a compiler, a driver or a mismatched package may raise

@@ -16,20 +16,22 @@ which lists are written.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from threading import Lock
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ffkernels.ops import reference
 from ffkernels.ops.dispatch import choose
-from ffkernels.ops.plan import DTYPES, GPU_CHUNK, Plan, make_plan
+from ffkernels.ops.plan import DTYPES, GPU_CHUNK, Plan, make_plan, same_length
 from ffkernels.ops.table import TensorTable
 
 _PLANS_KEPT = 16
@@ -102,78 +104,76 @@ def _let_go(plan: Plan) -> None:
             tensor.record_stream(stream)
 
 
-# Kernels get addresses from the plan. The tensors beside it are those whose autograd version counters they
-# move on: views of one memory share a counter, so a table hands over its arenas, not the views into them.
+class Lists(NamedTuple):
+    """Plain lists with the face of a table."""
+
+    plan: Plan
+    weights: Sequence[Tensor]
+    deltas: Sequence[Tensor] | None
+    best: Sequence[Tensor]
+    names = None
+
+    @property
+    def delta_flats(self) -> Sequence[Tensor] | None:
+        return self.deltas
+
+    @property
+    def best_flats(self) -> Sequence[Tensor]:
+        return self.best
+
+    def check_addresses(self) -> None:
+        """Their plan was found by address."""
 
 
-def checkpoint(plan: Plan, weights, best, best_written) -> None:
+# Kernels get addresses from the plan and know of no tensors, so the autograd version counters of what they
+# wrote are moved on here: views of one memory share a counter, so a table has those of its arenas moved on.
+
+
+def checkpoint(on: TensorTable | Lists) -> None:
+    on.check_addresses()
+    if on.plan.impl == "torch":
+        return reference.checkpoint_(on.weights, on.best)
+    kernels(on.plan.impl).checkpoint_(on.plan)
+    increment_version(on.best_flats)
+
+
+def delta(on: TensorTable | Lists) -> None:
+    on.check_addresses()
+    if on.plan.impl == "torch":
+        return reference.delta_(on.weights, on.deltas, on.best)
+    kernels(on.plan.impl).delta_(on.plan)
+    increment_version(on.delta_flats)
+    increment_version(on.best_flats)
+
+
+def step(on: TensorTable | Lists, accept: Scalar, k: Scalar) -> None:
+    on.check_addresses()
+    plan = on.plan
+    accept, k = _scalar(plan, "accept", accept), _scalar(plan, "k", k)
+    by_device = isinstance(accept, Tensor) or isinstance(k, Tensor)
+    if plan.impl == "triton" or (plan.impl == "torch" and by_device):
+        accept, k = as_tensor(plan, accept, torch.int32), as_tensor(plan, k, torch.float32)
     if plan.impl == "torch":
-        reference.checkpoint_(weights, best)
-    else:
-        kernels(plan.impl).checkpoint_(plan, best_written)
-
-
-def delta(plan: Plan, weights, deltas, best, deltas_written, best_written) -> None:
-    if plan.impl == "torch":
-        reference.delta_(weights, deltas, best)
-    else:
-        kernels(plan.impl).delta_(plan, deltas_written, best_written)
-
-
-def step(plan: Plan, weights, deltas, best, best_written, accept: Scalar, k: Scalar) -> None:
-    if plan.impl == "cuda":
-        accept, k = accept_argument(plan, accept), k_argument(plan, k)
-    elif plan.impl == "triton" or (plan.impl == "torch" and (on_device(accept) or on_device(k))):
-        accept = as_tensor(plan, accept_argument(plan, accept), torch.int32)
-        k = as_tensor(plan, k_argument(plan, k), torch.float32)
-    else:
-        accept, k = host_accept(accept), host_k(k)
-    if plan.impl != "torch":
-        kernels(plan.impl).step_(plan, weights, best_written, accept, k)
-    elif isinstance(accept, Tensor):
-        reference.step_by_device_(weights, deltas, best, accept, k)
-    else:
-        reference.step_(weights, deltas, best, accept, k)
+        move = reference.step_by_device_ if by_device else reference.step_
+        return move(on.weights, on.deltas, on.best, accept, k)
+    kernels(plan.impl).step_(plan, accept, k)
+    # What the device will decide is not known here: both may change.
+    if isinstance(accept, Tensor) or accept:
+        increment_version(on.best_flats)
+    if isinstance(accept, Tensor) or isinstance(k, Tensor) or k != 0 or not accept:
+        increment_version(on.weights)
 
 
 def checkpoint_lists(weights: Sequence[Tensor], best: Sequence[Tensor], *, impl: str = "auto") -> None:
-    checkpoint(plan_for(weights, None, best, impl), weights, best, best)
+    checkpoint(Lists(plan_for(weights, None, best, impl), weights, None, best))
 
 
 def delta_lists(weights, deltas, best, *, impl: str = "auto") -> None:
-    delta(plan_for(weights, deltas, best, impl), weights, deltas, best, deltas, best)
+    delta(Lists(plan_for(weights, deltas, best, impl), weights, deltas, best))
 
 
 def step_lists(weights, deltas, best, accept: Scalar, k: Scalar, *, impl: str = "auto") -> None:
-    step(plan_for(weights, deltas, best, impl), weights, deltas, best, best, accept, k)
-
-
-def checkpoint_table(table: TensorTable) -> None:
-    table.check_addresses()
-    checkpoint(table.plan, table.weights, table.best, table.best_flats)
-
-
-def delta_table(table: TensorTable) -> None:
-    table.check_addresses()
-    flats = (table.delta_flats, table.best_flats)
-    delta(table.plan, table.weights, table.deltas, table.best, *flats)
-
-
-def step_table(table: TensorTable, accept: Scalar, k: Scalar) -> None:
-    table.check_addresses()
-    step(table.plan, table.weights, table.deltas, table.best, table.best_flats, accept, k)
-
-
-def delta_absmax(table: TensorTable) -> float:
-    """max |Δ|; the flat arenas stand for their tensors, since what lies between those is zero."""
-    if table.impl == "cpp":
-        return kernels("cpp").delta_absmax(table.plan)
-    return reference.delta_absmax(table.delta_flats)
-
-
-def delta_absmax_on_device(table: TensorTable) -> Tensor:
-    """The same, left where the weights are: a float32 scalar that nobody has waited for."""
-    return reference.delta_absmax_on_device(table.delta_flats, table.plan.device)
+    step(Lists(plan_for(weights, deltas, best, impl), weights, deltas, best), accept, k)
 
 
 Scalar = bool | int | float | Tensor
@@ -182,41 +182,23 @@ Scalar = bool | int | float | Tensor
 _CONSTANTS_KEPT = 1024
 
 
-def _one(name: str, allowed: str, value: Any) -> Any:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; give {allowed} or a tensor of one element")
-    return value
+def _scalar(plan: Plan, name: str, value: Scalar) -> bool | float | Tensor:
+    """accept as a bool or int32 [1], k rounded to float32, which all compute with, or as float32 [1].
 
-
-def host_accept(value: Scalar) -> bool:
-    return bool(_one("accept", "a bool", value))
-
-
-def host_k(value: Scalar) -> float:
-    """k rounded to float32, which is what every implementation computes with."""
-    return ctypes.c_float(float(_one("k", "a number", value))).value
-
-
-def on_device(value: Scalar) -> bool:
-    """Whether reading this value would stop the host."""
-    return isinstance(value, Tensor) and value.device.type not in ("cpu", "meta")
-
-
-def accept_argument(plan: Plan, value: Scalar) -> bool | Tensor:
-    """A bool, or int32 [1] on the plan's device."""
-    if not on_device(value):
-        return host_accept(value)
-    value = _one("accept", "a bool", value).detach()
-    if value.dtype != torch.int32:
-        value = (value != 0).to(torch.int32)
-    return value.to(plan.device).reshape(1)
-
-
-def k_argument(plan: Plan, value: Scalar) -> float | Tensor:
-    """A float32 value, or float32 [1] on the plan's device."""
-    if not on_device(value):
-        return host_k(value)
-    return _one("k", "a number", value).detach().to(plan.device, torch.float32).reshape(1)
+    A tensor that is not on the host stays unread and goes to the plan's device; the C++ ops alone read it.
+    """
+    if isinstance(value, Tensor):
+        allowed, dtype = ("a bool", torch.int32) if name == "accept" else ("a number", torch.float32)
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; give {allowed} or a tensor of one element"
+            )
+        if value.device.type not in ("cpu", "meta") and plan.impl != "cpp":
+            value = value.detach()
+            if name == "accept" and value.dtype != dtype:
+                value = value != 0
+            return value.to(plan.device, dtype).reshape(1)
+    return bool(value) if name == "accept" else ctypes.c_float(float(value)).value
 
 
 def as_tensor(plan: Plan, value: bool | float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,36 +217,22 @@ def as_tensor(plan: Plan, value: bool | float | Tensor, dtype: torch.dtype) -> T
     return found
 
 
-_CHECKPOINT = '(Tensor[] weights, Tensor(b!)[] best, str impl="auto") -> ()'
-_DELTA = '(Tensor[] weights, Tensor(a!)[] deltas, Tensor(b!)[] best, str impl="auto") -> ()'
-_STEP = (
-    "(Tensor(a!)[] weights, Tensor[] deltas, Tensor(b!)[] best, Tensor accept, Tensor k,"
-    ' str impl="auto") -> ()'
-)
+def _operator(name: str, arguments: str, lists: Callable) -> torch.library.CustomOpDef:
+    """The form for `lists` as an operator; its schema marks what it writes by (a!) or (b!)."""
+
+    def move(*given) -> None:
+        *given, impl = given if isinstance(given[-1], str) else (*given, "auto")
+        lists(*given, impl=impl)
+
+    schema, written = f'({arguments}, str impl="auto") -> ()', re.findall(r"!\)\[\] (\w+)", arguments)
+    return torch.library.custom_op(f"ffkernels::{name}", move, mutates_args=written, schema=schema)
 
 
-@torch.library.custom_op("ffkernels::checkpoint_", mutates_args=("best",), schema=_CHECKPOINT)
-def checkpoint_(weights: Sequence[Tensor], best: Sequence[Tensor], impl: str = "auto") -> None:
-    checkpoint_lists(weights, best, impl=impl)
-
-
-@torch.library.custom_op("ffkernels::delta_", mutates_args=("deltas", "best"), schema=_DELTA)
-def delta_(
-    weights: Sequence[Tensor], deltas: Sequence[Tensor], best: Sequence[Tensor], impl: str = "auto"
-) -> None:
-    delta_lists(weights, deltas, best, impl=impl)
-
-
-@torch.library.custom_op("ffkernels::step_", mutates_args=("weights", "best"), schema=_STEP)
-def step_(
-    weights: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    best: Sequence[Tensor],
-    accept: Tensor,
-    k: Tensor,
-    impl: str = "auto",
-) -> None:
-    step_lists(weights, deltas, best, accept, k, impl=impl)
+_DELTA = "Tensor[] weights, Tensor(a!)[] deltas, Tensor(b!)[] best"
+_STEP = "Tensor(a!)[] weights, Tensor[] deltas, Tensor(b!)[] best, Tensor accept, Tensor k"
+checkpoint_ = _operator("checkpoint_", "Tensor[] weights, Tensor(b!)[] best", checkpoint_lists)
+delta_ = _operator("delta_", _DELTA, delta_lists)
+step_ = _operator("step_", _STEP, step_lists)
 
 
 @checkpoint_.register_fake
@@ -285,18 +253,12 @@ def _(weights, deltas, best, accept, k, impl="auto") -> None:
             raise ValueError(f"{name} has shape {tuple(scalar.shape)}; give a tensor of one element")
 
 
-def same_length(weights: Sequence[Tensor], **twins: Sequence[Tensor]) -> None:
-    for label, tensors in twins.items():
-        if len(tensors) != len(weights):
-            raise ValueError(
-                f"{label} has {len(tensors)} tensors for {len(weights)} weights; give one for each"
-            )
-
-
-def traced_scalar(
-    value: bool | int | float | Tensor, dtype: torch.dtype, weights: Sequence[Tensor]
-) -> Tensor:
-    """A scalar of a traced call as a tensor beside the weights, where a compiled graph can keep it."""
-    if isinstance(value, Tensor):
-        return value
-    return torch.full((1,), value, dtype=dtype, device=weights[0].device if len(weights) else "cpu")
+@torch.no_grad()
+def traced_step(weights, deltas, best, accept: Scalar, k: Scalar, impl: str = "auto") -> None:
+    """The operator, with scalars as tensors beside the weights, where a compiled graph can keep them."""
+    device = weights[0].device if len(weights) else "cpu"
+    if not isinstance(accept, Tensor):
+        accept = torch.full((1,), accept, dtype=torch.int32, device=device)
+    if not isinstance(k, Tensor):
+        k = torch.full((1,), k, dtype=torch.float32, device=device)
+    step_(weights, deltas, best, accept, k, impl)

@@ -8,50 +8,48 @@ into the user's cache. Loading needs no GPU; whether one can run the kernels is 
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ffkernels.ops import build
-from ffkernels.ops.native import (
-    Group,
-    NativeLibrary,
-    cached_path,
-    candidates,
-    groups_of,
-    load_first,
-    open_library,
-    source_dir,
-)
+from ffkernels.ops.native import GROUPS, Moves, NativeLibrary, Recipe
 from ffkernels.ops.plan import Plan
 
 CURE = "run `ffkernels doctor --build` (needs nvcc), or reinstall ffkernels where nvcc is present"
 
-_PACKAGED = Path(__file__).parent / build.CUDA_LIBRARY
+_AT = _STREAM = ctypes.c_void_p
+RECIPE = Recipe(
+    kind="cuda",
+    name="CUDA kernels",
+    cure=CURE,
+    variable="FFKERNELS_CUDA_LIBRARY",
+    file=build.CUDA_LIBRARY,
+    sources=build.CUDA_SOURCES,
+    source_id=build.cuda_source_id,
+    compile=build.compile_cuda_library,
+    prefix="ffk_cuda_",
+    signatures={
+        "prepare": (),
+        "checkpoint": (*GROUPS, _STREAM),
+        "delta": (*GROUPS, _STREAM),
+        "step": (*GROUPS, _AT, _AT, ctypes.c_int32, ctypes.c_float, _STREAM),
+        "align": (*GROUPS, _AT, _AT, _AT, _AT, _STREAM),
+    },
+)
 
 
-def _sources() -> Path | None:
-    folder = source_dir()
-    if folder is None or not all((folder / name).is_file() for name in build.CUDA_SOURCES):
-        return None
-    return folder
-
-
-def _digest() -> str | None:
-    sources = _sources()
-    return None if sources is None else build.cuda_source_id(sources)
-
-
-def _cached() -> Path | None:
-    digest = _digest()
-    known = digest is not None and hasattr(os, "uname")
-    return cached_path("cuda", digest, build.CUDA_LIBRARY) if known else None
+@cache
+def load() -> NativeLibrary:
+    """The library, opened once per process."""
+    loaded = RECIPE.find()
+    if loaded.library is not None:
+        loaded.library.ffk_cuda_error_string.argtypes = (ctypes.c_int32,)
+        loaded.library.ffk_cuda_error_string.restype = ctypes.c_char_p
+    return loaded
 
 
 def build_cuda(*, again: bool = False) -> Path:
@@ -59,41 +57,10 @@ def build_cuda(*, again: bool = False) -> Path:
 
     A library of the same sources and flags that is there and opens is taken as it is, unless `again`.
     """
-    sources = _sources()
-    if sources is None:
-        raise build.BuildError("the CUDA sources are not part of this installation; reinstall ffkernels")
-    if not hasattr(os, "uname"):
-        raise build.BuildError("the CUDA kernels are built on Linux only")
-    target = _cached()
-    if again or load_first([target], _open, "").library is None:
-        build.compile_cuda_library(sources, target)
+    path = RECIPE.build(again)
     load.cache_clear()
     usable.cache_clear()
-    _open(target)
-    return target
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    groups = (ctypes.POINTER(Group), ctypes.c_int64)
-    pointer = stream = ctypes.c_void_p
-    signatures = {
-        "prepare": (),
-        "checkpoint": (*groups, stream),
-        "delta": (*groups, stream),
-        "step": (*groups, pointer, pointer, ctypes.c_int32, ctypes.c_float, stream),
-        "align": (*groups, pointer, pointer, pointer, pointer, stream),
-    }
-    library = open_library(path, "ffk_cuda_", _digest(), signatures)
-    library.ffk_cuda_error_string.argtypes = (ctypes.c_int32,)
-    library.ffk_cuda_error_string.restype = ctypes.c_char_p
-    return library
-
-
-@cache
-def load() -> NativeLibrary:
-    """The library, opened once per process."""
-    found = candidates("FFKERNELS_CUDA_LIBRARY", _PACKAGED, _cached())
-    return load_first(found, _open, "the CUDA kernels were not built on this machine")
+    return path
 
 
 @cache
@@ -120,58 +87,28 @@ def _current(index: int) -> AbstractContextManager:
     return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
-class Moves:
-    """The library's functions bound to one plan: what a call needs is looked up and laid out once."""
-
-    def __init__(self, plan: Plan) -> None:
-        loaded = load()
-        if loaded.library is None:
-            raise RuntimeError(f"the CUDA kernels are not available: {loaded.reason}; {CURE}")
-        self.loaded = loaded
-        self.table, self.count = groups_of(plan)
-        self.device = plan.device
-        self.index = plan.device.index
-        self.checkpoint = loaded.library.ffk_cuda_checkpoint
-        self.delta = loaded.library.ffk_cuda_delta
-        self.step = loaded.library.ffk_cuda_step
-        self.align = loaded.library.ffk_cuda_align
-
-    def launch(self, function, *arguments) -> None:
-        with _current(self.index):
-            stream = torch.cuda.current_stream(self.device).cuda_stream
-            code = function(self.table, self.count, *arguments, stream)
-        if code != 0:
-            raise RuntimeError(f"the launch on {self.device} failed: {_message(self.loaded, code)}")
-
-
-def _bound(plan: Plan) -> Moves:
+def _launch(plan: Plan, move: str, *arguments) -> None:
     if plan.native is None:
-        plan.native = Moves(plan)
-    return plan.native
+        plan.native = Moves(plan, RECIPE, load(), RECIPE.prefix)
+    bound = plan.native
+    with _current(plan.device.index):
+        stream = torch.cuda.current_stream(plan.device).cuda_stream
+        code = getattr(bound, move)(bound.table, bound.count, *arguments, stream)
+    if code != 0:
+        raise RuntimeError(f"the launch on {plan.device} failed: {_message(bound.loaded, code)}")
 
 
-def checkpoint_(plan: Plan, best: Sequence[Tensor]) -> None:
+def checkpoint_(plan: Plan) -> None:
     """best ← W"""
-    moves = _bound(plan)
-    moves.launch(moves.checkpoint)
-    increment_version(best)
+    _launch(plan, "checkpoint")
 
 
-def delta_(plan: Plan, deltas: Sequence[Tensor], best: Sequence[Tensor]) -> None:
+def delta_(plan: Plan) -> None:
     """Δ ← W − best ; best ← W"""
-    moves = _bound(plan)
-    moves.launch(moves.delta)
-    increment_version(deltas)
-    increment_version(best)
+    _launch(plan, "delta")
 
 
-def step_(
-    plan: Plan,
-    weights: Sequence[Tensor],
-    best: Sequence[Tensor],
-    accept: bool | Tensor,
-    k: float | Tensor,
-) -> None:
+def step_(plan: Plan, accept: bool | Tensor, k: float | Tensor) -> None:
     """base = accept ? W : best ; best ← base ; W ← base + k·Δ
 
     `accept` (int32 [1]) and `k` (float32 [1]) are on the device and read by the kernel, or they are host
@@ -180,18 +117,9 @@ def step_(
     # Names of their own: rebinding `accept` or `k` could free a tensor before the kernel is launched on it.
     accept_at, accept_now = (accept.data_ptr(), 0) if isinstance(accept, Tensor) else (None, int(accept))
     k_at, k_now = (k.data_ptr(), 0.0) if isinstance(k, Tensor) else (None, k)
-    moves = _bound(plan)
-    moves.launch(moves.step, accept_at, k_at, accept_now, k_now)
-    # What the device will decide is not known here: both may change.
-    if accept_now or accept_at is not None:
-        increment_version(best)
-    if k_now != 0 or k_at is not None or not accept_now:
-        increment_version(weights)
+    _launch(plan, "step", accept_at, k_at, accept_now, k_now)
 
 
-def align_(plan: Plan, best: Sequence[Tensor], out: Tensor) -> None:
+def align_(plan: Plan, out: Tensor) -> None:
     """out ← ⟨g,d⟩, ⟨g,g⟩, ⟨d,d⟩ with d = W − best ; best ← W"""
-    moves = _bound(plan)
-    moves.launch(moves.align, *(tensor.data_ptr() for tensor in (*plan.gradients.tensors(), out)))
-    increment_version(best)
-    increment_version(out)
+    _launch(plan, "align", *(tensor.data_ptr() for tensor in (*plan.gradients.tensors(), out)))

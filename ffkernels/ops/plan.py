@@ -191,6 +191,14 @@ def _check_twin(name: str, tensor: Tensor, weight_name: str, weight: Tensor) -> 
         )
 
 
+def same_length(weights: Sequence[Tensor], **twins: Sequence[Tensor]) -> None:
+    for label, tensors in twins.items():
+        if len(tensors) != len(weights):
+            raise ValueError(
+                f"{label} has {len(tensors)} tensors for {len(weights)} weights; give one for each"
+            )
+
+
 def make_plan(
     weights: Sequence[Tensor],
     deltas: Sequence[Tensor] | None,
@@ -209,10 +217,7 @@ def make_plan(
     for label, twins in (("deltas", deltas), ("best", best)):
         if twins is None:
             continue
-        if len(twins) != len(weights):
-            raise ValueError(
-                f"{label} has {len(twins)} tensors for {len(weights)} weights; give one for each"
-            )
+        same_length(weights, **{label: twins})
         named += [(f"{label}[{i}]", twin) for i, twin in enumerate(twins)]
     for name, tensor in named:
         check_tensor(name, tensor, dtypes)

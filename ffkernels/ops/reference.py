@@ -14,7 +14,6 @@ untouched.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import repeat
 
@@ -157,17 +156,9 @@ def _by_halves(terms: Tensor) -> Tensor:
 
 @torch.no_grad()
 def delta_absmax_on_device(deltas: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The same as a float32 scalar [] that stays on `device`: nothing waits for it."""
+    """max |Δ| as a float32 scalar [] that stays on `device`; NaN if any element is, 0 where there is none"""
     # The extremes rather than abs(): no second copy of a large Δ.
     largest = [torch.stack(torch.aminmax(delta)).abs().amax().float() for delta in deltas if delta.numel()]
     if not largest:
         return torch.zeros((), device=device)
     return torch.stack(largest).amax()
-
-
-def delta_absmax(deltas: Sequence[Tensor]) -> float:
-    """max |Δ| over all tensors, NaN if any element is NaN, 0.0 when there is none"""
-    if not deltas:
-        return 0.0
-    value = float(delta_absmax_on_device(deltas, deltas[0].device))
-    return math.nan if math.isnan(value) else value

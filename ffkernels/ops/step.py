@@ -26,26 +26,24 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ffkernels.ops import moves
+from ffkernels.ops import moves, native, reference
 from ffkernels.ops.moves import Scalar
 from ffkernels.ops.table import TensorTable
 
 
-@torch.no_grad()
-def _traced_step(weights, deltas, best, accept: Scalar, k: Scalar, *, impl: str = "auto") -> None:
-    accept = moves.traced_scalar(accept, torch.int32, weights)
-    k = moves.traced_scalar(k, torch.float32, weights)
-    moves.step_(weights, deltas, best, accept, k, impl)
+def _call(of_table, of_lists, operator, sides: tuple[str, ...], weights, args, kwargs) -> None:
+    """A move of a table or of plain lists: now, or, while torch.compile traces, by its operator.
 
-
-@torch.no_grad()
-def _traced_delta(weights, deltas, best, *, impl: str = "auto") -> None:
-    moves.delta_(weights, deltas, best, impl)
-
-
-@torch.no_grad()
-def _traced_checkpoint(weights, best, *, impl: str = "auto") -> None:
-    moves.checkpoint_(weights, best, impl)
+    `sides` are the table's lists that the operator takes beside the weights.
+    """
+    table = weights if isinstance(weights, TensorTable) else None
+    if not torch.compiler.is_compiling():
+        return (of_lists if table is None else of_table)(weights, *args, **kwargs)
+    with torch.no_grad():
+        if table is None:
+            return operator(weights, *args, **kwargs)
+        lists = [getattr(table, side) for side in sides]
+        return operator(table.weights, *lists, *args, impl=table.impl, **kwargs)
 
 
 @overload
@@ -54,12 +52,7 @@ def checkpoint_(table: TensorTable) -> None: ...
 def checkpoint_(weights: Sequence[Tensor], best: Sequence[Tensor], *, impl: str = "auto") -> None: ...
 def checkpoint_(weights, *args, **kwargs):
     """best ← W"""
-    if torch.compiler.is_compiling():
-        if isinstance(weights, TensorTable):
-            return _traced_checkpoint(weights.weights, weights.best, *args, impl=weights.impl, **kwargs)
-        return _traced_checkpoint(weights, *args, **kwargs)
-    form = moves.checkpoint_table if isinstance(weights, TensorTable) else moves.checkpoint_lists
-    return form(weights, *args, **kwargs)
+    _call(moves.checkpoint, moves.checkpoint_lists, moves.checkpoint_, ("best",), weights, args, kwargs)
 
 
 @overload
@@ -70,13 +63,7 @@ def delta_(
 ) -> None: ...
 def delta_(weights, *args, **kwargs):
     """Δ ← W − best ; best ← W"""
-    if torch.compiler.is_compiling():
-        if isinstance(weights, TensorTable):
-            table = weights
-            return _traced_delta(table.weights, table.deltas, table.best, *args, impl=table.impl, **kwargs)
-        return _traced_delta(weights, *args, **kwargs)
-    form = moves.delta_table if isinstance(weights, TensorTable) else moves.delta_lists
-    return form(weights, *args, **kwargs)
+    _call(moves.delta, moves.delta_lists, moves.delta_, ("deltas", "best"), weights, args, kwargs)
 
 
 @overload
@@ -93,18 +80,15 @@ def step_(
 ) -> None: ...
 def step_(weights, *args, **kwargs):
     """base = accept ? W : best ; best ← base ; W ← base + k·Δ"""
-    if torch.compiler.is_compiling():
-        if isinstance(weights, TensorTable):
-            table = weights
-            return _traced_step(table.weights, table.deltas, table.best, *args, impl=table.impl, **kwargs)
-        return _traced_step(weights, *args, **kwargs)
-    form = moves.step_table if isinstance(weights, TensorTable) else moves.step_lists
-    return form(weights, *args, **kwargs)
+    _call(moves.step, moves.step_lists, moves.traced_step, ("deltas", "best"), weights, args, kwargs)
 
 
 def delta_absmax(table: TensorTable) -> float:
     """max |Δ| over all tensors; NaN if any element is NaN, 0.0 for an empty table"""
-    return moves.delta_absmax(table)
+    # The flat arenas stand for their tensors: what lies between those is zero.
+    if table.impl == "cpp":
+        return native.delta_absmax(table.plan)
+    return float(delta_absmax_on_device(table))
 
 
 def delta_absmax_on_device(table: TensorTable) -> Tensor:
@@ -112,4 +96,4 @@ def delta_absmax_on_device(table: TensorTable) -> Tensor:
 
     Nothing is read back: the call can be captured in a CUDA graph.
     """
-    return moves.delta_absmax_on_device(table)
+    return reference.delta_absmax_on_device(table.delta_flats, table.plan.device)

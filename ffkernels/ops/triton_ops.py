@@ -20,7 +20,6 @@ are 64-bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -309,39 +308,25 @@ def prepare(device: torch.device) -> None:
     _launch(_step_kernel, plan, rows.view(torch.int32), rows.view(torch.float32), -0.0)
 
 
-def checkpoint_(plan: Plan, best: Sequence[Tensor]) -> None:
+def checkpoint_(plan: Plan) -> None:
     """best ← W"""
     _launch(_checkpoint_kernel, plan)
-    torch.autograd.graph.increment_version(best)
 
 
-def delta_(plan: Plan, deltas: Sequence[Tensor], best: Sequence[Tensor]) -> None:
+def delta_(plan: Plan) -> None:
     """Δ ← W − best ; best ← W"""
     _launch(_delta_kernel, plan)
-    torch.autograd.graph.increment_version(deltas)
-    torch.autograd.graph.increment_version(best)
 
 
-def step_(
-    plan: Plan,
-    weights: Sequence[Tensor],
-    best: Sequence[Tensor],
-    accept: Tensor,
-    k: Tensor,
-) -> None:
+def step_(plan: Plan, accept: Tensor, k: Tensor) -> None:
     """base = accept ? W : best ; best ← base ; W ← base + k·Δ, with accept int32 [1] and k float32 [1]"""
     # -0.0 is an argument so that no compiler can know it.
     _launch(_step_kernel, plan, accept, k, -0.0)
-    # What accept and k say is not known here: both sides count as written.
-    torch.autograd.graph.increment_version(best)
-    torch.autograd.graph.increment_version(weights)
 
 
-def align_(plan: Plan, best: Sequence[Tensor], out: Tensor) -> None:
+def align_(plan: Plan, out: Tensor) -> None:
     """out ← ⟨g,d⟩, ⟨g,g⟩, ⟨d,d⟩ with d = W − best ; best ← W"""
     for i, group in enumerate(plan.groups):
         arguments = (group.places, *plan.gradients.tensors(), out, len(group.rows), int(i == 0))
         codes = {"CODE": DTYPE_CODES[group.dtype], "SEGMENT": SEGMENT}
         _launch_one(_align_kernel, plan.device, group, *arguments, **codes)
-    torch.autograd.graph.increment_version(best)
-    torch.autograd.graph.increment_version(out)

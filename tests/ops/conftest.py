@@ -10,15 +10,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from ffkernels import ops
-from ffkernels.ops import build, native
-from ffkernels.ops.plan import DTYPES
+from ffkernels.ops import build, native, native_cuda, reference
+from ffkernels.ops.align import Gradients
+from ffkernels.ops.native import NativeLibrary
+from ffkernels.ops.plan import DTYPE_CODES, DTYPES, GPU_CHUNK, make_plan
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -92,6 +94,13 @@ def one_thread():
 
 
 @pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def isa_restored():
     library = native.load().library
     before = library.ffk_cpu_isa(-1) if library is not None else -1
@@ -102,12 +111,15 @@ def isa_restored():
 
 @pytest.fixture
 def fresh_native(monkeypatch):
-    """The library is looked for anew inside the test, and again after it; notices start afresh."""
+    """Both libraries are looked for anew inside the test, and again after it; notices start afresh."""
+    found = (native.load, native_cuda.load, native_cuda.usable)
     monkeypatch.setattr("ffkernels.ops.notices._announced", set())
-    native.load.cache_clear()
+    for kept in found:
+        kept.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    native.load.cache_clear()
+    for kept in found:
+        kept.cache_clear()
 
 
 def _load(name: str, interpret: bool) -> ModuleType:
@@ -187,7 +199,110 @@ def cuda_on_host(tmp_path_factory) -> ctypes.CDLL:
     opened = ctypes.CDLL(str(folder / "kernels.so"))
     opened.ffk_misaligned_accesses.restype = ctypes.c_int64
     opened.ffk_cuda_error_string.restype = ctypes.c_char_p
-    groups, pointer = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_void_p
-    opened.ffk_cuda_step.argtypes = (*groups, pointer, pointer, ctypes.c_int32, ctypes.c_float, pointer)
-    opened.ffk_cuda_align.argtypes = (*groups, *[pointer] * 5)
+    for name, arguments in native_cuda.RECIPE.signatures.items():
+        getattr(opened, f"ffk_cuda_{name}").argtypes = arguments
     return opened
+
+
+@pytest.fixture
+def on_host(cuda_on_host, monkeypatch):
+    """native_cuda with that library in the place of the real one, and no GPU's stream to ask for."""
+    monkeypatch.setattr(native_cuda, "load", lambda: NativeLibrary(cuda_on_host, Path("on_host"), "loaded"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
+    before = cuda_on_host.ffk_misaligned_accesses()
+    yield native_cuda
+    assert cuda_on_host.ffk_misaligned_accesses() == before
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """A GPU's current stream and whether it is captured, both to set, and what was recorded on which."""
+    state = SimpleNamespace(capturing=False, stream="main", recorded=[])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state.stream)
+    record = lambda tensor, stream: state.recorded.append((tensor.data_ptr(), stream))  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "record_stream", record)
+    return state
+
+
+class Kernels:
+    """One implementation, called with a plan and the sides (W, Δ, best) that it is of."""
+
+    def __init__(self, name: str, module: ModuleType) -> None:
+        self.name, self.module = name, module
+
+    def checkpoint(self, plan, sides) -> None:
+        arguments = (sides[0], sides[2]) if self.name == "torch" else (plan,)
+        self.module.checkpoint_(*arguments)
+
+    def delta(self, plan, sides) -> None:
+        self.module.delta_(*(sides if self.name == "torch" else (plan,)))
+
+    def step(self, plan, sides, accept, k, by_device=False) -> None:
+        """`by_device`: with scalars that only the device knows, as Triton's kernels take all."""
+        k = ctypes.c_float(k).value
+        step_ = self.module.step_
+        if self.name == "triton" or (by_device and self.name != "cpp"):
+            accept, k = torch.tensor([accept], dtype=torch.int32), torch.tensor([k])
+            step_ = reference.step_by_device_ if self.name == "torch" else step_
+        step_(*(sides if self.name == "torch" else (plan,)), accept, k)
+
+    def align(self, plan, weights, grads, best) -> torch.Tensor:
+        plan.impl = self.name
+        plan.gradients = plan.gradients or Gradients(plan)
+        found = plan.gradients.find(None, weights, grads)
+        out = torch.full((3,), math.nan, dtype=torch.float64)
+        self.module.align_(*((weights, found, best) if self.name == "torch" else (plan,)), out)
+        assert not plan.gradients.tickets.any(), "ready for the next launch"
+        return out
+
+
+@pytest.fixture(params=["torch", "cpp", "triton", "cuda"])
+def kernels(request):
+    """Every implementation; those for GPUs on the CPU, by Triton's interpreter and the C++ compiler."""
+    if request.param == "triton":
+        return Kernels("triton", request.getfixturevalue("interpreted")("triton_ops"))
+    if request.param == "cuda":
+        return Kernels("cuda", request.getfixturevalue("on_host"))
+    if request.param == "cpp":
+        request.getfixturevalue("cpp")
+        return Kernels("cpp", native)
+    return Kernels("torch", reference)
+
+
+class Sides:
+    """W, Δ, best and gradients of `sizes`, each in memory that is NaN around it.
+
+    `skips` says by how many elements each of them begins off a boundary of 128 bytes.
+    """
+
+    def __init__(self, dtype, sizes, skips=(0, 0, 0, 0), grad_dtype=None):
+        generator = torch.Generator().manual_seed(len(sizes))
+        self.memory, self.all = [], []
+        for skip, kind in zip(skips, (dtype, dtype, dtype, grad_dtype or dtype), strict=True):
+            self.all.append([self._placed(n, kind, skip, generator) for n in sizes])
+        self.weights, self.deltas, self.best, self.grads = self.all
+        self.moved = tuple(self.all[:3])
+        self.before = [[tensor.clone() for tensor in side] for side in self.moved]
+
+    def _placed(self, n, dtype, skip, generator):
+        memory = torch.full((n + 200,), math.nan, dtype=dtype)
+        first = -memory.data_ptr() % 128 // dtype.itemsize + skip
+        self.memory.append((memory, first, first + n))
+        memory[first : first + n] = torch.randn(n, generator=generator)
+        return memory[first : first + n]
+
+    def plan(self, deltas=True, dtypes=tuple(DTYPE_CODES)):
+        return make_plan(
+            self.weights, self.deltas if deltas else None, self.best, chunk=GPU_CHUNK, dtypes=dtypes
+        )
+
+    def unharmed(self) -> bool:
+        parts = [part for memory, *ends in self.memory for part in memory.tensor_split(ends)[::2]]
+        return all(bool(part.isnan().all()) for part in parts)
+
+
+@pytest.fixture(scope="session")
+def make_sides():
+    return Sides

@@ -127,35 +127,19 @@ def move(compiled, tmp_path_factory):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", WIDE)
-class TestMoves:
-    def test_full_rows_move_in_128_bit_accesses(self, move, name, architecture, dtype):
-        code = move(name, architecture, dtype)
-        each = GPU_CHUNK // move.threads // (16 // dtype.itemsize)
-        loads, stores = WIDE[name]
-        assert code.opcodes["LDG.E.128"] == loads * each
-        assert code.opcodes["STG.E.128"] == stores * each
-
-    def test_nothing_spills_and_every_address_is_global(self, move, name, architecture, dtype):
-        code = move(name, architecture, dtype)
-        assert code.stack == code.local == 0
-        assert code.count("LDL", "STL") == 0
-        assert code.count("LD.", "ST.") == 0, "generic accesses look up which memory they are in"
-        assert code.count("LDS", "STS") == 0, "no element needs another thread"
-
-    def test_a_multiprocessor_can_be_full_of_threads(self, move, name, architecture, dtype):
-        assert move(name, architecture, dtype).registers <= 32  # 65,536 registers for 2,048 threads
-
-    def test_narrow_rows_move_single_elements(self, move, name, architecture, dtype):
-        code = move(name, architecture, dtype)
-        width = "LDG.E" if dtype == torch.float32 else "LDG.E.U16"
-        assert code.opcodes[width] > 0
-        assert code.opcodes[width.replace("LDG", "STG")] > 0
-
-    def test_row_addresses_are_64_bit(self, move, name, architecture, dtype):
-        ptx = move(name, architecture, dtype).ptx
-        (block,) = re.findall(r"mov\.u32\s+(%r\d+), %ctaid\.x;", ptx)
-        uses = re.findall(rf"^\s*([\w.]+)\s+.*, {block}\b", ptx, re.MULTILINE)
-        assert uses and all(re.match(r"(mul|mad)\.wide|cvt\.[us]64", use) for use in uses)
+def test_moves(move, name, architecture, dtype):
+    code = move(name, architecture, dtype)
+    each = GPU_CHUNK // move.threads // (16 // dtype.itemsize)
+    assert (code.opcodes["LDG.E.128"], code.opcodes["STG.E.128"]) == tuple(n * each for n in WIDE[name])
+    assert code.stack == code.local == code.count("LDL", "STL") == 0, "nothing spills"
+    assert code.count("LD.", "ST.") == 0, "generic accesses look up which memory they are in"
+    assert code.count("LDS", "STS") == 0, "no element needs another thread"
+    assert code.registers <= 32, "65,536 registers for 2,048 threads: a multiprocessor can be full"
+    narrow = "LDG.E" if dtype == torch.float32 else "LDG.E.U16"
+    assert code.opcodes[narrow] > 0 < code.opcodes[narrow.replace("LDG", "STG")], "single elements"
+    (block,) = re.findall(r"mov\.u32\s+(%r\d+), %ctaid\.x;", code.ptx)
+    uses = re.findall(rf"^\s*([\w.]+)\s+.*, {block}\b", code.ptx, re.MULTILINE)
+    assert uses and all(re.match(r"(mul|mad)\.wide|cvt\.[us]64", use) for use in uses), "64-bit addresses"
 
 
 # Each takes a second: float16 and float64 on one architecture are enough.
@@ -197,24 +181,23 @@ def test_every_product_of_a_step_is_rounded_before_its_sum(move, architecture, d
     assert products == sums >= GPU_CHUNK // move.threads
 
 
-BY_EXAMPLE = ("sums", "best", "examples")
+STATE = {"begin": {"fresh": "*i64", "largest_ptr": "*fp32"}}
+STATE["decide"] = dict.fromkeys(("loss_ptr", "sums", "best", "examples"), "*fp64")
 
 
 @pytest.fixture(scope="session")
 def search(compiled):
-    """Compiles the decision as its launcher would."""
+    """Compiles the begin of a search (where `parabolic` is None) or a decision as its launcher would."""
     decide = compiled("decide")
 
     @cache
     def build(architecture, parabolic, condition) -> Machine:
-        return compile_for(
-            decide._decide_kernel,
-            architecture,
-            {"state": "*i64", "loss_ptr": "*fp64", **dict.fromkeys(BY_EXAMPLE, "*fp64"), "handle": "i64"},
-            {"PARABOLIC": parabolic, "CONDITION": condition},
-            1,
-            **({"extern_libs": decide.CONDITION_LIBRARY} if condition else {}),
-        )
+        name = "begin" if parabolic is None else "decide"
+        signature = {"state": "*i64", **STATE[name], "handle": "i64"}
+        constants = {"CONDITION": condition} | ({} if parabolic is None else {"PARABOLIC": parabolic})
+        libraries = {"extern_libs": decide.CONDITION_LIBRARY} if condition else {}
+        kernel = getattr(decide, f"_{name}_kernel")
+        return compile_for(kernel, architecture, signature, constants, 1, **libraries)
 
     return build
 
@@ -253,29 +236,10 @@ def test_constants_of_the_search_keep_their_64_bits(search, compiled, architectu
         assert "0d" + struct.pack(">d", value).hex().upper() in ptx
 
 
-@pytest.fixture(scope="session")
-def beginning(compiled):
-    """Compiles the begin of a search as its launcher would."""
-    decide = compiled("decide")
-
-    @cache
-    def build(architecture, condition) -> Machine:
-        return compile_for(
-            decide._begin_kernel,
-            architecture,
-            {"state": "*i64", "fresh": "*i64", "largest_ptr": "*fp32", "handle": "i64"},
-            {"CONDITION": condition},
-            1,
-            **({"extern_libs": decide.CONDITION_LIBRARY} if condition else {}),
-        )
-
-    return build
-
-
 @pytest.mark.parametrize("condition", [False, True], ids=["plain", "for a WHILE node"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_search_begins_with_one_store(beginning, architecture, condition):
-    code = beginning(architecture, condition)
+def test_a_search_begins_with_one_store(search, architecture, condition):
+    code = search(architecture, None, condition)
     assert code.stack == code.local == 0
     assert code.count("LDL", "STL", "LD.", "ST.", "LDS", "STS") == 0
     assert code.count("STG") == 1
@@ -295,12 +259,11 @@ def sets_condition_once(code: Machine) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_thread_sets_the_condition_once(beginning, search, architecture):
-    sets_condition_once(beginning(architecture, True))
-    for parabolic in (False, True):
+def test_one_thread_sets_the_condition_once(search, architecture):
+    for parabolic in (None, False, True):
         sets_condition_once(search(architecture, parabolic, True))
-    assert beginning(architecture, False).open_calls == []
-    assert search(architecture, True, False).open_calls == []
+    for parabolic in (None, True):
+        assert search(architecture, parabolic, False).open_calls == []
 
 
 def assemble(

@@ -41,11 +41,29 @@ def find_cuobjdump() -> str | None:
 needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason="needs cuobjdump (CUDA or triton)")
 
 
+@pytest.fixture
+def fake_nvcc(tmp_path, monkeypatch):
+    """Puts a shell script into CUDA_HOME."""
+
+    def write(script: str) -> Path:
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        nvcc.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        return nvcc
+
+    return write
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("cuda") / build.CUDA_LIBRARY
     build.compile_cuda_library(CSRC, target)
     return target
+
+
+INSTRUCTION = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?"  # what stands before its name
 
 
 def functions(text: str) -> dict[str, str]:
@@ -84,7 +102,7 @@ def test_every_kernel_is_there_for_every_architecture(machine_code):
 def test_machine_code_is_wide_and_stays_in_registers(machine_code):
     assert machine_code
     for where, (code, usage) in machine_code.items():
-        opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code, flags=re.M)
+        opcodes = re.findall(INSTRUCTION + r"([A-Z][A-Z0-9_.]+)", code, flags=re.M)
         assert len(opcodes) > 50, where
         loads = [op for op in opcodes if op.startswith("LDG")]
         stores = [op for op in opcodes if op.startswith("STG")]
@@ -112,9 +130,7 @@ def test_the_last_block_sees_what_the_others_wrote(machine_code):
     for (arch, name), (code, _) in machine_code.items():
         if "align_kernel" in name:
             wanted = r"(MEMBAR\.SC\.GPU|ATOMG|BAR\.SYNC)"
-            order = " ".join(
-                re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?{wanted}", code, flags=re.M)
-            )
+            order = " ".join(re.findall(INSTRUCTION + wanted, code, flags=re.M))
             assert order.count("MEMBAR.SC.GPU ATOMG BAR.SYNC") == order.count("ATOMG") == 2, (arch, name)
             assert len(re.findall(r"LDG\.E\.64\.STRONG\.GPU", code)) >= 6
 
@@ -141,22 +157,16 @@ def test_newer_gpus_find_portable_code(library):
 
 
 @needs_nvcc
-def test_the_library_loads_without_a_gpu(library, monkeypatch):
-    monkeypatch.setenv("FFKERNELS_CUDA_LIBRARY", str(library))
-    native_cuda.load.cache_clear()
-    native_cuda.usable.cache_clear()
-    try:
-        loaded = native_cuda.load()
-        assert loaded.library is not None and loaded.path == library
-        assert "dtype" in loaded.library.ffk_cuda_error_string(-1).decode()
-        # Nothing here stands in for a GPU: either the kernels load on device 0, or the driver says why not.
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        refused = native_cuda.usable(0)
-        if not os.path.exists("/dev/nvidia0"):
-            assert refused is not None and str(library) in refused and "code" in refused
-    finally:
-        native_cuda.load.cache_clear()
-        native_cuda.usable.cache_clear()
+def test_the_library_loads_without_a_gpu(library, fresh_native):
+    fresh_native.setenv("FFKERNELS_CUDA_LIBRARY", str(library))
+    loaded = native_cuda.load()
+    assert loaded.library is not None and loaded.path == library
+    assert "dtype" in loaded.library.ffk_cuda_error_string(-1).decode()
+    # Nothing here stands in for a GPU: either the kernels load on device 0, or the driver says why not.
+    fresh_native.setattr(torch.cuda, "current_device", lambda: 0)
+    refused = native_cuda.usable(0)
+    if not os.path.exists("/dev/nvidia0"):
+        assert refused is not None and str(library) in refused and "code" in refused
 
 
 @needs_nvcc
@@ -171,35 +181,29 @@ def test_the_library_brings_its_runtime_along(library):
 
 @pytest.mark.slow
 @needs_nvcc
-def test_build_cuda_fills_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FFKERNELS_CACHE", str(tmp_path))
-    monkeypatch.delenv("FFKERNELS_CUDA_LIBRARY", raising=False)
-    monkeypatch.setattr(native_cuda, "_PACKAGED", tmp_path / "absent.so")
-    monkeypatch.setattr(build, "CUDA_ARCHITECTURES", (80,))
-    try:
-        path = native_cuda.build_cuda()
-        assert path.is_relative_to(tmp_path)
-        assert native_cuda.load().path == path
-        compiled = []
-        monkeypatch.setattr(build, "compile_cuda_library", lambda *places: compiled.append(places))
-        assert native_cuda.build_cuda() == path and not compiled, "it is there and opens"
-        assert native_cuda.build_cuda(again=True) == path and compiled == [(CSRC, path)]
-        monkeypatch.setattr(build, "CUDA_FLAGS", (*build.CUDA_FLAGS, "-DFFK_OTHER"))
-        assert native_cuda._cached() != path
-    finally:
-        native_cuda.load.cache_clear()
+def test_build_cuda_fills_the_cache(tmp_path, fresh_native):
+    fresh_native.setenv("FFKERNELS_CACHE", str(tmp_path))
+    fresh_native.delenv("FFKERNELS_CUDA_LIBRARY", raising=False)
+    fresh_native.setattr(native_cuda.RECIPE, "packaged", tmp_path / "absent.so")
+    fresh_native.setattr(build, "CUDA_ARCHITECTURES", (80,))
+    path = native_cuda.build_cuda()
+    assert path.is_relative_to(tmp_path)
+    assert native_cuda.load().path == path
+    compiled = []
+    fresh_native.setattr(native_cuda.RECIPE, "compile", lambda *places: compiled.append(places))
+    assert native_cuda.build_cuda() == path and not compiled, "it is there and opens"
+    assert native_cuda.build_cuda(again=True) == path and compiled == [(CSRC, path)]
+    fresh_native.setattr(build, "CUDA_FLAGS", (*build.CUDA_FLAGS, "-DFFK_OTHER"))
+    assert native_cuda.RECIPE.cached() != path
 
 
-def test_architectures_are_compiled_side_by_side(tmp_path, monkeypatch):
+def test_architectures_are_compiled_side_by_side(tmp_path, fake_nvcc):
     """By nvcc's own threads, as many as there are cores."""
-    nvcc, said = tmp_path / "bin" / "nvcc", tmp_path / "said"
-    nvcc.parent.mkdir()
-    nvcc.write_text(
-        '#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_80 sm_90 && exit\n'
-        f'echo "$@" > {said}\nfor last; do :; done\ntouch "$last"\n'
+    said = tmp_path / "said"
+    nvcc = fake_nvcc(
+        '[ "$1" = --list-gpu-code ] && echo sm_80 sm_90 && exit\n'
+        f'echo "$@" > {said}\nfor last; do :; done\ntouch "$last"'
     )
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     command = build.compile_cuda_library(CSRC, tmp_path / "x.so")
     assert "--threads=0" in said.read_text().split() and command[0] == str(nvcc)
     assert sum(part.startswith("-gencode") for part in command) == 3
@@ -207,20 +211,16 @@ def test_architectures_are_compiled_side_by_side(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @needs_nvcc
-def test_a_library_of_other_sources_is_refused(tmp_path, monkeypatch):
+def test_a_library_of_other_sources_is_refused(tmp_path, fresh_native):
     other = tmp_path / "csrc"
     shutil.copytree(CSRC, other)
     with open(other / "step_cuda.cu", "a", encoding="utf-8") as source:
         source.write("// changed\n")
-    monkeypatch.setattr(build, "CUDA_ARCHITECTURES", (80,))
+    fresh_native.setattr(build, "CUDA_ARCHITECTURES", (80,))
     build.compile_cuda_library(other, tmp_path / "other.so")
-    monkeypatch.setenv("FFKERNELS_CUDA_LIBRARY", str(tmp_path / "other.so"))
-    native_cuda.load.cache_clear()
-    try:
-        assert native_cuda.load().library is None
-        assert "other sources" in native_cuda.load().reason
-    finally:
-        native_cuda.load.cache_clear()
+    fresh_native.setenv("FFKERNELS_CUDA_LIBRARY", str(tmp_path / "other.so"))
+    assert native_cuda.load().library is None
+    assert "other sources" in native_cuda.load().reason
 
 
 @needs_nvcc
@@ -244,20 +244,14 @@ def test_without_nvcc_the_error_says_what_to_do(tmp_path, monkeypatch):
         build.compile_cuda_library(CSRC, tmp_path / "x.so")
 
 
-def test_an_nvcc_too_old_is_named(tmp_path, monkeypatch):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho sm_52\necho sm_60\n", encoding="utf-8")
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+def test_an_nvcc_too_old_is_named(tmp_path, fake_nvcc):
+    fake_nvcc("echo sm_52\necho sm_60")
     with pytest.raises(build.BuildError, match="makes none of sm_80, sm_90, sm_100"):
         build.compile_cuda_library(CSRC, tmp_path / "x.so")
 
 
-def test_targets_follow_what_nvcc_knows(tmp_path):
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\nprintf 'sm_75\\nsm_80\\nsm_90\\n'\n", encoding="utf-8")
-    nvcc.chmod(0o755)
+def test_targets_follow_what_nvcc_knows(fake_nvcc):
+    nvcc = fake_nvcc("printf 'sm_75\\nsm_80\\nsm_90\\n'")
     assert build._cuda_targets(nvcc) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",

@@ -100,25 +100,9 @@ def bfloat16(draw, max_tau):
     return lambda tau: torch.tensor(smooth(tau)).bfloat16().item()
 
 
-def falling(draw, max_tau):
-    return lambda tau: -float(tau)
-
-
 def constant(draw, max_tau):
     value = draw.choice([0.0, 1.0, -1e300])
     return lambda tau: value
-
-
-def noise(draw, max_tau):
-    return lambda tau: draw.random()
-
-
-def mostly_falling(draw, max_tau):
-    return lambda tau: -tau + draw.gauss(0, 0.3) * tau
-
-
-def few_values(draw, max_tau):
-    return lambda tau: float(draw.randint(0, 3))
 
 
 def broken(draw, max_tau):
@@ -134,19 +118,12 @@ def extreme(draw, max_tau):
     return lambda tau: scale * min(max(whole(tau) - 2, -1), 1)
 
 
-KINDS = [
-    bowl,
-    parabola,
-    kink,
-    bfloat16,
-    falling,
-    constant,
-    noise,
-    mostly_falling,
-    few_values,
-    broken,
-    extreme,
-]
+KINDS = {kind.__name__: kind for kind in (bowl, parabola, kink, bfloat16, constant, broken, extreme)} | {
+    "falling": lambda draw, max_tau: lambda tau: -float(tau),
+    "noise": lambda draw, max_tau: lambda tau: draw.random(),
+    "mostly_falling": lambda draw, max_tau: lambda tau: -tau + draw.gauss(0, 0.3) * tau,
+    "few_values": lambda draw, max_tau: lambda tau: float(draw.randint(0, 3)),
+}
 EACH = 50
 
 
@@ -154,12 +131,12 @@ EACH = 50
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_thousand_loss_sequences_give_the_same_choices(device, name, kind):
     """1,100 sequences in all."""
-    draw = random.Random(f"{name} {kind.__name__}")
+    draw = random.Random(f"{name} {kind}")
     for _ in range(EACH):
         # A linear search takes every step: long ones would only be slow.
         max_tau = draw.choice(MAX_TAUS if name == "parabolic" else MAX_TAUS[:6])
         start = draw.choice([1, 1, 2, 3, 17, draw.randint(1, max_tau), max_tau])
-        Twins(device, name, max_tau, start=start).run(kind(draw, max_tau))
+        Twins(device, name, max_tau, start=start).run(KINDS[kind](draw, max_tau))
 
 
 def by_example(draw, curve, tokens, noise, tilt):
@@ -181,7 +158,7 @@ def test_rises_are_told_from_noise_as_on_the_host(device):
     """Losses by example, few and of very different lengths, some rows empty; verdicts of both kinds."""
     draw, verdicts = random.Random(1), []
     for turn in range(48):
-        kind = [bowl, constant, noise, falling, broken, extreme][turn % 6]
+        kind = KINDS[["bowl", "constant", "noise", "falling", "broken", "extreme"][turn % 6]]
         tokens = [draw.choice([0, 1, 7, 30, 200]) for _ in range(draw.choice([4, 5, 7, 9]))]
         tokens[:3] = [3, 50, 11]  # three at least, which prove nothing
         if turn == 0:  # more rows than are copied at once

@@ -44,26 +44,27 @@ def test_the_names_are_those_of_the_configuration():
         assert FastForwardConfig(impl=impl).impl == impl
 
 
-def test_cuda_comes_first_and_silently(pretend):
-    pretend(GOOD, GOOD)
-    assert resolve("auto", GPU) == ("cuda", "fastest on a GPU: there")
-    assert notices(lambda: choose("auto", GPU)) == []
-    assert resolve("triton", GPU) == ("triton", "asked for")
-    assert notices(lambda: choose("triton", GPU)) == []
+NOT_BUILT, NOT_THERE = Availability(False, "not built", "build it"), Availability(False, "gone", "install it")
 
 
-def test_triton_where_cuda_is_missing_is_said_once(pretend):
-    pretend(Availability(False, "not built", "build it"), GOOD)
-    assert resolve("auto", GPU)[0] == "triton"
-    said = notices(lambda: [choose("auto", GPU) for _ in range(3)])
-    assert said == ["weight moves run as triton kernels: triton runs (there); not built; build it"]
-
-
-def test_torch_where_nothing_else_runs_is_said_once_with_every_cause(pretend):
-    pretend(Availability(False, "not built", "build it"), Availability(False, "not installed", "install it"))
-    assert choose("torch", GPU) == "torch"
-    said = notices(lambda: [choose("auto", GPU) for _ in range(3)])
-    assert said == ["weight moves run as plain torch ops: not built; build it; not installed; install it"]
+@pytest.mark.parametrize(
+    ("cuda", "triton", "name", "said"),
+    [
+        (GOOD, GOOD, "cuda", []),
+        (NOT_BUILT, GOOD, "triton", ["triton kernels: triton runs (there); not built; build it"]),
+        (NOT_BUILT, NOT_THERE, "torch", ["plain torch ops: not built; build it; gone; install it"]),
+    ],
+)
+def test_the_best_is_taken_and_what_was_passed_over_is_said_once(pretend, cuda, triton, name, said):
+    pretend(cuda, triton)
+    assert resolve("auto", GPU)[0] == name and choose("torch", GPU) == "torch"
+    found = notices(lambda: [choose("auto", GPU) for _ in range(3)])
+    assert found == [f"weight moves run as {text}" for text in said]
+    if triton is GOOD:
+        assert resolve("triton", GPU) == ("triton", "asked for")
+        assert notices(lambda: choose("triton", GPU)) == []
+    if cuda is GOOD:
+        assert resolve("auto", GPU) == ("cuda", "fastest on a GPU: there")
 
 
 @pytest.mark.parametrize("impl", ["cuda", "triton"])

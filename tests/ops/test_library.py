@@ -16,11 +16,7 @@ from ffkernels.ops.build import find_compiler
 SHAPES = [(5, 7), (3000,), (), (0, 4)]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def tensors(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -48,7 +44,7 @@ ACCEPT, K = torch.ones(1, dtype=torch.int32), torch.full((1,), 0.25)
 def test_schemas_say_what_is_written():
     schemas = {
         name: str(getattr(torch.ops.ffkernels, name).default._schema)
-        for name in ("checkpoint_", "delta_", "step_")
+        for name in ("checkpoint_", "delta_", "step_", "align_")
     }
     assert schemas == {
         "checkpoint_": 'ffkernels::checkpoint_(Tensor[] weights, Tensor(b!)[] best, str impl="auto") -> ()',
@@ -56,10 +52,12 @@ def test_schemas_say_what_is_written():
         ' str impl="auto") -> ()',
         "step_": "ffkernels::step_(Tensor(a!)[] weights, Tensor[] deltas, Tensor(b!)[] best, Tensor accept,"
         ' Tensor k, str impl="auto") -> ()',
+        "align_": "ffkernels::align_(Tensor[] weights, Tensor?[] grads, Tensor(b!)[] best,"
+        ' str impl="auto") -> Tensor',
     }
 
 
-@pytest.mark.parametrize("name", ["checkpoint_", "delta_", "step_"])
+@pytest.mark.parametrize("name", ["checkpoint_", "delta_", "step_", "align_"])
 @pytest.mark.parametrize("grad", [False, True], ids=["tensors", "parameters"])
 def test_opcheck(name, grad):
     weights, deltas, best = three()
@@ -69,6 +67,7 @@ def test_opcheck(name, grad):
         "checkpoint_": (weights, best),
         "delta_": (weights, deltas, best),
         "step_": (weights, deltas, best, ACCEPT, K),
+        "align_": (weights, [None, *(d.bfloat16() for d in deltas[1:])], best),
     }[name]
     with torch.no_grad():
         results = opcheck(getattr(torch.ops.ffkernels, name).default, arguments)
@@ -165,6 +164,10 @@ def test_lists_of_different_lengths_are_refused_while_tracing():
             moves.checkpoint_(weights, weights[:1])
         with pytest.raises(ValueError, match=r"k has shape \(2,\)"):
             moves.step_(weights, weights, weights, torch.empty(1), torch.empty(2))
+        with pytest.raises(ValueError, match="grads has 1 tensors for 2 weights"):
+            torch.ops.ffkernels.align_(weights, [None], weights)
+        sums = torch.ops.ffkernels.align_(weights, [None, None], [torch.empty(2), torch.empty(3)])
+        assert (sums.shape, sums.dtype) == ((3,), torch.float64)
 
 
 def test_errors_name_the_tensor():
@@ -200,18 +203,6 @@ def test_constants_are_made_once_per_value():
     assert as_tensor(plan, True, torch.int32).tolist() == [1]
     assert as_tensor(plan, float("nan"), torch.float32) is as_tensor(plan, float("nan"), torch.float32)
     assert as_tensor(plan, first, torch.float32) is first
-
-
-def test_absmax_of_the_flat_arenas_is_that_of_the_tensors():
-    table = ops.TensorTable(tensors(0), impl="torch")
-    assert ops.delta_absmax(table) == 0.0
-    table.deltas[1][77] = -3.5
-    assert ops.delta_absmax(table) == 3.5
-    table.deltas[0][1, 1] = float("inf")
-    assert ops.delta_absmax(table) == float("inf")
-    table.deltas[2].fill_(float("nan"))
-    assert ops.delta_absmax(table) != ops.delta_absmax(table)
-    assert moves.delta_absmax(ops.TensorTable([], impl="torch")) == 0.0
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"])

@@ -24,7 +24,7 @@ def test_a_machine_with_a_compiler_has_the_library():
 @needs_compiler
 def test_build_native_fills_the_cache_and_loads_it(fresh_native, tmp_path):
     fresh_native.setenv("FFKERNELS_CACHE", str(tmp_path))
-    fresh_native.setattr(native, "_PACKAGED", tmp_path / "absent.so")
+    fresh_native.setattr(native.RECIPE, "packaged", tmp_path / "absent.so")
     assert not ops.available()["cpp"].ok
     path = ops.build_native()
     assert path.is_relative_to(tmp_path) and native.load().path == path
@@ -42,9 +42,9 @@ def test_what_is_built_is_not_compiled_again(fresh_native, tmp_path):
     compiler.chmod(0o755)
     fresh_native.setenv("CXX", str(compiler))
     fresh_native.setenv("FFKERNELS_CACHE", str(tmp_path / "cache"))
-    fresh_native.setattr(native, "_PACKAGED", tmp_path / "absent.so")
+    fresh_native.setattr(native.RECIPE, "packaged", tmp_path / "absent.so")
     fresh_native.setattr(build, "FLAGS", tuple(flag for flag in build.FLAGS if flag != "-O3"))
-    broken = native._cached()
+    broken = native.RECIPE.cached()
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"\x7fELF, but not really")
 
@@ -62,16 +62,20 @@ def test_what_is_built_is_not_compiled_again(fresh_native, tmp_path):
     assert ops.build_native() != broken and compiled() == 3 * once
 
 
-def test_cache_directory(fresh_native, tmp_path):
-    fresh_native.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    fresh_native.delenv("FFKERNELS_CACHE", raising=False)
-    assert native.cache_dir() == tmp_path / "xdg" / "ffkernels"
-    fresh_native.setenv("FFKERNELS_CACHE", str(tmp_path / "own"))
-    assert native.cache_dir() == tmp_path / "own"
-    fresh_native.delenv("FFKERNELS_CACHE")
-    fresh_native.delenv("XDG_CACHE_HOME")
-    fresh_native.setenv("HOME", str(tmp_path))
-    assert native.cache_dir() == tmp_path / ".cache" / "ffkernels"
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"HOME": "home"}, "home/.cache/ffkernels"),
+        ({"HOME": "home", "XDG_CACHE_HOME": "xdg"}, "xdg/ffkernels"),
+        ({"XDG_CACHE_HOME": "xdg", "FFKERNELS_CACHE": "own"}, "own"),
+    ],
+)
+def test_cache_directory(monkeypatch, tmp_path, variables, expected):
+    for name in ("FFKERNELS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    assert native.cache_dir() == tmp_path / expected
 
 
 def test_a_broken_library_falls_back_and_says_so_once(fresh_native, tmp_path):
@@ -118,10 +122,10 @@ def test_no_compiler_is_a_clear_error(fresh_native, tmp_path):
     fresh_native.delenv("CXX", raising=False)
     fresh_native.setenv("PATH", str(tmp_path))
     with pytest.raises(build.BuildError, match=r"no C\+\+ compiler on PATH.*install one or set CXX"):
-        build.compile_library(native.source_dir(), tmp_path / build.LIBRARY)
+        build.compile_library(native.RECIPE.source_dir(), tmp_path / build.LIBRARY)
     fresh_native.setenv("CXX", "no-such-compiler -m64")
     with pytest.raises(build.BuildError, match="CXX='no-such-compiler -m64' is not an executable"):
-        build.compile_library(native.source_dir(), tmp_path / build.LIBRARY)
+        build.compile_library(native.RECIPE.source_dir(), tmp_path / build.LIBRARY)
 
 
 @needs_compiler

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ffkernels import ops
-from ffkernels.ops import native, native_cuda, reference
-from ffkernels.ops.align import Gradients
-from ffkernels.ops.native import NativeLibrary
+from ffkernels.ops import reference
 from ffkernels.ops.plan import DTYPE_CODES, GPU_CHUNK, lie_alike, make_plan, pieces, runs
 
 # Views of the memory they are given; some of more than a row of a plan, some with gaps.
@@ -60,48 +56,13 @@ class Sides:
         return make_plan(self.weights, self.deltas if deltas else None, self.best, chunk=GPU_CHUNK, **given)
 
 
-@pytest.fixture(params=["torch", "cpp", "triton", "cuda"])
-def provider(request, monkeypatch):
-    """`step_`, `delta_` and `align_` of a plan, in one form."""
-    if request.param == "torch":
-        return SimpleNamespace(
-            name="torch",
-            step_=lambda plan, sides, accept, k: reference.step_(*sides.sides[:3], accept, k),
-            delta_=lambda plan, sides: reference.delta_(*sides.sides[:3]),
-            align_=lambda plan, sides, grads, out: reference.align_(sides.weights, grads, sides.best, out),
-        )
-    if request.param == "triton":
-        kernels = request.getfixturevalue("interpreted")("triton_ops")
-    elif request.param == "cpp":
-        request.getfixturevalue("cpp")
-        kernels = native
-    else:
-        kernels = native_cuda
-        opened = NativeLibrary(request.getfixturevalue("cuda_on_host"), Path("on_host"), "loaded")
-        monkeypatch.setattr(native_cuda, "load", lambda: opened)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-
-    def step_(plan, sides, accept, k):
-        if request.param == "triton":
-            accept, k = torch.tensor([accept], dtype=torch.int32), torch.tensor([k])
-        kernels.step_(plan, sides.weights, sides.best, accept, k)
-
-    return SimpleNamespace(
-        name=request.param,
-        step_=step_,
-        delta_=lambda plan, sides: kernels.delta_(plan, sides.deltas, sides.best),
-        align_=lambda plan, sides, grads, out: kernels.align_(plan, sides.best, out),
-    )
-
-
-def test_steps_and_differences(provider, dtype, assert_same_bits):
+def test_steps_and_differences(kernels, dtype, assert_same_bits):
     for accept, k in [(True, 1.0), (False, 0.37), (True, -2.5), (False, 0.0)]:
         sides = Sides(dtype)
         gaps = sides.gaps()
-        provider.step_(sides.plan(), sides, accept, k)
+        kernels.step(sides.plan(), sides.sides[:3], accept, k)
         reference.step_(*sides.plain[:3], accept, float(torch.tensor(k)))
-        provider.delta_(sides.plan(), sides)
+        kernels.delta(sides.plan(), sides.sides[:3])
         reference.delta_(*sides.plain[:3])
         for found, expected in zip(sides.sides, sides.plain, strict=True):
             assert_same_bits(found, expected)
@@ -110,22 +71,19 @@ def test_steps_and_differences(provider, dtype, assert_same_bits):
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-def test_alignment(provider, dtype, grad_dtype, assert_sums):
+def test_alignment(kernels, dtype, grad_dtype, assert_sums):
     """Gradients that are contiguous, that lie as their weights and that lie as neither: the same sums."""
     found = []
     for form in range(3):
         sides = Sides(dtype, grad_dtype)
         weights, _, best, grads = sides.plain
         plan = sides.plan(deltas=False, dtypes=tuple(DTYPE_CODES))
-        plan.impl = provider.name
         turned = [g.permute(*range(g.ndim)[::-1]).contiguous().permute(*range(g.ndim)[::-1]) for g in grads]
         given = [grads, sides.grads, turned][form]
         given = [None if i == 3 else g for i, g in enumerate(given)]
-        plan.gradients = Gradients(plan)
+        out = kernels.align(plan, sides.weights, given, sides.best)
         ready = plan.gradients.find(None, sides.weights, given)
         assert all(g is None or lie_alike(g, w) for g, w in zip(ready, sides.weights, strict=True))
-        out = torch.full((3,), math.nan, dtype=torch.float64)
-        provider.align_(plan, sides, ready, out)
         assert_sums(out, weights, given, best)
         for side in (sides.weights, sides.best):
             torch.testing.assert_close(side, weights, rtol=0, atol=0)

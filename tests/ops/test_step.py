@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ffkernels import ops
+from ffkernels.ops import moves
 from ffkernels.ops.plan import DTYPES
 
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40, 6e-8, 3.4e38, 65504.0, 65520.0]
@@ -45,77 +48,66 @@ def state(table):
     return [*table.weights, *table.deltas, *table.best]
 
 
+@pytest.fixture
+def assert_twins(assert_same_bits):
+    """The same calls on equal tables of the C++ ops and the reference."""
+
+    def check(make, *calls, tables=None):
+        a, b = tables or twin_tables(make)
+        for move, *arguments in calls:
+            for table in (a, b):
+                move(table, *arguments)
+            assert_same_bits(state(a), state(b))
+        assert repr(ops.delta_absmax(a)) == repr(ops.delta_absmax(b))
+
+    return check
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("offset", [0, 1, 5])
-def test_cpp_equals_reference(cpp, dtype, offset, threads, assert_same_bits):
+def test_cpp_equals_reference(cpp, dtype, offset, threads, assert_twins):
     torch.set_num_threads(threads)
-    for accept in (False, True):
-        for k in KS:
-            a, b = twin_tables(lambda: tensors(dtype, offset=offset))
-            for table in (a, b):
-                ops.step_(table, accept, k)
-            assert_same_bits(state(a), state(b))
-    for move in (ops.delta_, ops.checkpoint_):
-        a, b = twin_tables(lambda: tensors(dtype, offset=offset))
-        for table in (a, b):
-            move(table)
-        assert_same_bits(state(a), state(b))
-        assert repr(ops.delta_absmax(a)) == repr(ops.delta_absmax(b))
+    steps = [(ops.step_, accept, k) for accept in (False, True) for k in KS]
+    for call in (*steps, (ops.delta_,), (ops.checkpoint_,)):
+        assert_twins(lambda: tensors(dtype, offset=offset), call)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_every_instruction_set_gives_the_same_bits(cpp, dtype, level, isa_restored, assert_same_bits):
-    library = ops.native.load().library
-    if library.ffk_cpu_isa(level) != level:
+def test_every_instruction_set_gives_the_same_bits(cpp, dtype, level, isa_restored, assert_twins):
+    if ops.native.load().library.ffk_cpu_isa(level) != level:
         pytest.skip("this processor lacks the instruction set")
     for accept, k in [(True, 0.37), (False, 0.37), (True, 0.0), (False, 0.0)]:
-        a, b = twin_tables(lambda: tensors(dtype))
-        for table in (a, b):
-            ops.delta_(table)
-            ops.step_(table, accept, k)
-        assert_same_bits(state(a), state(b))
-        assert repr(ops.delta_absmax(a)) == repr(ops.delta_absmax(b))
+        assert_twins(lambda: tensors(dtype), (ops.delta_,), (ops.step_, accept, k))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_streaming_stores_give_the_same_bits(cpp, dtype, threads, assert_same_bits):
+def test_streaming_stores_give_the_same_bits(cpp, dtype, threads, assert_twins):
     """Above 12 MiB the kernels bypass the cache; odd offset and odd size take every edge of that."""
     torch.set_num_threads(threads)
     size = (12 << 20) // dtype.itemsize + 4097
-    weights = torch.randn(size + 1).to(dtype)[1:]
-    a, b = (ops.TensorTable([weights.clone()], impl=impl) for impl in ("cpp", "torch"))
-    change = torch.randn(size).to(dtype)
-    for table in (a, b):
+    weights, change = torch.randn(size + 1).to(dtype)[1:], torch.randn(size).to(dtype)
+    tables = [ops.TensorTable([weights.clone()], impl=impl) for impl in ("cpp", "torch")]
+    for table in tables:
         table.weights[0].add_(change)
-    for move, *arguments in [
-        (ops.delta_,),
-        (ops.step_, True, 0.37),
-        (ops.step_, False, 1.7),
-        (ops.step_, True, 0),
-        (ops.step_, False, -1),
-        (ops.step_, False, 0),
-        (ops.checkpoint_,),
-    ]:
-        for table in (a, b):
-            move(table, *arguments)
-        assert_same_bits(state(a), state(b))
+    steps = [(True, 0.37), (False, 1.7), (True, 0), (False, -1), (False, 0)]
+    calls = [(ops.delta_,), *((ops.step_, *step) for step in steps), (ops.checkpoint_,)]
+    assert_twins(None, *calls, tables=tables)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", [0, 2])
-def test_every_sixteen_bit_value(cpp, dtype, level, isa_restored, assert_same_bits):
+def test_every_sixteen_bit_value(cpp, dtype, level, isa_restored, assert_twins):
     ops.native.load().library.ffk_cpu_isa(level)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     for k in (0.37, -1.0, 1024.0, 2.0**-14):
-        a, b = (ops.TensorTable([every.clone(), every.roll(1)], impl=impl) for impl in ("cpp", "torch"))
-        for table in (a, b):
+        tables = [ops.TensorTable([every.clone(), every.roll(1)], impl=impl) for impl in ("cpp", "torch")]
+        for table in tables:
             table.deltas[0].copy_(every.roll(12345))
             table.deltas[1].copy_(every.roll(-777))
-            ops.step_(table, True, k)
-        assert_same_bits(state(a), state(b))
+        assert_twins(None, (ops.step_, True, k), tables=tables)
 
 
-moves = st.one_of(
+any_move = st.one_of(
     st.just(("checkpoint",)),
     st.just(("delta",)),
     st.tuples(st.just("step"), st.booleans(), st.floats(width=32, allow_nan=True, allow_infinity=True)),
@@ -125,7 +117,7 @@ members = st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 70), st.int
 
 
 @settings(max_examples=60, deadline=None)
-@given(members, st.lists(moves, max_size=6), st.integers(0, 1000))
+@given(members, st.lists(any_move, max_size=6), st.integers(0, 1000))
 def test_any_table_any_sequence(layout, sequence, seed):
     if not ops.available()["cpp"].ok:
         pytest.skip("the C++ ops are not there")
@@ -155,22 +147,6 @@ def test_step_is_the_paper_s_step_and_checkpoint(impl, dtype, assert_same_bits):
     ops.step_(table, 1, 1)
     assert_same_bits(table.best, best)
     assert_same_bits(table.weights, moved)
-
-
-def test_rollback_restores_every_bit(impl, dtype):
-    """k = 0 must not compute: Δ is infinite, base is −0.0 and NaN with a payload."""
-    table = ops.TensorTable([torch.tensor([-0.0, 1.0, math.inf, math.nan], dtype=dtype)], impl=impl)
-    integers = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    table.weights[0].view(integers)[3] += 5
-    ops.checkpoint_(table)
-    before = table.weights[0].view(integers).clone()
-    table.weights[0].fill_(7.0)
-    table.deltas[0].fill_(math.inf)
-    ops.step_(table, False, 0)
-    assert torch.equal(table.weights[0].view(integers), before)
-    ops.step_(table, True, -0.0)
-    assert torch.equal(table.weights[0].view(integers), before)
-    assert torch.equal(table.best[0].view(integers), before)
 
 
 def test_a_stage(impl):
@@ -263,22 +239,16 @@ def test_list_forms_equal_the_table_and_keep_their_plan(impl, assert_same_bits, 
     ops.step_(table, True, 0.3)
     assert_same_bits([*weights, *deltas, *best], state(table))
 
-    from ffkernels.ops import moves as module
-
     def refuse(*_, **__):
         raise AssertionError("the plan was made again")
 
-    monkeypatch.setattr(module, "make_plan", refuse)
+    monkeypatch.setattr(moves, "make_plan", refuse)
     ops.step_(weights, deltas, best, True, 0.3, impl=impl)
     with pytest.raises(AssertionError, match="made again"):
         ops.step_([w.clone() for w in weights], deltas, best, True, 0.3, impl=impl)
 
 
 def test_the_plan_cache_is_bounded_and_holds_no_tensors():
-    import weakref
-
-    from ffkernels.ops import moves as module
-
     weight = torch.ones(4)
     alive = weakref.ref(weight)
     ops.checkpoint_([weight], [torch.zeros(4)])
@@ -288,37 +258,27 @@ def test_the_plan_cache_is_bounded_and_holds_no_tensors():
     for weights, best in kept:
         ops.checkpoint_(weights, best)
         assert best[0].tolist() == [1, 1, 1, 1]
-    assert len(module._plans) <= 16
+    assert len(moves._plans) <= 16
 
 
 @pytest.fixture
-def pretend_gpu(monkeypatch):
-    """Plans that believe to lie on a GPU, a current stream and a capture to set, and what was recorded."""
-    from types import SimpleNamespace
-
-    from ffkernels.ops import moves
+def pretend_gpu(streams, monkeypatch):
+    """Plans that believe to lie on a GPU."""
 
     def on_gpu(*args, **kwargs):
         plan = make_plan(*args, **kwargs)
         plan.device = torch.device("cuda", 0)
         return plan
 
-    state = SimpleNamespace(capturing=False, stream="main", recorded=[])
     make_plan = moves.make_plan
     monkeypatch.setattr(moves, "make_plan", on_gpu)
     monkeypatch.setattr(moves, "_plans", type(moves._plans)())
     monkeypatch.setattr(moves, "_captured", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state.stream)
-    record = lambda tensor, stream: state.recorded.append((tensor.data_ptr(), stream))  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "record_stream", record)
-    return state
+    return streams
 
 
 def test_the_plan_of_a_captured_call_is_never_dropped(pretend_gpu):
     """A graph points to the plan's rows for as long as it lives."""
-    from ffkernels.ops import moves
-
     sides = [[torch.zeros(3)] for _ in range(2)]
     ops.checkpoint_(*sides, impl="torch")
     assert not moves._captured
@@ -336,8 +296,6 @@ def test_the_plan_of_a_captured_call_is_never_dropped(pretend_gpu):
 
 def test_a_dropped_plan_waits_for_the_streams_that_read_it(pretend_gpu):
     """Its rows may be freed by a call on one stream while kernels on another still have to read them."""
-    from ffkernels.ops import moves
-
     sides = [[torch.zeros(3)] for _ in range(2)]
     for pretend_gpu.stream in ("main", "side", "main"):
         ops.checkpoint_(*sides, impl="torch")
@@ -354,10 +312,6 @@ def test_a_dropped_plan_waits_for_the_streams_that_read_it(pretend_gpu):
 
 def test_threads_may_share_the_kept_plans(monkeypatch):
     """Another thread that drops the very plan that this one has just found."""
-    import threading
-
-    from ffkernels.ops import moves
-
     fresh = [([torch.ones(n)], [torch.zeros(n)]) for n in range(1, 40)]
     others = []
 
@@ -433,27 +387,6 @@ def test_absmax(impl, dtype):
     assert ops.delta_absmax(table) == math.inf
     table.deltas[2][17] = math.nan
     assert math.isnan(ops.delta_absmax(table))
-
-
-def test_many_tensors(impl):
-    weights = [torch.full((3,), float(i)) for i in range(1200)]
-    table = ops.TensorTable(weights, impl=impl)
-    for delta in table.deltas:
-        delta.fill_(1.0)
-    ops.step_(table, True, 2)
-    assert [w[2].item() for w in weights] == [i + 2.0 for i in range(1200)]
-    assert [b[0].item() for b in table.best] == [float(i) for i in range(1200)]
-
-
-def test_neighbours_in_memory_are_left_alone(impl, dtype):
-    memory = torch.full((1000,), 5.0, dtype=dtype)
-    table = ops.TensorTable([memory[3:500], memory[501:998]], impl=impl)
-    for delta in table.deltas:
-        delta.fill_(1.0)
-    ops.step_(table, True, 1)
-    expected = torch.full((1000,), 6.0, dtype=dtype)
-    expected[[0, 1, 2, 500, 998, 999]] = 5.0
-    assert torch.equal(memory, expected)
 
 
 def test_moves_work_under_inference_mode(impl):

@@ -150,7 +150,8 @@ def test_staleness(impl, change):
         return
     weight.data = weight.data.clone() if change == "data" else weight.data.bfloat16()
     assert table.is_stale()
-    for move in (ops.checkpoint_, ops.delta_, lambda t: ops.step_(t, True, 1)):
+    moves = (ops.checkpoint_, ops.delta_, lambda t: ops.step_(t, True, 1), lambda t: ops.align_(t, [None]))
+    for move in moves:
         with pytest.raises(RuntimeError, match=r"adapter has moved in memory.*new TensorTable"):
             move(table)
     assert old.tolist() == [2.0] * 6
