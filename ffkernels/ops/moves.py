@@ -15,10 +15,10 @@ which lists are written.
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from ctypes import c_float as _float32
 from functools import cache
 from importlib import import_module
 from threading import Lock
@@ -149,9 +149,10 @@ def delta(on: TensorTable | Lists) -> None:
 def step(on: TensorTable | Lists, accept: Scalar, k: Scalar) -> None:
     on.check_addresses()
     plan = on.plan
-    accept, k = _scalar(plan, "accept", accept), _scalar(plan, "k", k)
+    accept = _scalar(plan, "accept", accept) if isinstance(accept, Tensor) else bool(accept)
+    k = _scalar(plan, "k", k) if isinstance(k, Tensor) else _float32(k).value
     by_device = isinstance(accept, Tensor) or isinstance(k, Tensor)
-    if plan.impl == "triton" or (plan.impl == "torch" and by_device):
+    if plan.impl == "triton" or (by_device and plan.impl == "torch"):
         accept, k = as_tensor(plan, accept, torch.int32), as_tensor(plan, k, torch.float32)
     if plan.impl == "torch":
         move = reference.step_by_device_ if by_device else reference.step_
@@ -182,23 +183,20 @@ Scalar = bool | int | float | Tensor
 _CONSTANTS_KEPT = 1024
 
 
-def _scalar(plan: Plan, name: str, value: Scalar) -> bool | float | Tensor:
+def _scalar(plan: Plan, name: str, value: Tensor) -> bool | float | Tensor:
     """accept as a bool or int32 [1], k rounded to float32, which all compute with, or as float32 [1].
 
-    A tensor that is not on the host stays unread and goes to the plan's device; the C++ ops alone read it.
+    What is not on the host stays unread and goes to the plan's device; the C++ ops alone read it.
     """
-    if isinstance(value, Tensor):
-        allowed, dtype = ("a bool", torch.int32) if name == "accept" else ("a number", torch.float32)
-        if value.numel() != 1:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; give {allowed} or a tensor of one element"
-            )
-        if value.device.type not in ("cpu", "meta") and plan.impl != "cpp":
-            value = value.detach()
-            if name == "accept" and value.dtype != dtype:
-                value = value != 0
-            return value.to(plan.device, dtype).reshape(1)
-    return bool(value) if name == "accept" else ctypes.c_float(float(value)).value
+    allowed, dtype = ("a bool", torch.int32) if name == "accept" else ("a number", torch.float32)
+    if value.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; give {allowed} or a tensor of one element")
+    if value.device.type in ("cpu", "meta") or plan.impl == "cpp":
+        return bool(value) if name == "accept" else _float32(float(value)).value
+    value = value.detach()
+    if name == "accept" and value.dtype != dtype:
+        value = value != 0
+    return value.to(plan.device, dtype).reshape(1)
 
 
 def as_tensor(plan: Plan, value: bool | float | Tensor, dtype: torch.dtype) -> Tensor:

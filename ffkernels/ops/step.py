@@ -31,19 +31,13 @@ from ffkernels.ops.moves import Scalar
 from ffkernels.ops.table import TensorTable
 
 
-def _call(of_table, of_lists, operator, sides: tuple[str, ...], weights, args, kwargs) -> None:
-    """A move of a table or of plain lists: now, or, while torch.compile traces, by its operator.
-
-    `sides` are the table's lists that the operator takes beside the weights.
-    """
-    table = weights if isinstance(weights, TensorTable) else None
-    if not torch.compiler.is_compiling():
-        return (of_lists if table is None else of_table)(weights, *args, **kwargs)
-    with torch.no_grad():
-        if table is None:
-            return operator(weights, *args, **kwargs)
-        lists = [getattr(table, side) for side in sides]
-        return operator(table.weights, *lists, *args, impl=table.impl, **kwargs)
+@torch.no_grad()
+def _traced(operator, sides: tuple[str, ...], weights, args, kwargs) -> None:
+    """While torch.compile traces, a move is its operator; `sides` are what it takes of a table beside W."""
+    if not isinstance(weights, TensorTable):
+        return operator(weights, *args, **kwargs)
+    lists = [getattr(weights, side) for side in sides]
+    return operator(weights.weights, *lists, *args, impl=weights.impl, **kwargs)
 
 
 @overload
@@ -52,7 +46,10 @@ def checkpoint_(table: TensorTable) -> None: ...
 def checkpoint_(weights: Sequence[Tensor], best: Sequence[Tensor], *, impl: str = "auto") -> None: ...
 def checkpoint_(weights, *args, **kwargs):
     """best ← W"""
-    _call(moves.checkpoint, moves.checkpoint_lists, moves.checkpoint_, ("best",), weights, args, kwargs)
+    if torch.compiler.is_compiling():
+        return _traced(moves.checkpoint_, ("best",), weights, args, kwargs)
+    form = moves.checkpoint if isinstance(weights, TensorTable) else moves.checkpoint_lists
+    return form(weights, *args, **kwargs)
 
 
 @overload
@@ -63,7 +60,10 @@ def delta_(
 ) -> None: ...
 def delta_(weights, *args, **kwargs):
     """Δ ← W − best ; best ← W"""
-    _call(moves.delta, moves.delta_lists, moves.delta_, ("deltas", "best"), weights, args, kwargs)
+    if torch.compiler.is_compiling():
+        return _traced(moves.delta_, ("deltas", "best"), weights, args, kwargs)
+    form = moves.delta if isinstance(weights, TensorTable) else moves.delta_lists
+    return form(weights, *args, **kwargs)
 
 
 @overload
@@ -80,7 +80,10 @@ def step_(
 ) -> None: ...
 def step_(weights, *args, **kwargs):
     """base = accept ? W : best ; best ← base ; W ← base + k·Δ"""
-    _call(moves.step, moves.step_lists, moves.traced_step, ("deltas", "best"), weights, args, kwargs)
+    if torch.compiler.is_compiling():
+        return _traced(moves.traced_step, ("deltas", "best"), weights, args, kwargs)
+    form = moves.step if isinstance(weights, TensorTable) else moves.step_lists
+    return form(weights, *args, **kwargs)
 
 
 def delta_absmax(table: TensorTable) -> float:
