@@ -149,19 +149,20 @@ def delta(on: TensorTable | Lists) -> None:
 def step(on: TensorTable | Lists, accept: Scalar, k: Scalar) -> None:
     on.check_addresses()
     plan = on.plan
-    accept = _scalar(plan, "accept", accept) if isinstance(accept, Tensor) else bool(accept)
-    k = _scalar(plan, "k", k) if isinstance(k, Tensor) else _float32(k).value
-    by_device = isinstance(accept, Tensor) or isinstance(k, Tensor)
+    accept, accept_there = _scalar(plan, "accept", accept)
+    k, k_there = _scalar(plan, "k", k)
+    by_device = accept_there or k_there
     if plan.impl == "triton" or (by_device and plan.impl == "torch"):
         accept, k = as_tensor(plan, accept, torch.int32), as_tensor(plan, k, torch.float32)
+        accept_there = k_there = True
     if plan.impl == "torch":
         move = reference.step_by_device_ if by_device else reference.step_
         return move(on.weights, on.deltas, on.best, accept, k)
     kernels(plan.impl).step_(plan, accept, k)
     # What the device will decide is not known here: both may change.
-    if isinstance(accept, Tensor) or accept:
+    if accept_there or accept:
         increment_version(on.best_flats)
-    if isinstance(accept, Tensor) or isinstance(k, Tensor) or k != 0 or not accept:
+    if accept_there or k_there or k != 0 or not accept:
         increment_version(on.weights)
 
 
@@ -183,20 +184,23 @@ Scalar = bool | int | float | Tensor
 _CONSTANTS_KEPT = 1024
 
 
-def _scalar(plan: Plan, name: str, value: Tensor) -> bool | float | Tensor:
+def _scalar(plan: Plan, name: str, value: Scalar) -> tuple[bool | float | Tensor, bool]:
     """accept as a bool or int32 [1], k rounded to float32, which all compute with, or as float32 [1].
 
-    What is not on the host stays unread and goes to the plan's device; the C++ ops alone read it.
+    What is not on the host stays unread, goes to the plan's device, and is said to be there; the C++ ops
+    alone read it.
     """
+    if not isinstance(value, Tensor):
+        return (bool(value) if name == "accept" else _float32(float(value)).value), False
     allowed, dtype = ("a bool", torch.int32) if name == "accept" else ("a number", torch.float32)
     if value.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; give {allowed} or a tensor of one element")
     if value.device.type in ("cpu", "meta") or plan.impl == "cpp":
-        return bool(value) if name == "accept" else _float32(float(value)).value
+        return (bool(value) if name == "accept" else _float32(float(value)).value), False
     value = value.detach()
     if name == "accept" and value.dtype != dtype:
         value = value != 0
-    return value.to(plan.device, dtype).reshape(1)
+    return value.to(plan.device, dtype).reshape(1), True
 
 
 def as_tensor(plan: Plan, value: bool | float | Tensor, dtype: torch.dtype) -> Tensor:

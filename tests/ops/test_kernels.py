@@ -214,7 +214,8 @@ FLAG, FACTOR = torch.ones(1, dtype=torch.int32), torch.ones(1)
 def test_versions_move_on_by_what_the_host_knows(kernels, move, arguments, written, monkeypatch):
     """With device scalars, as all of Triton's are, both W and best count as written."""
     monkeypatch.setattr(moves, "kernels", lambda impl: kernels.module)
-    monkeypatch.setattr(moves, "_scalar", lambda plan, name, value: value)  # as if it were on the device
+    # As if tensors were on the device.
+    monkeypatch.setattr(moves, "_scalar", lambda plan, name, value: (value, isinstance(value, torch.Tensor)))
     sides, plan = filled([0.0] * 2, [0.0] * 2, [0.0] * 2)
     plan.impl = kernels.name
     getattr(moves, move)(Lists(plan, *sides), *arguments)
