@@ -106,3 +106,9 @@ def test_the_trainer_in_readme_runs(trained, tmp_path):
     assert stage.optimizer_step == 6 and stage.tau > 5
     assert stage.loss_after < stage.loss_before - 0.2
     assert trainer.evaluate()["eval_loss"] == pytest.approx(stage.loss_after, rel=1e-3)
+
+
+@pytest.mark.parametrize("file", [".ci/run", "Makefile", "CONTRIBUTING.md"])
+def test_every_test_that_is_named_is_there(file):
+    named = re.findall(r"tests/\w[\w/]*\.py", (ROOT / file).read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).is_file()] == []
