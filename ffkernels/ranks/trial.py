@@ -19,6 +19,8 @@ _OF_VALUES = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueEr
 _OF_MACHINES = tuple(
     kind for name in ("OutOfMemoryError", "AcceleratorError") if (kind := getattr(torch, name, None))
 )
+# A kernel that does not fit or compile raises what is only an Exception, too.
+_PACKAGES_OF_MACHINES = {"torch", "triton", "subprocess"}
 _WORDS_OF_MACHINES = ("out of memory", "can't allocate memory", "CUDA error", "ALLOC_FAILED")
 
 
@@ -30,7 +32,8 @@ def comes_of_weights(error: BaseException) -> bool:
     """Whether other values of the weights may be all that made a loss raise this."""
     # A class that is only an Exception is of somebody's own checks: gpytorch's NotPSDError.
     kind = next(cls for cls in type(error).__mro__ if cls.__module__ == "builtins")
-    if not (isinstance(error, _OF_VALUES) or kind is Exception) or isinstance(error, _OF_MACHINES):
+    own = kind is Exception and type(error).__module__.partition(".")[0] not in _PACKAGES_OF_MACHINES
+    if not (isinstance(error, _OF_VALUES) or own) or isinstance(error, _OF_MACHINES):
         return False
     return not any(words in str(error) for words in _WORDS_OF_MACHINES)
 

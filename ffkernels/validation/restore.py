@@ -173,6 +173,7 @@ class WrittenBuffers:
 
     def __init__(self) -> None:
         self.names: dict[tuple[int, str], str] | None = None
+        self._rewritten: set[tuple[int, str]] = set()  # of the names, those not just replaced
         self._changing: set[int] = set()  # modules with attributes that an evaluation changes
 
     @contextmanager
@@ -194,12 +195,16 @@ class WrittenBuffers:
     def _note(self, modules: list[nn.Module], own: list[nn.Module]) -> list[_Before]:
         found = [(m, m._buffers, name, b) for m in modules for name, b in m._buffers.items()]
         of_own = [
-            (m, vars(m), name, t) for m in own for name, t in vars(m).items() if type(t) is torch.Tensor
+            (m, vars(m), name, t)
+            for m in own
+            for name, t in vars(m).items()
+            if type(t) is torch.Tensor and _is_dense(t)
         ]
         if of_own:  # but not another name of a weight, which moves
-            weights = {p.untyped_storage()._cdata for m in modules for p in m.parameters(recurse=False)}
-            found += [entry for entry in of_own if entry[3].untyped_storage()._cdata not in weights]
-        found = [entry for entry in found if entry[3] is not None and not entry[3].is_inference()]
+            weights = (p for m in modules for p in m.parameters(recurse=False) if _is_dense(p))
+            memories = {weight.untyped_storage()._cdata for weight in weights}
+            found += [entry for entry in of_own if entry[3].untyped_storage()._cdata not in memories]
+        found = [e for e in found if e[3] is not None and _is_dense(e[3]) and not e[3].is_inference()]
         if self.names is None:
             found.sort(key=lambda entry: entry[3].nbytes)
         noted, left = [], COPIED_AT_FIRST
@@ -214,19 +219,21 @@ class WrittenBuffers:
         known, self.names, lost = self.names, dict(self.names or {}), []
         for module, held, name, tensor, version, copy in before:
             key, replaced = (id(module), name), held.get(name) is not tensor
-            written = tensor._version != version or key in self.names
+            written = tensor._version != version or key in self._rewritten
             written = written or (known is None and copy is not None and not _same(tensor, copy))
             if not (written or replaced):
                 continue
             if key not in self.names:
                 self.names[key] = _name_of(model, module, name)
                 self._changing.add(id(module))
+            if written:
+                self._rewritten.add(key)
             if written and copy is None:
                 lost.append(self.names[key])
                 continue
             if written:
-                with torch.no_grad():
-                    tensor.copy_(copy)
+                # Past the version counter: training's graph may have saved it, and it holds what it held.
+                tensor.data.copy_(copy)
             if replaced and name in held:
                 held[name] = tensor
         if lost:
@@ -239,11 +246,19 @@ class WrittenBuffers:
             )
 
 
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether it has one memory of a known size, as adjacency matrices and ragged batches have not."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 def _same(tensor: torch.Tensor, copy: torch.Tensor) -> bool:
     """Batch norms write their statistics, and ``.data`` is written, past the version counter."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+    if tensor.is_meta or tensor.is_quantized:
         return True
-    return torch.equal(tensor, copy) or bool(((tensor == copy) | (tensor != tensor)).all())
+    try:
+        return torch.equal(tensor, copy) or bool(((tensor == copy) | (tensor != tensor)).all())
+    except NotImplementedError:  # for types of four bits
+        return True
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

@@ -75,7 +75,10 @@ class HostReads(TorchDispatchMode):
     def _in_moves() -> bool:
         frame = sys._getframe()
         while frame is not None:
-            if frame.f_code.co_filename.endswith(("ops/moves.py", "triton/runtime/interpreter.py")):
+            file, function = frame.f_code.co_filename, frame.f_code.co_name
+            if file.endswith("triton/runtime/interpreter.py") or (
+                file.endswith("ops/moves.py") and function == "_scalar"
+            ):
                 return True
             frame = frame.f_back
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import warnings
 
 import numpy
@@ -161,6 +162,8 @@ def test_after_a_stage_without_a_baseline_the_next_one_searches():
         TypeError("loss_fn() missing 1 required positional argument"),
         KeyError("labels"),
         OSError("Too many open files"),
+        subprocess.CalledProcessError(1, "gcc"),
+        type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})("shared memory"),
     ],
     ids=lambda error: f"{type(error).__name__}: {error}",
 )

@@ -233,3 +233,61 @@ def test_a_layer_that_eval_mode_would_spoil_is_in_training(training):
     assert all(module.training is training for module in model.modules())
     model.train()(torch.ones(2, 3)).sum().backward()
     assert model[0].weight.grad is not None
+
+
+class Keeps(nn.Module):
+    """Keeps its activation, expanded, beside an average that it writes past the version counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 1)
+        self.seen, self.mean = torch.zeros(1), torch.ones(3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x)) * self.mean.clone()
+        self.seen = hidden[:1].expand(4, 3)
+        out = self.last(self.seen * self.mean).sum()
+        self.mean.data.mul_(0.5)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::ffkernels.ops.FFKernelsNotice")
+def test_the_graph_of_a_training_forward_outlives_evaluations_in_between():
+    def gradients(evaluations):
+        torch.manual_seed(0)
+        model = Keeps()
+        validation = ValidationLoss(model, lambda model: model(torch.ones(2, 3)))
+        model(torch.ones(2, 3))
+        first = {float(validation()) for _ in range(evaluations)}
+        loss = model(torch.ones(2, 3))
+        kept = model.seen
+        second = {float(validation()) for _ in range(evaluations)}
+        assert model.seen is kept and model.mean.tolist() == [0.25] * 3
+        assert len(first) == len(second) == min(1, evaluations)
+        loss.backward()
+        return [parameter.grad.tolist() for parameter in model.parameters()]
+
+    assert gradients(2) == gradients(0)
+
+
+@pytest.mark.parametrize("registered", [True, False], ids=["buffer", "attribute"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    ],
+    ids=["sparse", "ragged", "4 bits"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_module_may_hold_tensors_that_cannot_be_compared(make, registered):
+    model = nn.Linear(3, 1)
+    if registered:
+        model.register_buffer("held", make(), persistent=False)
+    else:
+        model.held = make()
+    validation = ValidationLoss(model, lambda model: model(torch.ones(2, 3)).sum())
+    held = model.held
+    assert float(validation()) == float(validation()) == model(torch.ones(2, 3)).sum().item()
+    assert model.held is held and validation.evaluator.written_buffers == []
