@@ -29,7 +29,7 @@ _PACKAGE = Path(__file__).parents[1]
 _SOURCES = (
     *("graphs/capture.py", "graphs/driver.py", "graphs/probe.py", "graphs/support.py"),
     *("graphs/verdicts.py", "graphs/while_graph.py"),
-    *("ops/condition.ll", "ops/condition.py", "ops/decide.py", "ops/decide_state.py"),
+    *("ops/condition.ll", "ops/condition.py", "ops/decide.py", "ops/decide_state.py", "ops/moves.py"),
 )
 
 
