@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-def test_a_row_holds_what_its_providers_took(benchmarks, monkeypatch, one_thread):
+def test_a_row_holds_what_its_providers_took(benchmarks, monkeypatch):
     bench_stage, cases = benchmarks("stages.bench"), benchmarks("stages.cases")
     case = cases.Case(cases.TINY, 16, evaluations=4, seconds=0.0)
     step_ms = {"authors": 300.0, "bare forward": 10.0, "stage graph": 10.1}
@@ -94,15 +94,7 @@ def test_a_row_holds_what_its_providers_took(benchmarks, monkeypatch, one_thread
 
 
 @pytest.fixture()
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture()
-def bench(benchmarks, monkeypatch, one_thread):
+def bench(benchmarks, monkeypatch):
     """The tiny model's bench, eight examples, and stages of five evaluations."""
     cases, models = benchmarks("stages.cases"), benchmarks("stages.models")
     monkeypatch.setattr(models, "EXAMPLES", 8)  # Triton's interpreter takes milliseconds for each

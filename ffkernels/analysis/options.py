@@ -28,35 +28,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress line.")]
 
 # Name: (type with its help, default).
 SHARED: dict[str, tuple[Any, Any]] = {
-    "preset": (options.Preset, None),
-    "model": (options.Model, "tiny"),
-    "task": (options.TaskName, "instruction"),
-    "source": (options.Source, "offline"),
-    "chat_loss": (options.ChatLoss, "all"),
-    "data": (options.Data, None),
-    "test_data": (options.TestData, None),
-    "method": (options.Method, "lora"),
-    "rank": (options.Rank, 8),
-    "alpha": (options.Alpha, 16.0),
-    "dropout": (options.Dropout, 0.0),
-    "target_modules": (options.TargetModules, None),
-    "lr": (options.Lr, 1e-4),
-    "warmup_steps": (options.WarmupSteps, 8),
-    "batch_size": (options.BatchSize, 64),
-    "micro_batch_size": (options.MicroBatchSize, None),
-    "steps": (options.Steps, 120),
-    "max_length": (options.MaxLength, 64),
-    "test_examples": (options.TestExamples, 1000),
-    "validation_examples": (options.ValidationExamples, 32),
-    "eval_tokens": (options.EvalTokens, None),
-    "search": (options.Search, "parabolic"),
-    "interval": (options.Interval, 6),
-    "max_tau": (options.MaxTau, 1024),
-    "seed": (options.Seed, 0),
-    "attn": (options.Attn, None),
-    "device": (options.Device, "auto"),
-    "dtype": (options.Dtype, "float32"),
-    "threads": (options.Threads, None),
+    **{
+        name: options.OPTIONS[name]
+        for name in (
+            "preset model task source chat_loss data test_data method rank alpha dropout target_modules lr "
+            "warmup_steps batch_size micro_batch_size steps max_length test_examples validation_examples "
+            "eval_tokens search interval max_tau seed attn device dtype threads"
+        ).split()
+    },
     "out": (Out, Path("runs/analyze")),
     "quiet": (Quiet, False),
 }

@@ -84,23 +84,6 @@ OPTIONS = _options() | {
     "quiet": (Annotated[bool, typer.Option("--quiet", help="No progress bar.")], False),
 }
 
-# As types, where a command writes an option down itself.
-Preset, Model, TaskName, Source, ChatLoss, Data, TestData = (
-    OPTIONS[name][0] for name in "preset model task source chat_loss data test_data".split()
-)
-Method, Rank, Alpha, Dropout, TargetModules, Lr, WarmupSteps = (
-    OPTIONS[name][0] for name in "method rank alpha dropout target_modules lr warmup_steps".split()
-)
-BatchSize, MicroBatchSize, Steps, MaxLength, TestExamples = (
-    OPTIONS[name][0] for name in "batch_size micro_batch_size steps max_length test_examples".split()
-)
-ValidationExamples, EvalTokens, Search, Interval, MaxTau = (
-    OPTIONS[name][0] for name in "validation_examples eval_tokens search interval max_tau".split()
-)
-Seed, Seeds, Attn, Device, Dtype, Threads = (
-    OPTIONS[name][0] for name in "seed seeds attn device dtype threads".split()
-)
-
 
 def taking(names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command, which takes the context and options of its own, those of ``OPTIONS`` before them.
