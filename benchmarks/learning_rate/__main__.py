@@ -91,9 +91,11 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
         Plain values: ``loss`` on the test examples at the end (None where it is not finite), ``start``,
         ``rate`` at the end, ``taken`` steps, ``own`` (share of the budget that went to anything but steps),
         ``worst`` training loss as a multiple of ``start`` (None where one was not finite), the step
-        ``worst_at`` which it came, ``seconds``, and what the contender reports.
+        ``worst_at`` which it came, ``seconds``, ``curve``, and what the contender reports. A point of the curve
+        is [share of the budget, seconds, loss on a quarter of the test examples], one after each tenth of the
+        budget; searching counts, testing does not.
     """
-    begin, bench = perf_counter(), work.bench
+    begin, bench, curve, tested = perf_counter(), work.bench, [], 0.0
     bench.reset()
     contender = make(work)
     worst, worst_at, broken, step = 0.0, 0, 0, 0
@@ -112,21 +114,33 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
             step += 1
             if contender.after_step is not None:
                 contender.after_step(step - 1, value)
+            if (spent := work.spent(step)) >= 0.1 * (1 + (int(10 * curve[-1][0] + 1e-9) if curve else 0)):
+                now = perf_counter()
+                with contender.evaluating():
+                    few = bench.test_loss(few=True)
+                curve.append([round(spent, 4), round(now - begin - tested, 2), finite(few)])
+                tested += perf_counter() - now
+        seconds = perf_counter() - begin - tested
         with contender.evaluating():
             end = bench.test_loss()
         report = {"rate": contender.rate(), **contender.report()}
     finally:
         contender.close()
     return {
-        "loss": end if math.isfinite(end) else None,
-        "start": bench.start,
+        "loss": finite(end),
+        "start": round(bench.start, 5),
         "taken": step,
         "own": work.charged / work.budget if work.charged else 0.0,
         "worst": worst if math.isfinite(worst) else None,
         "worst_at": worst_at,
-        "seconds": round(perf_counter() - begin, 1),
+        "seconds": round(seconds, 1),
+        "curve": curve,
         **report,
     }
+
+
+def finite(loss: float) -> float | None:
+    return round(loss, 5) if math.isfinite(loss) else None
 
 
 def said(line: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, RANKLESS, Method, Workload
+from benchmarks.learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, Method, Workload
 from ffkernels.reporting.flops import ADAM_FLOPS, FlopMeter
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.models import attention_targets, load_model, train_weights
@@ -35,6 +35,8 @@ class Bench:
             task=workload.task, seed=seed, max_length=LENGTH, test_examples=test_examples or tests
         )
         model, tokenizer = load_model(workload.model, dtype=dtype)
+        if workload.model != "tiny":  # a third faster than fused attention at 64 tokens on a CPU
+            model.set_attn_implementation("eager")
         self.model = adapted(model, METHODS[workload.method], seed)
         task = prepare_task(config, tokenizer)
         splits = [task.train, task.validation, task.test]
@@ -47,8 +49,9 @@ class Bench:
         self._first = [p.detach().clone() for p in self.trainable]
         self._order = DataOrder(len(self._train), workload.batch, seed)
         self._meter = FlopMeter(sum(p.numel() for p in self.trainable))
-        self.validation, self._test = (
-            ValidationLoss(self.model, examples, collator=self._collate) for examples in (validation, test)
+        self.validation, self._test, self._few = (
+            ValidationLoss(self.model, examples, collator=self._collate)
+            for examples in (validation, test, test[: max(1, len(test) // 4)])
         )
         self.start = self.test_loss()
 
@@ -70,8 +73,9 @@ class Bench:
         measured = self._meter.training_step(self.model, self.batch(step)).measured
         return measured + ADAM_FLOPS * self._meter.trainable_numel
 
-    def test_loss(self) -> float:
-        return float(self._test())
+    def test_loss(self, *, few: bool = False) -> float:
+        """``few``: on a quarter of the examples, for curves."""
+        return float(self._few() if few else self._test())
 
 
 def adapted(model: Any, method: Method, seed: int) -> Any:
@@ -79,16 +83,17 @@ def adapted(model: Any, method: Method, seed: int) -> Any:
     if method.config is None:
         return train_weights(model)
     peft = require("peft")
-    options = {"target_modules": attention_targets(model), **dict(method.options)}
-    if method.config not in RANKLESS:
-        options["r"] = RANK
-    if method.config == "VeraConfig":
-        options["projection_prng_key"] = seed
+    config = getattr(peft, method.config)
+    ours = {"target_modules": attention_targets(model), "r": RANK, "projection_prng_key": seed}
+    if method.config == "TrainableTokensConfig":  # its targets are embeddings
+        del ours["target_modules"]
+    options = {name: value for name, value in ours.items() if name in config.__dataclass_fields__}
+    options |= method.options
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         # PEFT asks for it under its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        return peft.get_peft_model(model, getattr(peft, method.config)(task_type="CAUSAL_LM", **options))
+        return peft.get_peft_model(model, config(task_type="CAUSAL_LM", **options))
 
 
 def permuted(example: Example) -> Example:

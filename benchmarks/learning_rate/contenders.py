@@ -14,6 +14,7 @@ then has fewer steps, and a decaying schedule ends where the budget does. It may
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from benchmarks.learning_rate.bench import Bench
 from benchmarks.learning_rate.workloads import WARMUP
 from ffkernels import FastForward, FastForwardConfig
 
+# The rates of "sweep of 3": the decades that the tuned rates of the calibration workloads span.
+DECADES = (1e-3, 1e-2, 1e-1)
+
 
 class Work:
     """What a contender is given to train with.
@@ -35,7 +39,7 @@ class Work:
     Attributes:
         bench: model, data, ``trainable``, and ``validation``, the loss on the 32 validation examples.
         lr: the learning rate that a sweep, or the user, happens to take; None where there is none.
-        schedule: "constant" or "linear".
+        schedule: "constant", "linear" or "cosine".
         warmup: steps of it, which multiply the schedule; a contender that needs none sets it to 0.
         steps: optimizer steps that the budget is worth.
         charged: FLOPs of the budget that went to anything but steps.
@@ -51,7 +55,7 @@ class Work:
     ) -> None:
         self.bench, self.steps, self.schedule, self.lr, self.warmup = bench, steps, schedule, lr, warmup
         self.charged = 0
-        self._total, self._total_at = steps, 0
+        self._total, self._total_at, self._sums = steps, 0, [0]
 
     @cached_property
     def budget(self) -> int:
@@ -68,6 +72,12 @@ class Work:
             flops += forwards * self.bench.validation.flops if forwards else 0
         self.charged += flops
 
+    def spent(self, steps: int) -> float:
+        """The share of the budget that ``steps`` steps and all charges are."""
+        while len(self._sums) <= steps:
+            self._sums.append(self._sums[-1] + self.bench.flops(len(self._sums) - 1))
+        return (self.charged + self._sums[steps]) / self.budget
+
     @property
     def total(self) -> int:
         """Optimizer steps that the budget still allows in all."""
@@ -81,7 +91,9 @@ class Work:
     def shape(self, step: int) -> float:
         """What the schedule multiplies the learning rate by in optimizer step ``step``, from 0."""
         shape = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return shape if self.schedule == "constant" else shape * max(0.0, 1.0 - step / max(1, self.total))
+        done = min(1.0, step / max(1, self.total))
+        decays = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+        return shape * decays[self.schedule]
 
     def adamw(self, lr: float, **options: Any) -> torch.optim.AdamW:
         return torch.optim.AdamW(self.bench.trainable, lr=lr, **{"weight_decay": 0.0, **options})
@@ -152,4 +164,67 @@ def auto(work: Work) -> Contender:
     )
 
 
-CONTENDERS: dict[str, Callable[[Work], Contender]] = {"adam": adam, "auto": auto}
+def fast_forward(work: Work) -> Contender:
+    """The paper's procedure with our search, at the rate that is given; stages are charged."""
+    optimizer, bench = work.adamw(work.lr), work.bench
+    scheduler = work.scheduler(optimizer)
+    ff = FastForward(bench.model, optimizer, bench.validation, FastForwardConfig(), scheduler=scheduler)
+    stages = 0
+
+    def after_step(step: int, loss: float) -> None:
+        nonlocal stages
+        if len(ff.stages) > stages:
+            work.charge(flops=sum(stage.flops for stage in ff.stages[stages:]))
+            stages = len(ff.stages)
+
+    def report() -> dict[str, Any]:
+        return {"stages": len(ff.stages)}
+
+    return Contender(optimizer, scheduler, after_step, rate=lambda: work.lr, report=report, close=ff.detach)
+
+
+def by_hidden_size(work: Work) -> Contender:
+    """Thinking Machines' rule of ``tinker_cookbook``, for models of Llama's family.
+
+    5e-5 · (2000 / hidden size)^0.781; ten times that where adapters train, and for LoRA times 32 / α, their α
+    being 32.
+    """
+    model = work.bench.model
+    lr = 5e-5 * (2000 / model.config.hidden_size) ** 0.781
+    if (adapters := getattr(model, "peft_config", None)) is not None:
+        lr *= 10 * 32 / getattr(adapters["default"], "lora_alpha", 32)
+    optimizer = work.adamw(lr)
+    return Contender(optimizer, work.scheduler(optimizer), rate=lambda: lr)
+
+
+def swept(work: Work) -> Contender:
+    """Adam at the best of three rates: each trains for a sixth of the budget, then the best begins anew.
+
+    The best is the one whose loss on the validation examples is lowest, which is charged as well.
+    """
+    bench, sixth, losses = work.bench, work.total // 6, {}
+    for lr in DECADES:
+        work.reset()
+        trial = Work(bench, sixth, work.schedule, lr, work.warmup)
+        contender = adam(trial)
+        for step in range(sixth):
+            bench.model(**bench.batch(step)).loss.backward()
+            contender.optimizer.step()
+            contender.optimizer.zero_grad(set_to_none=True)
+            contender.scheduler.step()
+        loss = float(bench.validation())
+        losses[lr] = loss if math.isfinite(loss) else math.inf
+        work.charge(forwards=1)
+        work.charge(flops=trial.budget)
+    work.reset()
+    work.lr = min(losses, key=losses.get)
+    return adam(work)
+
+
+CONTENDERS: dict[str, Callable[[Work], Contender]] = {
+    "adam": adam,
+    "auto": auto,
+    "Fast Forward": fast_forward,
+    "Thinking Machines": by_hidden_size,
+    "sweep of 3": swept,
+}

@@ -13,6 +13,8 @@ from benchmarks.learning_rate.workloads import METHODS, SCHEDULES, Workload
 
 LOW = (1e-4, 2e-4, 1e-3, 1e-2)  # what people take who do not look
 SEEDS = (0, 1, 2)  # the evaluation's; from 10 on: calibration
+CONSTANTS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # of which the best single one is taken
+STEPS_OF_HYPERGRADIENT = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 
 Done = Mapping[str, Mapping[str, Any]]  # the lines of finished runs by key
 
@@ -137,14 +139,103 @@ def alignment() -> Iterator[Item]:
     yield sweep(wide, 0, 5e-3)
 
 
+# Calibration: constants of contenders are chosen on it. Seeds from 10 on.
+CALIBRATION = (
+    Workload("instruction", 4, 100),
+    Workload("medical", 4, 100, "cosine", "lora-256"),
+    Workload("instruction", 4, 100, "linear", "lora-1"),
+    Workload("medical", 4, 100, "constant", "oft"),
+    Workload("instruction", 4, 100, "constant", "ia3"),
+    Workload("medical", 4, 100, "linear", "all"),
+    Workload("medical", 32, 100, "linear"),
+    Workload("instruction", 4, 1000),
+)
+# Evaluation: the task "chat" and eight of these methods are not in the calibration.
+EVALUATION = (
+    Workload("chat", 4, 100),
+    Workload("medical", 4, 100, "constant", "rslora"),
+    Workload("chat", 4, 100, "constant", "all"),
+    Workload("instruction", 4, 100, "constant", "vera"),
+    Workload("medical", 4, 100, "linear", "loha"),
+    Workload("medical", 4, 100, "cosine", "layernorm"),
+    Workload("instruction", 4, 100, "constant", "prompt"),
+    Workload("chat", 4, 100, "linear", "lora-256"),
+    Workload("instruction", 4, 100, "cosine", "lokr"),
+    Workload("medical", 4, 100, "linear", "tokens"),
+    Workload("chat", 4, 100, "cosine", "ia3"),
+    Workload("chat", 4, 100, "constant", "dora"),
+    Workload("chat", 32, 100, "linear"),
+    Workload("medical", 32, 100, "constant", "vera"),
+    Workload("instruction", 32, 100, "cosine", "lokr"),
+    Workload("chat", 32, 100, "linear", "all"),
+    Workload("chat", 4, 1000, "constant", "lora-r64"),
+    Workload("medical", 4, 1000, "constant", "layernorm"),
+    Workload("chat", 4, 1000, "linear", "loha"),
+    Workload("chat", 4, 1000, "cosine", "all"),
+    Workload("chat", 128, 100, "constant", "oft"),
+    Workload("instruction", 128, 100, "linear", "rslora"),
+)
+# Chosen on the calibration: the best single rate, and the hypergradient's step.
+CONSTANT = 1e-2
+HYPERGRADIENT = "hypergradient 1e-5"
+RIVALS = (
+    *("Thinking Machines", "sweep of 3", "gen", "gala", HYPERGRADIENT, "schedule-free+"),
+    *("mechanic", "prodigy", "greedy", "lightning"),
+)
+
+
+def oracle(workload: Workload, seed: int, first: int) -> Item:
+    """Adam's sweep: whole on the first seed, the best rate and its neighbours on the others."""
+    if seed == first:
+        return sweep(workload, seed, METHODS[workload.method].rate)
+    return Item(workload, seed, "adam", (), as_before(neighbours=True))
+
+
+def everyone(workload: Workload, seed: int) -> Iterator[Item]:
+    """All contenders but the oracle."""
+    yield Item(workload, seed, "auto")
+    yield Item(workload, seed, "adam", (1e-4, 2e-4, CONSTANT))
+    yield Item(workload, seed, "Fast Forward", (1e-4,))
+    for rival in RIVALS:
+        yield Item(workload, seed, rival)
+
+
+def calibration() -> Iterator[Item]:
+    """Of the workloads on which constants are chosen: those of the hypergradient, and the best single rate."""
+    for workload in CALIBRATION:
+        yield Item(workload, 10, "auto")
+        yield oracle(workload, 10, 10)
+        for step in STEPS_OF_HYPERGRADIENT:
+            yield Item(workload, 10, f"hypergradient {step:g}")
+        yield Item(workload, 10, "adam", CONSTANTS)
+
+
+def evaluation() -> Iterator[Item]:
+    """ "auto" and its rivals where tuned rates lie decades apart: what is short first, then the seeds."""
+    short, wide, long, widest = ([w for w in EVALUATION if size(w) == k] for k in range(4))
+    for seed, workloads in ((0, short), (0, wide), (1, short), (2, short), (0, long), (1, wide), (2, wide)):
+        for workload in workloads:
+            yield oracle(workload, seed, 0)
+            yield from everyone(workload, seed)
+    for seed, workload in product(SEEDS[1:], long):
+        yield oracle(workload, seed, 0)
+        yield from everyone(workload, seed)
+    for seed, workload in product(SEEDS, widest):
+        yield oracle(workload, seed, 0)
+        yield from everyone(workload, seed)
+
+
+def size(workload: Workload) -> int:
+    return 2 if workload.steps > 100 else {4: 0, 32: 1, 128: 3}[workload.batch]
+
+
 def smollm2() -> Iterator[Item]:
-    """A real model at a size that one CPU core can train."""
-    workloads = [Workload(task, 8, 60, model="smollm2-135m") for task in TASKS[:2]]
-    for workload in workloads:
+    """A real model, bfloat16, with adapters in float32, at a size that one CPU core can train."""
+    middle = {"lora": 3e-3, "lora-256": 3e-4, "vera": 4e-2}
+    for batch, method, task in product((8, 32), middle, TASKS[:2]):
+        workload = Workload(task, batch, 120, method=method, model="smollm2-135m")
         yield Item(workload, 0, "auto")
-        yield Item(workload, 0, "adam", (3e-3,))
-    for workload in workloads:
-        yield sweep(workload, 0, 3e-3)
+        yield sweep(workload, 0, middle[method])
 
 
 def fast() -> Iterator[Item]:
@@ -155,4 +246,10 @@ def fast() -> Iterator[Item]:
     yield from again(workload, 1)
 
 
-PLANS: dict[str, Callable[[], Iterator[Item]]] = {"alignment": alignment, "smollm2": smollm2, "fast": fast}
+PLANS: dict[str, Callable[[], Iterator[Item]]] = {
+    "alignment": alignment,
+    "calibration": calibration,
+    "evaluation": evaluation,
+    "smollm2": smollm2,
+    "fast": fast,
+}

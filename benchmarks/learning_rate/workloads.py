@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-SCHEDULES = ("constant", "linear")
+SCHEDULES = ("constant", "linear", "cosine")
 RANK, LENGTH, WARMUP = 8, 64, 8
 
 
@@ -17,7 +17,8 @@ class Method:
         label: as tables name it.
         rate: near the tuned one at a constant schedule and batch 16: a sweep begins there.
         config: a class of PEFT's; None trains all weights.
-        options: its arguments besides the rank; ``target_modules`` are the attention's where not given.
+        options: its arguments; ``r`` is ``RANK`` and ``target_modules`` are the attention's where the class
+            has them and they are not given.
     """
 
     label: str
@@ -36,8 +37,11 @@ METHODS = {
     "lora-256": lora("LoRA, α = 256", 1e-3, 256),
     "lora-all": lora("LoRA on all linear layers, α = 16", 1e-2, 16, target_modules="all-linear"),
     "dora": lora("DoRA, α = 16", 1e-2, 16, use_dora=True),
+    "lora-r64": lora("LoRA, rank 64, α = 16", 4e-3, 16, r=64),
+    "rslora": lora("rsLoRA, rank 64, α = 16", 2e-3, 16, r=64, use_rslora=True),
     "oft": Method("OFT", 1e-2, "OFTConfig", (("oft_block_size", 0),)),
     "loha": Method("LoHa", 1e-2, "LoHaConfig"),
+    "lokr": Method("LoKr", 2e-2, "LoKrConfig"),
     "vera": Method("VeRA", 1e-1, "VeraConfig"),
     "ia3": Method("IA3", 1e-1, "IA3Config", (("feedforward_modules", []),)),
     "layernorm": Method(
@@ -46,9 +50,12 @@ METHODS = {
         "LNTuningConfig",
         (("target_modules", ["input_layernorm", "post_attention_layernorm", "final_layer_norm"]),),
     ),
+    "prompt": Method("prompt tuning", 1.0, "PromptTuningConfig", (("num_virtual_tokens", 8),)),
+    "tokens": Method(
+        "trainable tokens", 1e-1, "TrainableTokensConfig", (("token_indices", list(range(32, 127))),)
+    ),
     "all": Method("all weights", 1e-3, None),
 }
-RANKLESS = ("IA3Config", "LNTuningConfig")
 
 # dtype of the base, test examples.
 MODELS = {"tiny": ("float32", 400), "smollm2-135m": ("bfloat16", 96)}
