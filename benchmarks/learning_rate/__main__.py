@@ -105,6 +105,8 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
             broken = 0 if math.isfinite(value) else broken + 1
             if (part := math.inf if broken else value / bench.start) > worst:
                 worst, worst_at = part, step + 1
+            if contender.before_step is not None:
+                contender.before_step(step, value)
             contender.optimizer.step()
             contender.optimizer.zero_grad(set_to_none=True)
             if contender.scheduler is not None:
