@@ -91,9 +91,9 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
         Plain values: ``loss`` on the test examples at the end (None where it is not finite), ``start``,
         ``rate`` at the end, ``taken`` steps, ``own`` (share of the budget that went to anything but steps),
         ``worst`` training loss as a multiple of ``start`` (None where one was not finite), the step
-        ``worst_at`` which it came, ``seconds``, ``curve``, and what the contender reports. A point of the curve
-        is [share of the budget, seconds, loss on a quarter of the test examples], one after each tenth of the
-        budget; searching counts, testing does not.
+        ``worst_at`` which it came, ``seconds``, ``curve``, and what the contender reports. A point of the
+        curve is [share of the budget, seconds, loss on a quarter of the test examples], one after each tenth
+        of the budget; searching counts, testing does not.
     """
     begin, bench, curve, tested = perf_counter(), work.bench, [], 0.0
     bench.reset()
@@ -107,6 +107,8 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
             broken = 0 if math.isfinite(value) else broken + 1
             if (part := math.inf if broken else value / bench.start) > worst:
                 worst, worst_at = part, step + 1
+            if contender.before_step is not None:
+                contender.before_step(step, value)
             contender.optimizer.step()
             contender.optimizer.zero_grad(set_to_none=True)
             if contender.scheduler is not None:

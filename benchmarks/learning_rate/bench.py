@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, Method, Workload
-from ffkernels.reporting.flops import ADAM_FLOPS, FlopMeter
+from ffkernels.reporting.flops import ADAM_FLOPS, FlopMeter, Flops
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.models import attention_targets, load_model, train_weights
 from ffkernels.training.requirements import require
@@ -49,6 +49,7 @@ class Bench:
         self._first = [p.detach().clone() for p in self.trainable]
         self._order = DataOrder(len(self._train), workload.batch, seed)
         self._meter = FlopMeter(sum(p.numel() for p in self.trainable))
+        self._costs: dict[int, Flops] = {}
         self.validation, self._test, self._few = (
             ValidationLoss(self.model, examples, collator=self._collate)
             for examples in (validation, test, test[: max(1, len(test) // 4)])
@@ -70,8 +71,21 @@ class Bench:
 
     def flops(self, step: int) -> int:
         """FLOPs of optimizer step ``step``, Adam's included."""
-        measured = self._meter.training_step(self.model, self.batch(step)).measured
-        return measured + ADAM_FLOPS * self._meter.trainable_numel
+        return self.gradient_flops(step) + ADAM_FLOPS * self._meter.trainable_numel
+
+    def gradient_flops(self, step: int) -> int:
+        """FLOPs of a forward and a backward on the batch of optimizer step ``step``."""
+        return self._cost(step).measured
+
+    def forward_flops(self, step: int) -> int:
+        """FLOPs of a forward alone on that batch."""
+        return self._cost(step).paper // 3  # the paper's convention is three forwards
+
+    def _cost(self, step: int) -> Flops:
+        # Kept: whoever charges something after every step asks for all steps again.
+        if step not in self._costs:
+            self._costs[step] = self._meter.training_step(self.model, self.batch(step))
+        return self._costs[step]
 
     def test_loss(self, *, few: bool = False) -> float:
         """``few``: on a quarter of the examples, for curves."""

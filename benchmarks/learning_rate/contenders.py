@@ -113,6 +113,7 @@ class Contender:
     Attributes:
         optimizer: with the trainable weights of the bench.
         scheduler: its ``step()`` is called after each optimizer step; None where there is none.
+        before_step: called with the same as ``after_step``, between the gradients and the step.
         after_step: called with the step (from 0) and the training loss before its update, after the step.
         evaluating: around each test loss: schedule-free optimizers exchange their weights in it.
         rate: the base learning rate, asked for at the end; None where there is none.
@@ -123,6 +124,7 @@ class Contender:
     optimizer: torch.optim.Optimizer
     scheduler: Any = None
     after_step: Callable[[int, float], None] | None = None
+    before_step: Callable[[int, float], None] | None = None
     evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
     rate: Callable[[], float | None] = lambda: None
     report: Callable[[], dict[str, Any]] = dict

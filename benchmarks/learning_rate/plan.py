@@ -201,12 +201,12 @@ def everyone(workload: Workload, seed: int) -> Iterator[Item]:
 
 
 def calibration() -> Iterator[Item]:
-    """Of the workloads on which constants are chosen: those of the hypergradient, and the best single rate."""
+    """What constants are chosen on: the best single rate, and the hypergradient's step."""
     for workload in CALIBRATION:
         yield Item(workload, 10, "auto")
         yield oracle(workload, 10, 10)
         for step in STEPS_OF_HYPERGRADIENT:
-            yield Item(workload, 10, f"hypergradient {step:g}")
+            yield Item(workload, 10, f"hypergradient {step}")
         yield Item(workload, 10, "adam", CONSTANTS)
 
 

@@ -2,8 +2,9 @@
 
     range tests     torch-lr-finder, Lightning's lr_find: a training run whose learning rate grows from step
                     to step; the rate where the loss fell most steeply is taken, weights are put back
-    no rate at all  Prodigy estimates it while it trains
+    no rate at all  Prodigy and Mechanic estimate it while they train
     adjusting       transformers' GreedyLR; AdamW schedule-free, which has no schedule but keeps a rate
+    in our words    what ``adjusting_rates`` has: GeN, GALA, hypergradients, ScheduleFree+
 
 The packages do their own work here, unchanged, with their own defaults, and what they suggest is what they
 say themselves; only "…, minimum / 10" reads their curve as people do. A range test is charged the training
@@ -23,12 +24,14 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
+from math import log10
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.learning_rate.contenders import Contender, Work
+from benchmarks.peers.adjusting_rates import HYPERGRADIENT_BETAS, gala, gen, hypergradient, schedule_free_plus
 
 # What is imported, the name under which it is installed, and how the names of its contenders begin.
 PACKAGES = {
@@ -36,6 +39,7 @@ PACKAGES = {
     "lightning": ("lightning", "lightning"),
     "prodigyopt": ("prodigyopt", "prodigy"),
     "schedulefree": ("schedulefree", "schedule-free"),
+    "mechanic_pytorch": ("mechanic-pytorch", "mechanic"),
 }
 
 
@@ -161,10 +165,29 @@ def prodigy(work: Work) -> Contender:
     return Contender(optimizer, work.scheduler(optimizer), rate=rate)
 
 
+def mechanic(work: Work) -> Contender:
+    """Mechanic around AdamW with its defaults, at the learning rate of 1 of its README.
+
+    It scales AdamW's updates; the run's schedule multiplies them first.
+    """
+    made = package("mechanic_pytorch").mechanize(torch.optim.AdamW)
+    optimizer = made(work.bench.trainable, lr=1.0, weight_decay=0.0)
+
+    def rate() -> float | None:
+        state = optimizer.state.get("_mechanic")
+        return float(state["s"].sum()) if state else None
+
+    return Contender(optimizer, work.scheduler(optimizer), rate=rate)
+
+
 def schedule_free(work: Work) -> Contender:
-    """AdamWScheduleFree with its own warm-up and no schedule; tested at its averaged weights."""
+    """AdamWScheduleFree with its own warm-up and no schedule; tested at its averaged weights.
+
+    Where the run has no rate, at the package's default of 0.0025.
+    """
+    lr = {} if work.lr is None else {"lr": work.lr}
     optimizer = package("schedulefree").AdamWScheduleFree(
-        work.bench.trainable, lr=work.lr, warmup_steps=work.warmup
+        work.bench.trainable, warmup_steps=work.warmup, **lr
     )
     optimizer.train()
 
@@ -183,7 +206,8 @@ def greedy(work: Work, *, validating: bool = False) -> Contender:
     """AdamW under transformers' GreedyLR with its defaults, which is told a loss after every step.
 
     ``validating``: the loss on the validation examples, as ``Trainer`` does when it evaluates, and charged;
-    else the training loss, which is there for nothing.
+    else the training loss, which is there for nothing. Where the run has no rate it begins at the 5e-5 of
+    ``TrainingArguments``.
     """
     try:
         from transformers.optimization import GreedyLR
@@ -191,7 +215,7 @@ def greedy(work: Work, *, validating: bool = False) -> Contender:
         raise ImportError(
             "this contender needs a transformers that has GreedyLR: pip install -U transformers"
         ) from error
-    optimizer = work.adamw(work.lr)
+    optimizer = work.adamw(5e-5 if work.lr is None else work.lr)
     scheduler = GreedyLR(optimizer)
 
     def after_step(step: int, loss: float) -> None:
@@ -215,9 +239,17 @@ EVERY: dict[str, Callable[[Work], Contender]] = {
     "lightning": partial(range_test, suggest=with_lightning),
     "lightning, free": partial(range_test, suggest=with_lightning, free=True),
     "prodigy": prodigy,
+    "mechanic": mechanic,
     "schedule-free": schedule_free,
     "greedy": greedy,
     "greedy, validating": partial(greedy, validating=True),
+    "gen": gen,
+    "gala": gala,
+    "schedule-free+": schedule_free_plus,
+    **{
+        f"hypergradient 1e{round(log10(beta))}": partial(hypergradient, beta=beta)
+        for beta in HYPERGRADIENT_BETAS
+    },
 }
 MISSING = {starts: name for module, (name, starts) in PACKAGES.items() if find_spec(module) is None}
 # Those that can run here.
