@@ -14,7 +14,7 @@ from benchmarks.learning_rate.workloads import METHODS, SCHEDULES, Workload
 LOW = (1e-4, 2e-4, 1e-3, 1e-2)  # what people take who do not look
 SEEDS = (0, 1, 2)  # the evaluation's; from 10 on: calibration
 CONSTANTS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # of which the best single one is taken
-STEPS_OF_HYPERGRADIENT = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+HYPERGRADIENTS = tuple(f"hypergradient 1e-{n}" for n in range(3, 8))
 
 Done = Mapping[str, Mapping[str, Any]]  # the lines of finished runs by key
 
@@ -205,8 +205,8 @@ def calibration() -> Iterator[Item]:
     for workload in CALIBRATION:
         yield Item(workload, 10, "auto")
         yield oracle(workload, 10, 10)
-        for step in STEPS_OF_HYPERGRADIENT:
-            yield Item(workload, 10, f"hypergradient {step}")
+        for hypergradient in HYPERGRADIENTS:
+            yield Item(workload, 10, hypergradient)
         yield Item(workload, 10, "adam", CONSTANTS)
 
 
