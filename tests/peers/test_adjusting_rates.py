@@ -260,7 +260,9 @@ def test_the_polyak_step_warms_up_without_an_average(rates, work_on):
         assert weight.item() == y  # x is z is y
     take(work, contender, 2)
     with contender.evaluating():
-        assert weight.item() == pytest.approx(contender.optimizer.state[weight]["z"].item())  # the first of them
+        assert weight.item() == pytest.approx(
+            contender.optimizer.state[weight]["z"].item()
+        )  # the first of them
     contender.before_step(3, -9.0)
     gradient(work, 3)
     contender.optimizer.step()
