@@ -148,6 +148,18 @@ def test_every_method_trains_what_it_should(bench):
         assert all(map(torch.equal, before, one.trainable)), name
 
 
+def test_what_a_forward_and_a_gradient_cost(bench):
+    pytest.importorskip("peft")
+    from ffkernels.reporting.flops import ADAM_FLOPS, count_flops
+
+    one = bench.bench.Bench(bench.workloads.Workload("instruction", 4, 4), 0, test_examples=4)
+    batch = one.batch(2)
+    with torch.no_grad():
+        assert one.forward_flops(2) == count_flops(lambda: one.model(**batch)) > 0
+    assert one.gradient_flops(2) == count_flops(lambda: one.model(**batch).loss.backward())
+    assert one.flops(2) - one.gradient_flops(2) == ADAM_FLOPS * sum(p.numel() for p in one.trainable)
+
+
 def test_auto_is_given_no_rate_and_logs_its_rise(bench):
     pytest.importorskip("peft")
     one = bench.bench.Bench(bench.workloads.Workload("instruction", 4, 12), 0, test_examples=4)

@@ -74,6 +74,34 @@ def test_prodigy_starts_from_its_own_rate(work, peers):
     assert contender.rate() > 0
 
 
+def test_mechanic_scales_a_rate_of_one(work, peers):
+    pytest.importorskip("mechanic_pytorch")
+    before, contender = weights(work).clone(), peers.mechanic(work)
+    assert contender.rate() is None
+    peers.Lossy(work)(torch.tensor(0)).backward()
+    contender.optimizer.step()
+    assert contender.optimizer.param_groups[0]["lr"] == 0.5  # of 1, in the first of two warm-up steps
+    # Nothing is known yet, so the first update is as small as its start: of the order of 1e-8.
+    assert 0 < contender.rate() < 1e-6
+    assert (weights(work) - before).abs().max() < 1e-6
+
+
+def test_without_a_rate_those_that_need_one_take_their_own_default(work, peers):
+    work.lr = None
+    assert peers.greedy(work).rate() == 5e-5
+    pytest.importorskip("schedulefree")
+    assert peers.schedule_free(work).optimizer.param_groups[0]["lr"] == 0.0025
+    work.lr = 0.02
+    assert peers.schedule_free(work).optimizer.param_groups[0]["lr"] == 0.02
+
+
+def test_each_beta_of_the_hypergradient_has_its_name(work, peers):
+    names = [name for name in peers.PEERS if name.startswith("hypergradient")]
+    assert names == [f"hypergradient 1e-{digit}" for digit in (7, 6, 5, 4, 3)]
+    betas = [peers.PEERS[name].keywords["beta"] for name in names]
+    assert betas == [float(name.split()[1]) for name in names]
+
+
 def test_schedule_free_is_tested_at_its_averaged_weights(work, peers):
     pytest.importorskip("schedulefree")
     contender = peers.schedule_free(work)
@@ -96,9 +124,20 @@ def test_a_package_suggests_a_rate_between_its_ends(work, peers, module, suggest
     assert 17 <= steps <= 30 and 1e-8 < lr < 10
 
 
-def test_a_missing_package_is_named_and_its_contenders_left_out(work, peers, monkeypatch):
+def test_contenders_of_a_missing_package_are_left_out(peers):
     left_out = {name for name in peers.EVERY if name.startswith(tuple(peers.MISSING) or "none")}
     assert peers.EVERY.keys() - peers.PEERS.keys() == left_out
-    monkeypatch.setitem(sys.modules, "prodigyopt", None)
-    with pytest.raises(ImportError, match=r"needs the package prodigyopt .*pip install prodigyopt"):
-        peers.prodigy(work)
+
+
+@pytest.mark.parametrize(
+    "contender, module, name",
+    [
+        ("prodigy", "prodigyopt", "prodigyopt"),
+        ("schedule_free", "schedulefree", "schedulefree"),
+        ("mechanic", "mechanic_pytorch", "mechanic-pytorch"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_command(work, peers, monkeypatch, contender, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"needs the package {name} .*pip install {name}"):
+        getattr(peers, contender)(work)
