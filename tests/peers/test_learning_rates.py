@@ -55,6 +55,19 @@ def test_a_range_test_is_charged_its_steps_and_undone(work, peers, free):
     assert contender.optimizer.param_groups[0]["lr"] == 0.01  # the first of two warm-up steps
 
 
+@pytest.mark.parametrize("steps, expected", [(100, 20), (1000, 100)])
+def test_a_range_test_takes_a_fifth_of_a_short_run(work, peers, steps, expected):
+    asked = []
+
+    def suggest(given, steps):
+        asked.append(steps)
+        return 0.02, 0
+
+    work.steps = steps
+    peers.range_test(work, suggest)
+    assert asked == [expected]
+
+
 def test_greedy_lr_is_told_losses_and_validations_are_charged(work, peers):
     plain = peers.greedy(work)
     for step in range(12):
