@@ -175,9 +175,9 @@ EVALUATION = (
     Workload("chat", 128, 100, "constant", "oft"),
     Workload("instruction", 128, 100, "linear", "rslora"),
 )
-# Chosen on the calibration: the best single rate, and the hypergradient's step.
-CONSTANT = 1e-2
-HYPERGRADIENT = "hypergradient 1e-5"
+# Chosen on the calibration, by the median: the single rate, and the step of the hypergradient.
+CONSTANT = 2e-3
+HYPERGRADIENT = "hypergradient 1e-4"
 RIVALS = (
     *("Thinking Machines", "sweep of 3", "gen", "gala", HYPERGRADIENT, "schedule-free+"),
     *("mechanic", "prodigy", "greedy", "lightning"),
