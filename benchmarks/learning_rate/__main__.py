@@ -28,6 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = record.parser("learning_rate", learning_rate.__doc__)
     parser.add_argument("--plan", choices=PLANS, default="alignment")
     parser.add_argument("--only", default="", metavar="TEXT", help="workloads whose name has this")
+    parser.add_argument("--share", default="1/1", metavar="K/N", help="every Nth workload, from the Kth on")
     parser.add_argument("--until", help="HH:MM of this machine's clock: begin no run after that")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning_rate.jsonl"), help="a line per run")
     parser.add_argument("--list", action="store_true", help="say what has not run yet, and end")
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         print(all_tables(result))
         return 0
     items = [item for item in PLANS[options.plan]() if options.only in item.workload.name]
+    first, of = map(int, options.share.split("/"))
+    mine = list(dict.fromkeys(item.workload for item in items))[first - 1 :: of]
+    items = [item for item in items if item.workload in mine]
     if options.list:
         print("\n".join(dict.fromkeys(run.key for item in items if (run := item.next(done)) is not None)))
         return 0
