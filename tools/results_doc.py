@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks import RESULTS, ROOT
 from benchmarks.end_to_end import figures, plots, sft
 from benchmarks.kernels import align, step
+from benchmarks.learning_rate import profile, shares
 from benchmarks.learning_rate import table as learning_rate
 from benchmarks.peers import race
 from benchmarks.stages import resampled, search_noise
@@ -66,6 +67,9 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
         "end-to-end": lambda results: figures.end_to_end(results, shown),
         "learning-rates": learning_rate.learning_rates,
         "learning-rates-by-workload": learning_rate.learning_rates_by_workload,
+        "smollm2-rates": learning_rate.smollm2_rates,
+        "rate-workloads": lambda results: shares.rate_workloads(results, profile.shown),
+        "rate-workloads-each": shares.rate_workloads_each,
     }
     found = {name: partial(build, results) for name, build in made.items()}
     found |= {
@@ -106,13 +110,14 @@ def outdated(root: Path, write: bool) -> list[str]:
     wanted = {}
     for name, data in figures.end_to_end_files(results).items():
         wanted |= {file: (draw, data) for file, (_, draw) in plots.pictures(name, data).items()}
+    wanted |= profile.pictures(results)
     for file, (draw, data) in wanted.items():
         path = root / IMAGES / file
         if plots.shown_digest(path) != plots.digest(data):
             found.append(f"{IMAGES}/{file}")
             if write:
                 plots.write(path, draw, data)
-    for path in sorted((root / IMAGES).glob("end_to_end_*.png")):
+    for path in sorted([*(root / IMAGES).glob("end_to_end_*.png"), *(root / IMAGES).glob(profile.FILE)]):
         if path.name not in wanted:
             found.append(f"{IMAGES}/{path.name}")
             if write:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import warnings
@@ -14,11 +15,11 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks import learning_rate, record
+from benchmarks.learning_rate import shares, table
 from benchmarks.learning_rate.bench import Bench
 from benchmarks.learning_rate.contenders import CONTENDERS, Contender, Work
 from benchmarks.learning_rate.plan import PLANS, Run
-from benchmarks.learning_rate.record import document
-from benchmarks.learning_rate.table import all_tables
+from benchmarks.learning_rate.record import SHARES, document, resumed
 
 # Training losses in a row that are not finite, after which nothing more will come.
 HOPELESS = 5
@@ -31,17 +32,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--share", default="1/1", metavar="K/N", help="every Nth workload, from the Kth on")
     parser.add_argument("--until", help="HH:MM of this machine's clock: begin no run after that")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning_rate.jsonl"), help="a line per run")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RESULT.json",
+        help="where there is no file --runs yet, begin it with the runs of this result",
+    )
     parser.add_argument("--list", action="store_true", help="say what has not run yet, and end")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    if options.resume is not None and not options.runs.exists():
+        for line in resumed(json.loads(options.resume.read_text(encoding="utf-8"))):
+            record.add_line(line, options.runs)
     done = record.lines_of(options.runs, "key")
     if options.out is not None:
         result = document(done.values(), options.plan)
         record.write(result, options.out)
-        print(all_tables(result))
+        print((shares if result["kind"] == SHARES else table).all_tables(result))
         return 0
     items = [item for item in PLANS[options.plan]() if options.only in item.workload.name]
     first, of = map(int, options.share.split("/"))
@@ -50,16 +60,16 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(dict.fromkeys(run.key for item in items if (run := item.next(done)) is not None)))
         return 0
-    from ffkernels.reporting.machine import git_commit
+    from ffkernels.reporting.machine import git_commit, machine_info
 
     warnings.simplefilter("ignore")
-    commit = git_commit()
+    made = {"commit": git_commit(), "cpu": machine_info()["cpu"]}
     benches: dict[Any, Any] = {}
     for item in items:
         while (run := item.next(done)) is not None:
             if options.until and f"{datetime.now():%H:%M}" >= options.until:
                 return 0
-            done[run.key] = line = {**measure(run, benches), "commit": commit}
+            done[run.key] = line = {**measure(run, benches), **made}
             record.add_line(line, options.runs)
             print(said(line), flush=True)
     return 0

@@ -225,6 +225,12 @@ def evaluation() -> Iterator[Item]:
         yield from everyone(workload, seed)
 
 
+def workloads() -> Iterator[Item]:
+    """What constants are chosen on, and then what all are judged by."""
+    yield from calibration()
+    yield from evaluation()
+
+
 def size(workload: Workload) -> int:
     return 2 if workload.steps > 100 else {4: 0, 32: 1, 128: 3}[workload.batch]
 
@@ -250,6 +256,7 @@ PLANS: dict[str, Callable[[], Iterator[Item]]] = {
     "alignment": alignment,
     "calibration": calibration,
     "evaluation": evaluation,
+    "workloads": workloads,
     "smollm2": smollm2,
     "fast": fast,
 }

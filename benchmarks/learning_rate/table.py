@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.learning_rate.plan import LOW
+from benchmarks.learning_rate.plan import LOW, smollm2
 from benchmarks.learning_rate.workloads import METHODS
 from benchmarks.tables import Results as Files
-from benchmarks.tables import heading, markdown, missing, rate, source, where
+from benchmarks.tables import counted, heading, markdown, missing, rate, source, where
 from benchmarks.tables import signed as percent
 
 Result = Mapping[str, Any]
@@ -30,6 +30,7 @@ BOUNDS = {
 }
 SPIKE = 1.5  # of the test loss before training
 COMMON = 3e-3  # what "auto" is held to on SmolLM2-135M is Adam there
+CLOSE = 0.03  # above tuned Adam, of a cell of SmolLM2-135M
 
 
 class Results:
@@ -191,6 +192,52 @@ def beside_common(data: Result) -> str:
     return markdown(head, rows)
 
 
+def planned() -> list[str]:
+    """The cells of the plan ``smollm2``: workloads that differ in method, task and batch."""
+    return list(dict.fromkeys(item.workload.name for item in smollm2()))
+
+
+def cells(data: Result) -> str:
+    """A row per cell of SmolLM2-135M, and how many of them are close."""
+    results, rows, above, tuned = Results(data), [], {}, {}
+    lines = {line["workload"]: line for line in results.of("auto")}
+    for name in (name for name in planned() if name in lines):
+        line, workload = lines[name], results.workloads[name]
+        best = results.tuned[place(line)]
+        above[name], tuned[name] = results.above(line), best["lr"]
+        row = [METHODS[workload["method"]].label, workload["task"], str(workload["batch"])]
+        row += [percent(above[name]), percent(results.share(line))]
+        row.append(rate(best["lr"]) + ("" if results.inside(name) else " (at the grid's end)"))
+        rows.append([*row, each([line], "rate", lambda value: rate(float(f"{value:.2g}")))])
+    if not rows:
+        return "*No cell has been run to its end.*"
+    near = sum(value <= CLOSE for value in above.values())
+    rest = len(planned()) - len(rows)
+    low, high = (of(tuned, key=tuned.get) for of in (min, max))
+    words = (
+        f"{near} of {counted(len(rows), 'cell')} end within {100 * CLOSE:.0f} % of the loss of tuned Adam"
+        + (f" ({rest} of the plan not run)" if rest else "")
+        + f"; tuned rates lie a factor of {tuned[high] / tuned[low]:.0f} apart, from {rate(tuned[low])} to "
+        f"{rate(tuned[high])}."
+    )
+    head = ["method", "task", "batch", "auto above tuned Adam", "not recovered", "Adam tuned at"]
+    return f"{words}\n\n{markdown([*head, 'rate found'], rows, text_columns=2)}"
+
+
+def smollm2_result(results: Files) -> tuple[str, Result] | None:
+    """The newest result that has cells of the plan; earlier ones had two shorter workloads."""
+    found = newest_of_each(results).get("smollm2-135m")
+    return found if found is not None and set(planned()) & found[1]["workloads"].keys() else None
+
+
+def smollm2_rates(results: Files) -> str:
+    """The cells of SmolLM2-135M."""
+    found = smollm2_result(results)
+    if found is None:
+        return missing("learning_rate --plan smollm2")
+    return f"{conditions(*found)}\n\n{cells(found[1])}"
+
+
 def summary(data: Result) -> str:
     tiny = data["config"]["model"] == "tiny"  # bounds are of the embedded model
     shown, other = (verdicts(data), contenders(data)) if tiny else (beside_common(data), "")
@@ -199,6 +246,8 @@ def summary(data: Result) -> str:
 
 
 def all_tables(data: Result) -> str:
+    if set(planned()) & data["workloads"].keys():
+        return cells(data)
     return f"{summary(data)}\n\n{workloads(data)}"
 
 
@@ -214,8 +263,10 @@ def newest_of_each(results: Files) -> dict[str, tuple[str, Mapping[str, Any]]]:
 
 def learning_rates(results: Files) -> str:
     """ "auto" beside its bounds and beside the other contenders, what misses first."""
-    found = newest_of_each(results).values()
-    return "\n\n".join(f"{conditions(*one)}\n\n{summary(one[1])}" for one in found) or missing(
+    found = newest_of_each(results)
+    if smollm2_result(results) is not None:
+        del found["smollm2-135m"]  # has a table of its own
+    return "\n\n".join(f"{conditions(*one)}\n\n{summary(one[1])}" for one in found.values()) or missing(
         "learning_rate"
     )
 
