@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FILE = "rate_profile.png"
 LOW, HIGH = 1e-3, 1.0  # of the axis; what is closer, or better than tuned Adam, is there from its left end on
 DRAWING = 1  # to be raised with every change here
-GREYS = ("#8c8c8c", "#a6a6a6", "#bfbfbf", "#737373")  # rates that nobody adjusts
+GREYS = ("#6f6f6f", "#9a9a9a")  # rates that nobody adjusts
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#882255", "#CC79A7")
 LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
@@ -84,8 +84,6 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def draw(figure: Figure, data: Result) -> None:
-    from matplotlib.ticker import PercentFormatter
-
     from ffkernels.reporting.plots import DOTTED, clean_axes
 
     shares = Shares(data)
@@ -101,11 +99,11 @@ def draw(figure: Figure, data: Result) -> None:
         axes.axvline(bound, **DOTTED)
     axes.set_xscale("log")
     axes.set_xlim(LOW, HIGH)
-    ticks = (1e-3, 1e-2, *NEAR, 1e-1, 1.0)
+    ticks = (LOW, 3e-3, 1e-2, *NEAR, 0.3, HIGH)
     axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     lines, labels = axes.get_legend_handles_labels()
     legend = figure.legend(lines, labels, loc="outside right upper", frameon=False, fontsize=9)
     for text, name in zip(legend.get_texts(), shares.ranked, strict=True):

@@ -202,7 +202,8 @@ def each_workload(data: Result) -> str:
         row = [labelled(data["workloads"][name])]
         row.append(rate(entry["tuned_lr"]) + ("" if entry["inside"] else " (at the grid's end)"))
         row.append(listed(entry["tuned_lrs"], rate))
-        row += [listed([one[key] for one in tuned], "{:.4f}".format) for key in ("start", "loss")]
+        row.append(", ".join(dict.fromkeys(f"{one['start']:.3f}" for one in tuned)))
+        row.append(listed([one["loss"] for one in tuned], "{:.4f}".format))
         row.append(listed(map(number, entry["share"]["auto"]), signed))
         row.append(listed([one.get("rate") for one in mine], lambda lr: rate(float(f"{lr:.2g}"))))
         rows.append([*row, label(closest), signed(median(rivals[closest]))])
