@@ -123,11 +123,16 @@ TRAINED = {
     "lora-256": ("lora_", 16),
     "lora-all": ("lora_", 32),
     "dora": ("lora_", 24),
+    "lora-r64": ("lora_", 16),
+    "rslora": ("lora_", 16),
     "oft": ("oft_R", 8),
     "loha": ("hada_", 32),
+    "lokr": ("lokr_w", 20),
     "vera": ("vera_lambda_", 16),
     "ia3": ("ia3_l", 8),
     "layernorm": ("ln_tuning_layers", 18),
+    "prompt": ("prompt_encoder", 1),
+    "tokens": ("trainable_tokens_delta", 1),
     "all": ("", 52),
 }
 
@@ -169,6 +174,7 @@ def test_auto_is_given_no_rate_and_logs_its_rise(bench):
     ]
     for line in lines:
         line.pop("seconds")
+        line["curve"] = [(part, loss) for part, _, loss in line["curve"]]
     assert lines[0] == lines[1] == lines[2]
     line = lines[0]
     assert line["own"] == 0 and line["taken"] == 12 and line["loss"] < line["start"]
