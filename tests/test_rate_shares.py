@@ -111,7 +111,7 @@ def test_a_row_per_contender_the_lowest_median_first(bench):
     assert head.startswith(
         "| not recovered, 3 runs | median | worst | within 2 % | within 8 % | not finite |"
     )
-    assert "| +0.0 % | +0.0 % | 3 | 3 | 0 | 1.00 | 1.00 |" in tuned
+    assert tuned == "| Adam, tuned; its sweep charged to nobody | +0.0 % | +0.0 % | 3 | 3 | 0 | 1.00 | 1.00 |"
     mine = ('`learning_rate="auto"`', "+3.0 %", "+9.0 %", "1", "2", "0", "1.00", "1.00")
     assert rows == [
         "| GeN | +2.0 % | +5.0 % | 2 | 3 | 0 | 1.00 | 1.00 |",
