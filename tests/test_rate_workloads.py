@@ -186,7 +186,7 @@ def test_a_sweep_whose_best_rate_is_at_its_end_is_not_at_its_end(bench, small):
     assert {one["missing"][0] for one in document["incomplete"]} == {"the oracle"}
     inside = bench.record.inside
     assert inside({1e-2: 1.0, 8e-3: 2.0, 2e-2: INF}) and not inside({1e-2: 1.0, 4e-3: 2.0, 2e-2: 2.0})
-    assert not inside({1e-2: 1.0, 5e-3: 2.0})
+    assert not inside({1e-2: 1.0, 5e-3: 2.0}) and not inside({1e-2: 1.0, 5e-3: 2.0, 4e-2: 2.0})
 
 
 def test_runs_that_adam_recovers_nothing_on_and_runs_of_other_plans_are_left_out(bench, small):
