@@ -13,19 +13,25 @@ KIND = "alignment_rates"
 WORKLOAD = ["group", *(field.name for field in fields(Workload))]
 RUN = ("workload", "seed", "contender", "lr", "loss", "start", "rate", "own", "worst", "worst_at")
 RUN += ("rise", "peak", "undos", "failed")  # as far as a run has them
+RUN += ("seconds_per_step", "peak_gigabytes")  # on a GPU
 
 
 def document(done: Iterable[Mapping[str, Any]], plan: str) -> dict[str, Any]:
     """A result of these runs: losses to 1e-5, all else to four digits."""
     done = list(done)
-    head = provenance("learning_rate", ["--plan", plan], kind=KIND, fast=plan == "fast")
-    head["machine"]["threads"] = 1
-    head["versions"]["git_commit"] = ", ".join(dict.fromkeys(line["commit"] for line in done))
+    head = provenance("learning_rate", ["--plan", plan], kind=KIND, fast=plan.endswith("fast"))
+    if "device" not in done[0]:
+        head["machine"]["threads"] = 1
+    # An exported tree knows of none.
+    commits = dict.fromkeys(line["commit"] for line in done)
+    head["versions"]["git_commit"] = ", ".join(filter(None, commits)) or None
     return {
         **head,
         "seconds": round(sum(line.get("seconds", 0.0) for line in done)),
         "config": {
             "model": done[0]["model"],
+            "weights": ", ".join(dict.fromkeys(line.get("weights", "pretrained") for line in done)),
+            "device": done[0].get("device", "cpu"),
             "rank": RANK,
             "max_length": LENGTH,
             "optimizer": "AdamW, weight decay 0",
