@@ -88,6 +88,18 @@ def test_what_cannot_be_trained_is_said_and_does_not_take_the_others_along(bench
     assert code == 1 and sum("failed: " in line for line in bench.check_table.render_rates(result)) == 2
 
 
+def test_a_model_that_cannot_be_made_ends_a_cpus_runs_and_is_said_on_a_gpu(bench, monkeypatch):
+    def broken(*args, device):
+        raise RuntimeError("no such package\nbut another")
+
+    monkeypatch.setattr(bench.main, "Bench", broken)
+    run = bench.plan.Run(bench.workloads.Workload("chat", 4), 0, "auto")
+    with pytest.raises(RuntimeError, match="no such package"):
+        bench.main.measure(run, {})
+    line = bench.main.measure(run, {}, "cuda")
+    assert (line["loss"], line["failed"], line["device"]) == (None, "no such package", "cuda")
+
+
 def test_a_gpu_that_is_not_there_is_said_before_anything_runs(bench, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):

@@ -124,7 +124,7 @@ def measure(run: Run, benches: dict[Any, Any], device: str = "cpu") -> dict[str,
     if device != "cpu":
         head["device"] = device
     make = CONTENDERS.get(run.contender) or peers()[run.contender]
-    # A GPU is lent for minutes: there one method that cannot be made does not take the others along.
+    # In a GPU's few minutes a method that cannot even be made does not take the others along.
     caught = (ValueError, RuntimeError) if device == "cpu" else Exception
     try:
         if which not in benches:
@@ -132,6 +132,8 @@ def measure(run: Run, benches: dict[Any, Any], device: str = "cpu") -> dict[str,
             benches[which] = Bench(workload, run.seed, device=device)
         return {**head, **train(make, Work(benches[which], workload.steps, workload.schedule, run.lr))}
     except caught as error:
+        if device == "cpu" and which not in benches:
+            raise
         return {**head, "loss": None, "failed": (str(error) or type(error).__name__).splitlines()[0]}
 
 
