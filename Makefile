@@ -19,7 +19,7 @@ help:
 	@echo "make bench-e2e  the paper's protocol on three tasks: 20 minutes on 2 quiet cores, or on a GPU; goes on where"
 	@echo "                it was stopped; writes runs/end-to-end/. ARGS=--list says what would run, ARGS=--fast is quick"
 	@echo "make results    the tables and plots of the documents from benchmarks/results/"
-	@echo "make gpu-check  tests and benchmarks on a GPU in four parts, PART=1 to PART=4, each within 590 seconds; without"
+	@echo "make gpu-check  tests and benchmarks on a GPU in five parts, PART=1 to PART=5, each within 590 seconds; without"
 	@echo "                PART all of them. Writes two files a part to \$$OUT, else to runs/gpu-check/. FFK_DRY=1: in"
 	@echo "                small on the CPU. ONLY='bench-stage memcheck': single stages, which share the time of a part"
 	@echo "make clean      removes what the targets above made, the environment included"

@@ -5,7 +5,7 @@
     learning_rate    a rate that nobody chose, beside tuned Adam       python -m benchmarks.learning_rate
     end_to_end       what training saves, the paper's protocol         python -m benchmarks.end_to_end
     peers            other people's loops on the same work             python -m benchmarks.peers.race
-    gpu_check        all that a GPU has to show, in four parts         python -m benchmarks.gpu_check
+    gpu_check        all that a GPU has to show, in five parts         python -m benchmarks.gpu_check
 
 All of them time by ``timing``, record what was measured by ``record`` and print it by ``tables``. What was
 measured is in ``results``; ``tools/results_doc.py`` puts it into the documentation. Nothing has to be

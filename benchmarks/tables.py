@@ -11,7 +11,11 @@ from typing import Any
 Results = Mapping[str, Mapping[str, Any]]  # the committed files by name
 Row = Sequence[str]
 
-MODELS = {"tiny": "the embedded model", "smollm2-135m": "SmolLM2-135M"}
+MODELS = {
+    "tiny": "the embedded model",
+    "smollm2-135m": "SmolLM2-135M",
+    "smollm2-135m-random": "SmolLM2-135M's architecture with random weights",
+}
 LABELS = {
     "adam": "Adam",
     "linear": "Fast Forward, `linear` (the paper's)",

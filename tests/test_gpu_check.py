@@ -50,7 +50,7 @@ def machine(gpu: bool):
 @pytest.mark.parametrize("dry", [False, True])
 def test_every_part_ends_within_its_call(parts, dry):
     found = parts.parts(dry)
-    assert list(found) == [1, 2, 3, 4] == list(parts.TITLES) and parts.PART_SECONDS == 590
+    assert list(found) == [1, 2, 3, 4, 5] == list(parts.TITLES) and parts.PART_SECONDS == 590
     for stages in found.values():
         assert sum(stage.limit for stage in stages) + parts.OVERHEAD_SECONDS <= 590
         assert parts.OVERHEAD_SECONDS > parts.LAST_WORDS_SECONDS
@@ -66,6 +66,7 @@ def test_a_part_holds_what_it_promises(parts):
         2: ["stage", "launches", "situations", "distributed", "memcheck"],
         3: ["bench-stage"],
         4: ["bench-step", "compiled", "compiled-moves", "profiled"],
+        5: ["learning-rate"],
     }
     assert names[4][-1] == "profiled", "what may end its process has one of its own, after what counts"
     dry = {part: [stage.name for stage in stages[1:]] for part, stages in parts.parts(True).items()}
@@ -175,19 +176,24 @@ def test_single_stages_share_the_time_of_a_part(parts):
 
 
 def test_benchmarks_are_told_how_long_to_measure(parts):
+    def told_by(name, dry):
+        return parts.named([name], dry, 590)[1].measure(500.0)
+
     options = {"bench-stage": "--seconds", "bench-step": "--seconds", "end-to-end": "--minutes"}
+    options["learning-rate"] = "--seconds"
     for name, option in options.items():
-        (stage,) = parts.named([name], False, 590)[1:]
-        told = stage.measure(500.0)
+        told = told_by(name, False)
         seconds = float(told[told.index(option) + 1]) * (60 if option == "--minutes" else 1)
         assert 400 < seconds <= 470, "what is left is for starting up and for the last words"
-    assert parts.named(["bench-stage"], True, 590)[1].measure(500.0) == ["--dry"]
+    assert told_by("learning-rate", False)[:4] == ["--plan", "gpu", "--device", "cuda"]
+    assert told_by("learning-rate", True) == ["--plan", "gpu-fast", "--seconds", "460"]
+    assert told_by("bench-stage", True) == ["--dry"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--part", "5"], r"--part: invalid choice: 5 \(choose from '?1'?, '?2'?, '?3'?, '?4'?\)"),
+        (["--part", "6"], r"--part: invalid choice: 6 \(choose from '?1'?, '?2'?, '?3'?, '?4'?, '?5'?\)"),
         (["--part", "two"], r"--part: invalid int value: 'two'"),
         (["--only", "moves", "nothing"], r"--only nothing: there are machine, probe, moves"),
         (["--part", "1", "--only", "moves"], r"not allowed with argument"),
@@ -279,16 +285,16 @@ def test_all_parts_look_at_the_machine_once(check, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
     looks = tmp_path / "looks"
     looking = python(f"open({str(looks)!r}, 'a').write('x'); {machine(False).command[-1]}", "machine")
-    what = {part: python("print('1 passed')", f"stage{part}") for part in (1, 2, 3, 4)}
+    what = {part: python("print('1 passed')", f"stage{part}") for part in (1, 2, 3, 4, 5)}
     monkeypatch.setattr(check, "parts", lambda dry: {part: [looking, stage] for part, stage in what.items()})
     assert check.main() == 0 and looks.read_text() == "x"
     files = sorted(path.name for path in tmp_path.iterdir() if path != looks)
-    assert files == [f"gpu_check_part{part}.{kind}" for part in (1, 2, 3, 4) for kind in ("json", "log")]
+    assert files == [f"gpu_check_part{part}.{kind}" for part in (1, 2, 3, 4, 5) for kind in ("json", "log")]
     said = capsys.readouterr().out
-    for part in (1, 2, 3, 4):
+    for part in (1, 2, 3, 4, 5):
         assert f"-- part {part}: {check.TITLES[part]}" in said
         assert json.loads((tmp_path / f"gpu_check_part{part}.json").read_text())["provenance"]["versions"]
-    assert said.count("on a GPU: ") == 5, "each stage says what it is for"
+    assert said.count("on a GPU: ") == 6, "each stage says what it is for"
 
 
 def test_what_took_too_long_leaves_the_rest_its_time(check, tmp_path, monkeypatch):

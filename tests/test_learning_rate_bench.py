@@ -98,7 +98,7 @@ def test_what_is_charged_shortens_the_run_and_its_decay(bench):
 def test_a_run_that_was_killed_goes_on_and_loses_its_last_line_at_most(bench, tmp_path, monkeypatch):
     measured = []
 
-    def measure(run, benches):
+    def measure(run, benches, device):
         measured.append(run.key)
         return {"key": run.key, "lr": run.lr, "loss": 1.0, "rate": run.lr, "seconds": 0.0}
 

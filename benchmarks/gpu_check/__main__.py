@@ -1,4 +1,4 @@
-"""One command for a GPU machine, in four parts: is it right, does it hold, how fast are stages and kernels.
+"""One command for a GPU machine, in five parts: is it right, does it hold, how fast are stages and kernels.
 
     make gpu-check PART=1                            or, without make, in any checkout:
     python -m benchmarks.gpu_check --part 1 --out runs/gpu-check

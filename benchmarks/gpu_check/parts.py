@@ -1,9 +1,10 @@
-"""What the GPU check consists of: four parts, each worth a call of its own and over within 590 seconds.
+"""What the GPU check consists of: five parts, each worth a call of its own and over within 590 seconds.
 
     1   go or no-go, then what has to be right before a stage can be: moves, decisions, graphs, validation
     2   whole stages, also in what users bring; launches; every kernel under compute-sanitizer's memcheck
     3   stages measured beside what one would otherwise run
     4   kernels measured beside torch.compile; compiled training, and stages under a profiler
+    5   training with no learning rate given beside Adam's sweep, at batches of 8 to 128
 
 Limits are what is kept for a stage: time that those before it did not need is its own as well. They are
 guesses for an H100, with every machine's first imports and compilations in them.
@@ -28,8 +29,14 @@ TITLES = {
     2: "stages, launches, what users bring, several processes; memcheck of every kernel",
     3: "stages beside what one would otherwise run, in milliseconds and gigabytes",
     4: "kernels beside torch.compile; compiled training, stages under a profiler",
+    5: "learning rates: none given, beside Adam's sweep",
 }
-MODULES = {"bench-stage": "stages.bench", "bench-step": "kernels.step_gpu", "end-to-end": "end_to_end"}
+MODULES = {
+    "bench-stage": "stages.bench",
+    "bench-step": "kernels.step_gpu",
+    "learning-rate": "learning_rate",
+    "end-to-end": "end_to_end",
+}
 # The files in tests/gpu of which nothing runs in a dry run.
 NEED_A_GPU = ("decide", "graph_core", "launches")
 # Enough to see that the tests are right: one of two searches and of two dtypes, and of the situations, all of
@@ -132,7 +139,23 @@ def parts(dry: bool) -> dict[int, list[Stage]]:
             tests("launches", 90, dry, "moves inside compiled functions", COMPILED, "compiled-moves"),
             tests("stage", 70, dry, "launches and waits, by a profiler", PROFILED, "profiled"),
         ],
+        5: [
+            machine,
+            benchmark(
+                "learning-rate",
+                515,
+                lambda seconds: rates(seconds, dry),
+                "SmolLM2-135M with LoRA and VeRA: test losses, milliseconds of a step and gigabytes; random "
+                "weights where its own are not in the cache",
+            ),
+        ],
     }
+
+
+def rates(seconds: float, dry: bool) -> list[str]:
+    """Options of the benchmark of learning rates."""
+    plan = ["--plan", "gpu-fast"] if dry else ["--plan", "gpu", "--device", "cuda"]
+    return [*plan, "--seconds", str(round(seconds - 40))]
 
 
 def by_name(dry: bool) -> list[Stage]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.end_to_end.table import end_to_end_targets, render_end_to_end
+from benchmarks.learning_rate.check_table import rate_targets, render_rates
 from benchmarks.stages.table import render_stages, stage_targets
 from benchmarks.tables import aligned, median_of, target
 
@@ -121,5 +122,6 @@ def ratios(one: dict, side: dict, copy: float):
 TABLES = {
     "bench-stage": (render_stages, stage_targets),
     "bench-step": (render_steps, targets),
+    "learning-rate": (render_rates, rate_targets),
     "end-to-end": (render_end_to_end, end_to_end_targets),
 }

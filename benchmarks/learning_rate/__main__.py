@@ -7,19 +7,25 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
+
+import torch
 
 from benchmarks import learning_rate, record
 from benchmarks.learning_rate import shares, table
 from benchmarks.learning_rate.bench import Bench
 from benchmarks.learning_rate.contenders import CONTENDERS, Contender, Work
-from benchmarks.learning_rate.plan import PLANS, Run
+from benchmarks.learning_rate.plan import PLANS, Item, Run
 from benchmarks.learning_rate.record import SHARES, document, resumed
+from benchmarks.learning_rate.workloads import Workload
+from ffkernels.reporting.machine import choose_device, git_commit, machine_info
 
 # Training losses in a row that are not finite, after which nothing more will come.
 HOPELESS = 5
@@ -31,15 +37,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="workloads whose name has this")
     parser.add_argument("--share", default="1/1", metavar="K/N", help="every Nth workload, from the Kth on")
     parser.add_argument("--until", help="HH:MM of this machine's clock: begin no run after that")
-    parser.add_argument("--runs", type=Path, default=Path("runs/learning_rate.jsonl"), help="a line per run")
     parser.add_argument(
         "--resume",
         type=Path,
         metavar="RESULT.json",
         help="where there is no file --runs yet, begin it with the runs of this result",
     )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="begin no run that would end later, by the longest of its workload so far; then write --out",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="a line per run; default: runs/learning_rate.jsonl (of a GPU runs/learning_rate_cuda.jsonl), "
+        "with --seconds and --out the .jsonl beside its file",
+    )
     parser.add_argument("--list", action="store_true", help="say what has not run yet, and end")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    try:
+        kind = choose_device(options.device).type
+    except ValueError as error:
+        parser.error(str(error))
+    if options.runs is None:
+        beside = options.out is not None and options.seconds is not None
+        name = f"learning_rate{'' if kind == 'cpu' else f'_{kind}'}.jsonl"
+        options.runs = options.out.with_suffix(".jsonl") if beside else Path("runs", name)
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in resumed(json.loads(options.resume.read_text(encoding="utf-8"))):
             record.add_line(line, options.runs)
     done = record.lines_of(options.runs, "key")
-    if options.out is not None:
+    if options.out is not None and options.seconds is None:
         result = document(done.values(), options.plan)
         record.write(result, options.out)
         print((shares if result["kind"] == SHARES else table).all_tables(result))
@@ -60,19 +86,37 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(dict.fromkeys(run.key for item in items if (run := item.next(done)) is not None)))
         return 0
-    from ffkernels.reporting.machine import git_commit, machine_info
+    try:
+        run_all(items, done, options)
+    finally:  # also when it is asked to end
+        if options.out is not None and done:
+            record.write(document(done.values(), options.plan), options.out)
+    failed = [line for line in done.values() if "failed" in line]
+    return 1 if failed and options.seconds is not None else 0
 
+
+def run_all(items: Iterable[Item], done: dict[str, Any], options: argparse.Namespace) -> None:
+    """What has not run yet, until the time is up; each line into ``done`` and the file as its run ends."""
     warnings.simplefilter("ignore")
-    made = {"commit": git_commit(), "cpu": machine_info()["cpu"]}
+    made, begin = {"commit": git_commit(), "cpu": machine_info()["cpu"]}, perf_counter()
     benches: dict[Any, Any] = {}
+    longest: dict[Workload, float] = {}  # seconds of a run, with what was made before its first step
     for item in items:
         while (run := item.next(done)) is not None:
+            now = perf_counter()
             if options.until and f"{datetime.now():%H:%M}" >= options.until:
-                return 0
-            done[run.key] = line = {**measure(run, benches), **made}
+                return
+            # Of a new workload no run is known: all others stand for it.
+            needed = longest.get(run.workload, max(longest.values(), default=0.0))
+            if options.seconds is not None and now + needed > begin + options.seconds:
+                print(f"no time is left for {run.key}", flush=True)
+                return
+            done[run.key] = line = {**measure(run, benches, options.device), **made}
+            longest[run.workload] = max(perf_counter() - now, longest.get(run.workload, 0.0))
             record.add_line(line, options.runs)
             print(said(line), flush=True)
-    return 0
+            if options.seconds is not None and "failed" in line:
+                break  # a sweep without a loss would go on for ever
 
 
 def peers() -> dict[str, Callable[[Work], Contender]]:
@@ -82,20 +126,25 @@ def peers() -> dict[str, Callable[[Work], Contender]]:
     return PEERS
 
 
-def measure(run: Run, benches: dict[Any, Any]) -> dict[str, Any]:
+def measure(run: Run, benches: dict[Any, Any], device: str = "cpu") -> dict[str, Any]:
     """Train; what cannot be trained is a result with ``failed``. The last bench is kept."""
     workload, which = run.workload, (run.workload.bench, run.seed)
-    if which not in benches:
-        benches.clear()
-        benches[which] = Bench(workload, run.seed)
     head = {"key": run.key, "workload": workload.name, "group": workload.group, **asdict(workload)}
-    head |= {"seed": run.seed, "contender": run.contender, "lr": run.lr}
-    work = Work(benches[which], workload.steps, workload.schedule, run.lr)
+    head |= {"weights": workload.weights, "seed": run.seed, "contender": run.contender, "lr": run.lr}
+    if device != "cpu":
+        head["device"] = device
     make = CONTENDERS.get(run.contender) or peers()[run.contender]
+    # In a GPU's few minutes a method that cannot even be made does not take the others along.
+    caught = (ValueError, RuntimeError) if device == "cpu" else Exception
     try:
-        return {**head, **train(make, work)}
-    except (ValueError, RuntimeError) as error:
-        return {**head, "loss": None, "failed": str(error).splitlines()[0]}
+        if which not in benches:
+            benches.clear()
+            benches[which] = Bench(workload, run.seed, device=device)
+        return {**head, **train(make, Work(benches[which], workload.steps, workload.schedule, run.lr))}
+    except caught as error:
+        if device == "cpu" and which not in benches:
+            raise
+        return {**head, "loss": None, "failed": (str(error) or type(error).__name__).splitlines()[0]}
 
 
 def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
@@ -107,9 +156,12 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
         ``worst`` training loss as a multiple of ``start`` (None where one was not finite), the step
         ``worst_at`` which it came, ``seconds``, ``curve``, and what the contender reports. A point of the
         curve is [share of the budget, seconds, loss on a quarter of the test examples], one after each tenth
-        of the budget; searching counts, testing does not.
+        of the budget; searching counts, testing does not. On a GPU also what ``Meter`` reports.
     """
-    begin, bench, curve, tested = perf_counter(), work.bench, [], 0.0
+    bench, curve, tested = work.bench, [], 0.0
+    budget = work.budget  # counted off the clock, by a forward and a backward of each shape
+    meter = Meter(bench.device)
+    begin = perf_counter()
     bench.reset()
     contender = make(work)
     worst, worst_at, broken, step = 0.0, 0, 0, 0
@@ -118,6 +170,7 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
             loss = bench.model(**bench.batch(step)).loss
             loss.backward()
             value = loss.item()
+            meter.step()
             broken = 0 if math.isfinite(value) else broken + 1
             if (part := math.inf if broken else value / bench.start) > worst:
                 worst, worst_at = part, step + 1
@@ -131,11 +184,13 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
             if contender.after_step is not None:
                 contender.after_step(step - 1, value)
             if (spent := work.spent(step)) >= 0.1 * (1 + (int(10 * curve[-1][0] + 1e-9) if curve else 0)):
+                bench.wait()
                 now = perf_counter()
                 with contender.evaluating():
                     few = bench.test_loss(few=True)
                 curve.append([round(spent, 4), round(now - begin - tested, 2), finite(few)])
                 tested += perf_counter() - now
+        bench.wait()
         seconds = perf_counter() - begin - tested
         with contender.evaluating():
             end = bench.test_loss()
@@ -146,13 +201,36 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
         "loss": finite(end),
         "start": round(bench.start, 5),
         "taken": step,
-        "own": work.charged / work.budget if work.charged else 0.0,
+        "own": work.charged / budget if work.charged else 0.0,
         "worst": worst if math.isfinite(worst) else None,
         "worst_at": worst_at,
         "seconds": round(seconds, 1),
         "curve": curve,
+        **meter.report(),
         **report,
     }
+
+
+class Meter:
+    """What a run needs of a GPU; on a CPU nothing is reported."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._at = device, []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def step(self) -> None:
+        """Called in each step after the training loss has been read, which the device was waited for."""
+        self._at.append(perf_counter())
+
+    def report(self) -> dict[str, float]:
+        """``seconds_per_step``, median from one read of the training loss to the next, which is forward,
+        backward, update and what the contender does; ``peak_gigabytes`` allocated, test losses included."""
+        if self.device.type != "cuda":
+            return {}
+        found = {"peak_gigabytes": torch.cuda.max_memory_allocated(self.device) / 1e9}
+        each = [after - before for before, after in pairwise(self._at)]
+        return {"seconds_per_step": median(each), **found} if each else found
 
 
 def finite(loss: float) -> float | None:

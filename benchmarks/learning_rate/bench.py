@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import timing
+from benchmarks.learning_rate.models import loaded
 from benchmarks.learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, Method, Workload
 from ffkernels.reporting.flops import ADAM_FLOPS, FlopMeter, Flops
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.models import attention_targets, load_model, train_weights
+from ffkernels.training.models import attention_targets, train_weights
 from ffkernels.training.requirements import require
 from ffkernels.training.session import DataOrder, prepare_task
 from ffkernels.training.tasks import Example, collate
@@ -27,17 +29,23 @@ class Bench:
         start: test loss before training.
     """
 
-    def __init__(self, workload: Workload, seed: int, test_examples: int | None = None) -> None:
-        torch.set_num_threads(1)
+    def __init__(
+        self, workload: Workload, seed: int, test_examples: int | None = None, device: str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        on_cpu = self.device.type == "cpu"
+        if on_cpu:
+            torch.set_num_threads(1)
         dtype, tests = MODELS[workload.model]
         self.seed = seed
         config = TrainConfig(
             task=workload.task, seed=seed, max_length=LENGTH, test_examples=test_examples or tests
         )
-        model, tokenizer = load_model(workload.model, dtype=dtype)
-        if workload.model != "tiny":  # a third faster than fused attention at 64 tokens on a CPU
+        model, tokenizer = loaded(workload, dtype)
+        if on_cpu and workload.model != "tiny":  # a third faster than fused attention at 64 tokens there
             model.set_attn_implementation("eager")
-        self.model = adapted(model, METHODS[workload.method], seed)
+        # Moved when all is drawn, so that every device begins with the same weights.
+        self.model = adapted(model, METHODS[workload.method], seed).to(self.device)
         task = prepare_task(config, tokenizer)
         splits = [task.train, task.validation, task.test]
         if workload.permuted:
@@ -67,7 +75,12 @@ class Bench:
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """The batch of optimizer step ``step``, from 0."""
-        return self._collate([self._train[i] for i in self._order(step)])
+        batch = self._collate([self._train[i] for i in self._order(step)])
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        timing.wait(self.device)
 
     def flops(self, step: int) -> int:
         """FLOPs of optimizer step ``step``, Adam's included."""

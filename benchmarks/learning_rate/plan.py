@@ -237,13 +237,43 @@ def size(workload: Workload) -> int:
     return 2 if workload.steps > 100 else {4: 0, 32: 1, 128: 3}[workload.batch]
 
 
+SMOLLM2 = {"lora": 3e-3, "lora-256": 3e-4, "vera": 4e-2}  # where its sweeps begin
+
+
 def smollm2() -> Iterator[Item]:
     """A real model, bfloat16, with adapters in float32, at a size that one CPU core can train."""
-    middle = {"lora": 3e-3, "lora-256": 3e-4, "vera": 4e-2}
-    for batch, method, task in product((8, 32), middle, TASKS[:2]):
+    for batch, method, task in product((8, 32), SMOLLM2, TASKS[:2]):
         workload = Workload(task, batch, 120, method=method, model="smollm2-135m")
         yield Item(workload, 0, "auto")
-        yield sweep(workload, 0, middle[method])
+        yield sweep(workload, 0, SMOLLM2[method])
+
+
+def gpu() -> Iterator[Item]:
+    """The same on a GPU: every method and batch on one task, then on the other, then further seeds.
+
+    What is not at hand is not waited for: weights are random where SmolLM2's are not in the cache, and the
+    second task is left out where its package is not installed.
+    """
+    from benchmarks.learning_rate.models import smollm2_or_random, task_is_at_hand
+
+    model, tasks = smollm2_or_random(), [task for task in TASKS[:2] if task_is_at_hand(task)]
+    workloads = [
+        Workload(task, batch, 120, method=method, model=model)
+        for task, batch, method in product(tasks, (32, 128, 8), SMOLLM2)
+    ]
+    for workload in workloads:
+        yield Item(workload, 0, "auto")
+        yield sweep(workload, 0, SMOLLM2[workload.method])
+    for seed, workload in product(SEEDS[1:], workloads):
+        yield from again(workload, seed)
+
+
+def gpu_fast() -> Iterator[Item]:
+    """A dry run of it; its numbers mean nothing."""
+    for method in ("lora", "vera"):
+        workload = Workload("instruction", 4, 8, method=method, model="tiny-llama-random")
+        yield Item(workload, 0, "auto")
+        yield Item(workload, 0, "adam", (1e-2, 2e-2))
 
 
 def fast() -> Iterator[Item]:
@@ -260,5 +290,7 @@ PLANS: dict[str, Callable[[], Iterator[Item]]] = {
     "evaluation": evaluation,
     "workloads": workloads,
     "smollm2": smollm2,
+    "gpu": gpu,
     "fast": fast,
+    "gpu-fast": gpu_fast,
 }

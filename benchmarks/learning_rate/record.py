@@ -32,6 +32,7 @@ ORACLE = "the oracle"
 WORKLOAD = ["group", *(field.name for field in fields(Workload))]
 RUN = ("workload", "seed", "contender", "lr", "loss", "start", "rate", "own", "worst", "worst_at")
 RUN += ("rise", "peak", "undos", "failed")  # as far as a run has them
+RUN += ("seconds_per_step", "peak_gigabytes")  # on a GPU
 MORE = (*RUN, "taken", "seconds", "commit", "cpu", "curve")  # what going on later needs
 
 
@@ -40,18 +41,26 @@ def document(done: Iterable[Mapping[str, Any]], plan: str) -> dict[str, Any]:
     if plan in ("workloads", *SETS):
         return shares(done, plan)
     done = list(done)
+    model = {
+        "model": done[0]["model"],
+        "weights": ", ".join(dict.fromkeys(line.get("weights", "pretrained") for line in done)),
+        "device": done[0].get("device", "cpu"),
+    }
     return {
         **head_of(done, plan, KIND),
-        "config": {"model": done[0]["model"], **config()},
+        "config": {**model, **config()},
         "workloads": workloads_of(done),
         "runs": [{name: rounded(name, line[name]) for name in RUN if name in line} for line in done],
     }
 
 
 def head_of(done: Sequence[Mapping[str, Any]], plan: str, kind: str) -> dict[str, Any]:
-    head = provenance("learning_rate", ["--plan", plan], kind=kind, fast=plan == "fast")
-    head["machine"]["threads"] = 1
-    head["versions"]["git_commit"] = ", ".join(dict.fromkeys(line["commit"] for line in done))
+    head = provenance("learning_rate", ["--plan", plan], kind=kind, fast=plan.endswith("fast"))
+    if "device" not in done[0]:
+        head["machine"]["threads"] = 1
+    # An exported tree knows of none.
+    commits = dict.fromkeys(line["commit"] for line in done)
+    head["versions"]["git_commit"] = ", ".join(filter(None, commits)) or None
     return {**head, "seconds": round(sum(line.get("seconds", 0.0) for line in done))}
 
 

@@ -57,8 +57,14 @@ METHODS = {
     "all": Method("all weights", 1e-3, None),
 }
 
+RANDOM = "-random"  # ends the names of models whose weights are random
 # dtype of the base, test examples.
-MODELS = {"tiny": ("float32", 400), "smollm2-135m": ("bfloat16", 96)}
+MODELS = {
+    "tiny": ("float32", 400),
+    "smollm2-135m": ("bfloat16", 96),
+    f"smollm2-135m{RANDOM}": ("bfloat16", 96),
+    f"tiny-llama{RANDOM}": ("float32", 32),
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,11 @@ class Workload:
     def name(self) -> str:
         text = f"{self.task}, permuted" if self.permuted else self.task
         return f"{self.model}, {self.method}, {text}, batch {self.batch}, {self.steps} steps, {self.schedule}"
+
+    @property
+    def weights(self) -> str:
+        """What those of the model are: "pretrained" or "random"."""
+        return "random" if self.model.endswith(RANDOM) else "pretrained"
 
     @property
     def bench(self) -> tuple[Any, ...]:
