@@ -250,7 +250,7 @@ def test_the_command_goes_on_with_a_result_where_there_are_no_runs(bench, small,
     files.write(bench.record.document(without(done, gone).values(), "workloads"), result)
     measured = []
 
-    def measure(run, benches):
+    def measure(run, benches, device):
         measured.append(run.key)
         return {k: v for k, v in line_of(run, losses(run)).items() if k != "commit"}
 
