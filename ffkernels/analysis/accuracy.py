@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ffkernels.analysis.multiple_choice import Question, choice_scores, from_examples, load_benchmark
-from ffkernels.analysis.options import at_least
 from ffkernels.analysis.race import race
 from ffkernels.analysis.show import Data, Table, Watch
 from ffkernels.reporting.plots import LEGEND, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, whole
 from ffkernels.training.session import Session
 
 __all__ = ["SCORES", "accuracy", "answered", "draw", "mcnemar", "table", "what_was_seen", "wilson"]
@@ -64,7 +64,7 @@ def accuracy(
     Raises:
         ValueError, RuntimeError: when the benchmark cannot be read; the message names the line.
     """
-    at_least(1, questions=questions)
+    check("questions", questions, whole(1))
     asked: list[Question] = []
     answers: dict[str, dict[str, list[bool]]] = {}
     current: list[Session] = []

@@ -20,12 +20,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ffkernels.analysis.options import at_least
 from ffkernels.analysis.rank_correlation import partial_spearman, spearman
 from ffkernels.analysis.show import Data, Table
 from ffkernels.analysis.weight_space import cosines, flat, gradients_of
 from ffkernels.reporting.plots import ABOVE, DOTTED, STYLES, TEXT, Axes, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, whole
 from ffkernels.training.session import Batch, Session, open_session, waiting_stages
 
 __all__ = ["agreement", "draw", "gradient_consistency", "table", "what_was_seen"]
@@ -50,7 +50,7 @@ def gradient_consistency(config: TrainConfig, *, batches: int = 8) -> Data:
     Raises:
         ValueError: for fewer than 2 batches, or more than there are disjoint ones.
     """
-    at_least(2, batches=batches)  # pairs are compared
+    check("batches", batches, whole(2))  # pairs are compared
     config = config.with_fast_forward()
     with open_session(config, attach=waiting_stages) as session:
         compared = _disjoint_batches(session, batches)

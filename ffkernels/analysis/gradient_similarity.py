@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffkernels.analysis.options import at_least
 from ffkernels.analysis.show import Data, Table
 from ffkernels.analysis.weight_space import flat, flat_gradient, inner_products
 from ffkernels.reporting.plots import ABOVE, STYLES, TEXT, Axes, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, whole
 from ffkernels.training.session import open_session, waiting_stages
 
 __all__ = ["CosineHistory", "draw", "gradient_similarity", "summary", "table", "what_was_seen"]
@@ -48,8 +48,7 @@ def gradient_similarity(config: TrainConfig, *, window: int | None = None) -> Da
     Raises:
         ValueError: for a window below 1.
     """
-    if window is not None:
-        at_least(1, window=window)
+    check("window", window, whole(1).or_none)
     config = config.with_fast_forward()
     adam, kept = _one_run(replace(config, fast_forward=None), window)
     return {"adam": adam, "fast_forward": _one_run(config, window)[0], **kept, "config": config.to_dict()}

@@ -17,6 +17,7 @@ from ffkernels.engine.fast_forward import FastForward
 from ffkernels.reporting import plots
 from ffkernels.reporting.plots import STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, whole
 from ffkernels.training.session import Session, open_session
 from ffkernels.validation.loss import ValidationLoss
 
@@ -46,8 +47,7 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
     """
     if config.fast_forward is None:
         raise ValueError("config.fast_forward is None: give a FastForwardConfig")
-    if evaluate_every < 1:
-        raise ValueError(f"evaluate_every={evaluate_every}: must be at least 1")
+    check("evaluate_every", evaluate_every, whole(1))
     measured: Points = []  # validation and test loss of each call, in order
 
     def attach(session: Session) -> FastForward:

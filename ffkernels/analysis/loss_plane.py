@@ -17,12 +17,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ffkernels.analysis.options import at_least
 from ffkernels.analysis.race import TOLERANCE
 from ffkernels.analysis.show import Data, Table
 from ffkernels.analysis.weight_space import flat, losses_at, plane_through, spans
 from ffkernels.reporting.plots import ABOVE, STYLES, TEXT, Axes, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import at_least, check, one_of, whole
 from ffkernels.training.session import Session, open_session
 from ffkernels.validation.loss import ValidationLoss
 
@@ -31,7 +31,6 @@ __all__ = ["draw", "loss_plane", "table", "what_was_seen"]
 # A run's weights on its way, (P,) float32 each, with their optimizer step.
 Way = list[tuple[int, Tensor]]
 
-UNTIL = ("loss", "steps")
 CHECK_EVERY = 3  # optimizer steps between test losses of a run that has a target
 POINTS = 40  # of a way, about so many are kept, evenly by optimizer step; and all after stages
 BETWEEN = 11  # losses on the straight line from W_SGD to W_FF
@@ -75,12 +74,10 @@ def loss_plane(
     Raises:
         ValueError: naming an argument out of range; when a run diverged; when nothing moved.
     """
-    if until not in UNTIL:
-        raise ValueError(f"until={until!r}: must be one of {', '.join(map(repr, UNTIL))}")
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"margin={margin!r}: must be a number of at least 0")
-    at_least(3, grid=grid)
-    at_least(1, examples=examples)
+    check("until", until, one_of(("loss", "steps")))
+    check("margin", margin, at_least(0))
+    check("grid", grid, whole(3))
+    check("examples", examples, whole(1))
     config = config.with_fast_forward()
     with open_session(replace(config, fast_forward=None)) as session:
         start_loss = session.test_loss()

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ffkernels.analysis.options import at_least
 from ffkernels.training.examples import IGNORED, Example, collate, start_tokens
 from ffkernels.training.records import BOM, parsed
+from ffkernels.training.rules import FRACTION, check, whole
 from ffkernels.validation.causal_lm import model_device
 from ffkernels.validation.evaluator import evaluation_mode
 
@@ -70,9 +70,8 @@ def from_examples(
     Raises:
         ValueError: when an argument is out of range, or there are not so many different continuations.
     """
-    at_least(2, choices=choices)
-    if not 0 <= opening < 1:
-        raise ValueError(f"opening={opening!r}: must be a number from 0 to below 1")
+    check("choices", choices, whole(2))
+    check("opening", opening, FRACTION)
     pairs = [_cut(example, opening) for example in examples]
     room = max((len(example["input_ids"]) for example in examples), default=0) // 2
     pairs = [(prompt, response[:room]) for prompt, response in pairs if prompt and response[:room]]
@@ -123,7 +122,7 @@ def load_benchmark(
         ValueError: naming the file and the line, where something is missing or wrong.
         RuntimeError: when PubMedQA cannot be fetched.
     """
-    at_least(4, max_length=max_length)
+    check("max_length", max_length, whole(4))
     texts = _pubmedqa() if source == PUBMEDQA else _read(Path(source))
     if limit is not None and limit < len(texts):
         texts = random.Random(seed).sample(texts, limit)
@@ -222,7 +221,7 @@ def choice_scores(
     Returns:
         One list per question, one score per choice. Divide by ``len(choice)`` for the mean per token.
     """
-    at_least(1, batch_size=batch_size)
+    check("batch_size", batch_size, whole(1))
     device = model_device(model)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1 << 17
     scores = [[0.0] * len(question.choices) for question in questions]

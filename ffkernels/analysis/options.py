@@ -21,7 +21,7 @@ from ffkernels.training import options
 if TYPE_CHECKING:
     from ffkernels.training.config import TrainConfig
 
-__all__ = ["at_least", "command", "integers", "settings"]
+__all__ = ["command", "integers", "settings"]
 
 Out = Annotated[Path, typer.Option(help="Folder of the JSON file and the picture.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress line.")]
@@ -102,10 +102,3 @@ def integers(text: str, option: str) -> tuple[int, ...]:
     if not values or values[0] < 1:
         raise ValueError(f"{option}={text!r}: must be integers of at least 1, such as 6,12,24")
     return values
-
-
-def at_least(low: int, **values: Any) -> None:
-    """Raise ValueError, naming it, for a value that is not an integer of at least ``low``."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name}={value!r}: must be an integer of at least {low}")

@@ -15,6 +15,7 @@ from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, TOLERANCE, cell
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
 from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, one_of
 from ffkernels.training.session import Session
 
 __all__ = ["SCALINGS", "draw", "interval", "rank", "rank_config", "table", "what_was_seen"]
@@ -105,8 +106,7 @@ def rank_config(config: TrainConfig, rank: int, scaling: str) -> TrainConfig:
     Raises:
         ValueError: when ``scaling`` is neither "proportional" nor "fixed".
     """
-    if scaling not in SCALINGS:
-        raise ValueError(f"scaling={scaling!r}: must be one of {', '.join(map(repr, SCALINGS))}")
+    check("scaling", scaling, one_of(SCALINGS))
     alpha = config.alpha * rank / config.rank if scaling == "proportional" else config.alpha
     return replace(config, rank=rank, alpha=alpha)
 

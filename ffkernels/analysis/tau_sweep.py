@@ -26,6 +26,7 @@ from ffkernels.reporting.plots import TEXT, Figure, clean_axes
 from ffkernels.search.search import make_search
 from ffkernels.stage.weights import local_tensors, trainable_weights
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, whole
 from ffkernels.training.session import open_session, waiting_stages
 
 __all__ = ["draw", "replay", "shape", "sweep_table", "table", "tau_sweep", "what_was_seen"]
@@ -62,8 +63,7 @@ def tau_sweep(config: TrainConfig, *, at: Sequence[int] = (6, 12, 24), taus: int
     at = sorted(set(at))
     if not at or at[0] < 1:
         raise ValueError(f"at={at}: must be optimizer steps of at least 1, one or more")
-    if taus < 2:
-        raise ValueError(f"taus={taus}: must be at least 2")
+    check("taus", taus, whole(2))
     config = replace(config, steps=at[-1], epochs=None)
     sweeps = []
     with open_session(config, attach=waiting_stages) as session:
