@@ -56,25 +56,18 @@ def command(
     unknown = sorted((set(omit) | defaults.keys()) - SHARED.keys())
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no shared option; there are {', '.join(SHARED)}")
-    options: dict[str, tuple[Any, Any]] = {}
+    parameters: dict[str, tuple[Any, Any]] = {"ctx": (typer.Context, inspect.Parameter.empty)}
     for name, (default, text, *kind) in own.items():
         annotation = kind[0] | None if kind else type(default)
-        options[name] = (Annotated[annotation, typer.Option(help=text)], default)
+        parameters[name] = (Annotated[annotation, typer.Option(help=text)], default)
     for name, (annotation, default) in SHARED.items():
         if name not in omit and name not in own:
-            options[name] = (annotation, defaults.get(name, default))
+            parameters[name] = (annotation, defaults.get(name, default))
 
     def run(ctx: typer.Context, **_: Any) -> None:
         act(ctx)
 
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("ctx", kind, annotation=typer.Context),
-        *(inspect.Parameter(n, kind, annotation=a, default=d) for n, (a, d) in options.items()),
-    ]
-    run.__signature__ = inspect.Signature(parameters)
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
+    return options.declared(run, parameters)
 
 
 def settings(ctx: typer.Context) -> TrainConfig:
