@@ -14,7 +14,8 @@ from dataclasses import replace
 from ffkernels.analysis.race import APART, TOLERANCE, draw_taus, outcome, run
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
 from ffkernels.engine.config import PAPERS_PATIENCE
-from ffkernels.reporting.plots import LEGEND, STYLES, Figure, clean_axes, flop_unit
+from ffkernels.reporting.numbers import flop_unit
+from ffkernels.reporting.plots import LEGEND, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.rules import at_least, check, whole
 

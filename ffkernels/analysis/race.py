@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ffkernels.analysis.show import Data, Watch, percent
+from ffkernels.analysis.show import Data, Watch
 from ffkernels.engine.config import FastForwardConfig
+from ffkernels.reporting.numbers import percent
 from ffkernels.reporting.plots import STYLES, Axes, clean_axes
 from ffkernels.training.compare import Comparison, Interrupted
 from ffkernels.training.config import TrainConfig

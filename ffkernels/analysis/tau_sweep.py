@@ -21,7 +21,8 @@ from itertools import cycle, pairwise
 from typing import Any
 
 from ffkernels import ops
-from ffkernels.analysis.show import Data, Table, percent
+from ffkernels.analysis.show import Data, Table
+from ffkernels.reporting.numbers import percent
 from ffkernels.reporting.plots import TEXT, Figure, clean_axes
 from ffkernels.search.search import make_search
 from ffkernels.stage.weights import local_tensors, trainable_weights

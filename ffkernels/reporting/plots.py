@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ffkernels.reporting.numbers import flop_unit, percent
 from ffkernels.reporting.savings import Run
 from ffkernels.reporting.written import written
 
@@ -50,13 +51,6 @@ ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxesp
 TEXT = "#333333"
 DOTTED = {"color": TEXT, "linewidth": 0.9, "linestyle": (0, (1, 2)), "zorder": 0}
 PATH = "steps along the path: optimizer steps + Fast Forward steps (τ)"
-UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
-
-
-def flop_unit(largest: float) -> tuple[float, str]:
-    """The unit that keeps ``largest`` between 1 and 1000, as (size, name)."""
-    return next(((size, name) for size, name in UNITS if largest >= size), UNITS[-1])
-
 
 # What runs of a kind are called; others by their own name.
 LABELS = {
@@ -181,7 +175,7 @@ def _saved(runs: Sequence[Run], group: str, cost: str) -> str:
     values = [run.saved and run.saved[cost] for run in runs if run.group == group]
     if not values or None in values:
         return ""
-    share = f"{100 * median(values):.0f} %".replace("-", "−")
+    share = percent(median(values))
     return f": {share} saved" if len(values) == 1 else f": {share} saved (median of {len(values)})"
 
 
