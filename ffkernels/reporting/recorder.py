@@ -2,7 +2,8 @@
 
 Every line has ``event`` and ``time`` (seconds since the epoch):
 
-    run     name, config, machine, versions        once; a resumed run may write it again
+    run     name, config, machine, versions        once, and again by each resume, with resumed_from: the
+                                                   optimizer step that it goes on from
     step    optimizer_step, train_loss, lr, flops, seconds; alignment where no learning rate was given
     stage   what ``Stage.to_dict()`` holds, and run_flops, run_seconds
     test    optimizer_step, loss, flops, seconds
@@ -130,8 +131,7 @@ def read_run(path: str | os.PathLike[str]) -> RunLog:
     """Read a run log.
 
     An incomplete last line is left out. Where a run was resumed, what it did after the point it was resumed
-    from is replaced by what it did then: the ``run`` event's ``resumed_from`` (an optimizer step) names
-    that point; without it, the first step after the resume does.
+    from is replaced by what it did then.
 
     Raises:
         ValueError: for a file that is empty, holds no ``run`` event, or has a broken line before its last.
@@ -141,20 +141,15 @@ def read_run(path: str | os.PathLike[str]) -> RunLog:
     if not records:
         raise ValueError(f"{path} holds no complete line; it must be a run log of `ffkernels train`")
     log: RunLog | None = None
-    rewind = False
     for record in records:
         event = record["event"]
         if event == "run":
             log = _begin(record, log, path)
-            rewind = log.resumes > 0 and "resumed_from" not in record
         elif log is None:
             raise ValueError(f"{path} begins with a {event!r} event; a run log begins with 'run'")
         elif event == "end":
             log.end = record
         elif event in KEPT:
-            if rewind:
-                _forget_after(log, record["optimizer_step"] - 1)
-                rewind = False
             getattr(log, KEPT[event]).append(record)
     log.truncated = truncated
     return log
@@ -166,17 +161,13 @@ def _begin(record: dict[str, Any], log: RunLog | None, path: Path) -> RunLog:
     else:
         log.resumes += 1
         log.end = None
-        if "resumed_from" in record:
-            _forget_after(log, record["resumed_from"])
+        for name in KEPT.values():
+            kept = [e for e in getattr(log, name) if e["optimizer_step"] <= record["resumed_from"]]
+            setattr(log, name, kept)
     log.name = str(record.get("name") or log.name)
     for name in ("config", "machine", "versions"):
         setattr(log, name, dict(record.get(name) or {}))
     return log
-
-
-def _forget_after(log: RunLog, step: int) -> None:
-    for name in KEPT.values():
-        setattr(log, name, [e for e in getattr(log, name) if e["optimizer_step"] <= step])
 
 
 def _read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
