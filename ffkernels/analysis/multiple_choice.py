@@ -27,6 +27,7 @@ from torch import nn
 
 from ffkernels.training.examples import IGNORED, Example, collate, start_tokens
 from ffkernels.training.records import BOM, parsed
+from ffkernels.training.requirements import first_line, require
 from ffkernels.training.rules import FRACTION, check, whole
 from ffkernels.validation.causal_lm import model_device
 from ffkernels.validation.evaluator import evaluation_mode
@@ -185,17 +186,13 @@ def _question(record: Any, where: str) -> _Text:
 def _pubmedqa() -> list[_Text]:
     """The abstract without its conclusion, the question, and the choices yes, no, maybe."""
     name, configuration, split = PUBMEDQA_SOURCE
+    datasets = require("datasets", "PubMedQA is read with datasets", "tasks")
     try:
-        from datasets import load_dataset
-
-        rows = load_dataset(name, configuration, split=split)
-    except ImportError as error:
-        message = f"PubMedQA is read with datasets: pip install 'ffkernels[tasks]' ({error})"
-        raise RuntimeError(message) from error
+        rows = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # what the hub's client raises differs by version, and by what failed
-        first = str(error).strip().split("\n", 1)[0]
         raise RuntimeError(
-            f"PubMedQA ({name} on the Hugging Face hub) could not be had ({type(error).__name__}: {first}). "
+            f"PubMedQA ({name} on the Hugging Face hub) could not be had ({type(error).__name__}: "
+            f"{first_line(error)}). "
             "Without a network give a JSONL file (--benchmark FILE), or no --benchmark: then the questions "
             "are made from the task's own test examples"
         ) from error

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ffkernels.training.config import ADAPTERS
-from ffkernels.training.requirements import no_progress_bars, require
+from ffkernels.training.requirements import first_line, no_progress_bars, require
 from ffkernels.training.rules import ABOVE_0, FRACTION, check, whole
 from ffkernels.training.tokenizer import ByteTokenizer
 
@@ -73,7 +73,7 @@ def load_model(
             if attn is None:
                 raise
             raise RuntimeError(
-                f"attn={attn!r} cannot be had for model {name!r} ({_first_line(error)}); take 'sdpa', or "
+                f"attn={attn!r} cannot be had for model {name!r} ({first_line(error)}); take 'sdpa', or "
                 "leave it out"
             ) from error
         tokenizer = _tokenizer(source, model.config)
@@ -220,22 +220,18 @@ def _explained(name: str) -> Iterator[None]:
     except OSError as error:
         if Path(name).is_dir():
             raise RuntimeError(
-                f"model {name!r}: this directory cannot be loaded ({_first_line(error)})"
+                f"model {name!r}: this directory cannot be loaded ({first_line(error)})"
             ) from error
         raise RuntimeError(
             f"model {name!r} could not be loaded: it is not embedded here ({', '.join(EMBEDDED)}), not "
             f"{FROM_PYPI!r}, not a directory with a model and its tokenizer, and neither the Hugging Face "
-            f"hub nor its local cache gave it ({_first_line(error)}). {_what_to_do()}, or use 'tiny'."
+            f"hub nor its local cache gave it ({first_line(error)}). {_what_to_do()}, or use 'tiny'."
         ) from error
     except (ImportError, ValueError, SafetensorError) as error:
         raise RuntimeError(
             f"model {name!r} is there, but transformers {require('transformers').__version__} makes no "
-            f"causal language model with a tokenizer of it ({_first_line(error)})"
+            f"causal language model with a tokenizer of it ({first_line(error)})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
 
 
 def _what_to_do() -> str:
