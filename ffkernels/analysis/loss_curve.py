@@ -15,15 +15,13 @@ from typing import Any
 from ffkernels.analysis.show import Data, Table
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.reporting import plots
-from ffkernels.reporting.plots import STYLES, Figure, clean_axes
+from ffkernels.reporting.plots import STYLES, Figure, Points, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.rules import check, whole
 from ffkernels.training.session import Session, open_session
 from ffkernels.validation.loss import ValidationLoss
 
 __all__ = ["along_the_path", "draw", "loss_curve", "table", "what_was_seen"]
-
-Points = list[tuple[float, float]]
 
 
 def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
@@ -114,19 +112,13 @@ def along_the_path(run: Data) -> tuple[Points, list[Points]]:
 
     Of a stage the τ are those at which the validation loss fell; whether the test loss fell too is seen.
     """
-    stage_of = {stage["optimizer_step"]: stage for stage in run["stages"]}
-    points, stages, forwarded = [(0.0, run["start"])], [], 0
-    for step in run["steps"]:
-        x = step["optimizer_step"] + forwarded
-        stage = stage_of.get(step["optimizer_step"])
-        if stage is None or not stage["losses"]:
-            if step["test_loss"] is not None:
-                points.append((x, step["test_loss"]))
-            continue
-        tests = dict(map(tuple, stage["test_losses"]))
-        points.append((x, tests[0]))  # of the optimizer step alone
-        stages.append([(x + tau, tests[tau]) for tau, _ in plots.accepted(stage)])
-        forwarded += stage["tau"]
+    points, stages = [(0.0, run["start"])], []
+    for x, step, stage in plots.along(run["steps"], run["stages"]):
+        tests = dict(stage["test_losses"]) if stage else {0: step["test_loss"]}
+        if tests[0] is not None:
+            points.append((x, tests[0]))  # of the optimizer step alone
+        if stage:
+            stages.append([(x + tau, tests[tau]) for tau, _ in plots.accepted(stage)])
     return points, stages
 
 
@@ -171,10 +163,7 @@ def draw(figure: Figure, data: Data) -> None:
     clean_axes(axes, plots.PATH, "loss (nats per token)", title="test loss")
     points, stages = along_the_path(forward)
     axes.plot(*zip(*points, strict=True), **plots.SGD, zorder=3, label="after an optimizer step")
-    for number, stage in enumerate(stages):
-        label = "after a Fast Forward step" if number == 0 else None
-        size = 2.0 if len(stage) > 30 else 4.0
-        axes.plot(*zip(*stage, strict=True), **style, markersize=size, linewidth=1.2, label=label)
+    plots.draw_stages(axes, style, stages, "after a Fast Forward step")
     axes.sharex(panels["walk"])
 
     axes = panels["both"]

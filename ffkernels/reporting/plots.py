@@ -10,7 +10,7 @@ training.png            the loss along the path: optimizer steps and Fast Forwar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ else:  # for annotations; matplotlib is imported when something is drawn
     Axes = Figure = Any
 
 Event = Mapping[str, Any]  # of a run log
+Points = list[tuple[float, float]]
 
 DPI = 150
 # Okabe and Ito's colours, a wine red and an indigo, which the colour-blind can tell apart; line styles and
@@ -271,35 +272,41 @@ def draw_walk(axes: Axes, style: Mapping[str, Any], steps: Sequence[Event], stag
     # A stage that stayed at τ = 0 has one loss, which fell nowhere.
     stayed = [points[0] for points in forwards if len(points) == 1]
     mark = {"color": style["color"], "marker": style["marker"]}
-    for number, points in enumerate(points for points in forwards if len(points) > 1):
-        label = "Fast Forward step: validation loss, where it fell" if number == 0 else None
-        size = 2.0 if len(points) > 30 else 4.0  # so many would merge
-        axes.plot(*zip(*points, strict=True), **mark, markersize=size, linewidth=1.2, label=label)
+    moved = [points for points in forwards if len(points) > 1]
+    draw_stages(axes, mark, moved, "Fast Forward step: validation loss, where it fell")
     if stayed:
         label = "stage without a step (τ = 0): validation loss"
         axes.plot(*zip(*stayed, strict=True), **mark, markerfacecolor="none", linestyle="none", label=label)
     axes.legend(loc="upper right", fontsize=9, **LEGEND)
 
 
-def walk(
-    steps: Sequence[Event], events: Sequence[Event]
-) -> tuple[list[tuple[float, float]], list[list[tuple[float, float]]]]:
-    """A run along its path, on which a step is 1 long and a stage τ*: SGD points, points per stage.
+def draw_stages(axes: Axes, style: Mapping[str, Any], stages: Iterable[Points], label: str) -> None:
+    """A line per stage through its points; the first has the label."""
+    for points in stages:
+        size = 2.0 if len(points) > 30 else 4.0  # so many would merge
+        axes.plot(*zip(*points, strict=True), **style, markersize=size, linewidth=1.2, label=label)
+        label = None
+
+
+def walk(steps: Sequence[Event], stages: Sequence[Event]) -> tuple[Points, list[Points]]:
+    """A run along its path: a point per optimizer step, its training loss, and per stage its points.
 
     A stage's points are the validation losses the search accepted on its way to τ*, the first of them τ = 0.
     """
-    stage_of = {stage["optimizer_step"]: stage for stage in events}
-    sgd, stages, forwarded = [], [], 0
+    path = list(along(steps, stages))
+    # The loss was taken before the update, so it belongs one step back.
+    sgd = [(x - 1, step["train_loss"]) for x, step, _ in path if math.isfinite(step["train_loss"])]
+    forwards = [[(x + tau, loss) for tau, loss in accepted(stage)] for x, _, stage in path if stage]
+    return sgd, [points for points in forwards if points]
+
+
+def along(steps: Sequence[Event], stages: Sequence[Event]) -> Iterator[tuple[int, Event, Event | None]]:
+    """Each optimizer step's place on the path, where it is 1 long and a stage τ*, and its stage, if any."""
+    searched, forwarded = {stage["optimizer_step"]: stage for stage in stages if stage["losses"]}, 0
     for step in steps:
-        x = step["optimizer_step"] + forwarded
-        if math.isfinite(step["train_loss"]):
-            # The loss was taken before the update, so it belongs one step back.
-            sgd.append((x - 1, step["train_loss"]))
-        stage = stage_of.get(step["optimizer_step"])
-        if stage is not None and stage["losses"]:
-            stages.append([(x + tau, loss) for tau, loss in accepted(stage)])
-            forwarded += stage["tau"]
-    return sgd, [stage for stage in stages if stage]
+        stage = searched.get(step["optimizer_step"])
+        yield step["optimizer_step"] + forwarded, step, stage
+        forwarded += stage["tau"] if stage else 0
 
 
 def accepted(stage: Event) -> list[tuple[int, float]]:
