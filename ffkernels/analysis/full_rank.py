@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, cells, draw_taus, race
+from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, against_adam, cells, draw_taus
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
 from ffkernels.analysis.sweeps import rank_config
 from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
@@ -48,26 +48,22 @@ def full_rank(
     lr = config.lr if full_lr is None else full_lr
     # Made now, so that what cannot be is refused before anything runs.
     configs = {variant: replace(config, method=variant, lr=lr) for variant in ("full-attention", "full")}
-    model: dict[str, int] = {}  # of the latest run
+    runs, hidden = [], []
 
     def look(session: Session) -> None:
-        model["hidden"] = session.model.config.hidden_size
-        model["trainable"] = session.meter.trainable_numel
+        hidden.append(session.model.config.hidden_size)
 
-    runs = []
     for variant in VARIANTS:
         one = configs.get(variant, config)
         if variant == "full-rank":
-            one = rank_config(config, model["hidden"], "proportional")
-        stages = {"ff": config.fast_forward}
-        outcomes = race(one, stages, check_every=check_every, watch=watch, on_session=look)
+            one = rank_config(config, hidden[0], "proportional")
+        outcomes = against_adam(one, look, check_every=check_every, watch=watch)
         taus = [stage["tau"] for stage in outcomes["ff"]["stages"]]
         runs.append(
             {
                 "variant": variant,
                 "name": f"{one.method} r={one.rank}" if one.method in ("lora", "dora") else one.method,
                 "lr": one.lr,
-                "trainable": model["trainable"],
                 **outcomes,
                 "ff_steps": sum(taus),
                 "stages_without_a_step": taus.count(0),

@@ -11,12 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, TOLERANCE, cells, race
+from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, TOLERANCE, against_adam, cells, race
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
 from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.rules import check, one_of
-from ffkernels.training.session import Session
 
 __all__ = ["SCALINGS", "draw", "interval", "rank", "rank_config", "table", "what_was_seen"]
 
@@ -87,16 +86,9 @@ def rank(
         raise ValueError(f"method={config.method!r} has no rank; allowed here are 'lora' and 'dora'")
     _each_once(ranks=ranks)
     config = config.with_fast_forward()
-    runs = []
-    for one in [rank_config(config, r, scaling) for r in ranks]:  # all are checked before the first one runs
-        weights: list[int] = []
-
-        def count(session: Session, weights: list[int] = weights) -> None:
-            weights.append(session.meter.trainable_numel)
-
-        stages = {"ff": one.fast_forward}
-        outcomes = race(one, stages, check_every=check_every, watch=watch, on_session=count)
-        runs.append({"rank": one.rank, "alpha": one.alpha, "trainable": weights[0], **outcomes})
+    how = {"check_every": check_every, "watch": watch}
+    configs = [rank_config(config, r, scaling) for r in ranks]  # all are checked before the first one runs
+    runs = [{"rank": one.rank, "alpha": one.alpha, **against_adam(one, **how)} for one in configs]
     return {"scaling": scaling, "check_every": check_every, "config": config.to_dict(), "runs": runs}
 
 

@@ -182,7 +182,7 @@ class Interrupted(Exception):
     """Ctrl-C between or inside runs; the logs written so far stay."""
 
 
-OnEvent = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], bool | None]
 
 
 def compare(
@@ -204,7 +204,7 @@ def compare(
     def run(config: TrainConfig, attach: Attach | None = None) -> RunResult:
         if on_run is not None:
             on_run(config)
-        return _uninterrupted(config, on_event, attach)
+        return uninterrupted(config, on_event, attach)
 
     if comparison.base.threads is not None:
         torch.set_num_threads(comparison.base.threads)
@@ -252,7 +252,7 @@ def warm_up(comparison: Comparison) -> None:
         )
         for name, changes, attach in comparison.ways(stages, interval=interval, cap=2):
             steps = 2 if attach is not None or name == "auto" else 1
-            _uninterrupted(dataclasses.replace(plain, steps=steps, **changes), None, attach)
+            uninterrupted(dataclasses.replace(plain, steps=steps, **changes), None, attach)
 
 
 def sweep(
@@ -294,7 +294,8 @@ def _tuned_lr(comparison: Comparison) -> tuple[float | None, str]:
     return TUNED_LR[base.model, base.task], "table" if same(TUNED_AT) else TUNED_ELSEWHERE
 
 
-def _uninterrupted(config: TrainConfig, on_event: OnEvent | None, attach: Attach | None = None) -> RunResult:
+def uninterrupted(config: TrainConfig, on_event: OnEvent | None, attach: Attach | None = None) -> RunResult:
+    """``train`` that saves nothing, and of which Ctrl-C leaves nothing but ``Interrupted``."""
     try:
         result = train(config, on_event=on_event, save=False, attach=attach)
     except KeyboardInterrupt:  # before or after its loop, or the second Ctrl-C

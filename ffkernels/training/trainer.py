@@ -92,7 +92,7 @@ def train(
     config: TrainConfig,
     *,
     resume: bool = False,
-    on_event: Callable[[dict[str, Any]], None] | None = None,
+    on_event: Callable[[dict[str, Any]], bool | None] | None = None,
     save: bool = True,
     attach: Attach | None = None,
 ) -> RunResult:
@@ -104,7 +104,8 @@ def train(
 
     ``on_event`` gets every log event as a dict, and two that are not logged: ``stage_begins`` with the
     ``optimizer_step``, and at the first Ctrl-C, from inside its handler, ``interrupt`` with ``in_stage`` and
-    ``save``. A KeyboardInterrupt that it raises counts as Ctrl-C.
+    ``save``. Where it returns True the run ends after the present step; a KeyboardInterrupt that it raises
+    counts as Ctrl-C.
 
     Raises:
         ValueError: when there is nothing to resume, the checkpoint was made under other settings, or the run
@@ -143,7 +144,7 @@ def train(
         def tell(event: str, **fields: Any) -> None:
             if on_event is not None:
                 try:
-                    on_event({"event": event, **fields})
+                    interrupt.ending |= on_event({"event": event, **fields}) is True
                 except KeyboardInterrupt:
                     interrupt.wanted = True
 
@@ -214,7 +215,7 @@ def train(
             stopped = TARGET_REACHED
 
         while progress.optimizer_steps < steps and stopped is None:
-            if interrupt.wanted or unwritten:
+            if interrupt.wanted or interrupt.ending or unwritten:
                 stopped = INTERRUPTED
                 break
             step = progress.optimizer_steps
@@ -299,7 +300,7 @@ def _now(device: torch.device) -> float:
 class _Interrupt:
     """The first Ctrl-C asks for an end after the present step, the second ends at once; a context manager."""
 
-    wanted = in_stage = False
+    wanted = in_stage = ending = False
     tell: Callable[[], None] | None = None
     _before: Any = None
 
