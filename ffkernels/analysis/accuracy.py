@@ -1,12 +1,7 @@
 """Is the model as good at a task after Fast Forward as after Adam? Multiple choice by log-likelihood. §5.2.
 
 The model answers with the choice it finds likeliest: by the sum of its tokens' log-probabilities, or by
-their mean, which does not favour short choices. Asked are the model before training, after Adam, and after
-Fast Forward has reached Adam's test loss.
-
-    95 % interval of an accuracy      Wilson's score interval
-    Adam against Fast Forward         on the same questions: McNemar's exact test over those that one of them
-                                      alone answers rightly
+their mean, which does not favour short choices.
 """
 
 from __future__ import annotations

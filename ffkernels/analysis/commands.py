@@ -1,8 +1,7 @@
 """``ffkernels analyze …``: one command for each figure and section of the paper.
 
-They differ in the function they call and in their options. All else is the same: settings → the function →
-table, sentences, JSON and picture (``show.finish``), as the function's module makes them of its data. Nothing
-heavy is imported before a command runs.
+Settings → the module's function → table, sentences, JSON and picture (``show.finish``), as the module makes
+them of its data. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations

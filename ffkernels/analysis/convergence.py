@@ -1,8 +1,7 @@
 """Train until nothing improves any more, with Adam and with Fast Forward that switches itself off. §5.1.
 
 A run has converged when its best test loss has not fallen by more than ``min_delta`` over the last
-``window`` optimizer steps. After ``patience`` stages in a row that found no step, Fast Forward is switched
-off for good and the rest is plain Adam.
+``window`` optimizer steps.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Does Fast Forward need a low rank? LoRA of low and of full rank, and the weights themselves. Fig. 8.
 
-    low-rank          an adapter of the rank that was asked for
-    full-rank         one of the hidden size: as many directions as a square projection has
-    full-attention    no adapter: the attention projections' own weights train
-    full              no adapter: every weight trains
-
-What is measured is how many Fast Forward steps the stages take and what they save. What comes out depends on
-the model: nothing here takes the answer for known.
+low-rank          an adapter of the rank that was asked for
+full-rank         one of the hidden size: as many directions as a square projection has
+full-attention    no adapter: the attention projections' own weights train
+full              no adapter: every weight trains
 """
 
 from __future__ import annotations

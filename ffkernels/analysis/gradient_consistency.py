@@ -5,11 +5,7 @@
     descent       cos(−ḡ, Δ), ḡ their mean, Δ the optimizer's last update: how far going on along Δ is
                   going downhill
 
-Measured on the same batches before the first step and around every stage: at the weights the optimizer's step
-led to, and at those the stage chose. A stage searches the lowest loss along Δ, where descent would be zero if
-its validation examples were all of the data.
-
-Source: Rahamim et al., arXiv 2409.04206, Figure 13. Costs B gradients per point; memory (B + 6) · 4·P bytes.
+Costs B gradients per point; memory (B + 6) · 4·P bytes.
 """
 
 from __future__ import annotations

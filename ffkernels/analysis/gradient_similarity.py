@@ -3,10 +3,7 @@
     g_t     the gradient that optimizer step t uses       S[t][s] = cos(g_t, g_s), s < t
     Δ_t     the update that it makes, without the stage   U[t][s] = cos(Δ_t, Δ_s), s < t
 
-Both runs train on the same batches in the same order from the same start. A high S says that training keeps
-walking the same way; a stage walks that way until it stops paying, so S should fall where one lies between.
-
-Source: Rahamim et al., arXiv 2409.04206, Figure 6. Costs the two runs; memory 2 · window · 4·P bytes.
+Costs two runs; memory 2 · window · 4·P bytes.
 """
 
 from __future__ import annotations

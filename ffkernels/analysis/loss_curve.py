@@ -1,8 +1,7 @@
 """The loss during training, optimizer steps and Fast Forward steps told apart (the paper's Figs. 4 and 9).
 
-On a run's path an optimizer step is 1 long and a stage τ*; during a stage the test loss is measured at every
-τ that the search tries, which does not see it. Beside it runs the plain optimizer from the same start, with
-the same data order and learning rate.
+On a run's path an optimizer step is 1 long and a stage τ*. Beside it runs the plain optimizer from the same
+start, with the same data order and learning rate.
 """
 
 from __future__ import annotations

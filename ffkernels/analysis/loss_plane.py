@@ -1,11 +1,10 @@
 """The loss on the plane through W₀, W_SGD and W_FF, with both runs' ways drawn on it. The paper's Figure 5.
 
-W₀ is where training starts, W_SGD where the plain optimizer is after all steps, and W_FF where Fast Forward
-ends, from the same start on the same batches. The x axis points from W₀ to W_SGD (``weight_space``). The two
-ways do not lie in the plane; their projections do.
+W₀ is where training starts, W_SGD where the plain optimizer ends, and W_FF where Fast Forward does. The x
+axis points from W₀ to W_SGD (``weight_space``); of the two ways, which leave the plane, the projections
+are drawn.
 
-Source: Rahamim et al., arXiv 2409.04206, Figure 5. Costs the two runs and grid² losses; memory: 4·P bytes for
-each kept point of the two ways, and 7 vectors of 8·P.
+Costs two runs and grid² losses; memory 4·P bytes for each kept point of the ways, and 7 vectors of 8·P.
 """
 
 from __future__ import annotations

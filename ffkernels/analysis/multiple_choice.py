@@ -1,15 +1,9 @@
 """Multiple-choice questions as tokens, where they come from, and how likely a model finds each choice.
 
-    held out      a task's own test examples: a prompt, how it goes on, and how other examples do
-    a JSONL file  {"question": "…", "choices": ["…", "…"], "answer": 1} on every line
-    PubMedQA      the 1,000 expert-labelled questions, answered yes, no or maybe, from the Hugging Face hub
-
-What is too long is cut: a prompt keeps its end, a choice its beginning.
-
     score(choice) = Σ log p(token | prompt, the choice's tokens before it)        nats, in float64
 
-Sequences (prompt and one choice) are sorted by length and right-padded: under causal attention nothing to
-the left of the padding sees it. Only the logits at the choices' own tokens are normalised, in float32.
+What is too long is cut: a prompt keeps its end, a choice its beginning. Sequences (prompt and one choice) are
+right-padded; only the logits at the choices' own tokens are normalised, in float32.
 """
 
 from __future__ import annotations

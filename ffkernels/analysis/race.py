@@ -1,7 +1,4 @@
-"""Adam sets a test loss, Fast Forward runs to it: the paper's protocol for one setting, as the sweeps use it.
-
-Both start from the same adapter and see the same batches. The runs write no files that stay.
-"""
+"""Adam sets a test loss, Fast Forward runs to it, from the same start on the same batches; no files stay."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
 """Does one quantity rise with another? Spearman's ρ, and how often chance alone would show as much.
 
-    ρ = Pearson's correlation of the ranks
-    p = (1 + #{|ρ| of a shuffled pairing ≥ |ρ|}) / (1 + shuffles)
-
-The p-value takes the pairs for independent of each other. Those of one training run are not: what drifts
-during training correlates with everything else that does. ``partial_spearman`` holds time fixed.
+ρ = Pearson's correlation of the ranks
+p = (1 + #{|ρ| of a shuffled pairing ≥ |ρ|}) / (1 + shuffles)        for pairs independent of each other
 """
 
 from __future__ import annotations

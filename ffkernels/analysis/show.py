@@ -1,4 +1,4 @@
-"""What an analyze command shows while it works and when it is done, and the two files that it writes.
+"""What an analyze command shows while it works and when it is done, and the two files that it writes:
 
 <name>.json    {"analysis": name, "command": …, "date": …, "machine": {…}, "versions": {…}, "data": {…}}
 <name>.png     the picture of that data

@@ -1,8 +1,6 @@
 """What does Fast Forward save at each rank of the adapter (the paper's Fig. 7), at each interval (Fig. 14)?
 
-Every rank has its own Adam run, at the same learning rate and number of steps, and its own target; the
-intervals share one. Short ones spend validations on directions that have hardly changed, long ones leave
-gains lying about.
+Every rank has its own Adam run, at the same learning rate and number of steps; the intervals share one.
 """
 
 from __future__ import annotations

