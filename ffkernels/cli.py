@@ -21,8 +21,6 @@ from ffkernels.analysis.commands import app as analyze
 from ffkernels.analysis.show import INTERRUPTED
 from ffkernels.training import options
 
-__all__ = ["app", "run"]
-
 USER_ERROR = 2
 
 app = typer.Typer(

@@ -18,8 +18,6 @@ from ffkernels.training.config import TrainConfig
 from ffkernels.training.rules import check, whole
 from ffkernels.training.session import Session
 
-__all__ = ["SCORES", "accuracy", "answered", "draw", "mcnemar", "table", "what_was_seen", "wilson"]
-
 SCORES = ("sum", "mean")
 MODELS = {"before": "before training", "adam": "after Adam", "ff": "after Fast Forward"}
 # The 97.5 % quantile of the normal distribution.

@@ -16,8 +16,6 @@ from ffkernels.analysis.options import command, integers, settings
 from ffkernels.analysis.show import finish, watching, working
 from ffkernels.training import options
 
-__all__ = ["app"]
-
 app = typer.Typer(
     name="analyze",
     no_args_is_help=True,

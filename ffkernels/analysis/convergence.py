@@ -18,8 +18,6 @@ from ffkernels.reporting.plots import LEGEND, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.rules import at_least, check, whole
 
-__all__ = ["convergence", "draw", "has_converged", "switched_off_at", "table", "what_was_seen"]
-
 LABELS = {"adam": "Adam", "ff": "with Fast Forward"}
 Test = tuple[int, float, int, int]  # optimizer step, test loss, FLOPs in the paper's convention and measured
 

@@ -17,8 +17,6 @@ from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session
 
-__all__ = ["VARIANTS", "draw", "full_rank", "table", "what_was_seen"]
-
 VARIANTS = ("low-rank", "full-rank", "full-attention", "full")
 
 

@@ -24,8 +24,6 @@ from ffkernels.training.config import TrainConfig
 from ffkernels.training.rules import check, whole
 from ffkernels.training.session import Batch, Session, open_session, waiting_stages
 
-__all__ = ["agreement", "draw", "gradient_consistency", "table", "what_was_seen"]
-
 SAME = 0.02  # cosines closer than this are called the same
 
 

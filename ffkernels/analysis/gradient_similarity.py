@@ -23,8 +23,6 @@ from ffkernels.training.config import TrainConfig
 from ffkernels.training.rules import check, whole
 from ffkernels.training.session import open_session, waiting_stages
 
-__all__ = ["CosineHistory", "draw", "gradient_similarity", "summary", "table", "what_was_seen"]
-
 LABELS = {"adam": "Adam", "fast_forward": "Fast Forward"}
 
 

@@ -20,8 +20,6 @@ from ffkernels.training.rules import check, whole
 from ffkernels.training.session import Session, open_session
 from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["along_the_path", "draw", "loss_curve", "table", "what_was_seen"]
-
 
 def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
     """Losses of a run with Fast Forward and of the plain optimizer's (the paper's Figs. 4 and 9).

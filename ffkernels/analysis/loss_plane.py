@@ -25,8 +25,6 @@ from ffkernels.training.rules import at_least, check, one_of, whole
 from ffkernels.training.session import Session, open_session
 from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["draw", "loss_plane", "table", "what_was_seen"]
-
 # A run's weights on its way, (P,) float32 each, with their optimizer step.
 Way = list[tuple[int, Tensor]]
 

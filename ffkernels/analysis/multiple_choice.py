@@ -26,8 +26,6 @@ from ffkernels.training.rules import FRACTION, check, whole
 from ffkernels.validation.causal_lm import model_device
 from ffkernels.validation.evaluator import evaluation_mode
 
-__all__ = ["PUBMEDQA", "Question", "choice_scores", "from_examples", "load_benchmark"]
-
 PUBMEDQA = "pubmedqa"
 PUBMEDQA_SOURCE = ("qiaojin/PubMedQA", "pqa_labeled", "train")
 DECISIONS = ("yes", "no", "maybe")

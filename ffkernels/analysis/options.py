@@ -21,7 +21,6 @@ from ffkernels.training import options
 if TYPE_CHECKING:
     from ffkernels.training.config import TrainConfig
 
-__all__ = ["command", "integers", "settings"]
 
 Out = Annotated[Path, typer.Option(help="Folder of the JSON file and the picture.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress line.")]

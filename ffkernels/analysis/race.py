@@ -17,8 +17,6 @@ from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session, stages_of
 from ffkernels.training.trainer import RunResult
 
-__all__ = ["cells", "draw_taus", "outcome", "race", "run"]
-
 # How far above Adam's test loss, in nats, counts as reached.
 TOLERANCE = 1e-4
 # FLOPs are counted in two conventions (see reporting.flops), drawn always in these styles.

@@ -11,8 +11,6 @@ import random
 from collections.abc import Sequence
 from itertools import groupby
 
-__all__ = ["partial_spearman", "ranks", "spearman"]
-
 SHUFFLES = 4999
 
 

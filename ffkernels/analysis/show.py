@@ -24,7 +24,6 @@ from ffkernels.reporting.written import write_json
 if TYPE_CHECKING:
     from ffkernels.training.config import TrainConfig
 
-__all__ = ["Watch", "finish", "than_adam", "watching", "working"]
 
 INTERRUPTED = 130
 

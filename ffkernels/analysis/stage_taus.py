@@ -23,8 +23,6 @@ from ffkernels.stage.record import Stage
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
 
-__all__ = ["condition_number", "draw", "gradient_facts", "stage_taus", "table", "what_was_seen"]
-
 SEED_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
 # A quantity whose largest value is more than so many times its smallest is drawn on a logarithmic axis.
 WIDE = 30

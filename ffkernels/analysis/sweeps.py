@@ -15,8 +15,6 @@ from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.rules import check, one_of
 
-__all__ = ["SCALINGS", "draw", "interval", "rank", "rank_config", "table", "what_was_seen"]
-
 SCALINGS = ("proportional", "fixed")
 
 

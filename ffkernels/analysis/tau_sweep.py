@@ -24,8 +24,6 @@ from ffkernels.training.config import TrainConfig
 from ffkernels.training.rules import check, whole
 from ffkernels.training.session import open_session, waiting_stages
 
-__all__ = ["draw", "replay", "shape", "sweep_table", "table", "tau_sweep", "what_was_seen"]
-
 SEARCHES = ("linear", "parabolic")
 SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Of three sizes, one around the other, since all three are often in the same place.

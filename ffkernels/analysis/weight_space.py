@@ -20,9 +20,6 @@ from ffkernels.ops.notices import announce_once
 from ffkernels.training.session import Batch, Session
 from ffkernels.validation.restore import keep_random_state
 
-__all__ = ["Plane", "cosines", "flat", "flat_gradient", "gradients_of", "inner_products"]
-__all__ += ["losses_at", "plane_through", "spans"]
-
 _SLICE = 1 << 20
 # A third point closer to the line than this share of its distance along it is on it: float32 rounding of
 # weights is about as large.

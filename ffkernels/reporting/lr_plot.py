@@ -11,8 +11,6 @@ from pathlib import Path
 from ffkernels.engine.learning_rate import Finding
 from ffkernels.reporting.plots import DOTTED, STYLES, Axes, Figure, clean_axes, save_figure
 
-__all__ = ["draw_finding", "plot_finding"]
-
 
 def plot_finding(finding: Finding, path: str | Path) -> Path:
     """Write the picture to ``path`` (PNG) and return it. Needs matplotlib."""

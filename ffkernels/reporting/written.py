@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_json", "write_text", "written"]
-
 
 @contextmanager
 def written(path: Path, raised: type[Exception] = OSError) -> Iterator[None]:

@@ -22,8 +22,6 @@ from torch import nn
 
 from ffkernels.reporting.written import written
 
-__all__ = ["load_state", "on_disk", "save_model", "save_state", "state_path"]
-
 STATE_VERSION = 1
 TRAINED = ("adapter_*", "model*.safetensors*")  # weights, and what belongs to them
 

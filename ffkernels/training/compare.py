@@ -39,8 +39,6 @@ from ffkernels.training.rules import ABOVE_0, Rule, at_least, check, one_of, who
 from ffkernels.training.session import Attach
 from ffkernels.training.trainer import RunResult, train
 
-__all__ = ["LORA_PLUS", "SWEEP", "TUNED_LR", "Comparison", "compare"]
-
 # The peer that is an optimizer and no Fast Forward.
 LORA_PLUS = "lora-plus"
 

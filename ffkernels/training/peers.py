@@ -15,8 +15,6 @@ from types import ModuleType
 
 from ffkernels.training.session import Attach
 
-__all__ = ["load_peer", "peer_names"]
-
 PACKAGE = "ffkernels_peers"
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 NOT_PEERS = {"__init__", "face", "learning_rates", "memory", "race"}

@@ -13,8 +13,6 @@ from typing import Any
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.ops.notices import announce_once
 
-__all__ = ["BLANK", "MODELS", "PRESETS", "TABLES", "TASKS", "preset"]
-
 MODELS = {
     "pythia-1.4b": "EleutherAI/pythia-1.4b",
     "pythia-2.8b": "EleutherAI/pythia-2.8b",

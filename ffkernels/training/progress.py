@@ -30,8 +30,6 @@ from ffkernels.training.trainer import NOT_FINITE
 if TYPE_CHECKING:
     from ffkernels.training.trainer import RunResult
 
-__all__ = ["ProgressBars", "TimeLeft", "how_it_ended", "token_line", "token_table"]
-
 
 class TimeLeft:
     """How long several ``runs``, one after the other, will still take, told when each of them begins.

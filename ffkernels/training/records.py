@@ -18,8 +18,6 @@ from typing import IO, Any
 from ffkernels.training.conversations import NothingToLearn, conversation, turns
 from ffkernels.training.examples import Segment
 
-__all__ = ["ALLOWED", "EMPTY", "SEVERAL", "forms_of", "read_lines", "segments_of", "task_name"]
-
 EMPTY, SEVERAL = "empty", "several forms"
 
 ALLOWED = (

@@ -7,8 +7,6 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["first_line", "no_progress_bars", "require", "require_for_task"]
-
 
 def require(package: str, why: str = "", extra: str = "hf", otherwise: str = "") -> Any:
     """The module ``package``; a RuntimeError says ``why`` it is needed and which extra has it."""

@@ -28,8 +28,6 @@ from ffkernels.reporting.apart import stand_in
 from ffkernels.reporting.flops import Flops, flops_of, shapes
 from ffkernels.validation.flops import counter, say_uncounted
 
-__all__ = ["SHAPES", "StepFlops"]
-
 # Enough to determine three coefficients, few enough to cost nothing in a run of hundreds of steps.
 SHAPES = 8
 

@@ -28,8 +28,6 @@ from ffkernels.training import checkpoint
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Attach, open_session
 
-__all__ = ["RunResult", "TrainConfig", "train"]
-
 ALL_STEPS = "all steps done"
 TARGET_REACHED = "target loss reached"
 NOT_FINITE = "training loss is not finite"

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["calling_trainer", "log", "other_models", "wrap_training_step"]
-
 Around = Callable[[Any, Any], AbstractContextManager[None]]
 
 
