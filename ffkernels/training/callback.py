@@ -66,13 +66,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         trainer: the Trainer; found by itself when not given.
         from_checkpoint: set by the Trainer when it restores callbacks; not for users.
 
-    With ``learning_rate="auto"`` it logs ``ff/alignment`` and ``ff/learning_rate`` (the largest param group's
-    base rate) whenever the Trainer logs, and with each stage.
-    After each stage it logs ``ff/tau``, ``ff/val_loss_before``, ``ff/val_loss_after``, ``ff/seconds``,
-    ``ff/flops_share`` (of all FLOPs so far, the stages') and ``ff/executor`` (0 eager, 1 step graph, 2 stage
-    graph); at the end of training ``ff/stages``, ``ff/flops_measured`` and ``ff/flops_paper`` (all FLOPs, in
-    both conventions of ``ffkernels.reporting.flops``) and the stages' part, ``ff/stage_flops_…``. These are
-    in ``trainer.train().metrics`` too.
+    After each stage and at the end of training it logs ``ff/…`` metrics; docs/integrations.md says which.
 
     Its state is saved with every checkpoint and restored with it, whatever
     ``restore_callback_states_from_checkpoint`` says.
