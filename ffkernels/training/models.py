@@ -135,16 +135,12 @@ def add_adapter(
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            adapted = peft.get_peft_model(model, config)
+            return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
         except ValueError as error:
             raise ValueError(
                 f"PEFT could not place the adapter with targets={targets!r} ({error}). "
                 f"{_linear_modules(model)}"
             ) from error
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-    return adapted
 
 
 def train_weights(model: PreTrainedModel, targets: Sequence[str] | None = None) -> PreTrainedModel:
