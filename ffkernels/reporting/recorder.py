@@ -26,12 +26,11 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ffkernels.reporting.exclusive import lock
-from ffkernels.reporting.machine import machine_info, version_info
 
 EVENTS = ("run", "step", "stage", "test", "end")
 # Events of which a log has many, and the list in RunLog where they are.
@@ -70,15 +69,9 @@ class Recorder:
             raise
 
     def write(self, event: str, **fields: Any) -> None:
-        """Write one event. Fields are numbers, strings, lists, mappings, dataclasses, paths, 0-dim tensors.
-
-        A ``run`` event without ``machine`` or ``versions`` gets those of this process.
-        """
+        """Write one event. Fields are numbers, strings, lists, mappings and 0-dim tensors."""
         if event not in EVENTS:
             raise ValueError(f"event is {event!r}; it must be one of {', '.join(EVENTS)}")
-        if event == "run":
-            fields = {**fields, "machine": fields.get("machine") or machine_info()}
-            fields["versions"] = fields.get("versions") or version_info()
         record = {"event": event, "time": round(time.time(), 3), **fields}
         line = json.dumps(_encode(record), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
         data = memoryview(line.encode() + b"\n")
@@ -211,14 +204,10 @@ def _encode(value: Any) -> Any:
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return _encode(asdict(value))
     if hasattr(value, "item") and getattr(value, "size", None) is not None:  # 0-dim tensors, numpy's scalars
         return _encode(value.item())
     if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
         return [_encode(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
     raise TypeError(
         f"cannot write {value!r} of type {type(value).__name__} to a run log; give numbers, strings or lists"
     )

@@ -63,14 +63,6 @@ def test_lines_are_there_before_the_run_ends(tmp_path):
     recorder.close()
 
 
-def test_a_run_event_says_where_it_runs(tmp_path):
-    with Recorder(tmp_path / "x.jsonl") as recorder:
-        recorder.write("run", name="x", config={})
-    log = read_run(tmp_path / "x.jsonl")
-    assert log.machine["threads"] == torch.get_num_threads()
-    assert log.versions["torch"] == torch.__version__
-
-
 @pytest.fixture
 def cut_log(tmp_path):
     """A log whose last line was cut after ``keep`` of its bytes."""
