@@ -7,7 +7,6 @@ start, with the same data order and learning rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -43,12 +42,12 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
     if config.fast_forward is None:
         raise ValueError("config.fast_forward is None: give a FastForwardConfig")
     check("evaluate_every", evaluate_every, whole(1))
-    measured: Points = []  # validation and test loss of each call, in order
+    tests: dict[float, float] = {}  # by the validation loss of the same weights
 
     def attach(session: Session) -> FastForward:
         def both(model: Any) -> Any:
             loss = session.validation()
-            measured.append((float(loss), session.test_loss()))
+            tests[float(loss)] = session.test_loss()
             return loss
 
         watched = ValidationLoss(session.model, both)
@@ -56,13 +55,12 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
 
     with open_session(config, attach=attach) as session:
         forward = _run(session, evaluate_every)
-        calls = iter(measured)
         forward["stages"] = [
             {
                 "optimizer_step": stage.optimizer_step,
                 "tau": stage.tau,
                 "losses": [[tau, loss] for tau, loss in stage.losses],
-                "test_losses": [[tau, _test_loss(calls, loss)] for tau, loss in stage.losses],
+                "test_losses": [[tau, tests.get(loss, math.nan)] for tau, loss in stage.losses],
             }
             for stage in session.ff.stages
         ]
@@ -75,14 +73,6 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
         "optimizer": plain,
         "reached": next((step for step, loss in _tested(forward)[1:] if loss <= final), None),
     }
-
-
-def _test_loss(calls: Iterator[tuple[float, float]], wanted: float) -> float:
-    """The test loss taken with the validation loss ``wanted``; calls that only counted FLOPs are skipped."""
-    for loss, test in calls:
-        if loss == wanted or (math.isnan(loss) and math.isnan(wanted)):
-            return test
-    raise RuntimeError(f"no test loss was measured with the validation loss {wanted}")
 
 
 def _run(session: Session, evaluate_every: int) -> Data:
