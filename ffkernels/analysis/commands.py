@@ -28,15 +28,10 @@ app = typer.Typer(
 def _analysis(
     name: str, function: str, text: str, defaults: dict[str, Any], *, omit: tuple[str, ...] = (), **own: Any
 ) -> None:
-    """Add a command.
+    """Add a command that shows ``text``; ``defaults``, ``omit`` and ``own`` are those of ``options.command``.
 
-    Args:
-        function: ``module.function`` of this room; called with the settings and those of the command's own
-            options that it has parameters for (the others are settings), and with a ``watch`` if it has that.
-        text: what the command shows.
-        defaults: of shared options, where they are others here.
-        omit: shared options that it has no use for.
-        own: its options, see ``options.command``.
+    ``function``: ``module.function`` of this room; called with the settings and those of the command's own
+    options that it has parameters for (the others are settings), and with a ``watch`` if it has that.
     """
 
     def run(ctx: typer.Context) -> None:

@@ -22,22 +22,16 @@ if TYPE_CHECKING:
     from ffkernels.training.config import TrainConfig
 
 
+OF_TRAINING = (
+    "preset model task source chat_loss data test_data method rank alpha dropout target_modules lr "
+    "warmup_steps batch_size micro_batch_size steps max_length test_examples validation_examples eval_tokens "
+    "search interval max_tau seed attn device dtype threads"
+).split()
 Out = Annotated[Path, typer.Option(help="Folder of the JSON file and the picture.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress line.")]
-
 # Name: (type with its help, default).
-SHARED: dict[str, tuple[Any, Any]] = {
-    **{
-        name: options.OPTIONS[name]
-        for name in (
-            "preset model task source chat_loss data test_data method rank alpha dropout target_modules lr "
-            "warmup_steps batch_size micro_batch_size steps max_length test_examples validation_examples "
-            "eval_tokens search interval max_tau seed attn device dtype threads"
-        ).split()
-    },
-    "out": (Out, Path("runs/analyze")),
-    "quiet": (Quiet, False),
-}
+SHARED: dict[str, tuple[Any, Any]] = {name: options.OPTIONS[name] for name in OF_TRAINING}
+SHARED |= {"out": (Out, Path("runs/analyze")), "quiet": (Quiet, False)}
 
 
 def command(
