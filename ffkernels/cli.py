@@ -21,8 +21,6 @@ from ffkernels.analysis.commands import app as analyze
 from ffkernels.analysis.show import INTERRUPTED
 from ffkernels.training import options
 
-__all__ = ["app", "run"]
-
 USER_ERROR = 2
 
 app = typer.Typer(
@@ -86,6 +84,7 @@ def compare(
     auto; then Adam with a tuned learning rate, which is what you would try first: see --tuned-lr and --sweep.
     """
     from ffkernels.reporting.machine import command_line
+    from ffkernels.reporting.terminal import wide_console
     from ffkernels.training.compare import Comparison, Interrupted
     from ffkernels.training.compare import compare as run_comparison
     from ffkernels.training.progress import ProgressBars
@@ -102,9 +101,8 @@ def compare(
         sweep=sweep,
         check_every=check_every,
     )
-    console = _console()
     try:
-        with ProgressBars(console, ctx.params["quiet"], tokens=True, runs=comparison.runs) as bars:
+        with ProgressBars(wide_console(), ctx.params["quiet"], tokens=True, runs=comparison.runs) as bars:
             results, protocol = run_comparison(comparison, on_run=bars.start, on_event=bars.event)
     except Interrupted as error:
         typer.echo(f"interrupted in {error}; finished runs are in {out}: ffkernels report {out}/*.jsonl")
@@ -143,6 +141,7 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune, by default an adapter and with Fast Forward; writes OUT/NAME.jsonl and OUT/NAME/."""
+    from ffkernels.reporting.terminal import wide_console
     from ffkernels.training.checkpoint import on_disk
     from ffkernels.training.progress import ProgressBars, how_it_ended
     from ffkernels.training.trainer import train as run_training
@@ -159,9 +158,8 @@ def train(
     log = folder.with_name(f"{name}.jsonl")
     if log.exists() and log.stat().st_size and not resume and not overwrite:
         raise ValueError(f"{log} exists: --resume goes on, --overwrite replaces it, or take another --name")
-    console = _console()
     try:
-        with ProgressBars(console, ctx.params["quiet"], tokens=True) as bars:
+        with ProgressBars(wide_console(), ctx.params["quiet"], tokens=True) as bars:
             bars.start(config)
             result = run_training(config, resume=resume, on_event=bars.event)
     except KeyboardInterrupt:  # the second, or one before the first step
@@ -177,6 +175,7 @@ def train(
 @options.taking(f"preset model {DATA} max_length {HELD_OUT} seed")
 def tokens(ctx: typer.Context, as_json: Json = False) -> None:
     """How many tokens a task has under a model's tokenizer, and what --max-length cuts off."""
+    from ffkernels.reporting.terminal import wide_console
     from ffkernels.training.models import load_tokenizer
     from ffkernels.training.progress import token_table
     from ffkernels.training.session import prepare_task
@@ -187,7 +186,7 @@ def tokens(ctx: typer.Context, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(statistics, indent=2))
     else:
-        _console().print(token_table(prepared.name, statistics))
+        wide_console().print(token_table(prepared.name, statistics))
     for remark in prepared.remarks:
         typer.echo(remark, err=as_json)
 
@@ -235,17 +234,8 @@ def _write_report(logs: list[Path], out: Path, config: dict[str, Any] | None) ->
     from ffkernels.reporting.report import build_report, print_table
 
     built = build_report([read_run(log) for log in logs], out, config=config)
-    print_table(built, _console())
+    print_table(built)
     typer.echo(f"\nThe report is in {out}: report.md, report.json and the plots.")
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file or a pipe has no width; the table needs this much
-    return console
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -19,8 +19,6 @@ from ffkernels.graphs.core import why_no_stage_graph, why_no_step_graph
 from ffkernels.ops.build import find_compiler
 from ffkernels.reporting.machine import choose_device, machine_info, version_info
 
-__all__ = ["describe", "diagnose"]
-
 PACKAGES = ("safetensors", "numpy", "matplotlib", "typer", "rich")
 NEEDED_TO_TRAIN = ("transformers", "peft", "safetensors")
 

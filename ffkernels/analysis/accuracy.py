@@ -1,12 +1,7 @@
 """Is the model as good at a task after Fast Forward as after Adam? Multiple choice by log-likelihood. §5.2.
 
 The model answers with the choice it finds likeliest: by the sum of its tokens' log-probabilities, or by
-their mean, which does not favour short choices. Asked are the model before training, after Adam, and after
-Fast Forward has reached Adam's test loss.
-
-    95 % interval of an accuracy      Wilson's score interval
-    Adam against Fast Forward         on the same questions: McNemar's exact test over those that one of them
-                                      alone answers rightly
+their mean, which does not favour short choices.
 """
 
 from __future__ import annotations
@@ -16,14 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ffkernels.analysis.multiple_choice import Question, choice_scores, from_examples, load_benchmark
-from ffkernels.analysis.options import at_least
 from ffkernels.analysis.race import race
 from ffkernels.analysis.show import Data, Table, Watch
 from ffkernels.reporting.plots import LEGEND, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, whole
 from ffkernels.training.session import Session
-
-__all__ = ["SCORES", "accuracy", "answered", "draw", "mcnemar", "table", "what_was_seen", "wilson"]
 
 SCORES = ("sum", "mean")
 MODELS = {"before": "before training", "adam": "after Adam", "ff": "after Fast Forward"}
@@ -64,7 +57,7 @@ def accuracy(
     Raises:
         ValueError, RuntimeError: when the benchmark cannot be read; the message names the line.
     """
-    at_least(1, questions=questions)
+    check("questions", questions, whole(1))
     asked: list[Question] = []
     answers: dict[str, dict[str, list[bool]]] = {}
     current: list[Session] = []

@@ -1,8 +1,7 @@
 """``ffkernels analyze …``: one command for each figure and section of the paper.
 
-They differ in the function they call and in their options. All else is the same: settings → the function →
-table, sentences, JSON and picture (``show.finish``), as the function's module makes them of its data. Nothing
-heavy is imported before a command runs.
+Settings → the module's function → table, sentences, JSON and picture (``show.finish``), as the module makes
+them of its data. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from ffkernels.analysis.options import command, integers, settings
 from ffkernels.analysis.show import finish, watching, working
 from ffkernels.training import options
 
-__all__ = ["app"]
-
 app = typer.Typer(
     name="analyze",
     no_args_is_help=True,
@@ -31,15 +28,10 @@ app = typer.Typer(
 def _analysis(
     name: str, function: str, text: str, defaults: dict[str, Any], *, omit: tuple[str, ...] = (), **own: Any
 ) -> None:
-    """Add a command.
+    """Add a command that shows ``text``; ``defaults``, ``omit`` and ``own`` are those of ``options.command``.
 
-    Args:
-        function: ``module.function`` of this room; called with the settings and those of the command's own
-            options that it has parameters for (the others are settings), and with a ``watch`` if it has that.
-        text: what the command shows.
-        defaults: of shared options, where they are others here.
-        omit: shared options that it has no use for.
-        own: its options, see ``options.command``.
+    ``function``: ``module.function`` of this room; called with the settings and those of the command's own
+    options that it has parameters for (the others are settings), and with a ``watch`` if it has that.
     """
 
     def run(ctx: typer.Context) -> None:

@@ -1,8 +1,7 @@
 """Train until nothing improves any more, with Adam and with Fast Forward that switches itself off. §5.1.
 
 A run has converged when its best test loss has not fallen by more than ``min_delta`` over the last
-``window`` optimizer steps. After ``patience`` stages in a row that found no step, Fast Forward is switched
-off for good and the rest is plain Adam.
+``window`` optimizer steps.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ import math
 import tempfile
 from dataclasses import replace
 
-from ffkernels.analysis.options import at_least
 from ffkernels.analysis.race import APART, TOLERANCE, draw_taus, outcome, run
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
 from ffkernels.engine.config import PAPERS_PATIENCE
-from ffkernels.reporting.plots import LEGEND, STYLES, Figure, clean_axes, flop_unit
+from ffkernels.reporting.numbers import flop_unit
+from ffkernels.reporting.plots import LEGEND, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
-
-__all__ = ["convergence", "draw", "has_converged", "switched_off_at", "table", "what_was_seen"]
+from ffkernels.training.rules import at_least, check, whole
 
 LABELS = {"adam": "Adam", "ff": "with Fast Forward"}
 Test = tuple[int, float, int, int]  # optimizer step, test loss, FLOPs in the paper's convention and measured
@@ -47,12 +45,11 @@ def convergence(
     Raises:
         ValueError: naming the setting and what is allowed; also when a run diverged.
     """
-    at_least(1, window=window)
+    check("window", window, whole(1))
+    check("min_delta", min_delta, at_least(0))
     every = config.evaluate_every
     if not 1 <= every <= window:
         raise ValueError(f"evaluate_every={every!r}: must be from 1 to the window of {window} steps")
-    if not min_delta >= 0:
-        raise ValueError(f"min_delta={min_delta!r}: must be a number of at least 0")
     config = config.with_fast_forward()
     if config.fast_forward.patience == "auto":
         config = replace(config, fast_forward=replace(config.fast_forward, patience=PAPERS_PATIENCE))

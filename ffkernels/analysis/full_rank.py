@@ -1,26 +1,21 @@
 """Does Fast Forward need a low rank? LoRA of low and of full rank, and the weights themselves. Fig. 8.
 
-    low-rank          an adapter of the rank that was asked for
-    full-rank         one of the hidden size: as many directions as a square projection has
-    full-attention    no adapter: the attention projections' own weights train
-    full              no adapter: every weight trains
-
-What is measured is how many Fast Forward steps the stages take and what they save. What comes out depends on
-the model: nothing here takes the answer for known.
+low-rank          an adapter of the rank that was asked for
+full-rank         one of the hidden size: as many directions as a square projection has
+full-attention    no adapter: the attention projections' own weights train
+full              no adapter: every weight trains
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, cells, draw_taus, race
+from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, against_adam, cells, draw_taus
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
 from ffkernels.analysis.sweeps import rank_config
 from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session
-
-__all__ = ["VARIANTS", "draw", "full_rank", "table", "what_was_seen"]
 
 VARIANTS = ("low-rank", "full-rank", "full-attention", "full")
 
@@ -48,26 +43,22 @@ def full_rank(
     lr = config.lr if full_lr is None else full_lr
     # Made now, so that what cannot be is refused before anything runs.
     configs = {variant: replace(config, method=variant, lr=lr) for variant in ("full-attention", "full")}
-    model: dict[str, int] = {}  # of the latest run
+    runs, hidden = [], []
 
     def look(session: Session) -> None:
-        model["hidden"] = session.model.config.hidden_size
-        model["trainable"] = session.meter.trainable_numel
+        hidden.append(session.model.config.hidden_size)
 
-    runs = []
     for variant in VARIANTS:
         one = configs.get(variant, config)
         if variant == "full-rank":
-            one = rank_config(config, model["hidden"], "proportional")
-        stages = {"ff": config.fast_forward}
-        outcomes = race(one, stages, check_every=check_every, watch=watch, on_session=look)
+            one = rank_config(config, hidden[0], "proportional")
+        outcomes = against_adam(one, look, check_every=check_every, watch=watch)
         taus = [stage["tau"] for stage in outcomes["ff"]["stages"]]
         runs.append(
             {
                 "variant": variant,
                 "name": f"{one.method} r={one.rank}" if one.method in ("lora", "dora") else one.method,
                 "lr": one.lr,
-                "trainable": model["trainable"],
                 **outcomes,
                 "ff_steps": sum(taus),
                 "stages_without_a_step": taus.count(0),

@@ -5,11 +5,7 @@
     descent       cos(−ḡ, Δ), ḡ their mean, Δ the optimizer's last update: how far going on along Δ is
                   going downhill
 
-Measured on the same batches before the first step and around every stage: at the weights the optimizer's step
-led to, and at those the stage chose. A stage searches the lowest loss along Δ, where descent would be zero if
-its validation examples were all of the data.
-
-Source: Rahamim et al., arXiv 2409.04206, Figure 13. Costs B gradients per point; memory (B + 6) · 4·P bytes.
+Costs B gradients per point; memory (B + 6) · 4·P bytes.
 """
 
 from __future__ import annotations
@@ -20,15 +16,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ffkernels.analysis.options import at_least
 from ffkernels.analysis.rank_correlation import partial_spearman, spearman
 from ffkernels.analysis.show import Data, Table
 from ffkernels.analysis.weight_space import cosines, flat, gradients_of
 from ffkernels.reporting.plots import ABOVE, DOTTED, STYLES, TEXT, Axes, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, whole
 from ffkernels.training.session import Batch, Session, open_session, waiting_stages
-
-__all__ = ["agreement", "draw", "gradient_consistency", "table", "what_was_seen"]
 
 SAME = 0.02  # cosines closer than this are called the same
 
@@ -50,7 +44,7 @@ def gradient_consistency(config: TrainConfig, *, batches: int = 8) -> Data:
     Raises:
         ValueError: for fewer than 2 batches, or more than there are disjoint ones.
     """
-    at_least(2, batches=batches)  # pairs are compared
+    check("batches", batches, whole(2))  # pairs are compared
     config = config.with_fast_forward()
     with open_session(config, attach=waiting_stages) as session:
         compared = _disjoint_batches(session, batches)

@@ -3,30 +3,25 @@
     g_t     the gradient that optimizer step t uses       S[t][s] = cos(g_t, g_s), s < t
     Δ_t     the update that it makes, without the stage   U[t][s] = cos(Δ_t, Δ_s), s < t
 
-Both runs train on the same batches in the same order from the same start. A high S says that training keeps
-walking the same way; a stage walks that way until it stops paying, so S should fall where one lies between.
-
-Source: Rahamim et al., arXiv 2409.04206, Figure 6. Costs the two runs; memory 2 · window · 4·P bytes.
+Costs two runs; memory 2 · window · 4·P bytes.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ffkernels.analysis.options import at_least
 from ffkernels.analysis.show import Data, Table
 from ffkernels.analysis.weight_space import flat, flat_gradient, inner_products
 from ffkernels.reporting.plots import ABOVE, STYLES, TEXT, Axes, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, whole
 from ffkernels.training.session import open_session, waiting_stages
-
-__all__ = ["CosineHistory", "draw", "gradient_similarity", "summary", "table", "what_was_seen"]
 
 LABELS = {"adam": "Adam", "fast_forward": "Fast Forward"}
 
@@ -48,8 +43,7 @@ def gradient_similarity(config: TrainConfig, *, window: int | None = None) -> Da
     Raises:
         ValueError: for a window below 1.
     """
-    if window is not None:
-        at_least(1, window=window)
+    check("window", window, whole(1).or_none)
     config = config.with_fast_forward()
     adam, kept = _one_run(replace(config, fast_forward=None), window)
     return {"adam": adam, "fast_forward": _one_run(config, window)[0], **kept, "config": config.to_dict()}
@@ -58,8 +52,7 @@ def gradient_similarity(config: TrainConfig, *, window: int | None = None) -> Da
 def _one_run(config: TrainConfig, window: int | None) -> tuple[Data, dict[str, int]]:
     with open_session(config, attach=waiting_stages) as session:
         window = min(window or session.steps, session.steps)
-        size = sum(w.numel() for w in session.trainable)
-        gradients, updates = (CosineHistory(window, size, session.device) for _ in range(2))
+        gradients, updates = CosineHistory(window), CosineHistory(window)
         run: Data = {"gradients": [], "updates": [], "stages": [], "losses": []}
         for step in range(session.steps):
             run["losses"].append(session.backward(session.load(step)))
@@ -73,7 +66,8 @@ def _one_run(config: TrainConfig, window: int | None) -> tuple[Data, dict[str, i
     run["losses"] = [float(loss) for loss in run["losses"]]
     if any(map(math.isnan, run["losses"])):
         raise ValueError(f"the training loss is not a number at lr={config.lr:g}: it diverged; lower the lr")
-    kept = {"window": window, "bytes_kept": gradients.nbytes + updates.nbytes, "trainable": size}
+    kept = {"window": window, "bytes_kept": gradients.nbytes + updates.nbytes}
+    kept["trainable"] = sum(w.numel() for w in session.trainable)
     return {**run, **summary(run["gradients"], run["stages"])}, kept
 
 
@@ -98,33 +92,28 @@ def _previous(rows: list[list[float | None]]) -> list[tuple[int, float]]:
 
 
 class CosineHistory:
-    """The last ``window`` vectors of length ``size``, in float32, and the cosines of a new one with them."""
+    """The last ``window`` vectors, in float32, and the cosines of a new one with them."""
 
-    def __init__(self, window: int, size: int, device: torch.device | str = "cpu") -> None:
-        self._rows = torch.empty(window, size, device=device)
-        self._norms: list[float] = []
-        self._seen = 0
+    def __init__(self, window: int) -> None:
+        self._kept: deque[tuple[Tensor, float]] = deque(maxlen=window)  # with their norms
 
     @property
     def nbytes(self) -> int:
-        return self._rows.numel() * self._rows.element_size()
+        return sum(vector.nbytes for vector, _ in self._kept)
 
     def add(self, vector: Tensor) -> list[float | None]:
-        """Cosines of ``vector``, (size,), with those kept, oldest first; then it takes the oldest's place.
+        """Cosines of ``vector``, (P,), with those kept, oldest first; then it is kept itself, not copied.
 
         None where either is zero. Products are accumulated in float64.
         """
-        window, norm = len(self._rows), float(inner_products(vector[None], vector[None]).sqrt())
-        order = [i % window for i in range(max(0, self._seen - window), self._seen)]
-        kept = self._rows[: len(order)]
-        products = inner_products(kept, vector[None])[:, 0].tolist()
-        scales = [norm * self._norms[i] for i in order]
-        cosines = [products[i] / scale if scale else None for i, scale in zip(order, scales, strict=True)]
-        place = self._seen % window
-        self._rows[place] = vector
-        self._norms[place : place + 1] = [norm]
-        self._seen += 1
+        norm = _product(vector, vector) ** 0.5
+        cosines = [_product(kept, vector) / (norm * n) if norm * n else None for kept, n in self._kept]
+        self._kept.append((vector, norm))
         return cosines
+
+
+def _product(x: Tensor, y: Tensor) -> float:
+    return float(inner_products(x[None], y[None]))
 
 
 def table(data: Data) -> Table:

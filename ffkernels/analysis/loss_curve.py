@@ -1,28 +1,23 @@
 """The loss during training, optimizer steps and Fast Forward steps told apart (the paper's Figs. 4 and 9).
 
-On a run's path an optimizer step is 1 long and a stage τ*; during a stage the test loss is measured at every
-τ that the search tries, which does not see it. Beside it runs the plain optimizer from the same start, with
-the same data order and learning rate.
+On a run's path an optimizer step is 1 long and a stage τ*. Beside it runs the plain optimizer from the same
+start, with the same data order and learning rate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ffkernels.analysis.show import Data, Table
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.reporting import plots
-from ffkernels.reporting.plots import STYLES, Figure, clean_axes
+from ffkernels.reporting.plots import STYLES, Figure, Points, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, whole
 from ffkernels.training.session import Session, open_session
 from ffkernels.validation.loss import ValidationLoss
-
-__all__ = ["along_the_path", "draw", "loss_curve", "table", "what_was_seen"]
-
-Points = list[tuple[float, float]]
 
 
 def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
@@ -46,14 +41,13 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
     """
     if config.fast_forward is None:
         raise ValueError("config.fast_forward is None: give a FastForwardConfig")
-    if evaluate_every < 1:
-        raise ValueError(f"evaluate_every={evaluate_every}: must be at least 1")
-    measured: Points = []  # validation and test loss of each call, in order
+    check("evaluate_every", evaluate_every, whole(1))
+    tests: dict[float, float] = {}  # by the validation loss of the same weights
 
     def attach(session: Session) -> FastForward:
         def both(model: Any) -> Any:
             loss = session.validation()
-            measured.append((float(loss), session.test_loss()))
+            tests[float(loss)] = session.test_loss()
             return loss
 
         watched = ValidationLoss(session.model, both)
@@ -61,13 +55,12 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
 
     with open_session(config, attach=attach) as session:
         forward = _run(session, evaluate_every)
-        calls = iter(measured)
         forward["stages"] = [
             {
                 "optimizer_step": stage.optimizer_step,
                 "tau": stage.tau,
                 "losses": [[tau, loss] for tau, loss in stage.losses],
-                "test_losses": [[tau, _test_loss(calls, loss)] for tau, loss in stage.losses],
+                "test_losses": [[tau, tests.get(loss, math.nan)] for tau, loss in stage.losses],
             }
             for stage in session.ff.stages
         ]
@@ -80,14 +73,6 @@ def loss_curve(config: TrainConfig, *, evaluate_every: int = 1) -> Data:
         "optimizer": plain,
         "reached": next((step for step, loss in _tested(forward)[1:] if loss <= final), None),
     }
-
-
-def _test_loss(calls: Iterator[tuple[float, float]], wanted: float) -> float:
-    """The test loss taken with the validation loss ``wanted``; calls that only counted FLOPs are skipped."""
-    for loss, test in calls:
-        if loss == wanted or (math.isnan(loss) and math.isnan(wanted)):
-            return test
-    raise RuntimeError(f"no test loss was measured with the validation loss {wanted}")
 
 
 def _run(session: Session, evaluate_every: int) -> Data:
@@ -114,19 +99,13 @@ def along_the_path(run: Data) -> tuple[Points, list[Points]]:
 
     Of a stage the τ are those at which the validation loss fell; whether the test loss fell too is seen.
     """
-    stage_of = {stage["optimizer_step"]: stage for stage in run["stages"]}
-    points, stages, forwarded = [(0.0, run["start"])], [], 0
-    for step in run["steps"]:
-        x = step["optimizer_step"] + forwarded
-        stage = stage_of.get(step["optimizer_step"])
-        if stage is None or not stage["losses"]:
-            if step["test_loss"] is not None:
-                points.append((x, step["test_loss"]))
-            continue
-        tests = dict(map(tuple, stage["test_losses"]))
-        points.append((x, tests[0]))  # of the optimizer step alone
-        stages.append([(x + tau, tests[tau]) for tau, _ in plots.accepted(stage)])
-        forwarded += stage["tau"]
+    points, stages = [(0.0, run["start"])], []
+    for x, step, stage in plots.along(run["steps"], run["stages"]):
+        tests = dict(stage["test_losses"]) if stage else {0: step["test_loss"]}
+        if tests[0] is not None:
+            points.append((x, tests[0]))  # of the optimizer step alone
+        if stage:
+            stages.append([(x + tau, tests[tau]) for tau, _ in plots.accepted(stage)])
     return points, stages
 
 
@@ -171,10 +150,7 @@ def draw(figure: Figure, data: Data) -> None:
     clean_axes(axes, plots.PATH, "loss (nats per token)", title="test loss")
     points, stages = along_the_path(forward)
     axes.plot(*zip(*points, strict=True), **plots.SGD, zorder=3, label="after an optimizer step")
-    for number, stage in enumerate(stages):
-        label = "after a Fast Forward step" if number == 0 else None
-        size = 2.0 if len(stage) > 30 else 4.0
-        axes.plot(*zip(*stage, strict=True), **style, markersize=size, linewidth=1.2, label=label)
+    plots.draw_stages(axes, style, stages, "after a Fast Forward step")
     axes.sharex(panels["walk"])
 
     axes = panels["both"]

@@ -1,11 +1,10 @@
 """The loss on the plane through W₀, W_SGD and W_FF, with both runs' ways drawn on it. The paper's Figure 5.
 
-W₀ is where training starts, W_SGD where the plain optimizer is after all steps, and W_FF where Fast Forward
-ends, from the same start on the same batches. The x axis points from W₀ to W_SGD (``weight_space``). The two
-ways do not lie in the plane; their projections do.
+W₀ is where training starts, W_SGD where the plain optimizer ends, and W_FF where Fast Forward does. The x
+axis points from W₀ to W_SGD (``weight_space``); of the two ways, which leave the plane, the projections
+are drawn.
 
-Source: Rahamim et al., arXiv 2409.04206, Figure 5. Costs the two runs and grid² losses; memory: 4·P bytes for
-each kept point of the two ways, and 7 vectors of 8·P.
+Costs two runs and grid² losses; memory 4·P bytes for each kept point of the ways, and 7 vectors of 8·P.
 """
 
 from __future__ import annotations
@@ -17,21 +16,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ffkernels.analysis.options import at_least
 from ffkernels.analysis.race import TOLERANCE
 from ffkernels.analysis.show import Data, Table
 from ffkernels.analysis.weight_space import flat, losses_at, plane_through, spans
 from ffkernels.reporting.plots import ABOVE, STYLES, TEXT, Axes, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import at_least, check, one_of, whole
 from ffkernels.training.session import Session, open_session
 from ffkernels.validation.loss import ValidationLoss
-
-__all__ = ["draw", "loss_plane", "table", "what_was_seen"]
 
 # A run's weights on its way, (P,) float32 each, with their optimizer step.
 Way = list[tuple[int, Tensor]]
 
-UNTIL = ("loss", "steps")
 CHECK_EVERY = 3  # optimizer steps between test losses of a run that has a target
 POINTS = 40  # of a way, about so many are kept, evenly by optimizer step; and all after stages
 BETWEEN = 11  # losses on the straight line from W_SGD to W_FF
@@ -75,12 +71,10 @@ def loss_plane(
     Raises:
         ValueError: naming an argument out of range; when a run diverged; when nothing moved.
     """
-    if until not in UNTIL:
-        raise ValueError(f"until={until!r}: must be one of {', '.join(map(repr, UNTIL))}")
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"margin={margin!r}: must be a number of at least 0")
-    at_least(3, grid=grid)
-    at_least(1, examples=examples)
+    check("until", until, one_of(("loss", "steps")))
+    check("margin", margin, at_least(0))
+    check("grid", grid, whole(3))
+    check("examples", examples, whole(1))
     config = config.with_fast_forward()
     with open_session(replace(config, fast_forward=None)) as session:
         start_loss = session.test_loss()

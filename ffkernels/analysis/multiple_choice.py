@@ -1,15 +1,9 @@
 """Multiple-choice questions as tokens, where they come from, and how likely a model finds each choice.
 
-    held out      a task's own test examples: a prompt, how it goes on, and how other examples do
-    a JSONL file  {"question": "…", "choices": ["…", "…"], "answer": 1} on every line
-    PubMedQA      the 1,000 expert-labelled questions, answered yes, no or maybe, from the Hugging Face hub
-
-What is too long is cut: a prompt keeps its end, a choice its beginning.
-
     score(choice) = Σ log p(token | prompt, the choice's tokens before it)        nats, in float64
 
-Sequences (prompt and one choice) are sorted by length and right-padded: under causal attention nothing to
-the left of the padding sees it. Only the logits at the choices' own tokens are normalised, in float32.
+What is too long is cut: a prompt keeps its end, a choice its beginning. Sequences (prompt and one choice) are
+right-padded; only the logits at the choices' own tokens are normalised, in float32.
 """
 
 from __future__ import annotations
@@ -25,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ffkernels.analysis.options import at_least
 from ffkernels.training.examples import IGNORED, Example, collate, start_tokens
 from ffkernels.training.records import BOM, parsed
+from ffkernels.training.requirements import first_line, require
+from ffkernels.training.rules import FRACTION, check, whole
 from ffkernels.validation.causal_lm import model_device
 from ffkernels.validation.evaluator import evaluation_mode
-
-__all__ = ["PUBMEDQA", "Question", "choice_scores", "from_examples", "load_benchmark"]
 
 PUBMEDQA = "pubmedqa"
 PUBMEDQA_SOURCE = ("qiaojin/PubMedQA", "pqa_labeled", "train")
@@ -70,9 +63,8 @@ def from_examples(
     Raises:
         ValueError: when an argument is out of range, or there are not so many different continuations.
     """
-    at_least(2, choices=choices)
-    if not 0 <= opening < 1:
-        raise ValueError(f"opening={opening!r}: must be a number from 0 to below 1")
+    check("choices", choices, whole(2))
+    check("opening", opening, FRACTION)
     pairs = [_cut(example, opening) for example in examples]
     room = max((len(example["input_ids"]) for example in examples), default=0) // 2
     pairs = [(prompt, response[:room]) for prompt, response in pairs if prompt and response[:room]]
@@ -123,7 +115,7 @@ def load_benchmark(
         ValueError: naming the file and the line, where something is missing or wrong.
         RuntimeError: when PubMedQA cannot be fetched.
     """
-    at_least(4, max_length=max_length)
+    check("max_length", max_length, whole(4))
     texts = _pubmedqa() if source == PUBMEDQA else _read(Path(source))
     if limit is not None and limit < len(texts):
         texts = random.Random(seed).sample(texts, limit)
@@ -186,17 +178,13 @@ def _question(record: Any, where: str) -> _Text:
 def _pubmedqa() -> list[_Text]:
     """The abstract without its conclusion, the question, and the choices yes, no, maybe."""
     name, configuration, split = PUBMEDQA_SOURCE
+    datasets = require("datasets", "PubMedQA is read with datasets", "tasks")
     try:
-        from datasets import load_dataset
-
-        rows = load_dataset(name, configuration, split=split)
-    except ImportError as error:
-        message = f"PubMedQA is read with datasets: pip install 'ffkernels[tasks]' ({error})"
-        raise RuntimeError(message) from error
+        rows = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # what the hub's client raises differs by version, and by what failed
-        first = str(error).strip().split("\n", 1)[0]
         raise RuntimeError(
-            f"PubMedQA ({name} on the Hugging Face hub) could not be had ({type(error).__name__}: {first}). "
+            f"PubMedQA ({name} on the Hugging Face hub) could not be had ({type(error).__name__}: "
+            f"{first_line(error)}). "
             "Without a network give a JSONL file (--benchmark FILE), or no --benchmark: then the questions "
             "are made from the task's own test examples"
         ) from error
@@ -222,7 +210,7 @@ def choice_scores(
     Returns:
         One list per question, one score per choice. Divide by ``len(choice)`` for the mean per token.
     """
-    at_least(1, batch_size=batch_size)
+    check("batch_size", batch_size, whole(1))
     device = model_device(model)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1 << 17
     scores = [[0.0] * len(question.choices) for question in questions]

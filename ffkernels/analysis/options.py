@@ -21,24 +21,17 @@ from ffkernels.training import options
 if TYPE_CHECKING:
     from ffkernels.training.config import TrainConfig
 
-__all__ = ["at_least", "command", "integers", "settings"]
 
+OF_TRAINING = (
+    "preset model task source chat_loss data test_data method rank alpha dropout target_modules lr "
+    "warmup_steps batch_size micro_batch_size steps max_length test_examples validation_examples eval_tokens "
+    "search interval max_tau seed attn device dtype threads"
+).split()
 Out = Annotated[Path, typer.Option(help="Folder of the JSON file and the picture.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress line.")]
-
 # Name: (type with its help, default).
-SHARED: dict[str, tuple[Any, Any]] = {
-    **{
-        name: options.OPTIONS[name]
-        for name in (
-            "preset model task source chat_loss data test_data method rank alpha dropout target_modules lr "
-            "warmup_steps batch_size micro_batch_size steps max_length test_examples validation_examples "
-            "eval_tokens search interval max_tau seed attn device dtype threads"
-        ).split()
-    },
-    "out": (Out, Path("runs/analyze")),
-    "quiet": (Quiet, False),
-}
+SHARED: dict[str, tuple[Any, Any]] = {name: options.OPTIONS[name] for name in OF_TRAINING}
+SHARED |= {"out": (Out, Path("runs/analyze")), "quiet": (Quiet, False)}
 
 
 def command(
@@ -56,25 +49,18 @@ def command(
     unknown = sorted((set(omit) | defaults.keys()) - SHARED.keys())
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no shared option; there are {', '.join(SHARED)}")
-    options: dict[str, tuple[Any, Any]] = {}
+    parameters: dict[str, tuple[Any, Any]] = {"ctx": (typer.Context, inspect.Parameter.empty)}
     for name, (default, text, *kind) in own.items():
         annotation = kind[0] | None if kind else type(default)
-        options[name] = (Annotated[annotation, typer.Option(help=text)], default)
+        parameters[name] = (Annotated[annotation, typer.Option(help=text)], default)
     for name, (annotation, default) in SHARED.items():
         if name not in omit and name not in own:
-            options[name] = (annotation, defaults.get(name, default))
+            parameters[name] = (annotation, defaults.get(name, default))
 
     def run(ctx: typer.Context, **_: Any) -> None:
         act(ctx)
 
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("ctx", kind, annotation=typer.Context),
-        *(inspect.Parameter(n, kind, annotation=a, default=d) for n, (a, d) in options.items()),
-    ]
-    run.__signature__ = inspect.Signature(parameters)
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
+    return options.declared(run, parameters)
 
 
 def settings(ctx: typer.Context) -> TrainConfig:
@@ -102,10 +88,3 @@ def integers(text: str, option: str) -> tuple[int, ...]:
     if not values or values[0] < 1:
         raise ValueError(f"{option}={text!r}: must be integers of at least 1, such as 6,12,24")
     return values
-
-
-def at_least(low: int, **values: Any) -> None:
-    """Raise ValueError, naming it, for a value that is not an integer of at least ``low``."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name}={value!r}: must be an integer of at least {low}")

@@ -1,7 +1,4 @@
-"""Adam sets a test loss, Fast Forward runs to it: the paper's protocol for one setting, as the sweeps use it.
-
-Both start from the same adapter and see the same batches. The runs write no files that stay.
-"""
+"""Adam sets a test loss, Fast Forward runs to it, from the same start on the same batches; no files stay."""
 
 from __future__ import annotations
 
@@ -11,15 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ffkernels.analysis.show import Data, Watch, percent
+from ffkernels.analysis.show import Data, Watch
 from ffkernels.engine.config import FastForwardConfig
+from ffkernels.reporting.numbers import percent
 from ffkernels.reporting.plots import STYLES, Axes, clean_axes
-from ffkernels.training.compare import Comparison, Interrupted
+from ffkernels.training.compare import Comparison, uninterrupted
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Session, stages_of
-from ffkernels.training.trainer import RunResult, train
-
-__all__ = ["cells", "draw_taus", "outcome", "race", "run"]
+from ffkernels.training.trainer import RunResult
 
 # How far above Adam's test loss, in nats, counts as reached.
 TOLERANCE = 1e-4
@@ -89,30 +85,34 @@ def run(
         stop_when: sees every log event; the run ends after the step for which it is true.
 
     Raises:
-        Interrupted: after Ctrl-C.
+        compare.Interrupted: after Ctrl-C.
     """
     watch = watch or Watch()
     watch.run(config)
-    stopped = False
 
     def attach(session: Session) -> Any:
         on_session(session)
         return stages_of(session)
 
-    def on_event(event: Data) -> None:
-        nonlocal stopped
+    def on_event(event: Data) -> bool:
         watch.event(event)
-        if stop_when(event):
-            stopped = True
-            raise KeyboardInterrupt  # train's way of being asked to end after this step
+        return stop_when(event)
 
-    try:
-        result = train(config, on_event=on_event, save=False, attach=attach if on_session else None)
-    except KeyboardInterrupt:  # before or after its loop, or the second Ctrl-C
-        raise Interrupted(config.name) from None
-    if result.ctrl_c and not stopped:
-        raise Interrupted(config.name)
-    return result
+    return uninterrupted(config, on_event, attach if on_session else None)
+
+
+def against_adam(
+    config: TrainConfig, on_session: Callable[[Session], Any] = lambda session: None, **how: Any
+) -> Data:
+    """A ``race`` with ``config``'s stages: the ``trainable`` weights, and the outcomes "adam" and "ff"."""
+    weights = []
+
+    def look(session: Session) -> None:
+        weights.append(session.meter.trainable_numel)
+        on_session(session)
+
+    outcomes = race(config, {"ff": config.fast_forward}, on_session=look, **how)
+    return {"trainable": weights[0], **outcomes}
 
 
 def outcome(result: RunResult, adam: RunResult | None = None) -> Data:

@@ -1,34 +1,25 @@
 """Does one quantity rise with another? Spearman's ρ, and how often chance alone would show as much.
 
-    ρ = Pearson's correlation of the ranks
-    p = (1 + #{|ρ| of a shuffled pairing ≥ |ρ|}) / (1 + shuffles)
-
-The p-value takes the pairs for independent of each other. Those of one training run are not: what drifts
-during training correlates with everything else that does. ``partial_spearman`` holds time fixed.
+ρ = Pearson's correlation of the ranks
+p = (1 + #{|ρ| of a shuffled pairing ≥ |ρ|}) / (1 + shuffles)        for pairs independent of each other
 """
 
 from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
-from itertools import groupby
-
-__all__ = ["partial_spearman", "ranks", "spearman"]
+from operator import mul
 
 SHUFFLES = 4999
 
 
 def ranks(values: Sequence[float]) -> list[float]:
     """Rank of each value, the smallest 1; equal ones share the mean of theirs."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranked, before = [0.0] * len(values), 0
-    for _, group in groupby(order, key=values.__getitem__):
-        equal = list(group)
-        for i in equal:
-            ranked[i] = before + (len(equal) + 1) / 2
-        before += len(equal)
-    return ranked
+    ascending, counts = sorted(values), Counter(values)
+    return [bisect_left(ascending, value) + (counts[value] + 1) / 2 for value in values]
 
 
 def spearman(x: Sequence[float], y: Sequence[float], *, shuffles: int = SHUFFLES) -> dict[str, float | None]:
@@ -38,8 +29,8 @@ def spearman(x: Sequence[float], y: Sequence[float], *, shuffles: int = SHUFFLES
     if len(x) != len(y):
         raise ValueError(f"{len(x)} values of x and {len(y)} of y: one of each makes a pair")
     n = len(x)
-    a, b = _centred(ranks(x)), _centred(ranks(y))
-    scale = (_dot(a, a) * _dot(b, b)) ** 0.5
+    a, b = ([rank - (n + 1) / 2 for rank in ranks(values)] for values in (x, y))
+    scale = math.sqrt(_dot(a, a) * _dot(b, b))
     if n < 3 or scale == 0.0:
         return {"rho": None, "p": None, "n": n}
     rho = _dot(a, b) / scale
@@ -62,10 +53,5 @@ def partial_spearman(x: Sequence[float], y: Sequence[float], given: Sequence[flo
     return (xy - xz * yz) / math.sqrt(rest) if rest > 1e-12 else None
 
 
-def _centred(values: Sequence[float]) -> list[float]:
-    mean = sum(values) / len(values) if values else 0.0
-    return [v - mean for v in values]
-
-
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(u * v for u, v in zip(a, b, strict=True))
+    return sum(map(mul, a, b))

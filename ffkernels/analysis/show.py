@@ -1,4 +1,4 @@
-"""What an analyze command shows while it works and when it is done, and the two files that it writes.
+"""What an analyze command shows while it works and when it is done, and the two files that it writes:
 
 <name>.json    {"analysis": name, "command": …, "date": …, "machine": {…}, "versions": {…}, "data": {…}}
 <name>.png     the picture of that data
@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -19,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ffkernels.reporting.numbers import percent, plain
+from ffkernels.reporting.written import write_json
+
 if TYPE_CHECKING:
     from ffkernels.training.config import TrainConfig
 
-__all__ = ["Watch", "finish", "percent", "than_adam", "watching", "working"]
 
 INTERRUPTED = 130
 
@@ -79,25 +80,13 @@ def finish(name: str, data: Data, analysis: Any, out: str | os.PathLike[str]) ->
             the table are shown to four significant digits, None as a dash.
         out: a folder, made when missing; older files of the same name are replaced.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from ffkernels.reporting.machine import command_line, machine_info, version_info
     from ffkernels.reporting.plots import save_figure
-    from ffkernels.reporting.report import plain
-    from ffkernels.reporting.written import write_text
+    from ffkernels.reporting.terminal import bare_table, wide_console
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file or a pipe has no width
+    console = wide_console()
     header, rows = analysis.table(data)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for number, heading in enumerate(header):
-        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(_text(cell)) for cell in row))  # a str would be read as markup
-    console.print(table)
+    console.print(bare_table(header, [list(map(_text, row)) for row in rows]))
     typer.echo()
     for sentence in analysis.what_was_seen(data):
         console.print(re.sub(r" -(?=\d)", " −", sentence), highlight=False, markup=False)
@@ -113,15 +102,9 @@ def finish(name: str, data: Data, analysis: Any, out: str | os.PathLike[str]) ->
         "data": plain(data),
     }
     written, picture = folder / f"{name}.json", folder / f"{name}.png"
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(written, text)
+    write_json(written, record, indent=1)
     save_figure(lambda figure: analysis.draw(figure, data), picture)
     typer.echo(f"\nData: {written}\nPicture: {picture}")
-
-
-def percent(share: float) -> str:
-    """0.425 as "42 %"."""
-    return f"{100 * share:.0f} %".replace("-", "−")
 
 
 def than_adam(saved: float) -> str:

@@ -1,13 +1,8 @@
 """How far each stage goes (the paper's Fig. 11), and whether the gradient foretells it (Fig. 12).
 
-Of the gradient that the repeated update was made from, two quantities are taken as the stage ends:
-
-    gradient norm       ‖g‖₂ over all trainable tensors
-    condition number    of each gradient matrix (of LoRA those of A and of B of every module; vectors and
-                        matrices of zeros are left out) σ_max / σ_min, the median over the matrices
-
-σ_min is the smallest singular value above σ_max · max(rows, columns) · ε with float32's ε: what is smaller
-would be rounding.
+gradient norm       ‖g‖₂ over all trainable tensors, of the gradient that made the repeated update
+condition number    of each gradient matrix (of LoRA those of A and of B of every module) σ_max / σ_min,
+                    the median over the matrices
 """
 
 from __future__ import annotations
@@ -27,8 +22,6 @@ from ffkernels.reporting.plots import LEGEND, Figure, clean_axes
 from ffkernels.stage.record import Stage
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import open_session
-
-__all__ = ["condition_number", "draw", "gradient_facts", "stage_taus", "table", "what_was_seen"]
 
 SEED_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
 # A quantity whose largest value is more than so many times its smallest is drawn on a logarithmic axis.

@@ -1,8 +1,6 @@
 """What does Fast Forward save at each rank of the adapter (the paper's Fig. 7), at each interval (Fig. 14)?
 
-Every rank has its own Adam run, at the same learning rate and number of steps, and its own target; the
-intervals share one. Short ones spend validations on directions that have hardly changed, long ones leave
-gains lying about.
+Every rank has its own Adam run, at the same learning rate and number of steps; the intervals share one.
 """
 
 from __future__ import annotations
@@ -11,13 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, TOLERANCE, cells, race
+from ffkernels.analysis.race import APART, COLUMNS, CONVENTIONS, TOLERANCE, against_adam, cells, race
 from ffkernels.analysis.show import Data, Table, Watch, than_adam
 from ffkernels.reporting.plots import ABOVE, STYLES, Figure, clean_axes
 from ffkernels.training.config import TrainConfig
-from ffkernels.training.session import Session
-
-__all__ = ["SCALINGS", "draw", "interval", "rank", "rank_config", "table", "what_was_seen"]
+from ffkernels.training.rules import check, one_of
 
 SCALINGS = ("proportional", "fixed")
 
@@ -86,16 +82,9 @@ def rank(
         raise ValueError(f"method={config.method!r} has no rank; allowed here are 'lora' and 'dora'")
     _each_once(ranks=ranks)
     config = config.with_fast_forward()
-    runs = []
-    for one in [rank_config(config, r, scaling) for r in ranks]:  # all are checked before the first one runs
-        weights: list[int] = []
-
-        def count(session: Session, weights: list[int] = weights) -> None:
-            weights.append(session.meter.trainable_numel)
-
-        stages = {"ff": one.fast_forward}
-        outcomes = race(one, stages, check_every=check_every, watch=watch, on_session=count)
-        runs.append({"rank": one.rank, "alpha": one.alpha, "trainable": weights[0], **outcomes})
+    how = {"check_every": check_every, "watch": watch}
+    configs = [rank_config(config, r, scaling) for r in ranks]  # all are checked before the first one runs
+    runs = [{"rank": one.rank, "alpha": one.alpha, **against_adam(one, **how)} for one in configs]
     return {"scaling": scaling, "check_every": check_every, "config": config.to_dict(), "runs": runs}
 
 
@@ -105,8 +94,7 @@ def rank_config(config: TrainConfig, rank: int, scaling: str) -> TrainConfig:
     Raises:
         ValueError: when ``scaling`` is neither "proportional" nor "fixed".
     """
-    if scaling not in SCALINGS:
-        raise ValueError(f"scaling={scaling!r}: must be one of {', '.join(map(repr, SCALINGS))}")
+    check("scaling", scaling, one_of(SCALINGS))
     alpha = config.alpha * rank / config.rank if scaling == "proportional" else config.alpha
     return replace(config, rank=rank, alpha=alpha)
 

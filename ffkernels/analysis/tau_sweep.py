@@ -1,15 +1,9 @@
 """The loss along one update (the paper's Fig. 10): W(τ) = W_k + τ·(W_k − W_(k−1)), τ = 0, 1, …, 100.
 
-The optimizer trains k steps; then the weights walk along its last update, and validation and test loss are
-measured at every τ. Afterwards W_k is restored bit for bit and training goes on to the next k.
-
-    before step k     best ← W                            ops.checkpoint_
-    after it          Δ ← W − best; best ← W              ops.delta_
-    for every τ       W ← best + τ·Δ; measure             ops.step_, accept = 0, k = τ
-    at the end        W ← best                            ops.step_, accept = 0, k = 0
-
-Is the curve convex, has it one minimum, where would a search stop? Its second differences f(τ − 1) − 2·f(τ) +
-f(τ + 1), in float64, are above 0 where it is convex; a loss that is not finite counts as +inf.
+before step k     best ← W                            ops.checkpoint_
+after it          Δ ← W − best; best ← W              ops.delta_
+for every τ       W ← best + τ·Δ; measure             ops.step_, accept = 0, k = τ
+at the end        W ← best                            ops.step_, accept = 0, k = 0
 """
 
 from __future__ import annotations
@@ -21,14 +15,14 @@ from itertools import cycle, pairwise
 from typing import Any
 
 from ffkernels import ops
-from ffkernels.analysis.show import Data, Table, percent
+from ffkernels.analysis.show import Data, Table
+from ffkernels.reporting.numbers import percent
 from ffkernels.reporting.plots import TEXT, Figure, clean_axes
 from ffkernels.search.search import make_search
 from ffkernels.stage.weights import local_tensors, trainable_weights
 from ffkernels.training.config import TrainConfig
+from ffkernels.training.rules import check, whole
 from ffkernels.training.session import open_session, waiting_stages
-
-__all__ = ["draw", "replay", "shape", "sweep_table", "table", "tau_sweep", "what_was_seen"]
 
 SEARCHES = ("linear", "parabolic")
 SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -62,8 +56,7 @@ def tau_sweep(config: TrainConfig, *, at: Sequence[int] = (6, 12, 24), taus: int
     at = sorted(set(at))
     if not at or at[0] < 1:
         raise ValueError(f"at={at}: must be optimizer steps of at least 1, one or more")
-    if taus < 2:
-        raise ValueError(f"taus={taus}: must be at least 2")
+    check("taus", taus, whole(2))
     config = replace(config, steps=at[-1], epochs=None)
     sweeps = []
     with open_session(config, attach=waiting_stages) as session:

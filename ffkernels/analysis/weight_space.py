@@ -1,13 +1,10 @@
 """Weights, updates and gradients as vectors: what they are to each other, and the loss on a plane among them.
 
-    W, g, Δ     all trainable tensors, one after the other: (P,) of float32 on their device, 4·P bytes each
-    ⟨x, y⟩      accumulated in float64, a slice at a time: no second copy of the vectors
+W, g, Δ     all trainable tensors, one after the other: (P,) of float32 on their device, 4·P bytes each
+⟨x, y⟩      accumulated in float64, a slice at a time: no second copy of the vectors
 
-    u = (B − A) / ‖B − A‖        v = the part of C − A orthogonal to u, / ‖·‖        Gram and Schmidt, float64
-    W(x, y) = A + x·u + y·v      W lies at (⟨W − A, u⟩, ⟨W − A, v⟩)
-
-An adapter is small, so a few hundred such vectors are: 98 kB each for the embedded model at rank 8. W(x, y)
-is rounded once, to the weights' own dtype. Where A, B and C lie on a line, it is the loss along that line.
+u = (B − A) / ‖B − A‖        v = the part of C − A orthogonal to u, / ‖·‖        Gram and Schmidt, float64
+W(x, y) = A + x·u + y·v      W lies at (⟨W − A, u⟩, ⟨W − A, v⟩); rounded once, to the weights' own dtype
 """
 
 from __future__ import annotations
@@ -22,9 +19,6 @@ from torch import Tensor, nn
 from ffkernels.ops.notices import announce_once
 from ffkernels.training.session import Batch, Session
 from ffkernels.validation.restore import keep_random_state
-
-__all__ = ["Plane", "cosines", "flat", "flat_gradient", "gradients_of", "inner_products"]
-__all__ += ["losses_at", "plane_through", "spans"]
 
 _SLICE = 1 << 20
 # A third point closer to the line than this share of its distance along it is on it: float32 rounding of

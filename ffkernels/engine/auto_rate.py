@@ -9,11 +9,12 @@ update (``alignment``) moves it, in every step and without a loss:
     trim     rate ← rate · exp(−c / (1 + n / PACE))     n: trims so far
              where the schedule falls                   min(0, c̄) in place of c, once c̄ has been 0 or above
 
-``strongest`` is the most negative c so far: that of vanishing steps, which feel no curvature. Schedules keep
-their shape: they multiply the base rate. An update that was rounded away altogether (narrow weights, rates
-far too small) has no c, and counts as c = strongest; where c is not known otherwise nothing happens.
-c̄ = SMOOTH · c̄ + (1 − SMOOTH) · c is the mean of late. A schedule that falls takes the noise out of the steps
-by itself: a peak that the noise of today calls too high is left to it, one that c̄ calls too low is not.
+``strongest`` is the most negative c so far: that of vanishing steps, which feel no curvature. Schedules
+keep their shape: they multiply the base rate. An update that was rounded away altogether (narrow weights,
+rates far too small) has no c, and counts as c = strongest; where c is not known otherwise nothing
+happens. c̄ = SMOOTH · c̄ + (1 − SMOOTH) · c is the mean of late. A schedule that falls takes the noise
+out of the steps by itself: a peak that the noise of today calls too high is left to it, one that c̄ calls
+too low is not.
 
 In the step that changes nothing all gradients are zeroed in place, so that the one that the overshot weights
 gave does not enter the optimizer's state, and learning rate and weight decay are 0.

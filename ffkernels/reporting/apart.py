@@ -29,8 +29,6 @@ from ffkernels.engine.price import uncounted
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.validation.restore import keep_generators, keep_random_state, own_generators, used_by
 
-__all__ = ["apart", "stand_in"]
-
 # Elements; beyond, integers are weights.
 _LARGE = 2**16
 _DICTS = (dict, OrderedDict, defaultdict, Counter)

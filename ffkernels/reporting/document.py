@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ffkernels.reporting.plots import flop_unit
+from ffkernels.reporting.numbers import flop_unit, number, percent
 from ffkernels.reporting.savings import SECONDS, Run, Spread
 
 # In the order of the table: what a saving is called, and its key.
@@ -103,22 +102,12 @@ def spread_lines(several: Sequence[Spread]) -> list[str]:
     return lines
 
 
-def percent(value: float | None) -> str:
-    """A fraction as a percentage with a real minus sign; a dash for none."""
-    return "–" if value is None else f"{100 * value:.1f} %".replace("-", "−")
-
-
-def number(value: float | None, form: str) -> str:
-    """A number in ``form``; a dash for none and for what is not finite."""
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
-
-
 def _saved(run: Run) -> list[str]:
     if run.saved is None:
         return [""] * len(SAVINGS)
     if run.reason is not None:
         return ["not reached" if run.target is not None else "–", *["–"] * (len(SAVINGS) - 1)]
-    return [percent(run.saved[cost]) for cost, _ in SAVINGS]
+    return [percent(run.saved[cost], 1) for cost, _ in SAVINGS]
 
 
 def _spread(spread: Spread) -> list[str]:
@@ -127,7 +116,7 @@ def _spread(spread: Spread) -> list[str]:
     cells = []
     for cost, _ in SAVINGS:
         ends = f"({100 * spread.low[cost]:.1f} to {100 * spread.high[cost]:.1f})".replace("-", "−")
-        cells.append(f"{percent(spread.median[cost])} {ends}")
+        cells.append(f"{percent(spread.median[cost], 1)} {ends}")
     return cells
 
 

@@ -14,8 +14,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["alone_in", "lock"]
-
 
 def lock(descriptor: int, path: Path) -> None:
     """Take the lock of an open file or folder until it is closed; ``path`` is its name in messages.

@@ -1,11 +1,7 @@
 """Draw how a learning rate was found: the rate after each step, and the alignment that moved it.
 
-    from ffkernels.reporting.lr_plot import draw_finding, plot_finding
-
-    plot_finding(finding, "lr.png")             # a file, in the house style
-    draw_finding(finding, axes)                 # or onto axes of your own, as other finders do
-
-``finding`` is what ``find_learning_rate`` returned.
+plot_finding(finding, "lr.png")             # of find_learning_rate, to a file in the house style
+draw_finding(finding, axes)                 # or onto axes of your own
 """
 
 from __future__ import annotations
@@ -14,8 +10,6 @@ from pathlib import Path
 
 from ffkernels.engine.learning_rate import Finding
 from ffkernels.reporting.plots import DOTTED, STYLES, Axes, Figure, clean_axes, save_figure
-
-__all__ = ["draw_finding", "plot_finding"]
 
 
 def plot_finding(finding: Finding, path: str | Path) -> Path:

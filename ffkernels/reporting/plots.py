@@ -1,20 +1,14 @@
-"""The report's pictures. matplotlib is imported when one is drawn, and never opens a window.
-
-test_loss_flops.png     test loss over measured FLOPs
-test_loss_seconds.png   test loss over seconds, everything charged
-tau.png                 τ* of every stage over optimizer steps
-learning_rate.png       of runs without a given one: loss, learning rate and alignment over optimizer steps
-training.png            the loss along the path: optimizer steps and Fast Forward steps told apart
-"""
+"""The report's pictures. matplotlib is imported when one is drawn, and never opens a window."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ffkernels.reporting.numbers import flop_unit, percent
 from ffkernels.reporting.savings import Run
 from ffkernels.reporting.written import written
 
@@ -25,6 +19,7 @@ else:  # for annotations; matplotlib is imported when something is drawn
     Axes = Figure = Any
 
 Event = Mapping[str, Any]  # of a run log
+Points = list[tuple[float, float]]
 
 DPI = 150
 # Okabe and Ito's colours, a wine red and an indigo, which the colour-blind can tell apart; line styles and
@@ -50,13 +45,6 @@ ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxesp
 TEXT = "#333333"
 DOTTED = {"color": TEXT, "linewidth": 0.9, "linestyle": (0, (1, 2)), "zorder": 0}
 PATH = "steps along the path: optimizer steps + Fast Forward steps (τ)"
-UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
-
-
-def flop_unit(largest: float) -> tuple[float, str]:
-    """The unit that keeps ``largest`` between 1 and 1000, as (size, name)."""
-    return next(((size, name) for size, name in UNITS if largest >= size), UNITS[-1])
-
 
 # What runs of a kind are called; others by their own name.
 LABELS = {
@@ -181,7 +169,7 @@ def _saved(runs: Sequence[Run], group: str, cost: str) -> str:
     values = [run.saved and run.saved[cost] for run in runs if run.group == group]
     if not values or None in values:
         return ""
-    share = f"{100 * median(values):.0f} %".replace("-", "−")
+    share = percent(median(values))
     return f": {share} saved" if len(values) == 1 else f": {share} saved (median of {len(values)})"
 
 
@@ -277,35 +265,41 @@ def draw_walk(axes: Axes, style: Mapping[str, Any], steps: Sequence[Event], stag
     # A stage that stayed at τ = 0 has one loss, which fell nowhere.
     stayed = [points[0] for points in forwards if len(points) == 1]
     mark = {"color": style["color"], "marker": style["marker"]}
-    for number, points in enumerate(points for points in forwards if len(points) > 1):
-        label = "Fast Forward step: validation loss, where it fell" if number == 0 else None
-        size = 2.0 if len(points) > 30 else 4.0  # so many would merge
-        axes.plot(*zip(*points, strict=True), **mark, markersize=size, linewidth=1.2, label=label)
+    moved = [points for points in forwards if len(points) > 1]
+    draw_stages(axes, mark, moved, "Fast Forward step: validation loss, where it fell")
     if stayed:
         label = "stage without a step (τ = 0): validation loss"
         axes.plot(*zip(*stayed, strict=True), **mark, markerfacecolor="none", linestyle="none", label=label)
     axes.legend(loc="upper right", fontsize=9, **LEGEND)
 
 
-def walk(
-    steps: Sequence[Event], events: Sequence[Event]
-) -> tuple[list[tuple[float, float]], list[list[tuple[float, float]]]]:
-    """A run along its path, on which a step is 1 long and a stage τ*: SGD points, points per stage.
+def draw_stages(axes: Axes, style: Mapping[str, Any], stages: Iterable[Points], label: str) -> None:
+    """A line per stage through its points; the first has the label."""
+    for points in stages:
+        size = 2.0 if len(points) > 30 else 4.0  # so many would merge
+        axes.plot(*zip(*points, strict=True), **style, markersize=size, linewidth=1.2, label=label)
+        label = None
+
+
+def walk(steps: Sequence[Event], stages: Sequence[Event]) -> tuple[Points, list[Points]]:
+    """A run along its path: a point per optimizer step, its training loss, and per stage its points.
 
     A stage's points are the validation losses the search accepted on its way to τ*, the first of them τ = 0.
     """
-    stage_of = {stage["optimizer_step"]: stage for stage in events}
-    sgd, stages, forwarded = [], [], 0
+    path = list(along(steps, stages))
+    # The loss was taken before the update, so it belongs one step back.
+    sgd = [(x - 1, step["train_loss"]) for x, step, _ in path if math.isfinite(step["train_loss"])]
+    forwards = [[(x + tau, loss) for tau, loss in accepted(stage)] for x, _, stage in path if stage]
+    return sgd, [points for points in forwards if points]
+
+
+def along(steps: Sequence[Event], stages: Sequence[Event]) -> Iterator[tuple[int, Event, Event | None]]:
+    """Each optimizer step's place on the path, where it is 1 long and a stage τ*, and its stage, if any."""
+    searched, forwarded = {stage["optimizer_step"]: stage for stage in stages if stage["losses"]}, 0
     for step in steps:
-        x = step["optimizer_step"] + forwarded
-        if math.isfinite(step["train_loss"]):
-            # The loss was taken before the update, so it belongs one step back.
-            sgd.append((x - 1, step["train_loss"]))
-        stage = stage_of.get(step["optimizer_step"])
-        if stage is not None and stage["losses"]:
-            stages.append([(x + tau, loss) for tau, loss in accepted(stage)])
-            forwarded += stage["tau"]
-    return sgd, [stage for stage in stages if stage]
+        stage = searched.get(step["optimizer_step"])
+        yield step["optimizer_step"] + forwarded, step, stage
+        forwarded += stage["tau"] if stage else 0
 
 
 def accepted(stage: Event) -> list[tuple[int, float]]:

@@ -2,7 +2,8 @@
 
 Every line has ``event`` and ``time`` (seconds since the epoch):
 
-    run     name, config, machine, versions        once; a resumed run may write it again
+    run     name, config, machine, versions        once, and again by each resume, with resumed_from: the
+                                                   optimizer step that it goes on from
     step    optimizer_step, train_loss, lr, flops, seconds; alignment where no learning rate was given
     stage   what ``Stage.to_dict()`` holds, and run_flops, run_seconds
     test    optimizer_step, loss, flops, seconds
@@ -25,12 +26,11 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ffkernels.reporting.exclusive import lock
-from ffkernels.reporting.machine import machine_info, version_info
 
 EVENTS = ("run", "step", "stage", "test", "end")
 # Events of which a log has many, and the list in RunLog where they are.
@@ -69,15 +69,9 @@ class Recorder:
             raise
 
     def write(self, event: str, **fields: Any) -> None:
-        """Write one event. Fields are numbers, strings, lists, mappings, dataclasses, paths, 0-dim tensors.
-
-        A ``run`` event without ``machine`` or ``versions`` gets those of this process.
-        """
+        """Write one event. Fields are numbers, strings, lists, mappings and 0-dim tensors."""
         if event not in EVENTS:
             raise ValueError(f"event is {event!r}; it must be one of {', '.join(EVENTS)}")
-        if event == "run":
-            fields = {**fields, "machine": fields.get("machine") or machine_info()}
-            fields["versions"] = fields.get("versions") or version_info()
         record = {"event": event, "time": round(time.time(), 3), **fields}
         line = json.dumps(_encode(record), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
         data = memoryview(line.encode() + b"\n")
@@ -130,8 +124,7 @@ def read_run(path: str | os.PathLike[str]) -> RunLog:
     """Read a run log.
 
     An incomplete last line is left out. Where a run was resumed, what it did after the point it was resumed
-    from is replaced by what it did then: the ``run`` event's ``resumed_from`` (an optimizer step) names
-    that point; without it, the first step after the resume does.
+    from is replaced by what it did then.
 
     Raises:
         ValueError: for a file that is empty, holds no ``run`` event, or has a broken line before its last.
@@ -141,20 +134,15 @@ def read_run(path: str | os.PathLike[str]) -> RunLog:
     if not records:
         raise ValueError(f"{path} holds no complete line; it must be a run log of `ffkernels train`")
     log: RunLog | None = None
-    rewind = False
     for record in records:
         event = record["event"]
         if event == "run":
             log = _begin(record, log, path)
-            rewind = log.resumes > 0 and "resumed_from" not in record
         elif log is None:
             raise ValueError(f"{path} begins with a {event!r} event; a run log begins with 'run'")
         elif event == "end":
             log.end = record
         elif event in KEPT:
-            if rewind:
-                _forget_after(log, record["optimizer_step"] - 1)
-                rewind = False
             getattr(log, KEPT[event]).append(record)
     log.truncated = truncated
     return log
@@ -166,17 +154,13 @@ def _begin(record: dict[str, Any], log: RunLog | None, path: Path) -> RunLog:
     else:
         log.resumes += 1
         log.end = None
-        if "resumed_from" in record:
-            _forget_after(log, record["resumed_from"])
+        for name in KEPT.values():
+            kept = [e for e in getattr(log, name) if e["optimizer_step"] <= record["resumed_from"]]
+            setattr(log, name, kept)
     log.name = str(record.get("name") or log.name)
     for name in ("config", "machine", "versions"):
         setattr(log, name, dict(record.get(name) or {}))
     return log
-
-
-def _forget_after(log: RunLog, step: int) -> None:
-    for name in KEPT.values():
-        setattr(log, name, [e for e in getattr(log, name) if e["optimizer_step"] <= step])
 
 
 def _read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
@@ -220,14 +204,10 @@ def _encode(value: Any) -> Any:
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return _encode(asdict(value))
     if hasattr(value, "item") and getattr(value, "size", None) is not None:  # 0-dim tensors, numpy's scalars
         return _encode(value.item())
     if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
         return [_encode(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
     raise TypeError(
         f"cannot write {value!r} of type {type(value).__name__} to a run log; give numbers, strings or lists"
     )

@@ -12,19 +12,18 @@ holds nulls and a ``reason``. Several seeds add entries named ``<kind>-median`` 
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffkernels.reporting.document import markdown, percent, runs_table, spread_lines
+from ffkernels.reporting.document import markdown, runs_table, spread_lines
+from ffkernels.reporting.numbers import percent, plain
 from ffkernels.reporting.plots import draw_all
 from ffkernels.reporting.recorder import RunLog
 from ffkernels.reporting.savings import Run, Spread, compare_runs, spreads
-from ffkernels.reporting.written import write_text
+from ffkernels.reporting.written import write_json, write_text
 from ffkernels.search.search import SEARCHES
 
 if TYPE_CHECKING:
@@ -85,8 +84,7 @@ def build_report(
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(plain(data), runs, several, _caveats(runs, several, target_tolerance), folder)
-    text = json.dumps(report.data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(folder / "report.json", text)
+    write_json(folder / "report.json", report.data, indent=2)
     pictures = draw_all(runs, folder)
     write_text(folder / "report.md", markdown(report.data, runs, several, report.caveats, pictures))
     report.files = [folder / "report.json", folder / "report.md", *pictures.values()]
@@ -95,20 +93,16 @@ def build_report(
 
 def print_table(report: Report, console: Console | None = None) -> None:
     """Print the runs, their savings and the caveats with rich."""
-    from rich.console import Console
-    from rich.table import Table
+    from ffkernels.reporting.terminal import bare_table, wide_console
 
-    console = console or Console()
+    console = console or wide_console()
     # Eighty columns must do: short headings on several lines, medians below the table.
     headings = ("run", "lr", "steps", "stages", "vali-\ndations", "test\nloss", None, "time\n(s)")
     headings += ("FLOPs\nsaved", "FLOPs\n(paper)", "time\nsaved")
     header, rows = runs_table(report.runs, [])
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for number, (short, long) in enumerate(zip(headings, header, strict=True)):
-        table.add_column(short or long, justify="left" if number == 0 else "right", no_wrap=number > 0)
-    for row in rows:
-        table.add_row(*(cell.replace(" %", "%").replace("not reached", "missed") for cell in row))
-    console.print(table)
+    header = [short or long for short, long in zip(headings, header, strict=True)]
+    rows = [[cell.replace(" %", "%").replace("not reached", "missed") for cell in row] for row in rows]
+    console.print(bare_table(header, rows, gap=1))
     console.print()
     for line in spread_lines(report.spreads):
         console.print(line, highlight=False, markup=False)
@@ -187,7 +181,7 @@ def _tuned_lines(runs: Sequence[Run], several: Sequence[Spread]) -> list[str]:
 
 
 def _two_shares(saved: Mapping[str, float | None]) -> str:
-    flops, seconds = percent(saved["flops_measured"]), percent(saved["seconds"])
+    flops, seconds = (percent(saved[cost], 1) for cost in ("flops_measured", "seconds"))
     return f"{flops} of the FLOPs (measured) and {seconds} of the time"
 
 
@@ -210,14 +204,3 @@ def _conditions(config: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any
     if not kept.get("fast_forward") and isinstance(forward, Mapping):
         kept["fast_forward"] = {key: value for key, value in forward.items() if key != "search"}
     return kept
-
-
-def plain(value: Any) -> Any:
-    """JSON's own types; what is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -4,9 +4,8 @@
     saved   1 − cost(first test loss ≤ L* + tolerance) / cost(Adam run), in FLOPs (both kinds) and seconds
 
 A run that never got there saved nothing that could be named: None, with the reason. A negative saving is a
-loss and stands as it is. A run of Adam at another learning rate, its name containing ``tuned``, is held to
-the same target; so are one without a given learning rate ("auto"), LoRA+ and the peers, other people's Fast
-Forward loops.
+loss and stands as it is. Adam at a tuned learning rate, runs without a given one ("auto"), LoRA+ and the
+peers, other people's Fast Forward loops, are held to the same target.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from ffkernels.reporting.recorder import RunLog
 
 COSTS = ("flops_paper", "flops_measured", "seconds")
 # In the order of a report. A peer's kind is its name, and its place is before LoRA+.
-KINDS = ("adam", "linear", "parabolic", "lora-plus", "auto", "adam-tuned", "other")
-NOT_JUDGED = ("adam", "other")
+KINDS = ("adam", "linear", "parabolic", "lora-plus", "auto", "adam-tuned")
 # What a run of a kind may have otherwise than the Adam run it is held to.
 MAY_DIFFER = {"adam-tuned": ("lr",), "lora-plus": ("optimizer",)}
 SECONDS = ("train", "validate", "move", "other", "total")
@@ -94,24 +92,20 @@ class Spread:
 
 
 def kind_of(log: RunLog) -> str:
-    """What a run is: by its settings, and by its name where a log has none on Fast Forward."""
-    name, known = log.name.lower(), "fast_forward" in log.config
-    forward = log.config.get("fast_forward")
+    """What a run is: by its settings, and of the plain optimizer's by its name."""
+    name, forward = log.name.lower(), log.config.get("fast_forward")
     if peer := log.config.get("peer"):
         return str(peer)
-    if not log.stages and (forward is None if known else "adam" in name):
+    if forward is None:
         if "lora-plus" in name and log.config.get("optimizer") == "lora-plus":
             return "lora-plus"
         return "adam-tuned" if "tuned" in name else "adam"
-    if forward and forward.get("learning_rate") == "auto" and forward.get("interval") is None:
-        return "auto"
-    if forward and forward.get("search") in KINDS:
-        return forward["search"]
-    return next((kind for kind in ("parabolic", "linear") if kind in name), "other")
+    without_rate = forward.get("learning_rate") == "auto" and forward.get("interval") is None
+    return "auto" if without_rate else forward["search"]
 
 
 def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
-    """Every run with its saving, in the order Adam, linear, parabolic, peers, LoRA+, auto, tuned, others.
+    """Every run with its saving, in the order Adam, linear, parabolic, peers, LoRA+, auto, tuned.
 
     Raises:
         ValueError: when two runs have the same name, or tolerance is not a number ≥ 0.
@@ -130,7 +124,7 @@ def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
             run.target = run.row["test_loss"] + tolerance
             run.reached_at = _first_at(run.log, run.target)
     for run in runs:
-        if run.kind not in NOT_JUDGED:
+        if run.kind != "adam":
             _judge(run, adams)
     return runs
 
@@ -138,7 +132,7 @@ def compare_runs(logs: Sequence[RunLog], tolerance: float) -> list[Run]:
 def spreads(runs: Sequence[Run]) -> list[Spread]:
     """Median and range per group that has two or more runs."""
     found = []
-    for kind in dict.fromkeys(run.group for run in runs if run.kind not in NOT_JUDGED):
+    for kind in dict.fromkeys(run.group for run in runs if run.kind != "adam"):
         same = [run for run in runs if run.group == kind]
         if missing := [run.name for run in same if run.reason is not None]:
             reason = f"no number for {', '.join(missing)}"
@@ -215,7 +209,7 @@ def _adam_for(run: Run, adams: Sequence[Run]) -> tuple[Run | None, str | None]:
 
 def _tell_apart(runs: Sequence[Run]) -> None:
     """Name in each run the settings in which runs of its kind differ."""
-    for kind in {run.kind for run in runs} - {"other"}:
+    for kind in {run.kind for run in runs}:
         same = [run for run in runs if run.kind == kind]
         settings = [_settings(run) for run in same]
         names = dict.fromkeys(name for one in settings for name in one)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-__all__ = ["write_text", "written"]
+from typing import Any
 
 
 @contextmanager
@@ -20,6 +20,11 @@ def written(path: Path, raised: type[Exception] = OSError) -> Iterator[None]:
             cause = cause.__context__
         said = cause.strerror if isinstance(cause, OSError) and cause.strerror else error
         raise OSError(f"{path} cannot be written: {said}") from error
+
+
+def write_json(path: Path, data: Any, indent: int) -> None:
+    """``data`` of JSON's own types, without NaN and infinities."""
+    write_text(path, json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

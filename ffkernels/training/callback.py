@@ -1,7 +1,5 @@
 """Fast Forward in a Hugging Face ``Trainer`` or TRL's ``SFTTrainer``: one callback.
 
-    trainer.add_callback(FastForwardCallback())          # or callbacks=[FastForwardCallback(...)]
-
 What happens in an optimizer step of the Trainer, and where Fast Forward comes in:
 
     clip → optimizer.step() → scheduler → zero_grad → on_step_end → log, evaluate, save
@@ -9,7 +7,7 @@ What happens in an optimizer step of the Trainer, and where Fast Forward comes i
              interval's last step                       logged, evaluated or saved has its weights
 
 The checkpoint is taken by the optimizer's own hook, so a step that fp16's loss scaling skips neither counts
-nor starts a stage. After each stage ``ff/…`` metrics go to every ``report_to`` backend.
+nor starts a stage.
 """
 
 from __future__ import annotations
@@ -68,13 +66,7 @@ class FastForwardCallback(TrainerCallback, ExportableState):
         trainer: the Trainer; found by itself when not given.
         from_checkpoint: set by the Trainer when it restores callbacks; not for users.
 
-    With ``learning_rate="auto"`` it logs ``ff/alignment`` and ``ff/learning_rate`` (the largest param group's
-    base rate) whenever the Trainer logs, and with each stage.
-    After each stage it logs ``ff/tau``, ``ff/val_loss_before``, ``ff/val_loss_after``, ``ff/seconds``,
-    ``ff/flops_share`` (of all FLOPs so far, the stages') and ``ff/executor`` (0 eager, 1 step graph, 2 stage
-    graph); at the end of training ``ff/stages``, ``ff/flops_measured`` and ``ff/flops_paper`` (all FLOPs, in
-    both conventions of ``ffkernels.reporting.flops``) and the stages' part, ``ff/stage_flops_…``. These are
-    in ``trainer.train().metrics`` too.
+    After each stage and at the end of training it logs ``ff/…`` metrics; docs/integrations.md says which.
 
     Its state is saved with every checkpoint and restored with it, whatever
     ``restore_callback_states_from_checkpoint`` says.

@@ -6,8 +6,7 @@
     <out>/<name>/state.pt       trainable weights, optimizer, random generators, Fast Forward, counters, clock
 
 Every file is written beside its place and then moved there, so that an interruption leaves the old one or
-the new one. ``state.pt`` alone decides where a run continues; it holds tensors and plain values only and
-is read with ``weights_only=True``.
+the new one. ``state.pt`` holds tensors and plain values only and is read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ import torch
 from torch import nn
 
 from ffkernels.reporting.written import written
-
-__all__ = ["load_state", "on_disk", "save_model", "save_state", "state_path"]
 
 STATE_VERSION = 1
 TRAINED = ("adapter_*", "model*.safetensors*")  # weights, and what belongs to them

@@ -8,13 +8,12 @@ For every seed, with the same data order, adapter initialisation and learning ra
     authors-s0      the same with a peer, another Fast Forward loop (peers.py); for every peer asked for
     lora-plus-s0    no Fast Forward but LoRA+, until the same test loss; where it is asked for
     auto-s0         no Fast Forward and no learning rate given, until the same test loss
-    adam-tuned-s0   no Fast Forward but a tuned learning rate, until the same test loss: the honest row,
-                    because a tuned learning rate is what a user would try first; adam-untuned-s0 where
-                    nothing is known of the model and task, or not with these batches: a usual rate
+    adam-tuned-s0   no Fast Forward but a tuned learning rate, until the same test loss: what a user would try
+                    first; adam-untuned-s0 where nothing is known of the model and task, or not with these
+                    batches: a usual rate
 
-All runs share one process, after throwaway runs through every code path, the peers' too, so that first-use
-costs fall on none of them. The tuned learning rate is an option, the outcome of a sweep, or a number
-measured once per model and task.
+All runs share one process, after throwaway runs through every code path, so that first-use costs fall on
+none.
 """
 
 from __future__ import annotations
@@ -39,8 +38,6 @@ from ffkernels.training.peers import load_peer, peer_names
 from ffkernels.training.rules import ABOVE_0, Rule, at_least, check, one_of, whole
 from ffkernels.training.session import Attach
 from ffkernels.training.trainer import RunResult, train
-
-__all__ = ["LORA_PLUS", "SWEEP", "TUNED_LR", "Comparison", "compare"]
 
 # The peer that is an optimizer and no Fast Forward.
 LORA_PLUS = "lora-plus"
@@ -182,7 +179,7 @@ class Interrupted(Exception):
     """Ctrl-C between or inside runs; the logs written so far stay."""
 
 
-OnEvent = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], bool | None]
 
 
 def compare(
@@ -204,7 +201,7 @@ def compare(
     def run(config: TrainConfig, attach: Attach | None = None) -> RunResult:
         if on_run is not None:
             on_run(config)
-        return _uninterrupted(config, on_event, attach)
+        return uninterrupted(config, on_event, attach)
 
     if comparison.base.threads is not None:
         torch.set_num_threads(comparison.base.threads)
@@ -252,7 +249,7 @@ def warm_up(comparison: Comparison) -> None:
         )
         for name, changes, attach in comparison.ways(stages, interval=interval, cap=2):
             steps = 2 if attach is not None or name == "auto" else 1
-            _uninterrupted(dataclasses.replace(plain, steps=steps, **changes), None, attach)
+            uninterrupted(dataclasses.replace(plain, steps=steps, **changes), None, attach)
 
 
 def sweep(
@@ -294,7 +291,8 @@ def _tuned_lr(comparison: Comparison) -> tuple[float | None, str]:
     return TUNED_LR[base.model, base.task], "table" if same(TUNED_AT) else TUNED_ELSEWHERE
 
 
-def _uninterrupted(config: TrainConfig, on_event: OnEvent | None, attach: Attach | None = None) -> RunResult:
+def uninterrupted(config: TrainConfig, on_event: OnEvent | None, attach: Attach | None = None) -> RunResult:
+    """``train`` that saves nothing, and of which Ctrl-C leaves nothing but ``Interrupted``."""
     try:
         result = train(config, on_event=on_event, save=False, attach=attach)
     except KeyboardInterrupt:  # before or after its loop, or the second Ctrl-C

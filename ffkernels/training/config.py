@@ -10,8 +10,6 @@ from typing import Any
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.rules import ABOVE_0, FRACTION, Rule, at_least, check, number, one_of, whole
 
-__all__ = ["ADAPTERS", "CHAT_LOSSES", "METHODS", "SOURCES", "TrainConfig"]
-
 ADAPTERS = ("lora", "dora")
 METHODS = (*ADAPTERS, "full", "full-attention")
 SOURCES = ("offline", "hub")

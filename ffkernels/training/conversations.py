@@ -1,16 +1,11 @@
 """Conversations: turns in the forms that files have, as text with what the loss counts.
 
-A turn has `role` and `content`, or ShareGPT's `from` and `value`; OpenAI's and ShareGPT's names of roles are
-put down to system, user, assistant and tool. The text parts of a content become one text. What datasets fill
-up with null is left out, and arguments of tool calls that are JSON in a string become objects, as templates
-expect them. A turn of the assistant with `weight` 0 is context that the loss does not count (OpenAI's files).
-
 The tokenizer's own chat template is used where it has one. Else ``PLAIN`` writes a turn as ``Role: content``
 on a line of its own, and ``MARKED`` as ``<|role|>``, a line break, the content and the end token, behind an
 empty system turn where there is none: the format that the paper's authors give every model.
 
 What a template writes before the first turn's content is never counted: many begin with a system prompt of
-their own, the same in every conversation, and learning it by heart is no progress on the task.
+their own, the same in every conversation.
 """
 
 from __future__ import annotations

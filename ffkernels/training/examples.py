@@ -1,10 +1,7 @@
 """From text to an example: tokens, and labels on those that the loss counts.
 
-A source is segments (text, counted): the loss counts a text's tokens or passes over them. An example is
-``{"input_ids": [...], "labels": [...]}``; labels repeat the counted tokens and are −100 elsewhere.
-
-One process tokenizes a task once (``kept``): the runs of a comparison train on the same, each with a
-tokenizer object of its own. So what a tokenizer does is compared, not which object it is.
+A source is segments (text, counted). An example is ``{"input_ids": [...], "labels": [...]}``; labels repeat
+the counted tokens and are −100 elsewhere.
 """
 
 from __future__ import annotations

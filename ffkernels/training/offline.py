@@ -1,19 +1,17 @@
 """Texts without a download: Python's own functions, ICD-10-CM's diagnoses, the Chit-Chat Challenge's talks.
 
-Instruction: pairs of a docstring's first paragraph and its function, cut from the running Python's standard
-library. Their order is a property of the source files alone: files are visited by a hash of their relative
-path, which mixes packages and owes nothing to the file system. A body that has been seen is skipped (``raise
-NotImplementedError`` under a hundred names is one lesson, not a hundred), so no function of one split stands
-in another. Tests, installed packages and generated tables are left out.
+Instruction: pairs of a docstring's first paragraph and its function, cut from the running Python's
+standard library. Files are visited by a hash of their relative path, which mixes packages and owes
+nothing to the file system. A body that has been seen is skipped (``raise NotImplementedError`` under a
+hundred names is one lesson), so no function of one split stands in another. Tests, installed packages and
+generated tables are left out.
 
 Medical (PyPI `simple-icd-10-cm`): a passage is a category or subcategory with what its entry says in the
-tabular list: what it includes, what is coded elsewhere, which further code to use, which kinds it has. Codes
-without a note of their own are left out, and so are those that a seventh character makes of another ("…,
-initial encounter"): tens of thousands of near repetitions. Importing the package parses 10 MB of XML.
+tabular list. Codes without a note of their own are left out, and so are those that a seventh character makes
+of another ("…, initial encounter"). Importing the package parses 10 MB of XML.
 
-Chat (PyPI `chitchat-dataset`): students of one university talk in pairs about a question they were given. Who
-writes first is the user, the other the assistant; what one says in several lines before the other answers is
-one turn. Conversations that nobody answered are left out, and so is the question: people rarely kept to it.
+Chat (PyPI `chitchat-dataset`): who writes first is the user, the other the assistant; what one says in
+several lines before the other answers is one turn. Conversations that nobody answered are left out.
 """
 
 from __future__ import annotations

@@ -5,15 +5,15 @@
     def tokens(ctx: typer.Context) -> None:
         config = training(ctx)
 
-A command names the options that it takes; what they are and their defaults stand in ``TrainConfig`` and
-``FastForwardConfig``. ``training`` and ``stages`` read their values from the context, where it also stands
-which of them were given: a preset replaces the others. No torch is imported here: ``--help`` is quick.
+Their defaults stand in ``TrainConfig`` and ``FastForwardConfig``. ``training`` and ``stages`` read from
+the context also which of them were given: a preset replaces the others. No torch is imported here, for
+``--help``.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -85,34 +85,32 @@ OPTIONS = _options() | {
 }
 
 
-def taking(names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def taking(names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command, which takes the context and options of its own, those of ``OPTIONS`` before them.
 
-    The keywords change defaults. The command finds the values of these options in its context.
+    The command finds the values of these options in its context.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
-        kind = inspect.Parameter.KEYWORD_ONLY
-        own = [
-            p.replace(kind=kind, annotation=hints[p.name])
-            for p in inspect.signature(command).parameters.values()
-        ]
-        shared = [
-            inspect.Parameter(name, kind, default=defaults.get(name, default), annotation=annotation)
-            for name in names.split()
-            for annotation, default in [OPTIONS[name]]
-        ]
+        own = inspect.signature(command, eval_str=True).parameters
 
         @wraps(command)
         def with_shared(**values: Any) -> None:
-            command(**{parameter.name: values[parameter.name] for parameter in own})
+            command(**{name: values[name] for name in own})
 
-        with_shared.__signature__ = inspect.Signature([*shared, *own])
-        with_shared.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
-        return with_shared
+        shared = {name: OPTIONS[name] for name in names.split()}
+        return declared(with_shared, shared | {name: (p.annotation, p.default) for name, p in own.items()})
 
     return decorate
+
+
+def declared(command: Callable[..., None], parameters: Mapping[str, tuple[Any, Any]]) -> Callable[..., None]:
+    """``command`` as typer is to see it: with keyword ``parameters``, by name their type and default."""
+    command.__signature__ = inspect.Signature(
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        for name, (annotation, default) in parameters.items()
+    )
+    return command
 
 
 def training(ctx: typer.Context, **fixed: Any) -> TrainConfig:

@@ -9,13 +9,11 @@ included, is there to be compared with, not to be used.
 from __future__ import annotations
 
 import sys
-from importlib import import_module, util
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from ffkernels.training.session import Attach
-
-__all__ = ["load_peer", "peer_names"]
 
 PACKAGE = "ffkernels_peers"
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
@@ -51,11 +49,6 @@ def load_module(name: str) -> ModuleType:
     if name not in known:
         raise ValueError(f"peer {name!r} does not exist; allowed are {', '.join(known)}")
     if PACKAGE not in sys.modules:
-        places = [str(FOLDER)]
-        spec = util.spec_from_file_location(
-            PACKAGE, FOLDER / "__init__.py", submodule_search_locations=places
-        )
-        package = util.module_from_spec(spec)
-        sys.modules[PACKAGE] = package
-        spec.loader.exec_module(package)
+        package = sys.modules[PACKAGE] = ModuleType(PACKAGE)
+        package.__path__ = [str(FOLDER)]
     return import_module(f"{PACKAGE}.{name.replace('-', '_')}")

@@ -1,12 +1,9 @@
 """Settings known from the paper and from its authors' script.
 
-``TrainConfig(**preset("authors-llama3-8b-chat"))`` is the run that the script makes by default: main.py of
-github.com/AdirRahamim/Fast-Forward. The other names that begin with ``authors`` change its model and task
-only, as its two flags would. ``paper-…`` has the learning rate, micro-batch, batch size and rank that Tables
-1 to 3 of the paper (its appendix E) give each model and task; what they do not say is the script's.
-
-The tables leave some micro-batches blank. These change memory and no gradient; the script's is taken, which
-is said.
+``TrainConfig(**preset("authors-llama3-8b-chat"))`` is the run that main.py of
+github.com/AdirRahamim/Fast-Forward makes by default; the other names that begin with ``authors`` change
+its model and task only. ``paper-…`` has what Tables 1 to 3 of the paper (its appendix E) give each model
+and task; what they do not say is the script's.
 """
 
 from __future__ import annotations
@@ -15,8 +12,6 @@ from typing import Any
 
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.ops.notices import announce_once
-
-__all__ = ["BLANK", "MODELS", "PRESETS", "TABLES", "TASKS", "preset"]
 
 MODELS = {
     "pythia-1.4b": "EleutherAI/pythia-1.4b",

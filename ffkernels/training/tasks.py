@@ -1,15 +1,7 @@
 """What to train on: tasks as lists of examples, split as in the paper (1,000 test, 32 validation, the rest).
 
 The three splits share no example, also where texts differ only behind the cut, and what falls where depends
-on the seed alone. Each task has a source that needs no download and one on the Hugging Face hub, the paper's:
-
-| task | offline | hub | the loss counts |
-|---|---|---|---|
-| instruction | docstring → function, of the running Python | Magicoder-Evol-Instruct-110K | the response |
-| medical | diagnoses and their notes, ICD-10-CM | Meditron's guidelines | everything |
-| chat | the Chit-Chat Challenge's conversations | UltraChat 200k | everything |
-
-``load_file`` reads a file of one's own. docs/paper.md says more.
+on the seed alone. docs/paper.md says which data a task has, and what of it the loss counts.
 """
 
 from __future__ import annotations

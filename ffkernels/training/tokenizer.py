@@ -1,7 +1,7 @@
 """ByteTokenizer: the embedded model's vocabulary, one token per UTF-8 byte.
 
-Token b in 0…255 is the byte b; 256 pads, 257 ends a sequence. There is nothing to download and nothing to
-train, and ``decode(encode(text)) == text`` for every string.
+Token b in 0…255 is the byte b; 256 pads, 257 ends a sequence. ``decode(encode(text)) == text`` for every
+text.
 """
 
 from __future__ import annotations

@@ -1,11 +1,5 @@
 """Fine-tune: one linear loop, with or without Fast Forward, measured in FLOPs and in seconds.
 
-    for every optimizer step
-        batch              a pure function of (seed, step)
-        forward, backward  in micro-batches, weighted by their labelled tokens
-        optimizer.step()   a Fast Forward stage runs inside when one is due
-        test loss          now and then, and right after every stage; charged to nobody
-
 What a run is charged for: collating, forward, backward, the optimizer, and everything Fast Forward does
 (validation losses, search, weight moves). Making the model, the validation loss's one comparison with the
 model's own (two forwards of at most four or five examples) and Fast Forward's buffers, counting FLOPs, test
@@ -33,8 +27,6 @@ from ffkernels.stage.record import Stage
 from ffkernels.training import checkpoint
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.session import Attach, open_session
-
-__all__ = ["RunResult", "TrainConfig", "train"]
 
 ALL_STEPS = "all steps done"
 TARGET_REACHED = "target loss reached"
@@ -92,7 +84,7 @@ def train(
     config: TrainConfig,
     *,
     resume: bool = False,
-    on_event: Callable[[dict[str, Any]], None] | None = None,
+    on_event: Callable[[dict[str, Any]], bool | None] | None = None,
     save: bool = True,
     attach: Attach | None = None,
 ) -> RunResult:
@@ -104,7 +96,8 @@ def train(
 
     ``on_event`` gets every log event as a dict, and two that are not logged: ``stage_begins`` with the
     ``optimizer_step``, and at the first Ctrl-C, from inside its handler, ``interrupt`` with ``in_stage`` and
-    ``save``. A KeyboardInterrupt that it raises counts as Ctrl-C.
+    ``save``. Where it returns True the run ends after the present step; a KeyboardInterrupt that it raises
+    counts as Ctrl-C.
 
     Raises:
         ValueError: when there is nothing to resume, the checkpoint was made under other settings, or the run
@@ -143,7 +136,7 @@ def train(
         def tell(event: str, **fields: Any) -> None:
             if on_event is not None:
                 try:
-                    on_event({"event": event, **fields})
+                    interrupt.ending |= on_event({"event": event, **fields}) is True
                 except KeyboardInterrupt:
                     interrupt.wanted = True
 
@@ -214,7 +207,7 @@ def train(
             stopped = TARGET_REACHED
 
         while progress.optimizer_steps < steps and stopped is None:
-            if interrupt.wanted or unwritten:
+            if interrupt.wanted or interrupt.ending or unwritten:
                 stopped = INTERRUPTED
                 break
             step = progress.optimizer_steps
@@ -299,7 +292,7 @@ def _now(device: torch.device) -> float:
 class _Interrupt:
     """The first Ctrl-C asks for an end after the present step, the second ends at once; a context manager."""
 
-    wanted = in_stage = False
+    wanted = in_stage = ending = False
     tell: Callable[[], None] | None = None
     _before: Any = None
 

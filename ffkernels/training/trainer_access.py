@@ -1,8 +1,7 @@
 """What a Trainer callback needs and is not given: the Trainer itself.
 
-Callbacks get model, optimizer and dataloaders. Two things need the Trainer: what it evaluates
-(``trainer_data``, ``trainer_loss``), and a log that reaches every ``report_to`` backend. The backends'
-callbacks run before any callback of a user's, so what is added to ``logs`` in ``on_log`` comes too late.
+For what it evaluates, and for a log that reaches every ``report_to`` backend: their callbacks run before any
+callback of a user's, so what is added to ``logs`` in ``on_log`` comes too late.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-
-__all__ = ["calling_trainer", "log", "other_models", "wrap_training_step"]
 
 Around = Callable[[Any, Any], AbstractContextManager[None]]
 

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ffkernels.validation.batches import count_rows, items_of
 
-__all__ = ["EvaluationData", "evaluation_data", "examples_and_collator"]
-
 
 class EvaluationData:
     """Batches, how many examples each has (``sizes``), and what they are made of, unless they were given.

@@ -26,8 +26,6 @@ from ffkernels.validation.generic import GradientsWhereNeeded
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.pool import ValidationPool
 
-__all__ = ["LOSSES", "TrainerLoss", "loss_of_its_own", "make_validation"]
-
 LOSSES = ("auto", "model", "trainer")
 
 

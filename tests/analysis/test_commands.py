@@ -4,7 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ffkernels.analysis.commands import app
-from ffkernels.analysis.show import percent, than_adam
+from ffkernels.analysis.show import than_adam
+from ffkernels.reporting.numbers import percent
 from ffkernels.training.compare import Interrupted
 
 

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from ffkernels.analysis.commands import app as analyze
-from ffkernels.analysis.options import at_least, command, integers, settings
+from ffkernels.analysis.options import command, integers, settings
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.presets import preset
@@ -96,13 +96,6 @@ def test_a_preset_is_for_analyses_too():
 def test_settings_name_what_is_wrong(given, message):
     with pytest.raises(ValueError, match=message):
         config_of(*given.split())
-
-
-@pytest.mark.parametrize("value", [1, 0, 2.0, True, None, "3"])
-def test_what_is_no_integer_of_at_least(value):
-    with pytest.raises(ValueError, match=f"of={value!r}: must be an integer of at least 2"):
-        at_least(2, of=value)
-    at_least(2, of=2)
 
 
 def test_lists():

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ffkernels.analysis.show import finish, percent, than_adam
+from ffkernels.analysis.show import finish, than_adam
+from ffkernels.reporting.numbers import percent
 
 
 def analysis(cell=None, seen=()):

@@ -54,6 +54,8 @@ def write_log(tmp_path):
             config = {"lr": 1e-4, "batch_size": 8, **config}
             if alignments is not None:
                 config.setdefault("fast_forward", {"interval": None, "learning_rate": "auto"})
+            searches = [{"search": search} for search in ("linear", "parabolic") if search in name]
+            config.setdefault("fast_forward", *searches or [None])
             recorder.write("run", name=name, config=config, machine=machine, versions=versions)
             for step in range(steps + 1):
                 done = step

@@ -76,13 +76,14 @@ def test_report_json_keeps_its_schema(logs, tmp_path):
     assert linear["flops_measured"] is None and linear["reason"].startswith("did not reach")
     assert data["machine"] == {"cpu": "toy", "threads": 1}
     assert data["versions"] == {"torch": "2", "git_commit": "abc"}
-    assert data["config"] == {"lr": 1e-4, "batch_size": 8, "seed": 0}
+    assert data["config"] == {"lr": 1e-4, "batch_size": 8, "seed": 0, "fast_forward": {}}
 
 
 def test_the_given_config_wins_and_tells_the_tolerance(logs, tmp_path):
     config = {"lr": 1e-4, "tolerance": 0.3, "out": "/home/me/runs", "data": "/home/me/chat.jsonl"}
     report = build_report(logs, tmp_path, config=config)
-    assert report.data["config"] == {"lr": 1e-4, "tolerance": 0.3, "data": "chat.jsonl"}
+    told = {"lr": 1e-4, "tolerance": 0.3, "data": "chat.jsonl"}
+    assert report.data["config"] == {**told, "fast_forward": {}}
     assert report.data["savings"][0]["flops_measured"] == 1 - 2060 / 2000  # linear reaches 1.3 at step 20
     assert (
         build_report(logs, tmp_path, target_tolerance=0.0, config=config).data["savings"][0]["seconds"]
@@ -286,6 +287,7 @@ def test_a_data_file_stands_in_place_of_a_task(write_log, tmp_path):
     task = {"task": "instruction", "source": "offline", "chat_loss": "all"}
     file = {"data": "/home/me/own.jsonl", "test_data": "/home/me/held.jsonl"}
     config = build_report([write_log("adam", {5: 1.0}, **task, **file)], tmp_path).data["config"]
+    assert config.pop("fast_forward") is None
     assert config == {"lr": 1e-4, "batch_size": 8, "data": "own.jsonl", "test_data": "held.jsonl"}
     first = (tmp_path / "report.md").read_text().split("## ")[0]
     assert "data own.jsonl, test_data held.jsonl" in first and "task" not in first

@@ -125,7 +125,6 @@ def test_kinds(write_log):
     )
     assert kind_of(write_log("plain", ADAM, fast_forward=None)) == "adam"
     assert kind_of(write_log("linear-schedule", ADAM, fast_forward=None)) == "adam"
-    assert kind_of(write_log("mine", ADAM)) == "other"
     searched = {"search": "linear"}
     assert kind_of(write_log("not-parabolic", ADAM, stages=stages, fast_forward=searched)) == "linear"
     assert kind_of(write_log("adam-killed-before-a-stage", ADAM, fast_forward=searched)) == "linear"

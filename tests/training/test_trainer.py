@@ -162,6 +162,8 @@ def test_a_run_learns_counts_and_saves(config, small):
     first = json.loads(result.log.read_text().splitlines()[0])
     assert first["tokens"]["test"]["examples"] == 16 and first["tokens"]["train"]["tokens"] > 0
     assert "peer" not in first["config"]
+    assert first["machine"]["threads"] == torch.get_num_threads()
+    assert first["versions"]["torch"] == torch.__version__
 
     for event in events(config, "step") + tests + events(config, "end"):
         s = event["seconds"]
