@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ffkernels import ops
     from ffkernels.engine.config import FastForwardConfig
-    from ffkernels.engine.fast_forward import FastForward, Stage
+    from ffkernels.engine.fast_forward import FastForward
     from ffkernels.engine.learning_rate import Finding, find_learning_rate
     from ffkernels.search.search import LinearSearch, ParabolicSearch
+    from ffkernels.stage.record import Stage
     from ffkernels.training.callback import FastForwardCallback
     from ffkernels.validation.loss import ValidationLoss
     from ffkernels.validation.pool import ValidationPool
@@ -24,7 +25,7 @@ _HOMES = {
     "Finding": "ffkernels.engine.learning_rate",
     "LinearSearch": "ffkernels.search.search",
     "ParabolicSearch": "ffkernels.search.search",
-    "Stage": "ffkernels.engine.fast_forward",
+    "Stage": "ffkernels.stage.record",
     "ValidationLoss": "ffkernels.validation.loss",
     "ValidationPool": "ffkernels.validation.pool",
     "find_learning_rate": "ffkernels.engine.learning_rate",

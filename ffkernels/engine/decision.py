@@ -30,8 +30,6 @@ from ffkernels.stage.record import Stage
 from ffkernels.stage.weights import MovedWeights, unwrap_optimizer
 from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["StageDecision"]
-
 # Optimizer steps from one look whether all ranks have the same learning rate to the next.
 COMPARED = 64
 

@@ -28,14 +28,12 @@ from ffkernels.ranks.parallelism import training_group, why_refused
 from ffkernels.ranks.ranks import Ranks, refuse_late_ranks, several_processes, telling, together
 from ffkernels.search.search import make_search
 from ffkernels.stage.optimizer_rehearsal import refuse_pulling_back
-from ffkernels.stage.program import NO_UPDATE, UPDATE_NOT_FINITE, StageProgram
+from ffkernels.stage.program import StageProgram
 from ffkernels.stage.record import INTERRUPTED, Stage, next_start
 from ffkernels.stage.weights import MovedWeights, NameFilter, require_same_model, unwrap_optimizer
 from ffkernels.validation.causal_lm import model_device
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.pool import draw_for_stage
-
-__all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "FastForward", "Stage"]
 
 STATE_VERSION = 1
 

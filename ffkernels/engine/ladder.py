@@ -28,8 +28,6 @@ from ffkernels.stage.eager import EagerExecutor
 from ffkernels.stage.program import Pace, StageProgram, step_pace
 from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["NO_LAUNCHES", "Ladder", "graphs_pay", "why_not"]
-
 NO_LAUNCHES = "on a CPU there are no launches to save"
 # Fast Forward steps within which a capture has to earn what it cost: about a hundred stages of ten steps.
 HORIZON = 1000

@@ -26,8 +26,6 @@ from ffkernels.ranks.ranks import several_processes
 from ffkernels.stage.weights import unwrap_optimizer
 from ffkernels.validation.causal_lm import model_device
 
-__all__ = ["Finding", "find_learning_rate"]
-
 
 @dataclass
 class Finding:

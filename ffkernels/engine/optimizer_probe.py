@@ -23,8 +23,6 @@ from ffkernels.engine.run_state import OptimizerSnapshot
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.validation.restore import keep_random_state
 
-__all__ = ["require_step_sizes", "why_rate_means_nothing"]
-
 _TOLERANCE = 0.02
 
 

@@ -29,8 +29,6 @@ from ffkernels.ranks.ranks import PRICE, Ranks
 from ffkernels.validation.causal_lm import unwrap
 from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["SAME_GRADIENTS", "StagePrice", "TokenCount", "input_embedding", "uncounted"]
-
 SAME_GRADIENTS = "every rank must train with the same gradients, as DDP and FSDP2 make them"
 
 

@@ -26,8 +26,6 @@ from ffkernels.stage.eager import EagerExecutor
 from ffkernels.stage.program import StageProgram
 from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["RankExecutor"]
-
 _DRIFTED = (
     "all ranks must hold the same weights: wrap the model in DistributedDataParallel, which broadcasts them "
     "and averages gradients, before its optimizer steps"

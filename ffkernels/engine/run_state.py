@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from ffkernels.ranks.digests import checksum
 from ffkernels.validation.restore import keep_random_state
 
-__all__ = ["OptimizerSnapshot", "RunState"]
-
 LARGE = 1 << 20  # elements
 
 

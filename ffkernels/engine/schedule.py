@@ -38,8 +38,6 @@ from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.digests import digest
 from ffkernels.search.search import BASELINE_NOT_FINITE, Search
 
-__all__ = ["FADED", "FEWEST", "FadedRate", "StageSchedule"]
-
 FEWEST = 4  # losses: at τ = 0, 1 and 2, and one more where the bracket allows it
 
 

@@ -13,8 +13,6 @@ from torch.optim import lr_scheduler
 
 from ffkernels.ops.notices import announce_once
 
-__all__ = ["ScheduledRates", "tell_of_overwriting"]
-
 
 class ScheduledRates:
     """The learning rates of an optimizer's groups, and what its schedulers make them of.

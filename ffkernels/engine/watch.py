@@ -23,8 +23,6 @@ from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.optimizer_wrappers import names_of, optimizer_chain
 from ffkernels.ranks.ranks import UPDATE, Ranks
 
-__all__ = ["StageWatch", "StepWatch"]
-
 TOO_MUCH = 0.4  # of a stage: a Lookahead that interpolates halfway takes 0.5
 UPDATES = 8.0  # back in one step; no gradient of another batch does that
 

@@ -29,8 +29,6 @@ import torch
 from ffkernels.graphs import driver
 from ffkernels.validation.restore import keep_random_state
 
-__all__ = ["Capture", "CaptureFailed"]
-
 T = TypeVar("T")
 
 

@@ -21,8 +21,6 @@ from ffkernels.graphs.token import wrapped_autocast
 from ffkernels.stage.program import StageProgram
 from ffkernels.validation.causal_lm import cuda_products_in_tf32
 
-__all__ = ["Snapshot", "difference", "follow", "loss_tolerance"]
-
 # Relative. The same kernels run captured and not, but for one product the matrix library may choose another
 # algorithm on the capture's stream, with its own workspace: the sums are taken in another order. In float32
 # that is invisible here. In a 16-bit type every layer's output is rounded (to 2^-8 for bfloat16), so another

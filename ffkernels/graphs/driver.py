@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Cuda", "DriverError", "cuda", "first_line"]
-
 _WAITED = "called a synchronizing CUDA operation"
 
 

@@ -24,7 +24,8 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ffkernels import ops
-from ffkernels.graphs import driver, rules
+from ffkernels.graphs import driver
+from ffkernels.graphs import token as tokens
 from ffkernels.graphs.capture import Capture, CaptureFailed
 from ffkernels.graphs.check import Snapshot, difference, follow
 from ffkernels.graphs.while_graph import WhileGraph
@@ -33,8 +34,6 @@ from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.search.significance import Rises, critical_values
 from ffkernels.stage.clock import StageClock, read_later
 from ffkernels.stage.program import StageProgram
-
-__all__ = ["GraphUnsafe", "StageGraphExecutor", "StepGraphExecutor"]
 
 MAX_CAPTURES = 4
 WARM_UPS = 2
@@ -99,7 +98,7 @@ class GraphExecutor:
             graph.close()
 
     def _record_if_needed(self, program: StageProgram) -> None:
-        token, table, search = rules.token(program.validation), program.table, program.search
+        token, table, search = tokens.token(program.validation), program.table, program.search
         made_of = {
             "the table of the weights that move": (id(table), id(table.plan)),
             "the validation loss": id(program.validation),
@@ -131,7 +130,7 @@ class GraphExecutor:
         self.captures += 1
 
     def _record_again(self, token: Any, other: str) -> None:
-        changed = rules.describe_change(self._token, token)
+        changed = tokens.describe_change(self._token, token)
         if changed == "nothing":
             changed = other
         if self.captures >= MAX_CAPTURES:

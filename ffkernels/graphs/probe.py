@@ -40,8 +40,6 @@ from ffkernels.graphs.while_graph import small_loop
 from ffkernels.ops import condition
 from ffkernels.ops.condition import WAYS
 
-__all__ = ["LIMIT", "Outcome", "Verdict", "attempt", "try_again", "verdict"]
-
 # Seconds for one process, which imports torch, compiles half a dozen small kernels and loops.
 LIMIT = 90.0
 COMMAND = "python -m ffkernels.graphs.probe"

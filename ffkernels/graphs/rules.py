@@ -1,11 +1,5 @@
-"""What keeps a validation loss out of a CUDA graph, and what makes a captured one stale.
-
-`why_not_captured` finds the models whose forward decides anew at every call what to run, or moves its
-weights about. What else may change under a graph is in its `token` (`graphs.token`), taken once per stage.
-
-    why_not_captured(validation, device)   None, or the cause and what to do about it
-    token(validation)                      on the host alone: no torch operator runs
-    describe_change(old, new)              what differs between two tokens, in words
+"""What keeps a validation loss out of a CUDA graph: a forward that decides anew at every call what to run, or
+moves its weights about. What makes a captured one stale is in its token (`graphs.token`).
 """
 
 from __future__ import annotations
@@ -16,12 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ffkernels.graphs.token import describe_change, evaluated_modules, token
+from ffkernels.graphs.token import evaluated_modules
 
 if TYPE_CHECKING:
     from ffkernels.validation.loss import ValidationLoss
-
-__all__ = ["describe_change", "token", "why_not_captured"]
 
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 _EAGER = "the stage runs eagerly otherwise"

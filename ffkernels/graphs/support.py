@@ -11,8 +11,6 @@ from ffkernels.graphs import driver
 from ffkernels.graphs import probe as graph_probe
 from ffkernels.graphs.while_graph import small_loop
 
-__all__ = ["probe", "why_no_stage_graph", "why_no_step_graph"]
-
 WHILE_NODES = 12040  # the CUDA version of driver r550
 INSTALL = "`pip install 'ffkernels[cuda]'`"
 

@@ -22,8 +22,6 @@ from ffkernels.validation.evaluator import autocast_dtype
 if TYPE_CHECKING:
     from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["Token", "describe_change", "evaluated_modules", "token", "wrapped_autocast"]
-
 
 def evaluated_modules(validation: ValidationLoss) -> list[nn.Module]:
     """The modules that `validation.evaluate()` runs: on the fast path the backbone's and the head's."""

@@ -23,8 +23,6 @@ import torch
 from ffkernels.ops.condition import WAYS
 from ffkernels.ops.native import cache_dir
 
-__all__ = ["keep", "key", "path", "read"]
-
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = (
     *("graphs/capture.py", "graphs/driver.py", "graphs/probe.py", "graphs/support.py"),

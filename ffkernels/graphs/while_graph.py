@@ -18,8 +18,6 @@ from ffkernels.graphs import driver
 from ffkernels.graphs.capture import Capture, close_forgotten, explained
 from ffkernels.ops import condition
 
-__all__ = ["WhileGraph", "audit", "small_loop"]
-
 # What a node may be, by the driver's name for it, and how to say that it may not.
 IN_LOOP = {"KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH"}
 BEFORE_LOOP = IN_LOOP | {"EVENT_RECORD", "WAIT_EVENT"}

@@ -30,8 +30,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["MAX_TAU_LIMIT", "REASONS", "DecideState", "Decided"]
-
 # Repeated from engine, which stands above this room; a test holds them together.
 REASONS = (
     None,

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["checksum", "digest"]
-
 
 def checksum(flats: Sequence[torch.Tensor]) -> int:
     """One int64 for the bits of all tensors, which are contiguous; the order of adding does not matter.

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["names_of", "optimizer_chain", "parts", "refuse_own_weights"]
-
 
 def optimizer_chain(optimizer: object) -> list[Any]:
     """From the outermost wrapper to the optimizer whose ``step`` changes the weights.

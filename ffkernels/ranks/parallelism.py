@@ -17,8 +17,6 @@ from torch import nn
 
 from ffkernels.ranks.optimizer_wrappers import optimizer_chain
 
-__all__ = ["fsdp_modules", "replicas", "reshard", "training_group", "why_refused", "without_broadcasts"]
-
 _INSTEAD = "train with DDP or FSDP2 (torch.distributed.fsdp.fully_shard)"
 
 

@@ -35,19 +35,6 @@ import torch.distributed as dist
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.ranks.trial import NoLoss, comes_of_weights, say_there_is_none
 
-__all__ = [
-    "ROOM",
-    "ROW_BYTES",
-    "RankFailed",
-    "Ranks",
-    "RanksDisagree",
-    "Row",
-    "refuse_late_ranks",
-    "several_processes",
-    "telling",
-    "together",
-]
-
 # What an exchange is about; the number travels.
 CONSTRUCTION, FACTS, START, UPDATE, LOSS, DECISION, BYTES, PRICE, ALIGNMENT = range(1, 10)
 _WHAT = {

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["shard_evenly", "shard_examples"]
-
 
 def shard_examples(lengths: Sequence[int], ranks: int, max_tokens: int, forward_cost: int) -> list[list[int]]:
     """Indices of the examples of each rank; together every index exactly once.

@@ -11,8 +11,6 @@ import torch
 
 from ffkernels.ops.notices import announce_once
 
-__all__ = ["NoLoss", "comes_of_weights", "say_there_is_none"]
-
 # What arithmetic and checks of values raise. LinAlgError is a RuntimeError in torch, a ValueError in NumPy.
 _OF_VALUES = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)
 # These are RuntimeErrors too, but say that memory or a device is at its end.

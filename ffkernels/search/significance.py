@@ -33,17 +33,6 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-__all__ = [
-    "LEAST_EXAMPLES",
-    "LEVEL",
-    "Rises",
-    "critical_values",
-    "higher",
-    "jackknife_weights",
-    "really_higher",
-    "t_quantile",
-]
-
 LEVEL = 0.01
 LEAST_EXAMPLES = 4  # that fewer prove nothing, whatever their losses
 

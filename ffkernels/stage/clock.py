@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Lag", "StageClock", "read_later"]
-
 
 def _recorded_event(device: torch.device) -> Any:
     """A timing event on the device's current stream; None where host time is good enough."""

@@ -31,8 +31,6 @@ from torch import Tensor, nn
 from ffkernels.ranks.optimizer_wrappers import names_of, optimizer_chain
 from ffkernels.validation.restore import keep_random_state
 
-__all__ = ["refuse_pulling_back", "what_stays"]
-
 BEFORE, STEPS = 2, 12
 ENOUGH = 0.9  # of a shift: less than it was lost by what decays or averages slowly
 RATE = 1e-3  # so small that what depends on the weights' size (trust ratios) is

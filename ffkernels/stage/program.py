@@ -15,8 +15,6 @@ from ffkernels.stage.clock import StageClock
 from ffkernels.stage.record import INTERRUPTED, Stage
 from ffkernels.validation.loss import ValidationLoss
 
-__all__ = ["NO_UPDATE", "UPDATE_NOT_FINITE", "Pace", "StageProgram", "step_pace"]
-
 NO_UPDATE = "the optimizer did not change the weights"
 UPDATE_NOT_FINITE = "the optimizer's update is not finite"
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["INTERRUPTED", "Stage", "next_start"]
-
 INTERRUPTED = "interrupted"  # begins the reason of a stage that was
 
 

@@ -23,22 +23,6 @@ from torch import nn
 from ffkernels.validation.causal_lm import CausalLM, FastPathRefused, find_causal_lm
 from ffkernels.validation.restore import keep_random_state
 
-__all__ = [
-    "IGNORE",
-    "Example",
-    "Given",
-    "check_causal_batches",
-    "chosen_rows",
-    "count_rows",
-    "is_loss_function",
-    "items_of",
-    "micro_batch_limit",
-    "on_device",
-    "read",
-    "read_batches",
-    "read_examples",
-]
-
 IGNORE = -100
 _OWN_KEYS = {"input_ids", "attention_mask", "labels"}
 _TOKENS = {"cpu": 2048}

@@ -20,17 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = [
-    "CausalLM",
-    "FastPathRefused",
-    "accepts_argument",
-    "cuda_products_in_tf32",
-    "find_autocast",
-    "find_causal_lm",
-    "model_device",
-    "unwrap",
-]
-
 # PEFT methods that act in the wrapper's forward, not inside the layers.
 _PEFT_AROUND_THE_MODEL = {"XLORA", "POLY"}
 # Config fields that scale the logits after the head (the neutral values mean "not at all"), or cap them.

@@ -34,8 +34,6 @@ from ffkernels.validation.maskless_attention import could_be_given_a_mask
 from ffkernels.validation.mean import Mean
 from ffkernels.validation.shared import shared_function, shared_labelled_loss, shared_model_loss
 
-__all__ = ["Choice", "choose"]
-
 _LOGIT_BYTES = 128 << 20
 # transformers computes its loss in fp32 for float64 models too.
 _TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}

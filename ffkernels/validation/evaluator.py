@@ -35,17 +35,6 @@ from ffkernels.validation.causal_lm import CausalLM, unwrap
 from ffkernels.validation.flops import counter, say_uncounted
 from ffkernels.validation.restore import WrittenBuffers, keep_generators, keep_random_state, own_generators
 
-__all__ = [
-    "Evaluator",
-    "Loss",
-    "TrainingAutocast",
-    "autocast_dtype",
-    "evaluation_mode",
-    "is_evaluating",
-    "needed_autocast",
-    "uncached_autocast",
-]
-
 _evaluations = 0  # that are going on
 
 

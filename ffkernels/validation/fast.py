@@ -41,8 +41,6 @@ from ffkernels.validation.maskless_attention import (
 )
 from ffkernels.validation.micro_batches import ExampleSums, MicroBatch, assign, lay_out, plan_micro_batches
 
-__all__ = ["LabelledLoss", "token_limit"]
-
 # Bytes of one chunk's logits in fp32: enough rows for an efficient matrix product with the head, no more.
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20

@@ -32,8 +32,6 @@ from torch.utils._pytree import tree_map_only
 
 from ffkernels.ops.notices import announce_once
 
-__all__ = ["FlopCounter", "count_flops", "counter", "formula_of", "is_like_a_product", "say_uncounted"]
-
 # Gets what its operation gets, and ``out_val``, its result.
 Formula = Callable[..., int]
 

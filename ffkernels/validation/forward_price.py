@@ -19,8 +19,6 @@ from torch import nn
 
 from ffkernels.validation.causal_lm import CausalLM, cuda_products_in_tf32, find_autocast
 
-__all__ = ["forward_price", "operations"]
-
 # Where the model does not matter, or is not known: Python and dispatch on a CPU, launches elsewhere.
 _NOMINAL = {"cpu": 48}
 _NOMINAL_ELSEWHERE = 512

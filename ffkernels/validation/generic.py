@@ -23,8 +23,6 @@ from ffkernels.validation.causal_lm import accepts_argument, unwrap
 from ffkernels.validation.evaluator import Loss
 from ffkernels.validation.mean import Mean, ask_mean
 
-__all__ = ["FunctionLoss", "GradientsWhereNeeded", "ModelCall", "ModelLoss", "ask_model", "size_of"]
-
 _SHIFTING_LOSSES = ("ForCausalLM", "ForConditionalGeneration")
 
 

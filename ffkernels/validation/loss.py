@@ -27,8 +27,6 @@ from ffkernels.validation.fast import LabelledLoss
 from ffkernels.validation.mean import Mean
 from ffkernels.validation.restore import keep_random_state
 
-__all__ = ["ValidationLoss"]
-
 
 def _of_what_is_run(name: str) -> Any:
     return property(attrgetter(f"_loss.{name}"))

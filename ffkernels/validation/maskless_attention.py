@@ -29,15 +29,6 @@ from torch import nn
 
 from ffkernels.validation.causal_lm import CausalLM, accepts_argument
 
-__all__ = [
-    "PRIVATE_NAME",
-    "attends_eagerly",
-    "attention_configs",
-    "causal_mask",
-    "could_be_given_a_mask",
-    "maskless_attention",
-]
-
 PRIVATE_NAME = "ffkernels_sdpa"
 _FIELD = "_attn_implementation_internal"
 _WARNING = "warn_if_padding_and_no_attention_mask"

@@ -29,8 +29,6 @@ import torch
 
 from ffkernels.validation.batches import IGNORE, chosen_rows, count_rows
 
-__all__ = ["Mean", "ask_mean"]
-
 # Nearer than this, in parts of the loss, two kinds of mean cannot be told apart, and need not.
 _ROUNDING = 1e-5
 

@@ -24,8 +24,6 @@ import torch.nn.functional as F
 
 from ffkernels.validation.batches import IGNORE, Example
 
-__all__ = ["ExampleSums", "MicroBatch", "assign", "lay_out", "plan_micro_batches", "read_together"]
-
 
 @dataclass(frozen=True)
 class MicroBatch:

@@ -37,8 +37,6 @@ from ffkernels.validation.causal_lm import FastPathRefused, model_device
 from ffkernels.validation.loss import ValidationLoss
 from ffkernels.validation.restore import keep_random_state
 
-__all__ = ["ValidationPool", "draw_for_stage", "placeholder_ids", "rows_of"]
-
 Batch = dict[str, Any]
 
 

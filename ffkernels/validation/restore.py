@@ -27,15 +27,6 @@ from torch import nn
 
 from ffkernels.ops.notices import announce_once
 
-__all__ = [
-    "COPIED_AT_FIRST",
-    "WrittenBuffers",
-    "keep_generators",
-    "keep_random_state",
-    "own_generators",
-    "used_by",
-]
-
 # How many objects deep, and from how many items on something is data and holds none.
 DEPTH, DATA = 5, 64
 

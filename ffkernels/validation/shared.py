@@ -23,9 +23,6 @@ from ffkernels.validation.forward_price import forward_price
 from ffkernels.validation.generic import FunctionLoss, ModelLoss, size_of
 from ffkernels.validation.micro_batches import plan_micro_batches, read_together
 
-__all__ = ["SharedLoss", "shared_function", "shared_labelled_loss", "shared_model_loss"]
-
-
 # What an idle rank runs for company: two tokens, of which one predicts the other.
 _SHORTEST = Example(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig, Stage, ValidationLoss, ops
-from ffkernels.engine.fast_forward import NO_UPDATE, UPDATE_NOT_FINITE
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.search.search import BASELINE_NOT_FINITE
+from ffkernels.stage.program import NO_UPDATE, UPDATE_NOT_FINITE
 
 SCALES = torch.tensor([1.0, 0.3, 3.0, 0.1])
 TARGET = torch.tensor([2.0, -1.0, 0.5, 4.0])

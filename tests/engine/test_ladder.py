@@ -19,6 +19,7 @@ from ffkernels.graphs import core as graphs
 from ffkernels.graphs import executors as graph_executors
 from ffkernels.graphs import rules as capture_rules
 from ffkernels.graphs import support as graph_support
+from ffkernels.graphs import token as tokens
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.stage.program import Pace
 
@@ -371,8 +372,8 @@ def test_a_later_fault_ends_the_graphs_with_the_devices_record(fake, monkeypatch
 
 def test_what_goes_out_of_date_all_the_time_is_given_up(fake, monkeypatch):
     counter = iter(range(100))
-    token = capture_rules.token
-    monkeypatch.setattr(capture_rules, "token", lambda v: token(v)._replace(version=(next(counter), "fast")))
+    token = tokens.token
+    monkeypatch.setattr(tokens, "token", lambda v: token(v)._replace(version=(next(counter), "fast")))
     run = Run("step_graph")
     with pytest.warns(FFKernelsNotice, match="went out of date 4 times") as said:
         stages = run.stages(7)

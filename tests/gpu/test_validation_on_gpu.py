@@ -10,7 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ffkernels.graphs.check import loss_tolerance
-from ffkernels.graphs.rules import describe_change, token, why_not_captured
+from ffkernels.graphs.rules import why_not_captured
+from ffkernels.graphs.token import describe_change, token
 from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ffkernels.graphs.rules import describe_change, token, why_not_captured
-from ffkernels.graphs.token import evaluated_modules
+from ffkernels.graphs.rules import why_not_captured
+from ffkernels.graphs.token import describe_change, evaluated_modules, token
 from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ffkernels.engine import fast_forward
 from ffkernels.search import search as python
 from ffkernels.search.significance import Rises, critical_values, jackknife_weights
+from ffkernels.stage import program
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -271,11 +271,11 @@ def test_constants_are_those_of_the_python_searches(device):
     for name in ("GOLDEN", "REFINE_TOLERANCE", "MAX_TAU_LIMIT"):
         ours = getattr(device, name)
         assert getattr(ours, "value", ours) == getattr(python, name), name
-    said = {**vars(fast_forward), **vars(python)}
+    said = {**vars(program), **vars(python)}
     reasons = {name: value for name, value in said.items() if value in device.REASONS[1:] and name.isupper()}
     assert len(reasons) == len(device.REASONS) - 1
-    assert device.REASONS[device.NO_UPDATE.value] == fast_forward.NO_UPDATE
-    assert device.REASONS[device.UPDATE_NOT_FINITE.value] == fast_forward.UPDATE_NOT_FINITE
+    assert device.REASONS[device.NO_UPDATE.value] == program.NO_UPDATE
+    assert device.REASONS[device.UPDATE_NOT_FINITE.value] == program.UPDATE_NOT_FINITE
     for name, value in reasons.items():
         assert device.REASONS[getattr(device, name).value] == value
 
@@ -314,10 +314,10 @@ def test_bad_arguments_are_refused(device):
         (0.5, None),
         (1e-45, None),
         (3.4e38, None),
-        (0.0, fast_forward.NO_UPDATE),
-        (-0.0, fast_forward.NO_UPDATE),
-        (math.inf, fast_forward.UPDATE_NOT_FINITE),
-        (math.nan, fast_forward.UPDATE_NOT_FINITE),
+        (0.0, program.NO_UPDATE),
+        (-0.0, program.NO_UPDATE),
+        (math.inf, program.UPDATE_NOT_FINITE),
+        (math.nan, program.UPDATE_NOT_FINITE),
     ],
 )
 def test_a_search_begins_only_with_an_update_that_is_one(device, name, largest, reason):

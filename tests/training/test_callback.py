@@ -15,9 +15,9 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ffkernels import FastForward, FastForwardCallback, FastForwardConfig, ValidationLoss
-from ffkernels.engine.fast_forward import NO_UPDATE
 from ffkernels.ops.notices import FFKernelsNotice
 from ffkernels.reporting.flops import FlopMeter
+from ffkernels.stage.program import NO_UPDATE
 from ffkernels.training.models import add_adapter, load_model
 from ffkernels.training.tasks import collate, load_file
 
