@@ -13,15 +13,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ffkernels.engine.run_state import OptimizerSnapshot
 from ffkernels.ranks.interrupts import interrupt_later
-from ffkernels.validation.restore import keep_random_state
+from ffkernels.validation.restore import attributes, keep_random_state
 
 _TOLERANCE = 0.02
 
@@ -72,10 +71,12 @@ def why_rate_means_nothing(optimizer: torch.optim.Optimizer, weights: Sequence[T
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # Fused optimizers write unscaled gradients back.
     gradients = [(p.grad, p.grad.detach().clone()) for p in parameters if p.grad is not None]
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    no_hooks = [(optimizer, name, OrderedDict()) for name in hooks]
 
     def update(factor: float) -> list[Tensor]:
         try:
-            with keep_random_state(weights[0].device), _no_hooks(optimizer):
+            with keep_random_state(weights[0].device), attributes(no_hooks):
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"] * factor  # not in place: groups may share a tensor
                 type(optimizer).step(optimizer)
@@ -99,17 +100,6 @@ def why_rate_means_nothing(optimizer: torch.optim.Optimizer, weights: Sequence[T
         f"same step is {ratio:.3g} times as long, off twice the update by {wrong / (twice or wrong):.0%}: "
         "what steps do says nothing about lr. Adam, AdamW, SGD and Lion scale"
     )
-
-
-@contextmanager
-def _no_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    kept = {name: getattr(optimizer, name) for name in names}
-    vars(optimizer).update({name: OrderedDict() for name in names})
-    try:
-        yield
-    finally:
-        vars(optimizer).update(kept)
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -17,32 +17,25 @@ import torch
 from torch import Tensor
 
 from ffkernels import ops
-from ffkernels.graphs.token import wrapped_autocast
 from ffkernels.stage.program import StageProgram
-from ffkernels.validation.causal_lm import cuda_products_in_tf32
+from ffkernels.validation.evaluator import coarsest
 
 # Relative. The same kernels run captured and not, but for one product the matrix library may choose another
 # algorithm on the capture's stream, with its own workspace: the sums are taken in another order. In float32
 # that is invisible here. In a 16-bit type every layer's output is rounded (to 2^-8 for bfloat16), so another
 # order flips roundings, of which the mean over tokens leaves less than one.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-_TOLERANCE_TF32 = 1e-4
+_TOLERANCES = {
+    **{torch.float64: 1e-5, torch.float32: 1e-5, "tf32": 1e-4},
+    **{torch.float16: 1e-3, torch.bfloat16: 5e-3, None: 5e-3},
+}
 # Below it the tolerance is absolute: a difference of logits is not more exact than they are.
 _SMALL_LOSS = 0.1
-_TOLERANCE_UNKNOWN = 5e-3  # quantised weights are computed in a 16-bit type
 
 
 def loss_tolerance(validation: Any, device: torch.device) -> float:
     """How far captured and eager losses may be apart, relatively: by the coarsest precision at work."""
-    dtypes = {p.dtype for p in validation.model.parameters()}
-    if torch.is_autocast_enabled(device.type):
-        dtypes.add(torch.get_autocast_dtype(device.type))
-    if wrapped := wrapped_autocast(validation):
-        dtypes.add(wrapped)
-    allowed = [_TOLERANCE.get(dtype, _TOLERANCE_UNKNOWN) for dtype in dtypes] or [_TOLERANCE_UNKNOWN]
-    if device.type == "cuda" and torch.float32 in dtypes and cuda_products_in_tf32():
-        allowed.append(_TOLERANCE_TF32)
-    return max(allowed)
+    wrappers = () if validation.causal_lm is None else validation.causal_lm.wrappers
+    return coarsest(_TOLERANCES, validation.model, device, wrappers, validation.evaluator.autocast)
 
 
 class Snapshot:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ffkernels.graphs.token import evaluated_modules
+from ffkernels.ranks.parallelism import class_names, gathered_by
 
 if TYPE_CHECKING:
     from ffkernels.validation.loss import ValidationLoss
 
-_SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 _EAGER = "the stage runs eagerly otherwise"
 
 
@@ -45,10 +45,6 @@ def why_not_captured(validation: ValidationLoss, table_device: torch.device, *, 
     return next((reason for reason in (*of_all, *of_each) if reason), None)
 
 
-def _class_names(value: object) -> set[str]:
-    return {cls.__name__ for cls in type(value).__mro__}
-
-
 def _tensors(modules: list[nn.Module]) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
     for module in modules:
         for tensors in (module._parameters, module._buffers):
@@ -58,12 +54,12 @@ def _tensors(modules: list[nn.Module]) -> Iterator[tuple[nn.Module, str, torch.T
 
 
 def _sharded(model: nn.Module) -> str | None:
-    if any(_class_names(module) & _SHARDED for module in model.modules()):
-        return "FSDP gathers and frees parameters around every forward; train with DDP or on one device"
+    if sharding := gathered_by(model):
+        return (
+            f"{sharding} gathers and frees parameters around every forward; train with DDP or on one device"
+        )
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            return "DeepSpeed ZeRO-3 gathers and frees parameters around every forward; train with DDP"
-        if "DTensor" in _class_names(parameter):
+        if "DTensor" in class_names(parameter):
             return f"{name} is a DTensor, whose operators communicate; train with whole tensors on one device"
     return None
 
@@ -97,7 +93,7 @@ def _elsewhere(modules: list[nn.Module], device: torch.device) -> str | None:
 
 
 def _quantised(module: nn.Module, device: torch.device) -> str | None:
-    if "Linear8bitLt" not in _class_names(module):
+    if "Linear8bitLt" not in class_names(module):
         return None
     return (
         "bitsandbytes' 8-bit layers look for outliers in their input at every forward; load the base model "

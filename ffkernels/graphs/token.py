@@ -174,14 +174,9 @@ def _frozen(value: Any) -> Any:
 def _autocast_state(validation: ValidationLoss) -> tuple:
     kind = validation.device.type
     active = autocast_dtype(kind) or validation.evaluator.autocast
-    return active, wrapped_autocast(validation)
-
-
-def wrapped_autocast(validation: ValidationLoss) -> torch.dtype | None:
-    """What a wrapper around the model's forward casts to."""
     lm = validation.causal_lm
     wrapped = find_autocast(lm.wrappers) if lm is not None else None
-    return None if wrapped is None else wrapped.fast_dtype
+    return active, None if wrapped is None else wrapped.fast_dtype
 
 
 def _precision() -> tuple:

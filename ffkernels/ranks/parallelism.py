@@ -9,8 +9,7 @@ Found by class names, so that nothing is imported for a model that does not use 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -20,13 +19,23 @@ from ffkernels.ranks.optimizer_wrappers import optimizer_chain
 _INSTEAD = "train with DDP or FSDP2 (torch.distributed.fsdp.fully_shard)"
 
 
-def _class_names(value: object) -> set[str]:
+def class_names(value: object) -> set[str]:
     return {cls.__name__ for cls in type(value).__mro__}
+
+
+def gathered_by(model: nn.Module) -> str | None:
+    """What gathers parameters for each forward: "DeepSpeed ZeRO-3", "FSDP1" or "FSDP2"; None for nothing."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "DeepSpeed ZeRO-3"
+    names = set().union(*map(class_names, model.modules()))
+    if "FullyShardedDataParallel" in names:
+        return "FSDP1"
+    return "FSDP2" if "FSDPModule" in names else None
 
 
 def fsdp_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that `fully_shard` was applied to."""
-    return [module for module in model.modules() if "FSDPModule" in _class_names(module)]
+    return [module for module in model.modules() if "FSDPModule" in class_names(module)]
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
@@ -44,24 +53,6 @@ def replicas(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
     return [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
 
 
-@contextmanager
-def without_broadcasts(modules: Sequence[nn.parallel.DistributedDataParallel]) -> Iterator[None]:
-    """Forwards of DDP modules send nothing: ranks that run more or fewer of them do not wait for each other.
-
-    Also without gradients, the first forward after a training step broadcasts rank 0's buffers, and notes
-    that the next one, of training, need not. In here it does neither. Nor does it prepare for a backward pass
-    where gradients are on.
-    """
-    before = [(module.require_forward_param_sync, module.require_backward_grad_sync) for module in modules]
-    try:
-        for module in modules:
-            module.require_forward_param_sync = module.require_backward_grad_sync = False
-        yield
-    finally:
-        for module, (forward, backward) in zip(modules, before, strict=True):
-            module.require_forward_param_sync, module.require_backward_grad_sync = forward, backward
-
-
 def training_group(model: nn.Module) -> Any:
     """The process group over which DDP averages gradients; None, for the default group, elsewhere."""
     return next((module.process_group for module in replicas(model)), None)
@@ -69,15 +60,22 @@ def training_group(model: nn.Module) -> Any:
 
 def why_refused(model: nn.Module, optimizer: object) -> str | None:
     """Why Fast Forward cannot move the weights that this model and optimizer train, as "cause; cure"."""
-    return _deepspeed(model, optimizer) or _fsdp1(model) or _tensor_parallel(model)
-
-
-def _deepspeed(model: nn.Module, optimizer: object) -> str | None:
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    sharding = gathered_by(model)
+    if sharding == "DeepSpeed ZeRO-3":
         return (
             "DeepSpeed ZeRO-3 keeps no weights in the model between steps, only partitions that it gathers "
             f"for each layer's forward; {_INSTEAD}"
         )
+    if sharding == "FSDP1":
+        return (
+            "FullyShardedDataParallel (FSDP1) trains flattened shards, in which the model's parameters are "
+            "views that come and go with every forward; use fully_shard (FSDP2), in accelerate "
+            "fsdp_version: 2, or DDP"
+        )
+    return _deepspeed(optimizer) or _tensor_parallel(model)
+
+
+def _deepspeed(optimizer: object) -> str | None:
     for wrapper in optimizer_chain(optimizer):
         module, name = type(wrapper).__module__, type(wrapper).__name__
         # Its fp16 and bf16 optimizers and those of ZeRO; DeepSpeed's plain optimizers live in deepspeed.ops.
@@ -86,17 +84,6 @@ def _deepspeed(model: nn.Module, optimizer: object) -> str | None:
                 f"{name} of DeepSpeed trains its own float32 copy of weights and overwrites the model's with "
                 "it at every step, which would undo what Fast Forward moved; "
                 f"{_INSTEAD}, or DeepSpeed with zero_optimization.stage 0 in float32"
-            )
-    return None
-
-
-def _fsdp1(model: nn.Module) -> str | None:
-    for module in model.modules():
-        if "FullyShardedDataParallel" in _class_names(module):
-            return (
-                "FullyShardedDataParallel (FSDP1) trains flattened shards, in which the model's parameters "
-                "are views that come and go with every forward; use fully_shard (FSDP2), in accelerate "
-                "fsdp_version: 2, or DDP"
             )
     return None
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffkernels.ranks.parallelism import gathered_by
+
 # PEFT methods that act in the wrapper's forward, not inside the layers.
 _PEFT_AROUND_THE_MODEL = {"XLORA", "POLY"}
 # Config fields that scale the logits after the head (the neutral values mean "not at all"), or cap them.
@@ -214,13 +216,13 @@ def _rows(module: nn.Module | None, attribute: str) -> int | None:
 
 def _whole_model(model: nn.Module) -> nn.Module | None:
     """What has to be called as a whole, because its parameters are gathered in its forward; else None."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise FastPathRefused("DeepSpeed ZeRO-3 gathers parameters in the wrapper's forward")
-    names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
-    if "FullyShardedDataParallel" in names:
-        raise FastPathRefused("FSDP gathers parameters in the wrapper's forward, which would be bypassed")
-    if "FSDPModule" not in names:
+    sharding = gathered_by(model)
+    if sharding is None:
         return None
+    if sharding != "FSDP2":
+        raise FastPathRefused(
+            f"{sharding} gathers parameters in the wrapper's forward, which would be bypassed"
+        )
     # The hook in front of the head is new for every forward: a compiled whole would be compiled each time.
     return model._orig_mod if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
 

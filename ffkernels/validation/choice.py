@@ -26,8 +26,8 @@ from torch import nn
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.ranks import Ranks
 from ffkernels.validation.batches import IGNORE, Example, Given
-from ffkernels.validation.causal_lm import CausalLM, cuda_products_in_tf32, find_autocast, unwrap
-from ffkernels.validation.evaluator import Evaluator, Loss, autocast_dtype
+from ffkernels.validation.causal_lm import CausalLM, unwrap
+from ffkernels.validation.evaluator import Evaluator, Loss, coarsest
 from ffkernels.validation.fast import LabelledLoss
 from ffkernels.validation.generic import FunctionLoss, GradientsWhereNeeded, ModelCall, ModelLoss, ask_model
 from ffkernels.validation.maskless_attention import could_be_given_a_mask
@@ -35,9 +35,11 @@ from ffkernels.validation.mean import Mean
 from ffkernels.validation.shared import shared_function, shared_labelled_loss, shared_model_loss
 
 _LOGIT_BYTES = 128 << 20
-# transformers computes its loss in fp32 for float64 models too.
-_TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-_TOLERANCE_TF32 = 2e-3
+# By precision, relative. transformers computes its loss in fp32 for float64 models too.
+TOLERANCES = {
+    **{torch.float64: 2e-5, torch.float32: 2e-5, "tf32": 2e-3},
+    **{torch.float16: 5e-3, torch.bfloat16: 2e-2, None: 2e-2},
+}
 
 
 class Choice(NamedTuple):
@@ -117,7 +119,7 @@ def _compare(
     call = ModelCall(model, device)
     own_loss = partial(call, call.prepared(_as_batch(chosen)))
     own = float(evaluator.run_first(partial(GradientsWhereNeeded(call.model), own_loss)))
-    allowed = _tolerance(lm, model, device, evaluator.autocast)
+    allowed = coarsest(TOLERANCES, model, device, lm.wrappers, evaluator.autocast)
     for candidate in [replace(lm, given_mask=True), lm] if could_be_given_a_mask(lm) else [lm]:
         try:
             loss = LabelledLoss(candidate, chosen, max_tokens=1 << 30, device=device, one_batch=True)
@@ -165,21 +167,3 @@ def _as_batch(examples: Sequence[Example]) -> dict[str, Any]:
         place = slice(length - n, length) if left else slice(0, n)
         ids[i, place], labels[i, place], mask[i, place] = example.input_ids, example.labels, 1
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def _tolerance(
-    lm: CausalLM, model: nn.Module, device: torch.device, otherwise: torch.dtype | None = None
-) -> float:
-    """By the coarsest precision at work: the parameters', TF32's, the active autocast's or ``otherwise``."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if (cast := autocast_dtype(device.type) or otherwise) is not None:
-        dtypes.add(cast)
-    wrapped = find_autocast(lm.wrappers)
-    if wrapped is not None:
-        dtypes.add(wrapped.fast_dtype)
-    tolerances = [_TOLERANCE.get(dtype, 2e-2) for dtype in dtypes] or [0.0]
-    if device.type == "cuda" and torch.float32 in dtypes and cuda_products_in_tf32():
-        tolerances.append(_TOLERANCE_TF32)
-    if any(not (p.is_floating_point() or p.is_complex()) for p in model.parameters()):
-        tolerances.append(2e-2)  # quantised weights are computed in a 16-bit type
-    return max(tolerances)

@@ -20,7 +20,7 @@ loss under it, and the search would optimize what training does not.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -29,11 +29,17 @@ from torch import nn
 
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.interrupts import interrupt_later
-from ffkernels.ranks.parallelism import fsdp_modules, replicas, reshard, without_broadcasts
+from ffkernels.ranks.parallelism import fsdp_modules, replicas, reshard
 from ffkernels.validation.batches import Example
-from ffkernels.validation.causal_lm import CausalLM, unwrap
+from ffkernels.validation.causal_lm import CausalLM, cuda_products_in_tf32, find_autocast, unwrap
 from ffkernels.validation.flops import counter, say_uncounted
-from ffkernels.validation.restore import WrittenBuffers, keep_generators, keep_random_state, own_generators
+from ffkernels.validation.restore import (
+    WrittenBuffers,
+    attributes,
+    keep_generators,
+    keep_random_state,
+    own_generators,
+)
 
 _evaluations = 0  # that are going on
 
@@ -41,6 +47,28 @@ _evaluations = 0  # that are going on
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """What the autocast that is active for this kind of device casts to; None where none is."""
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def coarsest(
+    tolerances: Mapping[Any, float],
+    model: nn.Module,
+    device: torch.device,
+    wrappers: tuple[nn.Module, ...] = (),
+    otherwise: torch.dtype | None = None,
+) -> float:
+    """The largest tolerance of the precisions at work in a forward: the parameters', TF32's on a GPU, that of
+    the active autocast or else ``otherwise``, and that of an autocast around the forward of a wrapper.
+
+    Args:
+        tolerances: by dtype and for "tf32"; for None that of all others, since quantised weights, say, are
+            computed in a 16-bit type.
+    """
+    at_work: set[Any] = {parameter.dtype for parameter in model.parameters()}
+    wrapped = find_autocast(wrappers)
+    at_work |= {autocast_dtype(device.type) or otherwise, wrapped and wrapped.fast_dtype} - {None}
+    if device.type == "cuda" and torch.float32 in at_work and cuda_products_in_tf32():
+        at_work.add("tf32")
+    return max(tolerances.get(precision, tolerances[None]) for precision in at_work or {None})
 
 
 @contextmanager
@@ -61,19 +89,6 @@ def uncached_autocast(device_type: str, otherwise: torch.dtype | None = None) ->
             yield
     finally:
         torch.clear_autocast_cache()
-
-
-@contextmanager
-def _without_dora_cache() -> Iterator[None]:
-    dora = sys.modules.get("peft.tuners.lora.dora")
-    if dora is None or not getattr(dora, "ENABLE_DORA_CACHING", False):
-        yield
-        return
-    dora.ENABLE_DORA_CACHING = False
-    try:
-        yield
-    finally:
-        dora.ENABLE_DORA_CACHING = True
 
 
 @contextmanager
@@ -147,7 +162,9 @@ def evaluation_mode(
                 stack.enter_context(_all_modules_in_eval(model))
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(uncached_autocast(device.type, autocast))
-                stack.enter_context(_without_dora_cache())
+                dora = sys.modules.get("peft.tuners.lora.dora")
+                if getattr(dora, "ENABLE_DORA_CACHING", False):
+                    stack.enter_context(attributes([(dora, "ENABLE_DORA_CACHING", False)]))
             yield
         finally:
             with interrupt_later():
@@ -322,7 +339,10 @@ class Evaluator:
         Under FSDP2: with parameters gathered anew, and given back. Under DDP: without its broadcasts.
         """
         if not self._fsdp:
-            with without_broadcasts(self._replicas):
+            # Also without gradients, the first forward of DDP after a training step would broadcast rank 0's
+            # buffers, and note that the next one, of training, need not.
+            syncs = ("require_forward_param_sync", "require_backward_grad_sync")
+            with attributes([(module, sync, False) for module in self._replicas for sync in syncs]):
                 return measure()
         reshard(self._fsdp)
         try:

@@ -8,8 +8,7 @@ are (`validation.mean`). It is also asked once whether it has a loss for such ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from ffkernels.validation.batches import IGNORE, chosen_rows, count_rows, on_dev
 from ffkernels.validation.causal_lm import accepts_argument, unwrap
 from ffkernels.validation.evaluator import Loss
 from ffkernels.validation.mean import Mean, ask_mean
+from ffkernels.validation.restore import attributes
 
 _SHIFTING_LOSSES = ("ForCausalLM", "ForConditionalGeneration")
 
@@ -244,18 +244,7 @@ class GradientsWhereNeeded:
         return found
 
     def _with_gradients(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with torch.enable_grad(), _gradients_of_its_own(self.model):
+        # Gradients that come up inside, as by `backward()`, do not add to those that training has.
+        training = [(p, "grad", None) for p in self.model.parameters() if p.requires_grad]
+        with torch.enable_grad(), attributes(training):
             return forward()
-
-
-@contextmanager
-def _gradients_of_its_own(model: nn.Module) -> Iterator[None]:
-    """Those that come up inside, as by `backward()`, do not add to those that training has."""
-    before = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter, _ in before:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in before:
-            parameter.grad = gradient

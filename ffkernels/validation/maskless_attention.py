@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ffkernels.validation.causal_lm import CausalLM, accepts_argument
+from ffkernels.validation.restore import attributes
 
 PRIVATE_NAME = "ffkernels_sdpa"
 _FIELD = "_attn_implementation_internal"
@@ -36,8 +37,11 @@ _WARNING = "warn_if_padding_and_no_attention_mask"
 
 def attention_configs(backbone: nn.Module) -> list[Any]:
     """The config objects from which the modules of `backbone` read their attention implementation."""
-    if not _register():
+    functions = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
+    if functions is None:
         return []
+    if PRIVATE_NAME not in functions:
+        functions.register(PRIVATE_NAME, _fused(functions["sdpa"]))
     configs: dict[int, Any] = {}
     for module in backbone.modules():
         config = getattr(module, "config", None)
@@ -60,17 +64,6 @@ def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> torch.
     """Added to attention scores, (1, 1, length, length): 0, and above the diagonal the least of `dtype`."""
     lowest = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device=device)
     return lowest.triu(1)[None, None]
-
-
-def _register() -> bool:
-    """False where this version of transformers has no table of attention functions."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    functions = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", None)
-    if functions is None or "sdpa" not in functions or not hasattr(type(functions), "register"):
-        return False
-    if PRIVATE_NAME not in functions:
-        type(functions).register(PRIVATE_NAME, _fused(functions["sdpa"]))
-    return True
 
 
 def _fused(sdpa: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,19 +100,16 @@ def maskless_attention(backbone: nn.Module, configs: list[Any]) -> Iterator[None
     A few families also search their input for padding tokens to warn about the missing mask, which is one
     more read and, here, a false alarm: that method is shadowed.
     """
-    changed = [config for config in configs if getattr(config, _FIELD) == "sdpa"]
+    fused = [(config, _FIELD, PRIVATE_NAME) for config in configs if getattr(config, _FIELD) == "sdpa"]
     shadowed = hasattr(backbone, _WARNING) and _WARNING not in vars(backbone)
-    try:
-        for config in changed:
-            setattr(config, _FIELD, PRIVATE_NAME)
-        if shadowed:
-            setattr(backbone, _WARNING, _no_warning)
-        yield
-    finally:
-        for config in changed:
-            setattr(config, _FIELD, "sdpa")
-        if shadowed:
-            delattr(backbone, _WARNING)
+    with attributes(fused):
+        try:
+            if shadowed:
+                setattr(backbone, _WARNING, _no_warning)
+            yield
+        finally:
+            if shadowed:
+                delattr(backbone, _WARNING)
 
 
 def _no_warning(*args: Any, **kwargs: Any) -> None:

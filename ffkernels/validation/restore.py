@@ -16,8 +16,8 @@ from __future__ import annotations
 import inspect
 import random
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
@@ -32,30 +32,24 @@ DEPTH, DATA = 5, 64
 
 
 @contextmanager
-def keep_random_state(device: torch.device) -> Iterator[None]:
-    """Put back the random generators of CPU, `device`, Python and (when already imported) NumPy."""
-    accelerator = _accelerator_generator(device)
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    cpu = torch.get_rng_state()
-    on_device = accelerator.get_rng_state(device) if accelerator is not None else None
-    python = random.getstate()
-    numpy = numpy_random.get_state() if numpy_random is not None else None
-    try:
+def attributes(wanted: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Give each (object, name, value) its value, and the object back what it had."""
+    with ExitStack() as back:
+        for holder, name, value in wanted:
+            back.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, value)
         yield
-    finally:
-        torch.set_rng_state(cpu)
-        if accelerator is not None:
-            accelerator.set_rng_state(on_device, device)
-        random.setstate(python)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy)
 
 
-def _accelerator_generator(device: torch.device) -> Any:
-    if device.type not in ("cuda", "xpu"):
-        return None
-    module = torch.get_device_module(device)
-    return module if module.is_initialized() else None
+def keep_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Put back the random generators of CPU, `device`, Python and (when already imported) NumPy."""
+    known = [torch.default_generator, random, getattr(sys.modules.get("numpy"), "random", None)]
+    if device.type in ("cuda", "xpu"):
+        module = torch.get_device_module(device)
+        if module.is_initialized():
+            index = module.current_device() if device.index is None else device.index
+            known.append(module.default_generators[index])
+    return keep_generators([generator for generator in known if generator is not None])
 
 
 def own_generators(model: nn.Module, function: Any = None) -> list[Any]:
@@ -71,14 +65,20 @@ def own_generators(model: nn.Module, function: Any = None) -> list[Any]:
 
 
 @contextmanager
-def keep_generators(generators: Sequence[Any]) -> Iterator[None]:
+def keep_generators(generators: Iterable[Any]) -> Iterator[None]:
     """Put them back where they stood."""
-    before = [_state(generator) for generator in generators]
-    try:
+    with ExitStack() as back:
+        for generator in generators:
+            back.callback(_way_back(generator))
         yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            _put_back(generator, state)
+
+
+def _way_back(generator: Any) -> Callable[[], None]:
+    if hasattr(generator, "getstate"):  # Python's
+        return partial(generator.setstate, generator.getstate())
+    if hasattr(generator, "get_state"):  # PyTorch's and NumPy's older ones
+        return partial(generator.set_state, generator.get_state())
+    return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
 
 
 def _inside(value: Any) -> Iterator[Any]:
@@ -126,21 +126,6 @@ def _kinds() -> tuple[type, ...]:
     of_numpy = vars(sys.modules.get("numpy.random", random))
     known = [of_numpy[name] for name in ("Generator", "RandomState") if name in of_numpy]
     return (torch.Generator, random.Random, *known)
-
-
-def _state(generator: Any) -> Any:
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    return generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state()
-
-
-def _put_back(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
 
 
 COPIED_AT_FIRST = 256 << 20

@@ -8,7 +8,6 @@ from torch import nn
 
 from ffkernels.graphs import check as graph_check
 from ffkernels.graphs.token import describe_change, token
-from ffkernels.validation import choice
 from ffkernels.validation.causal_lm import (
     FastPathRefused,
     cuda_products_in_tf32,
@@ -16,6 +15,8 @@ from ffkernels.validation.causal_lm import (
     find_causal_lm,
     unwrap,
 )
+from ffkernels.validation.choice import TOLERANCES
+from ffkernels.validation.evaluator import coarsest
 from ffkernels.validation.loss import ValidationLoss
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -178,14 +179,14 @@ WAYS = {
 def test_tolerances_and_tokens_follow_tf32(way, tiny_model, padded_batch, default_precision):
     model = tiny_model("llama")
     validation = ValidationLoss(model, [padded_batch()])
-    lm, before = find_causal_lm(model), token(validation)
+    before = token(validation)
     statements, in_force = WAYS[way]
     for statement in statements:
         statement()
     assert cuda_products_in_tf32() is in_force
-    assert choice._tolerance(lm, model, GPU) == (2e-3 if in_force else 2e-5)
+    assert coarsest(TOLERANCES, model, GPU) == (2e-3 if in_force else 2e-5)
     assert graph_check.loss_tolerance(validation, GPU) == (1e-4 if in_force else 1e-5)
-    assert choice._tolerance(lm, model, CPU) == 2e-5
+    assert coarsest(TOLERANCES, model, CPU) == 2e-5
     assert graph_check.loss_tolerance(validation, CPU) == 1e-5
     after = token(validation)
     assert (after != before) is in_force
@@ -200,5 +201,5 @@ def test_other_types_have_no_tf32(dtype, own, captured, tiny_model, default_prec
     model = tiny_model("llama").to(dtype)
     validation = ValidationLoss(model, lambda model: 0.0)
     root("tf32")
-    assert choice._tolerance(find_causal_lm(model), model, GPU) == own
+    assert coarsest(TOLERANCES, model, GPU) == own
     assert graph_check.loss_tolerance(validation, GPU) == captured
