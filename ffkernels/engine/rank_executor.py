@@ -17,7 +17,6 @@ import torch
 
 from ffkernels import ops
 from ffkernels.engine.ladder import NO_LAUNCHES
-from ffkernels.graphs.rules import why_not_captured
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.digests import checksum, digest
 from ffkernels.ranks.ranks import DECISION, UPDATE, telling
@@ -30,7 +29,6 @@ _DRIFTED = (
     "all ranks must hold the same weights: wrap the model in DistributedDataParallel, which broadcasts them "
     "and averages gradients, before its optimizer steps"
 )
-_EXCHANGES = "the ranks exchange their losses between steps; train in one process to have graphs"
 _NOT_ONE_SEARCH = "this should be impossible with one loss for all ranks; please report it"
 
 
@@ -51,7 +49,10 @@ class RankExecutor(EagerExecutor):
         self, wanted: str, validation: ValidationLoss, device: torch.device, *, sharded: bool
     ) -> None:
         self.ranks, self.sharded = validation.ranks, sharded
-        refused = why_not_captured(validation, device, explicit=True) or _EXCHANGES
+        refused = (
+            f"training runs in {self.ranks.size} processes, and collectives have no place in a graph that "
+            "loops; train in one process to have graphs"
+        )
         if wanted not in ("auto", "eager"):
             raise RuntimeError(f'executor="{wanted}" cannot run here: {refused}; or leave it at "auto"')
         self.reason = "asked for"

@@ -31,6 +31,8 @@ from ffkernels.validation.restore import keep_random_state
 
 T = TypeVar("T")
 
+WARM_UPS = 2
+
 
 class CaptureFailed(RuntimeError):
     """Work that cannot become a graph. The message says what, why, and what to do about it."""
@@ -99,7 +101,7 @@ class Capture:
             self._place = _Place(device) if pool is None else pool._place
             self._place.guests += 1
 
-    def warm_up(self, fn: Callable[[], Any], times: int = 2) -> None:
+    def warm_up(self, fn: Callable[[], Any], times: int = WARM_UPS) -> None:
         """Call `fn` as often as it takes until everything is compiled, loaded and chosen.
 
         The last time nothing may wait for the device, as nothing can in a capture: `CaptureFailed` says

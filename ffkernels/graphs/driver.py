@@ -37,11 +37,6 @@ class Cuda:
     def is_rocm(self) -> bool:
         return torch.version.hip is not None
 
-    def torch_problem(self) -> str | None:
-        needed = ("raw_cuda_graph", "instantiate", "capture_begin")
-        missing = [name for name in needed if not hasattr(torch.cuda.CUDAGraph, name)]
-        return f"torch {torch.__version__} has no CUDAGraph.{missing[0]}" if missing else None
-
     def triton_problem(self) -> str | None:
         """Why the kernels of a search cannot be had, None when they can."""
         try:

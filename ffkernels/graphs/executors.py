@@ -26,9 +26,9 @@ from torch.autograd.graph import increment_version
 from ffkernels import ops
 from ffkernels.graphs import driver
 from ffkernels.graphs import token as tokens
-from ffkernels.graphs.capture import Capture, CaptureFailed
+from ffkernels.graphs.capture import WARM_UPS, Capture, CaptureFailed
 from ffkernels.graphs.check import Snapshot, difference, follow
-from ffkernels.graphs.while_graph import WhileGraph
+from ffkernels.graphs.while_graph import Part, record_loop, stage_parts
 from ffkernels.ops.notices import announce_once
 from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.search.significance import Rises, critical_values
@@ -36,7 +36,6 @@ from ffkernels.stage.clock import StageClock, read_later
 from ffkernels.stage.program import StageProgram
 
 MAX_CAPTURES = 4
-WARM_UPS = 2
 
 
 class GraphUnsafe(RuntimeError):
@@ -151,15 +150,10 @@ class GraphExecutor:
         self._counts = None
         decide.prepare(state, with_condition=self.loops)
 
-        def prologue(handle: int | None = None) -> None:
-            ops.delta_(table)
-            decide.begin(state, ops.delta_absmax_on_device(table), handle)
+        def measure() -> tuple[torch.Tensor, torch.Tensor | None]:
+            return validation.evaluate_with_sums() if rows else (validation.evaluate(), None)
 
-        def body(handle: int | None = None) -> None:
-            loss, sums = validation.evaluate_with_sums() if rows else (validation.evaluate(), None)
-            decide.decide(state, loss, sums, handle)
-            ops.step_(table, state.accept, state.k)
-
+        prologue, body = stage_parts(table, state, measure)
         try:
             # From the second time on Δ = 0, so that the search does not begin, and best = W: a step then sets
             # W to itself. So warming up the body moves nothing.
@@ -248,11 +242,11 @@ class StepGraphExecutor(GraphExecutor):
             raise ValueError(f"ahead={ahead!r}: must be an integer of at least 0")
         self.ahead = ahead
 
-    def _build(self, device: torch.device, prologue: Callable[..., None], body: Callable[..., None]) -> None:
+    def _build(self, device: torch.device, prologue: Part, body: Part) -> None:
         step = Capture(device)
         self._held.append(step)
         prologue()
-        step.warm_up(body, times=WARM_UPS)
+        step.warm_up(body)
         step.capture(body)
         step.instantiate()
 
@@ -291,19 +285,8 @@ class StageGraphExecutor(GraphExecutor):
     name = "stage_graph"
     loops = True
 
-    def _build(self, device: torch.device, prologue: Callable[..., None], body: Callable[..., None]) -> None:
-        start = Capture(device)
-        self._held.append(start)
-        step = Capture(device, pool=start)
-        self._held.append(step)
-        loop = WhileGraph(device)
-        self._held.append(loop)
-        # A condition can be set inside a graph only: what is warmed up goes without it.
-        start.warm_up(prologue, times=WARM_UPS)
-        start.capture(lambda: prologue(loop.handle))
-        step.warm_up(body, times=WARM_UPS)
-        step.capture(lambda: body(loop.handle))
-        loop.build(start, step, self._state.go)
+    def _build(self, device: torch.device, prologue: Part, body: Part) -> None:
+        record_loop(device, prologue, body, self._state.go, self._held.append)
 
     def _launch(self, program: StageProgram, lap: StageClock) -> Any:
         *_, loop = self._held

@@ -24,8 +24,6 @@ def why_no_step_graph(device: torch.device) -> str | None:
         return f"CUDA graphs need weights on a CUDA device, these are on {device.type}; move the model there"
     if cuda.is_rocm():
         return "this torch is built for ROCm, where stages were never captured; executor='eager' runs there"
-    if problem := cuda.torch_problem():
-        return f"{problem}; install torch 2.10 or later"
     if problem := cuda.triton_problem():
         return f"the search on the device needs Triton, which cannot be used ({problem}); {INSTALL}"
     if cuda.allocator() != "native":

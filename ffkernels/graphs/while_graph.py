@@ -9,9 +9,12 @@ a kernel that cannot set it gives a loop that never runs, not one that never end
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ffkernels import ops
 from ffkernels.graphs import driver
@@ -117,6 +120,54 @@ class WhileGraph:
         close_forgotten(self)
 
 
+Part = Callable[..., None]
+
+
+def stage_parts(
+    table: ops.TensorTable, state: Any, measure: Callable[[], tuple[Tensor, Tensor | None]]
+) -> tuple[Part, Part]:
+    """What a stage does before its loop and in it; either takes the handle of the loop's condition, or None.
+
+    Args:
+        state: the search, an `ops.decide.DecideState`.
+        measure: the loss, 0-dim float64, and the sums by example, where the state has rows for them.
+    """
+    from ffkernels.ops import decide
+
+    def prologue(handle: int | None = None) -> None:
+        ops.delta_(table)
+        decide.begin(state, ops.delta_absmax_on_device(table), handle)
+
+    def body(handle: int | None = None) -> None:
+        loss, sums = measure()
+        decide.decide(state, loss, sums, handle)
+        ops.step_(table, state.accept, state.k)
+
+    return prologue, body
+
+
+def record_loop(
+    device: torch.device, prologue: Part, body: Part, go: Tensor, hold: Callable[[Any], object]
+) -> WhileGraph:
+    """Warm both parts up, capture them and make a loop of them.
+
+    `hold` gets each graph as soon as it is there; they are closed in the reverse order.
+    """
+    start = Capture(device)
+    hold(start)
+    step = Capture(device, pool=start)
+    hold(step)
+    loop = WhileGraph(device)
+    hold(loop)
+    # A condition can be set inside a graph only: what is warmed up goes without it.
+    start.warm_up(prologue)
+    start.capture(lambda: prologue(loop.handle))
+    step.warm_up(body)
+    step.capture(lambda: body(loop.handle))
+    loop.build(start, step, go)
+    return loop
+
+
 def audit(raw: int, *, in_loop: bool) -> list[str]:
     """What a WHILE node (else: the part before it) may not hold, in words; looks into child graphs too."""
     allowed = IN_LOOP if in_loop else BEFORE_LOOP
@@ -141,30 +192,9 @@ def small_loop(device: torch.device) -> str | None:
     state = decide.DecideState("linear", 8, device)
     expected = [(tau, 5.0 * (3 - tau) ** 2) for tau in range(5)]
     with ExitStack() as closing:
-        loop = WhileGraph(device)
-        closing.callback(loop.close)
-
-        def prologue(handle: int | None = None) -> None:
-            ops.delta_(table)
-            decide.begin(state, ops.delta_absmax_on_device(table), handle)
-
-        def body(handle: int | None = None) -> None:
-            loss = (weight.double() - 4).square().sum()
-            decide.decide(state, loss, handle=handle)
-            ops.step_(table, state.accept, state.k)
-
         decide.prepare(state, with_condition=True)
-        start = Capture(device)
-        closing.callback(start.close)
-        step = Capture(device, pool=start)
-        closing.callback(step.close)
-        start.warm_up(prologue)
-        start.capture(lambda: prologue(loop.handle))
-        step.warm_up(body)
-        step.capture(lambda: body(loop.handle))
-        # Closed before the captures that it is made of.
-        closing.callback(loop.close)
-        loop.build(start, step, state.go)
+        parts = stage_parts(table, state, lambda: ((weight.double() - 4).square().sum(), None))
+        loop = record_loop(device, *parts, state.go, lambda graph: closing.callback(graph.close))
         for _ in range(2):
             weight.fill_(0.0)
             ops.checkpoint_(table)

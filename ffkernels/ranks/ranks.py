@@ -233,21 +233,16 @@ class Ranks:
     def gather_bytes(self, mine: bytes) -> list[bytes]:
         """The bytes of every rank, in rank order."""
         lengths = [row.c for row in self._gather(Row(BYTES, False, 0.0, 0.0, len(mine)))[0]]
-        width = max(lengths)
-        sent = torch.tensor(list(mine.ljust(width, b"\0")), dtype=torch.uint8).to(self.device)
-        received = torch.empty(self.size * width, dtype=torch.uint8, device=self.device)
-        self._all_gather(received, sent)
-        data = bytes(received.tolist())
-        return [data[i * width : i * width + length] for i, length in enumerate(lengths)]
+        sent = torch.tensor(list(mine.ljust(max(lengths), b"\0")), dtype=torch.uint8)
+        received = self._all_gather(sent).tolist()
+        return [bytes(row[:length]) for row, length in zip(received, lengths, strict=True)]
 
     def _gather(self, row: Row, numbers: Sequence[float] = ()) -> tuple[list[Row], torch.Tensor]:
         mine = torch.zeros(_HEAD + ROOM, dtype=torch.int64)
         mine[:_HEAD] = torch.tensor(_WORDS.unpack(_ROW.pack(row.kind, row.failed, row.a, row.b, row.c)))
         sent = torch.tensor(numbers[:ROOM], dtype=torch.float64)
         mine.view(torch.float64)[_HEAD : _HEAD + len(sent)] = sent
-        received = torch.empty(self.size * len(mine), dtype=torch.int64, device=self.device)
-        self._all_gather(received, mine.to(self.device))
-        table = received.cpu().view(self.size, len(mine))
+        table = self._all_gather(mine)
         rows = []
         for words in table[:, :_HEAD].tolist():
             kind, failed, a, b, c = _ROW.unpack(_WORDS.pack(*words))
@@ -258,20 +253,21 @@ class Ranks:
         """(ranks, width) float64, each rank's numbers and then zeros."""
         mine = torch.zeros(width, dtype=torch.float64)
         mine[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
-        received = torch.empty(self.size * width, dtype=torch.float64, device=self.device)
-        self._all_gather(received, mine.to(self.device))
-        return received.cpu().view(self.size, width)
+        return self._all_gather(mine)
 
-    def _all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+    def _all_gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """(ranks, length) on the CPU, of the 1-dim tensor of every rank, all equally long."""
+        received = torch.empty(self.size * len(mine), dtype=mine.dtype, device=self.device)
         try:
             # PyTorch 2.13 renamed it.
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            gather(received, sent, group=self.group)
+            gather(received, mine.to(self.device), group=self.group)
         except RuntimeError as error:
             raise RankFailed(
                 f"rank {self.rank} of {self.size} lost the others during Fast Forward: a process ended or "
                 f"does not answer ({error}); its own output says why"
             ) from error
+        return received.cpu().view(self.size, len(mine))
 
     def _failures(self, rows: Sequence[Row], message: str) -> str:
         """Every rank is here, those that failed and those that heard of it: now the texts are sent."""

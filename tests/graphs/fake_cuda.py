@@ -16,7 +16,7 @@ behind.
     fake.fail("exec_create")                    # the next call of that method raises; (..., times=3, after=1)
     fake.nodes = ["KERNEL", "HOST"]             # what captures from here on are found to consist of
     fake.driver = 12020; fake.problem = "..."   # an old driver; no cuda-bindings; also rocm, backend,
-                                                # old_torch, no_triton, profiler
+                                                # no_triton, profiler
     fake.random += 1                            # inside captured work: it draws random numbers on the device
     fake.calls                                  # names of all calls so far
     fake.launches                               # "replay" or "while", one per launch
@@ -146,7 +146,6 @@ class FakeCuda:
     def __init__(self) -> None:
         self.driver, self.rocm, self.backend, self.profiler = 13000, False, "native", False
         self.problem: str | None = None
-        self.old_torch: str | None = None
         self.no_triton: str | None = None
         self.nodes = ["KERNEL", "MEMSET", "KERNEL"]
         self.calls: list[str] = []
@@ -455,7 +454,6 @@ class FakeCuda:
 # Questions that an attribute answers, and calls of which nothing comes but that they were made.
 for name, attribute in {
     "is_rocm": "rocm",
-    "torch_problem": "old_torch",
     "triton_problem": "no_triton",
     "allocator": "backend",
     "bindings_problem": "problem",

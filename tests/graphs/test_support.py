@@ -41,13 +41,6 @@ def test_without_a_gpu_there_is_one_reason(monkeypatch):
     ("name", "value", "cause", "cure", "of_any_graph"),
     [
         ("rocm", True, "ROCm", "executor='eager'", True),
-        (
-            "old_torch",
-            "torch 2.0 has no CUDAGraph.instantiate",
-            "no CUDAGraph.instantiate",
-            "torch 2.10",
-            True,
-        ),
         ("no_triton", "ModuleNotFoundError: triton", "ModuleNotFoundError: triton", "pip install", True),
         ("backend", "cudaMallocAsync", "cudaMallocAsync", "backend:native", True),
         ("problem", "ModuleNotFoundError: cuda", "cuda-bindings", "pip install 'ffkernels[cuda]'", False),
