@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.engine.fast_forward import FastForward
 from ffkernels.engine.optimizer_probe import require_step_sizes
-from ffkernels.engine.run_state import RunState
+from ffkernels.engine.run_state import as_before
 from ffkernels.engine.scheduled_rates import ScheduledRates
 from ffkernels.engine.step_hooks import on_step
 from ffkernels.ops.notices import announce_once
-from ffkernels.ranks.interrupts import interrupt_later
 from ffkernels.ranks.ranks import several_processes
 from ffkernels.stage.weights import unwrap_optimizer
 from ffkernels.validation.causal_lm import model_device
@@ -102,18 +101,13 @@ def find_learning_rate(
     rates = ScheduledRates(optimizer, schedulers)
     config = FastForwardConfig(learning_rate="auto", interval=None, impl=impl)
     base, begin = rates.base, perf_counter()
-    state = RunState(model, optimizer, rates.schedulers)
-    try:
-        state.take_gradients()
+    with as_before(model, optimizer, rates.schedulers):
         step = batches
         if not callable(batches) or hasattr(batches, "__iter__"):
             step = _stepping(model, optimizer, batches)
             rates.set(base)  # a warm-up may hold them at 0 before the first step
         with FastForward(model, optimizer, config=config, scheduler=rates.schedulers) as ff:
             finding = _take(ff, step, steps, base)
-    finally:
-        with interrupt_later():
-            state.restore()
     finding.seconds = perf_counter() - begin
     return finding
 

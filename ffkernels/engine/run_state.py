@@ -9,15 +9,16 @@ not write; they are not copied, but a checksum tells whether that is true.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ffkernels.ranks.digests import checksum
-from ffkernels.validation.restore import keep_random_state
+from ffkernels.ranks.interrupts import interrupt_later
+from ffkernels.validation.restore import attributes, keep_random_state
 
 LARGE = 1 << 20  # elements
 
@@ -33,10 +34,8 @@ class OptimizerSnapshot:
         self._weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
         self._rest = _kept(optimizer, {id(weight) for weight, _ in self._weights})
 
-    @torch.no_grad()
     def restore(self) -> None:
-        for weight, value in self._weights:
-            weight.copy_(value)
+        _copy_back(self._weights)
         self._rest()
 
 
@@ -84,63 +83,62 @@ def _is_hooks(name: Any) -> bool:
     return isinstance(name, str) and name.startswith("_optimizer_")
 
 
-class RunState:
-    """A whole run: an ``OptimizerSnapshot``, buffers, gradients, schedulers, train/eval flags, and the random
-    generators of CPU, device, Python and NumPy. ``restore`` is called once."""
+@contextmanager
+def as_before(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any] = ()
+) -> Iterator[None]:
+    """For some training steps, which start without gradients. Afterwards a whole run is as before: what an
+    ``OptimizerSnapshot`` holds, buffers, gradients, schedulers, train/eval flags, and the random generators
+    of CPU, device, Python and NumPy.
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any] = ()
-    ) -> None:
-        self._random = ExitStack()
-        for device in {p.device for p in model.parameters()} or {torch.device("cpu")}:
-            self._random.enter_context(keep_random_state(device))
-        self._wrapped = optimizer
-        self._optimizer = OptimizerSnapshot(optimizer)
-        self._opt_called = vars(optimizer).get("_opt_called")  # where schedulers note the first step
-        self._schedulers = [(s, copy.deepcopy(s.state_dict())) for s in schedulers]
-        trained = {p for group in optimizer.param_groups for p in group["params"]}
-        # An optimizer that is not known here may train them.
-        others = [p for p in model.parameters() if p.requires_grad and p not in trained]
-        buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.device.type != "meta"}
-        small = [buffer for buffer in buffers.values() if buffer.numel() <= LARGE]
-        self._tensors = [(t, t.detach().clone()) for t in [*others, *small]]
-        self._untouched = [(n, b, checksum([b])) for n, b in buffers.items() if b.numel() > LARGE]
-        self._registered = [(module._buffers, dict(module._buffers.items())) for module in model.modules()]
-        self._gradients = [(p, p.grad) for p in {*trained, *model.parameters()}]
-        self._flags = [(module, module.training) for module in model.modules()]
+    Raises:
+        RuntimeError: when a buffer was written that is too large to have been copied; all else is put back.
+    """
+    parameters, modules = list(model.parameters()), list(model.modules())
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    # An optimizer that is not known here may train them.
+    others = [p for p in parameters if p.requires_grad and p not in trained]
+    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.device.type != "meta"}
+    small = [buffer for buffer in buffers.values() if buffer.numel() <= LARGE]
+    with ExitStack() as back:  # from the last to the first
+        large = [(n, b, checksum([b])) for n, b in buffers.items() if b.numel() > LARGE]
+        back.callback(_refuse_written, large)
+        for device in {p.device for p in parameters} or {torch.device("cpu")}:
+            back.enter_context(keep_random_state(device))
+        back.enter_context(attributes([(module, "training", module.training) for module in modules]))
+        back.enter_context(attributes([(p, "grad", None) for p in {*trained, *parameters}]))
+        for module in modules:
+            back.callback(_register, module._buffers, dict(module._buffers.items()))
+        back.callback(_copy_back, [(t, t.detach().clone()) for t in [*others, *small]])
+        for scheduler in schedulers:
+            back.callback(scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
+        if vars(optimizer).get("_opt_called") is None:  # where schedulers note the first step
+            back.callback(vars(optimizer).pop, "_opt_called", None)
+        back.callback(OptimizerSnapshot(optimizer).restore)
+        try:
+            yield
+        finally:
+            with interrupt_later():
+                back.close()
 
-    def take_gradients(self) -> None:
-        """Take the gradients away, so that steps to come start without any and do not write these."""
-        for parameter, _ in self._gradients:
-            parameter.grad = None
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put all of it back.
+@torch.no_grad()
+def _copy_back(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in tensors:
+        tensor.copy_(value)
 
-        Raises:
-            RuntimeError: when a buffer was written that is too large to have been copied; all else is put
-                back.
-        """
-        self._optimizer.restore()
-        if self._opt_called is None:
-            vars(self._wrapped).pop("_opt_called", None)
-        for scheduler, state in self._schedulers:
-            scheduler.load_state_dict(state)
-        for tensor, value in self._tensors:
-            tensor.copy_(value)
-        for registered, before in self._registered:  # training may put another tensor in a buffer's place
-            for name, buffer in before.items():
-                if name not in registered or registered[name] is not buffer:
-                    registered[name] = buffer
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-        for module, training in self._flags:
-            module.training = training
-        self._random.close()
-        written = [name for name, buffer, before in self._untouched if checksum([buffer]) != before]
-        if written:
-            raise RuntimeError(
-                f"training wrote {written[0]!r}, a buffer of more than {LARGE:,} elements, which was not "
-                "copied and cannot be put back"
-            )
+
+def _register(registered: dict[str, Any], before: dict[str, Any]) -> None:
+    """Training may put another tensor in a buffer's place."""
+    for name, buffer in before.items():
+        if name not in registered or registered[name] is not buffer:
+            registered[name] = buffer
+
+
+def _refuse_written(buffers: Iterable[tuple[str, Tensor, int]]) -> None:
+    written = [name for name, buffer, before in buffers if checksum([buffer]) != before]
+    if written:
+        raise RuntimeError(
+            f"training wrote {written[0]!r}, a buffer of more than {LARGE:,} elements, which was not "
+            "copied and cannot be put back"
+        )
