@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ffkernels.engine.run_state import OptimizerSnapshot
 from ffkernels.ranks.interrupts import interrupt_later
+from ffkernels.ranks.optimizer_wrappers import needs_closure
 from ffkernels.validation.restore import attributes, keep_random_state
 
 _TOLERANCE = 0.02
@@ -32,8 +33,7 @@ def require_step_sizes(optimizer: torch.optim.Optimizer) -> None:
         ValueError: naming the optimizer and why a found learning rate would mean nothing to it.
     """
     name = type(optimizer).__name__
-    step = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if isinstance(optimizer, torch.optim.LBFGS) or (step and step.default is inspect.Parameter.empty):
+    if isinstance(optimizer, torch.optim.LBFGS) or needs_closure(optimizer):
         raise ValueError(
             f"{name} evaluates the loss several times in a step and has a line search of its own; a learning "
             "rate can be found for optimizers of one gradient a step, such as torch.optim.AdamW"

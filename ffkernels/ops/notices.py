@@ -21,14 +21,10 @@ def _caller_depth() -> int:
     return depth
 
 
-def announce_once(key: str, message: str, *, stacklevel: int | None = None) -> bool:
-    """Warn with `message` unless `key` was announced in this process. Returns whether it warned.
-
-    The warning points at the user's own line, or `stacklevel` frames above the caller where that is given.
-    """
+def announce_once(key: str, message: str) -> bool:
+    """Warn at the user's own line, unless `key` was announced in this process. Returns whether it warned."""
     if key in _announced:
         return False
     _announced.add(key)
-    depth = _caller_depth() if stacklevel is None else stacklevel + 1
-    warnings.warn(message, FFKernelsNotice, stacklevel=depth)
+    warnings.warn(message, FFKernelsNotice, stacklevel=_caller_depth())
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ def parts(wrapper: object) -> list[torch.optim.Optimizer]:
             if isinstance(part, torch.optim.Optimizer) and not known:
                 found.append(part)
     return found
+
+
+def needs_closure(optimizer: Any) -> bool:
+    """Whether its ``step`` cannot be called without one."""
+    given = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return given is not None and given.default is inspect.Parameter.empty
 
 
 def names_of(optimizers: list[Any]) -> str:

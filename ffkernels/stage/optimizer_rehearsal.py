@@ -16,11 +16,10 @@ its groups. Where something in it cannot be copied so that nothing of the run is
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffkernels.ranks.optimizer_wrappers import names_of, optimizer_chain
+from ffkernels.ranks.optimizer_wrappers import names_of, needs_closure, optimizer_chain
 from ffkernels.validation.restore import keep_random_state
 
 BEFORE, STEPS = 2, 12
@@ -70,26 +69,13 @@ def what_stays(optimizer: Any) -> float | None:
     if not callable(getattr(type(optimizer), "step", None)):
         return None
     for closure in (False, True):
-        if not closure and _needs_closure(optimizer):
+        if not closure and needs_closure(optimizer):
             continue
-        try:
-            with _aside():
+        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            with suppress(Exception):
                 return _tried(optimizer, closure)
-        except Exception:
-            continue
     return None
-
-
-def _needs_closure(optimizer: Any) -> bool:
-    given = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return given is not None and given.default is inspect.Parameter.empty
-
-
-@contextmanager
-def _aside() -> Iterator[None]:
-    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _tried(optimizer: Any, closure: bool) -> float | None:

@@ -107,7 +107,7 @@ def choose(
     if path == "generic":
         name = type(unwrap(model)[0]).__name__
         said = f"ValidationLoss runs {name} with full logits, without losses by example: {reason}"
-        announce_once(f"validation: {said}", said, stacklevel=3)
+        announce_once(f"validation: {said}", said)
     return Choice(path, reason, make, loss, mean)
 
 

@@ -57,8 +57,8 @@ def token_limit(lm: CausalLM, max_tokens: int, device: torch.device) -> int:
     return max_tokens if lm.through is None else min(max_tokens, _CHUNKS_AT_ONCE * _chunk_rows(lm, device))
 
 
-def _chunk_rows(lm: CausalLM, device: torch.device, budget: int | None = None) -> int:
-    budget = budget or _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
+def _chunk_rows(lm: CausalLM, device: torch.device) -> int:
+    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
     return max(16, budget // (4 * (lm.vocabulary or 1 << 16)))
 
 
@@ -79,11 +79,10 @@ class LabelledLoss(Loss):
         *,
         max_tokens: int,
         device: torch.device,
-        chunk_bytes: int | None = None,
         one_batch: bool = False,
     ) -> None:
         self.lm, self.rows, self.device = lm, rows, device
-        self.chunk_rows = _chunk_rows(lm, device, chunk_bytes)
+        self.chunk_rows = _chunk_rows(lm, device)
         least = _LEAST_ROWS_OF_A_PART.get(device.type, _LEAST_ROWS_OF_A_PART_ELSEWHERE)
         self.part_rows = max(least, -(-self.chunk_rows // _PARTS))
         self._arguments: dict[str, Any] = {}
