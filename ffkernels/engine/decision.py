@@ -1,12 +1,10 @@
 """Whether a stage follows the coming optimizer step: the schedule, and what it asks for.
 
     before each step      c of gradient and last update ; best ← W                      (``alignment``)
-    at an interval's end  the mean of c and the price of a validation → does it pay?    (``engine.price``,
-                                                                                        ``engine.schedule``)
+    at an interval's end  the mean of c and the price of a validation: does it pay?     (``schedule``)
 
 With a ``patience`` that looks at no alignment, best ← W is made at the end of intervals only, unless the
-learning rate is moved by alignment (``auto_rate``). Ranks that move one tell each other c and the rate at the
-first step, at each step of the rise, and every ``COMPARED`` steps after it: they must be the same.
+learning rate is moved by alignment (``auto_rate``).
 """
 
 from __future__ import annotations
@@ -30,7 +28,8 @@ from ffkernels.stage.record import Stage
 from ffkernels.stage.weights import MovedWeights, unwrap_optimizer
 from ffkernels.validation.loss import ValidationLoss
 
-# Optimizer steps from one look whether all ranks have the same learning rate to the next.
+# Ranks that move a learning rate compare it, and c, at the first step, at each step of the rise, and after it
+# every so many steps.
 COMPARED = 64
 
 

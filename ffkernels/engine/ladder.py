@@ -5,13 +5,11 @@
     eager          always works
 
 Where a rung cannot be had the next one runs, and that is said once with cause and cure. "auto" asks more:
-that a graph pays. Its first stage runs eagerly and is measured, since a device that is still busy when the
-host has prepared its work has no use for a graph; and after a captured stage the gain is compared with what
-the capture cost. Neither is announced, as nothing is lost; the stage's record says it with the numbers.
+that a graph pays (docs/graphs.md). That is not announced, as nothing is lost; the stage's record says it
+with the numbers.
 
 While a profiler is on no stage is one launch: profilers have ended the process on loops on the device
-(pytorch#134308). Such stages run eagerly, as another capture would be most of what is profiled; what is
-captured stays and is used again afterwards.
+(pytorch#134308). Such stages run eagerly; what is captured stays and is used again afterwards.
 """
 
 from __future__ import annotations

@@ -3,15 +3,11 @@
     price = V / T · 1 / (2 + s)
 
 V are the tokens of one validation, T those of one optimizer step (all its micro-batches, padding included),
-s the share of the model's weights that trains. A step is a forward, a backward of the same size through the
-activations, and one through the weights that train: 2 + s forwards. By PyTorch's FLOP counter that is within
-3 to 6 % on the embedded model. A step costs less than it says since nothing flows back below the first weight
-that trains (part of one layer of four there), a validation less since its head runs at labelled positions
-only. Recomputation under gradient checkpointing is left out: with it a validation is overpriced.
-
-T is a count of tokens (``TokenCount``), not a clock: two runs of the same training see the same price.
-Where tokens cannot be counted (a loss function, an encoder-decoder model or one without token ids, a compiled
-or captured training step, which runs no hooks), V / T is taken as 1: a validation set as large as a batch.
+s the share of the model's weights that trains (docs/algorithm.md). T is a count of tokens (``TokenCount``),
+not a clock: two runs of the same training see the same price. Where tokens cannot be counted (a loss
+function, an encoder-decoder model or one without token ids, a compiled or captured training step, which
+runs no hooks), V / T is taken as 1. Recomputation under gradient checkpointing is left out: with it a
+validation is overpriced.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
     loop        every rank validates its shard, all get the same loss, so all take the same step
     end         τ and the losses' hash are compared
 
-A replica that has drifted from the others, by a missing broadcast or by unsynchronised gradients, is found
-at the start of the next stage: Δ and W are compared there bit for bit, by checksum.
+A replica that has drifted from the others is found by checksum at the start of the next stage.
 """
 
 from __future__ import annotations

@@ -1,29 +1,13 @@
 """After which optimizer steps a stage runs: where an interval ends and a stage is expected to pay.
 
     runs  ⇔  ½ · τ_expected ≥ e · p        e losses at the price of p optimizer steps each (``engine.price``)
+    τ_expected = max( r / (1 − r),  τ · m / m_then )      r = m / strongest
 
-A stage that repeats an update τ times gains half of what τ such updates do where it stops at the bottom of a
-parabola: τ / 2 optimizer steps. Which τ it would find is told by the alignment m of the interval's second
-half, for nothing (``alignment``), in two ways of which the larger counts:
+with the alignment m of the interval's second half, the strongest alignment so far, and τ and m_then of the
+last stage. Before a stage has measured anything, the most negative that c may be by now behind its noise
+(``Alignment.possible``) counts in place of m where it is stronger. docs/algorithm.md derives it.
 
-    by the slope      r / (1 − r)      r = m / strongest: what is left of the alignment that vanishing steps
-                                       have. On a parabola one step takes 1 − r of the slope, so that it is 0
-                                       after so many more.
-    by the last one   τ · m / m_then   what the last stage found, where the alignment then was m_then;
-                                       τ, where that was not known or, in noise, not below 0
-
-m ≥ 0 says that the last step went too far already: no stage. e is what the last stage took, and before there
-was one the fewest that find a step. Before a stage has measured anything the slope forbids one only where it
-is sure: the most negative that c may be by now behind its noise (``Alignment.possible``) counts in place of m
-where it is stronger. That is one try. Where alignment is not known (an optimizer with a closure) a stage runs
-as long as the last one paid. docs/algorithm.md derives it.
-
-After two stages in a row that found no step 1 interval passes without one, then 3, 7, …: of n intervals some
-log₂ n have a stage that fails. Held-out examples may rise while gradients agree with updates.
-
-Under a rate that a schedule has brought below ``FADED`` of the highest so far none runs, whatever
-``patience`` is: a schedule falls to 0 so that the last steps average out the noise of the batches, and a
-stage repeats such a step until it is as long as those from before the fall.
+Under a rate that a schedule has brought below ``FADED`` of the highest so far none runs.
 """
 
 from __future__ import annotations

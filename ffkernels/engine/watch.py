@@ -5,8 +5,8 @@ StepWatch     the optimizer's ``step()`` is what changes the weights
 
     taken back = ⟨W_left − W, Δ⟩ / (τ · ⟨Δ, Δ⟩)      0: nothing, 1: all of the stage's τ·Δ
 
-Until the next step nothing should change the weights. In a step the optimizer's own update may point back
-some of the way, since the stage went as far as it helped: what counts is only what is also many updates long.
+In a step the optimizer's own update may point back some of the way, since the stage went as far as it
+helped: what counts there is only what is also many updates long.
 """
 
 from __future__ import annotations

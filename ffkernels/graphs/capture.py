@@ -1,14 +1,13 @@
 """Work recorded once, then replayed again and again without Python: warm_up → capture → replay.
 
-A capture has a stream and a pool of memory of its own. It is warmed up in that pool: what the warm-up leaves
-behind is what the recording goes on to use, and nothing of it can be given away while the graph lives.
+A capture has a stream and a pool of memory of its own. It is warmed up in that pool: what the warm-up
+leaves behind is what the recording goes on to use, and nothing of it can be given away while the graph
+lives.
 
-The workspaces of matrix products are apart. torch keeps them by stream, before 2.12 for good, so that each
-stream that ever captured costs 34 MiB on Hopper; from 2.12 on the reset of one graph lets go of those of its
-stream, whatever other graph goes on writing to them (pytorch#193402). So the streams are kept too: one is
-lent to one place of captures, and to the next when all of the first are closed; and its workspaces come from
-memory that is the stream's alone, for good (`Cuda.claim_workspaces`). There are never more streams than
-places were open at the same time, and what a graph writes to is never somebody else's. Only a stream that
+The workspaces of matrix products are apart. torch keeps them by stream, before 2.12 for good, 34 MiB each
+on Hopper; from 2.12 on the reset of one graph lets go of those of its stream, whatever other graph goes on
+writing to them (pytorch#193402). So streams are kept and lent to one place of captures after the other, and
+their workspaces come from memory that is the stream's alone (`Cuda.claim_workspaces`). Only a stream that
 still records after a capture failed on it is not lent again.
 """
 

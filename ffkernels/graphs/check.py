@@ -1,10 +1,9 @@
 """Whether a captured stage did what the eager one would have done.
 
-Two checks. After every captured stage the host's own search takes the losses that the device recorded, with
-its verdicts on them, and must ask for the same τ, in the same order, and end for the same reason. And after a
-stage that ran on a fresh capture, the validation loss is measured eagerly where the graph measured it: before
-the stage, at the weights it kept, and at the last ones it tried. A graph that replays stale addresses, or
-moves nothing, shows there.
+After every captured stage the host's own search takes the losses that the device recorded, with its
+verdicts on them (`follow`). After a stage that ran on a fresh capture, the validation loss is also measured
+eagerly where the graph measured it (`difference`): a graph that replays stale addresses, or moves nothing,
+shows there.
 """
 
 from __future__ import annotations

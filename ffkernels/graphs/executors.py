@@ -1,15 +1,13 @@
-"""A stage as CUDA graphs: the work is recorded once and replayed, and the device decides.
+"""A stage as CUDA graphs: the work is recorded once and replayed, and the device decides (docs/graphs.md).
 
-    step graph     Δ, best and the search's begin as usual, then one replay of
-                       validate → decide → step
+    step graph     Δ, best and the search's begin as usual, then one replay of validate → decide → step
                    per Fast Forward step, and four bytes read after each: whether there is a next one
-    stage graph    one launch of
-                       Δ, best, begin → while go: validate → decide → step
+    stage graph    one launch of Δ, best, begin → while go: validate → decide → step
                    and one read, of the whole record
 
 Both end with the same weights and the same record as the eager executor, bit for bit. A capture is valid as
-long as what it has fixed stays as it is: a token of that is compared once per stage, and a change means to
-record again. The first stage on a fresh capture is checked against eager evaluations.
+long as its token is (`graphs.token`), and the first stage on a fresh one is checked against eager
+evaluations.
 """
 
 from __future__ import annotations

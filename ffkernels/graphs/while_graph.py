@@ -1,9 +1,9 @@
 """Work that repeats itself on the device, in one launch: a prologue, then a CUDA WHILE node.
 
-torch records both parts, the driver puts copies of them together as child graphs. Recording straight into a
-WHILE node would be one step less, but a recording that fails in there takes the process with it. The
-condition is set by a kernel within these, or by a node behind them (`ops.condition`); until then it is 0, so
-a kernel that cannot set it gives a loop that never runs, not one that never ends.
+torch records both parts, the driver puts copies of them together as child graphs: a recording straight into
+a WHILE node that fails takes the process with it. The condition is set by a kernel within these, or by a
+node behind them (`ops.condition`); until then it is 0, so a kernel that cannot set it gives a loop that
+never runs.
 """
 
 from __future__ import annotations

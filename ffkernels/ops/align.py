@@ -2,22 +2,17 @@
 
     align_(table, grads)        ⟨g,d⟩, ⟨g,g⟩, ⟨d,d⟩ with d = W − best ; best ← W
 
-With best = W before the last optimizer step and g = the gradient that the next one is about to use, −⟨g,d⟩
-is, to first order, by how much repeating the last update would lower the loss, and ⟨g,d⟩ / √(⟨g,g⟩·⟨d,d⟩) the
-cosine between the two. Of weights that are spread over ranks the sums add up.
-
-Arithmetic: d is rounded to float32 (to float64 for float64 weights); products and sums are float64. The
-product of two float32 is exact there: gradients of any scale can be squared, and only the additions round.
-Their order is fixed, so the same call gives the same bits again, on the CPU with any number of threads. The
-C++ ops and the torch ops agree bit for bit on the CPU; CUDA and Triton have orders of their own. All are
-within 2⁻⁴⁶·Σ|terms| of the exact sum of the same terms, for up to 2³¹ elements.
+Arithmetic: d is rounded to float32 (to float64 for float64 weights); products and sums are float64, in a
+fixed order: the same call gives the same bits again, on the CPU with any number of threads. The C++ ops and
+the torch ops agree bit for bit on the CPU; CUDA and Triton have orders of their own. All are within
+2⁻⁴⁶·Σ|terms| of the exact sum of the same terms, for up to 2³¹ elements. Of weights that are spread over
+ranks the sums add up.
 
 Gradients move: after `zero_grad(set_to_none=True)` the next ones may lie elsewhere, or be missing. Kernels
 find them through a small table of (address, dtype), one row per weight, which is written anew only when an
 address has changed; on a GPU it goes there from pinned memory, and nothing waits for the device.
 
 Where a gradient is None, g is zero; NaN and infinities come out as arithmetic has them.
-Bytes moved, N being those of the weights: reads 2N and the gradients, writes N.
 """
 
 from __future__ import annotations

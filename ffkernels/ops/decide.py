@@ -6,10 +6,10 @@
 
 The kernel is the twin of `Rises`, `LinearSearch` and `ParabolicSearch`: float64 in the same order of
 operations, no fma, so that equal losses give equal choices. It leaves the arguments of the `step_` that
-follows in device memory: whether the weights just measured became the best (`accept`), and k = τ_next −
-τ_best, which is 0 when the search has ended, so that this step then restores the best weights. `go` says
-whether there is a next τ, and is what the condition of a CUDA WHILE node becomes (`condition`). After the end
-a call changes nothing. What lies where is said in `decide_state`.
+follows in device memory: `accept`, and k = τ_next − τ_best, which is 0 when the search has ended, so that
+this step then restores the best weights. `go` says whether there is a next τ, and is what the condition of
+a CUDA WHILE node becomes (`condition`). After the end a call changes nothing. What lies where is said in
+`decide_state`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """One checked layout of tensors, one implementation, one call: what stands behind every public weight move.
 
-Plans of plain lists are kept by address, so calling again with the same tensors does not check them again.
-Any thread may call; a plan that two of them make at the same time is made twice.
-
-`accept` and `k` are host numbers, which cost nothing to hand on, or values that only the device knows. Those
-must never be read back, since that would stop the host until the device has caught up, and cannot happen at
-all while a CUDA graph is captured: kernels take their address. Where a kernel wants addresses and a host
-number is given, the number becomes a small constant on the device, made once per plan and value.
+Plans of plain lists are kept by address. Any thread may call; a plan that two of them make at the same time
+is made twice. `accept` and `k` that only the device knows are never read back: kernels take their address.
+Where a kernel wants addresses and a host number is given, the number becomes a small constant on the
+device, made once per plan and value.
 
 The last part registers the moves as operators that torch.compile, export and opcheck know. Calling through
 the dispatcher costs more than a small set takes to move, so eager code never comes there. The schemas say

@@ -1,4 +1,4 @@
-"""The weight moves of Fast Forward over all adapter tensors at once.
+"""The weight moves of Fast Forward over all adapter tensors at once (docs/kernels.md).
 
     checkpoint_(table)          best ← W
     delta_(table)               Δ ← W − best ; best ← W
@@ -6,16 +6,13 @@
     delta_absmax(table)         max |Δ|, read from the device
     delta_absmax_on_device(table)   the same, left on the device
 
-`step_` with accept = 1, k = 1 is the paper's step together with the checkpoint of the weights it leaves;
-accept = 0, k = 0 is the rollback. Per element in float32: k·Δ rounded, base + that rounded, then once to
-the storage dtype; k == 0 gives base bit for bit. All implementations agree bit for bit, except for the
-payload of a computed NaN.
+Per element in float32: k·Δ rounded, base + that rounded, then once to the storage dtype; k == 0 gives base
+bit for bit. All implementations agree bit for bit, except for the payload of a computed NaN.
 
-Each also takes plain lists instead of a table (`step_(weights, deltas, best, accept, k)`); the layout of
-such lists is kept by address, so calling again with the same tensors does not check them again.
-
-`accept` and `k` may be tensors of one element. On the device of the weights they are never read back: the
-call returns at once, and can be captured in a CUDA graph, which then needs the table to stay alive.
+Each also takes plain lists instead of a table (`step_(weights, deltas, best, accept, k)`), whose layout is
+kept by address. `accept` and `k` may be tensors of one element. On the device of the weights they are never
+read back: the call returns at once, and can be captured in a CUDA graph, which then needs the table to stay
+alive.
 """
 
 from __future__ import annotations

@@ -5,17 +5,12 @@
     step         base = accept ? W : best ; best ← base ; W ← base + k·Δ    reads 2N, writes 2N, or less
     align        ⟨g,d⟩, ⟨g,g⟩, ⟨d,d⟩ with d = W − best ; best ← W           reads 2N and g, writes N
 
-N is the bytes of the weights. A program moves one row of the plan, int64 (W, Δ, best, elements), so none has
-to search for its tensor. `accept` (int32) and `k` (float32) are read from device memory: nothing on the host
-decides or waits. A step moves no more than it must: best is written only when accepted (else 3N in all), and
-with k = 0 it is a plain copy that never reads Δ (2N).
-
-A row of BLOCK elements whose three addresses are multiples of 16 takes 128-bit accesses without a mask. Any
-other row, the end of a tensor or a misaligned view, takes masked accesses of single elements, in the same
-launch.
-Arithmetic is float32, k·Δ rounded before the sum (no fma), the result rounded once to the storage dtype. Of
-an alignment d is float32 (float64 for float64 weights), products and sums are float64. Addresses and offsets
-are 64-bit.
+N is the bytes of the weights. A program moves one row of the plan, int64 (W, Δ, best, elements). `accept`
+(int32) and `k` (float32) are read from device memory. A row of BLOCK elements whose three addresses are
+multiples of 16 takes 128-bit accesses without a mask, any other row masked accesses of single elements, in
+the same launch. Arithmetic is float32, k·Δ rounded before the sum (no fma), the result rounded once to the
+storage dtype; of an alignment d is float32 (float64 for float64 weights), products and sums are float64.
+docs/kernels.md says why.
 """
 
 from __future__ import annotations

@@ -6,14 +6,10 @@ Every rank holds the whole validation set, runs its own shard of it, and sends 2
     Σ NLL of each of its examples, where there are such sums: room for 32
 
 The rows of all ranks come back in rank order and every rank adds them up itself, correctly rounded
-(`math.fsum`): the loss is the same on every rank bit for bit, whatever algorithm the backend uses to move
-bytes, and so is every decision of the search. An all-reduce would carry as much and promise neither. Rows are
-as long whatever they are about, since a rank that failed may be sending its row where others send sums.
-
-Because each row says where its rank is and whether it failed, an exception on one rank becomes an
-exception on all of them at their next exchange, and ranks that are at different places say so instead of
-waiting for each other. A process that dies takes its connections with it: the others get the backend's
-error, or are ended by their launcher.
+(`math.fsum`): the loss is the same on every rank bit for bit, which an all-reduce need not promise. Rows
+are as long whatever they are about, since a rank that failed may be sending its row where others send sums:
+an exception on one rank becomes one on all of them at their next exchange, and ranks that are at different
+places say so instead of waiting for each other.
 """
 
 from __future__ import annotations

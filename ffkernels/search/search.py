@@ -3,27 +3,11 @@
 A stage asks ``propose()`` for τ, measures the validation loss of ``W + τ·Δ`` and reports it with
 ``observe(τ, loss)`` until ``propose()`` returns None. τ is an integer, τ = 0 (the plain optimizer's
 weights) always comes first and is the baseline, and ``best_tau`` is the first τ with the lowest observed
-loss: never one that is worse than τ = 0.
+loss: never one that is worse than τ = 0. How the two searches go on from there is in docs/algorithm.md;
+whether a rise is sure is for the caller to say (``significance``).
 
-- ``LinearSearch`` is the paper's: τ = 0, 1, 2, … until the loss does not fall.
-- ``ParabolicSearch`` brackets by doubling (1, 2, 4, …) until a rise is sure, or up to ``max_tau``. It may
-  start at another τ than 1, as at the best one of the stage before. Where nothing from there on is lower
-  than at τ = 0, it halves, down to 1, until a loss is; where the start is the best, half of it is measured
-  too, so that the bracket does not reach down to 0. The bracket is the best τ and the measured ones next to
-  it; where τ = 0 is the best it ends without one. It then refines inside: parabola vertices while the
-  parabola keeps its promises, golden sections where it does not. It ends when what the parabola still
-  promises, plus the larger of its last two errors, is at most 1 % of the loss decrease found so far, or when
-  no integer is left. It also ends where noise is larger than that: at the second of two rises in a row that
-  are not sure, if the parabola's error has not shrunk from the one to the other. On a smooth loss errors
-  shrink with the bracket, those that noise makes do not.
-
-Whether a rise is sure is for the caller to say (``significance``). Where every one is, no noise is seen, and
-doubling ends at the first.
-
-A non-finite loss counts as +inf. Where there was none, as it cannot be computed of such weights, a parabolic
-search does not come closer than half way from then on: the training steps that follow would be the ones to
-go over. All decisions are taken in float64 in a fixed order of operations, so that the device twin of these
-machines can make identical choices.
+A non-finite loss counts as +inf. All decisions are taken in float64 in a fixed order of operations, so that
+the device twin of these machines (``ops.decide``) can make identical choices.
 
 Source of the linear search: Rahamim et al., "Fast Forwarding Low-Rank Training", EMNLP 2024, arXiv
 2409.04206.

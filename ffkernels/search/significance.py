@@ -1,30 +1,23 @@
 """Signal before sign: whether a validation loss is really higher than the lowest one seen before.
 
-One rule. Let S_i be the summed NLL of example i and n_i its tokens (``validation.micro_batches``), at two
-places of a search, d_i the difference of the two S_i, D = Σ d_i / Σ n_i the difference of the two losses, and
-w_i = n_i / Σ n_i. D is a ratio estimate over m examples; with the jackknife's estimate of its variance
+Let S_i be the summed NLL of example i and n_i its tokens (``validation.micro_batches``), at two places of a
+search, d_i the difference of the two S_i, D = Σ d_i / Σ n_i the difference of the two losses, and w_i = n_i
+/ Σ n_i. D is a ratio estimate over m examples; with the jackknife's estimate of its variance
 
     t = Σ d_i / sqrt( (m−1)/m · Σ ((d_i − n_i·D) / (1 − w_i))² )
 
-is its paired t statistic with m − 1 degrees of freedom: for n_i all equal, the plain paired t of the d_i. The
-examples are the same at both places, so what makes them hard or easy cancels. What stays in d_i is the
-rounding noise of two forwards, which is as large when nothing has changed at all, and how differently
-examples react to a step. Both mean that the rise might not be there on other examples or at a neighbouring
-step, so both make a rise unproven.
-
-A search compares each new loss with the lowest of k earlier ones. Of k losses that differ by noise alone, the
-lowest is low by luck. To be higher than the lowest is to be higher than some one of k, so by the union bound
+is its paired t statistic with m − 1 degrees of freedom: for n_i all equal, the plain paired t of the d_i.
+What makes examples hard or easy cancels; rounding noise, and how differently examples react to a step,
+stay. A search compares with the lowest of k earlier losses, which is low by luck, so by the union bound
 
     a rise is real   where   D > 0 and t² > q_k²,   q_k = t_{m−1}(1 − LEVEL / k),
 
 calls noise a rise with a probability of about LEVEL per comparison, where noise is independent between
 examples. On measured rounding noise it was 2 to 5 times that (docs/results.md, on searches under noise).
-LEVEL is small since the two errors do not cost the same: a rise that was missed costs one more validation
-(the next place is twice as far and its loss the higher), one that was none ends a search early and loses
-what lies beyond.
+LEVEL is small since a rise that was missed costs one more validation, and one that was none ends a search
+early.
 
-Where there are no losses by example, noise cannot be told from signal, and every rise counts. A loss that is
-not finite is a rise always.
+Where there are no losses by example every rise counts. A loss that is not finite is a rise always.
 """
 
 from __future__ import annotations

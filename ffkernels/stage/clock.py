@@ -1,14 +1,13 @@
 """The seconds of a stage, although the GPU may still train when it begins; and who waits for whom in it.
 
 A stage starts while the backward pass and the optimizer's kernels are still queued on the device, and its
-first read waits for them too. Host time would book that wait to the stage. So on a GPU the time up to the
-first read is taken between two events, one recorded where the stage begins and one right before the read; the
-read itself waits for both, so that nothing is waited for in addition. From then on host and device stand at
-the same place, and host time goes on from there. On other devices it is host time throughout.
+first read waits for them too. So on a GPU the time up to the first read is taken between two events, one
+recorded where the stage begins and one right before the read, which waits for both. From then on host and
+device stand at the same place, and host time goes on from there. On other devices it is host time
+throughout.
 
 Who waits for whom does not show in host time: CUDA makes the host wait when about a thousand launches are
-pending, so preparing a step of 8,000 takes nearly as long as the step, also where the device is what is
-waited for. An event tells: is the device past a mark that was set shortly before the last launch?
+pending. An event tells: is the device past a mark that was set shortly before the last launch?
 """
 
 from __future__ import annotations

@@ -1,17 +1,14 @@
 """Whether an optimizer leaves weights that were moved where they are, found by trying.
 
-A stage moves the model's weights. An optimizer that trains others and writes them over the model's takes that
-back: master copies, slow weights, averages, a start that updates are added to.
+An optimizer that trains other weights than the model's and writes them over these takes back what a stage
+moves: master copies, slow weights, averages, a start that updates are added to.
 
     twice    2 steps, + shift on one of the two, 12 steps        the same gradients, the same random numbers
     stays    ⟨difference of the ends, shift⟩ / ⟨shift, shift⟩     1: steps do not depend on where they begin
 
-Whatever an optimizer does with gradients, moments and step sizes, it adds updates to the weights that it
-finds, and the shift is still there at the end. Where it adds them to others, the shift shrinks. 2 steps make
-its state, and 12 see a period of as many.
-
-It is tried on copies: of the optimizer, with all that it is made of, and of the smallest weight of each of
-its groups. Where something in it cannot be copied so that nothing of the run is touched, nothing is known.
+2 steps make its state, and 12 see a period of as many. It is tried on copies: of the optimizer, with all
+that it is made of, and of the smallest weight of each of its groups. Where something in it cannot be copied
+so that nothing of the run is touched, nothing is known.
 """
 
 from __future__ import annotations

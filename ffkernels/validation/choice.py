@@ -1,12 +1,9 @@
 """Which way a validation loss is computed, and why: the fast one where the model's own loss agrees with it.
 
-    fast        a causal language model on ordinary batches: trimmed micro-batches, logits at labelled
-                positions only, and the loss of each example too (`fast`)
+    fast        a causal language model on ordinary batches (`fast`)
     generic     any model whose `model(**batch)` returns a loss: the batches as given, weighted by what that
                 loss is the mean of (`generic`, `mean`)
     callable    `loss_fn(model)`, whatever it computes (`generic`)
-
-In a job of several processes each runs its share of the examples and all get the same numbers (`shared`).
 
 A model may do more around its two halves than its structure shows. The comparison runs both on up to four
 examples of different lengths, in one padded batch, with the padding on the side the user's data has it;

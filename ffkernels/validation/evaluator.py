@@ -6,13 +6,8 @@ caches would keep values computed from weights that have moved since. Afterwards
 passes through, each module has its own `training` flag again, and what forwards draw from and write stands
 where it stood (`validation.restore`).
 
-    with torch.autocast("cuda", torch.bfloat16):
-        loss = model(**batch).loss          # a hook notes the autocast here
-    loss.backward()
-    optimizer.step()                        # and a stage's losses are computed under the same
-
-A base in 16 bits whose norms were upcast to float32 runs under autocast only; any other model has another
-loss under it, and the search would optimize what training does not.
+A stage runs in `optimizer.step()`, mostly outside of the autocast around training's forward. A base in 16
+bits whose norms were upcast to float32 runs under it only; any other model has another loss under it.
 
 `torch.no_grad` and not `inference_mode`: a buffer built lazily in here must stay usable for autograd later.
 """

@@ -2,12 +2,10 @@
 
     loss = 1/N · Σ over labelled positions  logsumexp(head(h)) − head(h)[label]        h = backbone(input_ids)
 
-Examples are run in micro-batches with little padding (`validation.micro_batches`). Rows are padded on the
-right and no mask is passed: under causal attention real tokens never see what follows them,
-and the attention kernel keeps its causal fast path. Hidden states are gathered at the N labelled
-positions only; the head and the cross-entropy run over them in chunks, so logits exist for one chunk at a
-time, and their log-probabilities for a part of it. Per-token losses are fp32 (float64 for a float64
-model), their sum float64: how examples are grouped does not show in the result.
+Rows are padded on the right and no mask is passed: under causal attention real tokens never see what
+follows them. Hidden states are gathered at the N labelled positions only; the head and the cross-entropy
+run over them in chunks. Per-token losses are fp32 (float64 for a float64 model), their sum float64: how
+examples are grouped does not show in the result.
 
 A model whose forward must be run as a whole, since it gathers its parameters there (FSDP2), is run as a
 whole: a hook in front of the head picks the labelled positions, and the logits of one micro-batch's exist

@@ -1,15 +1,14 @@
 """Causal attention without a mask: keep transformers from looking for one.
 
 With `attention_mask=None` transformers still examines the position ids for packed sequences: on a GPU one
-device-to-host read per forward, and inside a CUDA graph capture, where it cannot read, a materialised
-mask that costs flash attention and grouped heads. It leaves a model alone whose attention implementation
-its mask table does not know. So the same SDPA function is registered under a private name, and the
-model's configs carry that name for the duration of a call.
+device-to-host read per forward, and inside a CUDA graph capture, where it cannot read, a materialised mask.
+It leaves a model alone whose attention implementation its mask table does not know. So the same SDPA
+function is registered under a private name, and the model's configs carry that name for the duration of a
+call.
 
-Without a mask transformers leaves keys and values ungrouped to SDPA (`enable_gqa=True`). On CUDA flash
-attention takes such, in 16 bits only, and the memory-efficient kernel does not: float32 would be left to
-plain products, with scores (rows, heads, length, length) in float32. There the keys and values are repeated
-first, once per group, (rows, heads, length, width) each.
+Without a mask transformers leaves keys and values ungrouped to SDPA (`enable_gqa=True`). On CUDA the fused
+kernels take such in 16 bits only; for float32 keys and values are repeated first, once per group, (rows,
+heads, length, width) each.
 
 "eager" attention, which families with capped attention logits need, knows no causality without a mask. It
 is given one that was made once, (1, 1, length, length): transformers takes it as it is and reads nothing.

@@ -4,14 +4,11 @@ Examples are sorted by length and cut so that little padding is computed. Rows a
 
     S_i = Σ NLL over the labelled tokens of example i, n_i their number        Σ S_i / Σ n_i = ValidationLoss
 
-The sums by example tell a real rise of the mean from noise without another forward: two evaluations at
-different weights see the same examples, so their S_i come in pairs, and the pairs say how sure the difference
-of the means is (``search.significance``).
-
-They are taken by gathering: token losses of a micro-batch, one zero appended, are gathered into a matrix of
-(rows, length) whose free places point at the zero, and the matrix is summed along its rows in float64. Unlike
-adding into rows by index, that is the same order of additions each time. Shapes are fixed, so are the
-addresses of what is read, and nothing is read back to the host: it can be captured as the loss itself is.
+The sums by example tell a real rise of the mean from noise without another forward
+(``search.significance``). They are taken by gathering: token losses of a micro-batch, one zero appended,
+are gathered into a matrix of (rows, length) whose free places point at the zero, and summed along its rows
+in float64. Unlike adding into rows by index, that is the same order of additions each time; it can be
+captured as the loss itself is.
 """
 
 from __future__ import annotations

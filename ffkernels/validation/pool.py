@@ -5,12 +5,10 @@ The pool is sorted by length and cut into as many strata as a draw has examples;
     strata 1 … n    neighbours in length, from short to long, equally many up to one
     draw d          example (d mod m) of a permutation of the m of each stratum; a new one after m draws
 
-So each draw has the same mix of lengths, all of a stratum are used before one is used again, and the places
-of the longest of each stratum hold every draw. Those places are made once and examples are copied into them:
-nothing changes its address and graphs that were captured stay valid. What is drawn is a function of (seed, d)
-alone.
-
-The paper searches on 32 fixed examples and leaves resampling to future work (arXiv 2409.04206).
+So each draw has the same mix of lengths, and the places of the longest of each stratum, which are made
+once, hold every draw: nothing changes its address and graphs that were captured stay valid. What is drawn
+is a function of (seed, d) alone. The paper searches on 32 fixed examples and leaves resampling to future
+work (arXiv 2409.04206).
 """
 
 from __future__ import annotations
