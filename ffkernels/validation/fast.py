@@ -37,7 +37,14 @@ from ffkernels.validation.maskless_attention import (
     causal_mask,
     maskless_attention,
 )
-from ffkernels.validation.micro_batches import ExampleSums, MicroBatch, assign, lay_out, plan_micro_batches
+from ffkernels.validation.micro_batches import (
+    MicroBatch,
+    assign,
+    counts_by_example,
+    lay_out,
+    plan_micro_batches,
+    sums_by_example,
+)
 
 # Bytes of one chunk's logits in fp32: enough rows for an efficient matrix product with the head, no more.
 _CHUNK_BYTES = {"cpu": 64 << 20}
@@ -64,7 +71,6 @@ class LabelledLoss(Loss):
     """Token-weighted mean NLL of ``rows``. An evaluation is asynchronous on a GPU until its result is read.
 
     Attributes:
-        by_example: where in the token losses those of each example are.
         before_head: called in each forward, when all is launched but the head and what follows it.
     """
 
@@ -95,8 +101,9 @@ class LabelledLoss(Loss):
             lengths, limit = [row.computed for row in rows], token_limit(lm, max_tokens, device)
             groups = plan_micro_batches(lengths, limit, forward_price(lm, device))
         laid_out = [lay_out([rows[i] for i in group], self._pad) for group in groups]
-        self.by_example = ExampleSums(laid_out, device)
         self.micro_batches = [batch.to(device) for batch in laid_out]
+        self.example_counts = counts_by_example(laid_out)
+        self.example_tokens = torch.tensor(self.example_counts, dtype=torch.float64, device=device)
         self._divisor = torch.tensor(self.tokens, dtype=torch.float64, device=device)
         self._masks: dict[int, torch.Tensor] = {}
         if lm.given_mask:
@@ -115,14 +122,6 @@ class LabelledLoss(Loss):
     @property
     def computed_tokens(self) -> int:
         return sum(row.computed for row in self.rows)
-
-    @property
-    def example_tokens(self) -> torch.Tensor:
-        return self.by_example.tokens
-
-    @property
-    def example_counts(self) -> list[int]:
-        return self.by_example.counts
 
     def swap(self, batches: list[dict[str, Any]]) -> bool:
         """Put their examples in place of the present ones, at the same addresses.
@@ -151,7 +150,8 @@ class LabelledLoss(Loss):
         with interrupt_later():
             for mine, other in zip(self.micro_batches, new, strict=True):
                 mine.copy_(other)
-            self.by_example.copy_(new)
+            self.example_counts = counts_by_example(new)
+            self.example_tokens.copy_(torch.tensor(self.example_counts, dtype=torch.float64))
             self.rows = examples
             self._divisor.fill_(self.tokens)
         return True
@@ -161,7 +161,8 @@ class LabelledLoss(Loss):
 
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
         parts: list[list[torch.Tensor]] = [[] for _ in self.micro_batches]
-        return self._mean(lambda index, losses: parts[index].append(losses)), self.by_example(parts)
+        mean = self._mean(lambda index, losses: parts[index].append(losses))
+        return mean, sums_by_example(self.micro_batches, parts, self.device)
 
     def _mean(self, take: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -29,6 +29,7 @@ class MicroBatch:
     input_ids: torch.Tensor  # (rows, length) int64
     positions: torch.Tensor  # (scored,) int64; 0 where there is nothing more to score
     targets: torch.Tensor  # (scored,) int64; −100 there, whose loss is exactly 0
+    places: torch.Tensor  # (rows, length) int64: where in `targets` each position's is; `scored` where none
 
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(*(tensor.to(device) for tensor in vars(self).values()))
@@ -77,8 +78,12 @@ def lay_out(
         targets[i, : example.computed] = example.labels[1 : example.computed + 1]
     positions = targets.flatten().ne(IGNORE).nonzero().flatten()
     targets = targets.flatten()[positions]
-    missing = max(0, scored - positions.numel())
-    return MicroBatch(ids, F.pad(positions, (0, missing)), F.pad(targets, (0, missing), value=IGNORE))
+    found = positions.numel()
+    missing = max(0, scored - found)
+    places = torch.full((rows * length,), found + missing)
+    places[positions] = torch.arange(found)
+    positions, targets = F.pad(positions, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)
+    return MicroBatch(ids, positions, targets, places.view(rows, length))
 
 
 def assign(examples: Sequence[Example], rooms: Sequence[tuple[int, int, int]]) -> list[list[Example]] | None:
@@ -108,37 +113,24 @@ def assign(examples: Sequence[Example], rooms: Sequence[tuple[int, int, int]]) -
     return None
 
 
-class ExampleSums:
-    """Where in the token losses of some micro-batches those of each example are.
+def counts_by_example(micro_batches: Sequence[MicroBatch]) -> list[int]:
+    """n in the order of the micro-batches' rows; 0 for a row without an example."""
+    return [n for batch in micro_batches for n in batch.places.lt(batch.targets.numel()).sum(1).tolist()]
 
-    Examples are in the order of the micro-batches' rows. A row that holds no example (after ``swap_batch``
-    with fewer) has S = 0 and n = 0.
 
-    Attributes:
-        tokens: n, (rows,) float64 on ``device``.
-        counts: the same numbers on the host.
+def sums_by_example(
+    micro_batches: Sequence[MicroBatch], losses: Sequence[Sequence[torch.Tensor]], device: torch.device
+) -> torch.Tensor:
+    """S in the same order, (rows,) float64 on ``device``.
+
+    Args:
+        losses: the token losses of each micro-batch, in order and in any parts.
     """
-
-    def __init__(self, micro_batches: Sequence[MicroBatch], device: torch.device) -> None:
-        self._places = [_places(batch).to(device) for batch in micro_batches]
-        self.counts = _counts(micro_batches)
-        self.tokens = torch.tensor(self.counts, dtype=torch.float64, device=device)
-
-    def copy_(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Other examples, in micro-batches of the same shapes: nothing changes its address."""
-        for mine, batch in zip(self._places, micro_batches, strict=True):
-            mine.copy_(_places(batch))
-        self.counts = _counts(micro_batches)
-        self.tokens.copy_(torch.tensor(self.counts, dtype=torch.float64))
-
-    def __call__(self, parts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-        """S, (rows,) float64, of the token losses of each micro-batch, in order and in any parts."""
-        rows = [self.tokens.new_zeros(0)]
-        for losses, places in zip(parts, self._places, strict=True):
-            device = places.device
-            padded = torch.cat([*(part.to(device) for part in losses), losses[0].new_zeros(1).to(device)])
-            rows.append(padded[places].sum(1, dtype=torch.float64))
-        return torch.cat(rows)
+    rows = [torch.zeros(0, dtype=torch.float64, device=device)]
+    for parts, batch in zip(losses, micro_batches, strict=True):
+        padded = torch.cat([*(part.to(device) for part in parts), parts[0].new_zeros(1).to(device)])
+        rows.append(padded[batch.places].sum(1, dtype=torch.float64))
+    return torch.cat(rows)
 
 
 def read_together(
@@ -149,26 +141,3 @@ def read_together(
         return float(loss), None
     loss, *sums = torch.cat([loss.reshape(1), sums]).tolist()
     return loss, sums
-
-
-def _real(batch: MicroBatch) -> torch.Tensor:
-    """Which of a micro-batch's positions hold something to score."""
-    return batch.targets.cpu().ge(0).nonzero().flatten()
-
-
-def _places(batch: MicroBatch) -> torch.Tensor:
-    """(rows, length): where in the micro-batch's token losses each position's is; their number where none."""
-    rows, length = batch.input_ids.shape
-    places = torch.full((rows * length,), batch.positions.numel())
-    real = _real(batch)
-    places[batch.positions.cpu()[real]] = real
-    return places.view(rows, length)
-
-
-def _counts(micro_batches: Sequence[MicroBatch]) -> list[int]:
-    counts: list[int] = []
-    for batch in micro_batches:
-        rows, length = batch.input_ids.shape
-        row = batch.positions.cpu()[_real(batch)] // length
-        counts += torch.bincount(row, minlength=rows).tolist()
-    return counts

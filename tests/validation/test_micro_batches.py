@@ -64,10 +64,8 @@ def test_examples_that_are_exchanged_in_place_keep_every_address(tiny_model, pad
     validation = ValidationLoss(model, [padded_batch(5, 24)])
 
     def addresses():
-        return [
-            tensor.data_ptr()
-            for tensor in (*validation.labelled.by_example._places, validation.example_tokens)
-        ]
+        places = [batch.places for batch in validation.labelled.micro_batches]
+        return [tensor.data_ptr() for tensor in (*places, validation.example_tokens)]
 
     before = addresses()
     assert validation.swap_batch([new])
@@ -163,4 +161,5 @@ def test_places_that_stay_empty():
     assert batch.input_ids.tolist() == [[1, 1, 9, 9], [9, 9, 9, 9]]
     assert batch.positions.tolist() == [1, 0, 0]
     assert batch.targets.tolist() == [1, -100, -100]
+    assert batch.places.tolist() == [[3, 0, 3, 3], [3, 3, 3, 3]]
     assert lay_out([], 9, rows=1, length=2, scored=1).targets.tolist() == [-100]
