@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch import nn
 
 from ffkernels.ranks.ranks import PRICE, Ranks
 from ffkernels.validation.causal_lm import unwrap
+from ffkernels.validation.evaluator import is_training_forward
 from ffkernels.validation.loss import ValidationLoss
 
 SAME_GRADIENTS = "every rank must train with the same gradients, as DDP and FSDP2 make them"
@@ -82,11 +81,8 @@ class StagePrice:
         self._count.tokens, self.steps = int(state["tokens"]), int(state["steps"])
 
 
-_uncounted = 0  # contexts that are open
-
-
 class TokenCount:
-    """A forward pre-hook for an embedding, which counts wherever gradients are on.
+    """A forward pre-hook for an embedding, which counts what training runs.
 
     It holds a number and nothing else, so that a model that is copied, pickled or saved takes nothing of
     Fast Forward's along; the copy counts for nobody. In compiled code it does nothing, and breaks no graph.
@@ -99,24 +95,13 @@ class TokenCount:
         self.tokens = 0
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or _uncounted or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not is_training_forward():
             return
         if inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].is_floating_point():
             self.tokens += inputs[0].numel()
 
     def __reduce__(self) -> Any:  # deepcopy asks it too
         return TokenCount, ()
-
-
-@contextmanager
-def uncounted() -> Iterator[None]:
-    """For forwards with gradients that are no training, such as those that measure what training costs."""
-    global _uncounted
-    _uncounted += 1
-    try:
-        yield
-    finally:
-        _uncounted -= 1
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ffkernels.engine.price import uncounted
 from ffkernels.ranks.interrupts import interrupt_later
+from ffkernels.validation.evaluator import no_training
 from ffkernels.validation.restore import keep_generators, keep_random_state, own_generators, used_by
 
 # Elements; beyond, integers are weights.
@@ -40,7 +40,7 @@ def apart(model: nn.Module) -> Iterator[None]:
     """See above. Not for a model that FSDP shards: it holds its weights elsewhere too."""
     cached = torch.is_autocast_cache_enabled()
     with ExitStack() as stack:
-        stack.enter_context(uncounted())
+        stack.enter_context(no_training())
         for device in {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}:
             stack.enter_context(keep_random_state(device))
         stack.enter_context(keep_generators(own_generators(model)))

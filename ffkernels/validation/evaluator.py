@@ -36,7 +36,7 @@ from ffkernels.validation.restore import (
     own_generators,
 )
 
-_evaluations = 0  # that are going on
+_no_training = 0  # contexts that are open
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
@@ -116,19 +116,20 @@ def _set_training(module: nn.Module, training: bool) -> None:
         module.training = training
 
 
-def is_evaluating() -> bool:
-    """Whether an evaluation is going on."""
-    return _evaluations > 0
+def is_training_forward() -> bool:
+    """Whether a forward that runs now is one of training: with gradients, and not in ``no_training``."""
+    return torch.is_grad_enabled() and not _no_training
 
 
 @contextmanager
-def _counted() -> Iterator[None]:
-    global _evaluations
-    _evaluations += 1
+def no_training() -> Iterator[None]:
+    """For evaluations, and for forwards that measure what training costs."""
+    global _no_training
+    _no_training += 1
     try:
         yield
     finally:
-        _evaluations -= 1
+        _no_training -= 1
 
 
 @contextmanager
@@ -150,7 +151,7 @@ def evaluation_mode(
     with ExitStack() as stack:
         try:
             with interrupt_later():
-                stack.enter_context(_counted())
+                stack.enter_context(no_training())
                 stack.enter_context(keep_random_state(device))
                 stack.enter_context(keep_generators(generators))
                 stack.enter_context((buffers or WrittenBuffers()).put_back(model))
@@ -183,7 +184,7 @@ def _called(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class TrainingAutocast:
-    """A forward pre-hook that notes the autocast around each forward with gradients.
+    """A forward pre-hook that notes the autocast around each forward of training.
 
     Attributes:
         dtype: what it casts to, None for none. Before the first such forward: what was active when this was
@@ -196,7 +197,7 @@ class TrainingAutocast:
         self.kind, self.dtype = kind, autocast_dtype(kind)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled() and not is_evaluating():
+        if is_training_forward():
             self.dtype = autocast_dtype(self.kind)
 
     def hooks(self, model: nn.Module) -> list[Any]:
