@@ -190,6 +190,7 @@ def _precision() -> tuple:
 
 
 _IN_WORDS = {
+    "modules": "modules were added, removed or replaced",
     "version": "the validation set's buffers were rebuilt",
     "forwards": "a module's forward was replaced",
     "hooks": "forward hooks were added or removed",
@@ -219,14 +220,11 @@ def describe_change(old: Token, new: Token) -> str:
             continue
         if field == "adapters":
             found.append(_describe_adapters(before, after, new.names))
-        elif field == "modules":
-            found.append("modules were added, removed or replaced")
         elif field == "tensors":
             found.append(_describe_tensors(before, after, new.names))
-        elif before is not None and field in ("autocast", "attention", "precision"):
-            found.append(f"{_IN_WORDS[field]} ({_first_difference(before, after)})")
         else:
-            found.append(_IN_WORDS[field])
+            shown = field in ("autocast", "attention", "precision")
+            found.append(_IN_WORDS[field] + (f" ({_first_difference(before, after)})" if shown else ""))
     return "; ".join(found) or "nothing"
 
 

@@ -14,9 +14,7 @@ from ffkernels.ops.notices import announce_once
 # What arithmetic and checks of values raise. LinAlgError is a RuntimeError in torch, a ValueError in NumPy.
 _OF_VALUES = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)
 # These are RuntimeErrors too, but say that memory or a device is at its end.
-_OF_MACHINES = tuple(
-    kind for name in ("OutOfMemoryError", "AcceleratorError") if (kind := getattr(torch, name, None))
-)
+_OF_MACHINES = (torch.OutOfMemoryError, torch.AcceleratorError)
 # A kernel that does not fit or compile raises what is only an Exception, too.
 _PACKAGES_OF_MACHINES = {"torch", "triton", "subprocess"}
 _WORDS_OF_MACHINES = ("out of memory", "can't allocate memory", "CUDA error", "ALLOC_FAILED")
