@@ -1,8 +1,8 @@
 """All that captured stages ask of CUDA, one method per question: torch's capture and a dozen driver calls.
 
-Nothing is decided here, so that everything that is decided can be tested without a GPU: tests put an object
-with the same methods in the place of `cuda`. Graphs, nodes, executables and handles are plain integers. The
-driver's calls come from cuda-bindings, which is imported by the first of them.
+Nothing is decided here: tests put an object with the same methods in the place of `cuda`. Graphs, nodes,
+executables and handles are plain integers. The driver's calls come from cuda-bindings, which is imported by
+the first of them.
 """
 
 from __future__ import annotations

@@ -1,17 +1,14 @@
 """The first loop on a machine runs in a process of its own: a training must not be what finds out.
 
-Where a driver cannot do what a WHILE node asks of it, that may end in a fault that takes the CUDA context of
-its process along, or in a kernel that never ends. So a small loop is tried apart, under a limit of time:
+Where a driver cannot do what a WHILE node asks of it, that may end in a fault that takes the CUDA context
+of its process along, or in a kernel that never ends. So a small loop is tried apart, under a limit of time,
+in each way to set its condition (`ops.condition`) until one counts right, and what it did is kept
+(`graphs.verdicts`): counted right or wrong, took its process or the GPU's context with it, did not end. Not
+kept is what says nothing about loops, as where the GPU admits one process only.
 
-    python -c … <device> <way>      inside, beside, then behind (see `ops.condition`), until one counts right
-
-and what came of it is kept (`graphs.verdicts`). Kept is what a loop did: it counted right, it counted
-wrong, it took its process or the GPU's context with it, it did not end. Not kept is what says nothing about
-loops, as where the GPU admits one process only.
-
-    python -m ffkernels.graphs.probe [cuda:N]     try every way again, whatever is kept, and say in a
-                                                        line what each did; CUDA is left to other processes,
-                                                        so that this works in exclusive mode too
+    python -m ffkernels.graphs.probe [cuda:N]     try every way again, whatever is kept, and say in a line
+                                                  what each did; CUDA is left to other processes, so that
+                                                  this works in exclusive mode too
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The CUDA kernels of csrc, loaded over the same plain C ABI.
+"""The CUDA kernels of csrc, loaded over the same plain C ABI, and looked for in the same way as those of the
+CPU (`native`), with FFKERNELS_CUDA_LIBRARY and `build_cuda`. Neither library needs the other.
 
-The library stands apart from the CPU's, so that neither needs the other. It is looked for in the same way:
-the file named by FFKERNELS_CUDA_LIBRARY (then only that one), what installation built, what `build_cuda` put
-into the user's cache. Loading needs no GPU; whether one can run the kernels is asked once per device.
+Loading needs no GPU; whether one can run the kernels is asked once per device.
 """
 
 from __future__ import annotations

@@ -1,10 +1,5 @@
 """The weight moves in plain torch: the truth for every kernel, and the fallback where none runs.
 
-    checkpoint_   best ← W
-    delta_        Δ ← W − best ; best ← W
-    step_         base = accept ? W : best ; best ← base ; W ← base + k·Δ
-    align_        ⟨g,d⟩, ⟨g,g⟩, ⟨d,d⟩ with d = W − best ; best ← W
-
 Arithmetic is float32 for every storage dtype: p = k·Δ is rounded, base + p is rounded, then once more to
 the storage dtype. `torch.add(..., alpha=k)` may contract the two into an fma, so the product is made on its
 own; only for k = ±1, where it is exact, are they one call. Copies go through a single `_foreach_copy_` over

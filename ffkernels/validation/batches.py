@@ -1,8 +1,6 @@
 """Validation data as users have it, read once into batches and, where possible, into unpadded examples.
 
-Accepted: one dict, an iterable of dicts as a Hugging Face collator makes them (`input_ids`, `attention_mask`,
-`labels`, −100 where nothing is scored), or a dataset of examples together with its collator. Of a batch
-nothing is asked but to be one; what else it must be is asked by the path that runs it.
+Of a batch nothing is asked but to be one; what else it must be is asked by the path that runs it.
 
 An example of the fast path is a row without its padding. A causal model computes position i from
 positions ≤ i only, so everything after the last scored prediction is cut off as well.

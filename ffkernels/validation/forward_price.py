@@ -3,13 +3,11 @@
     price = (operations · t + bytes / bandwidth) / (2 · weights / speed)
 
 A forward starts its operations one by one and reads its weights once, however few tokens it has; a token
-multiplies with the weights that it meets. Of SmolLM2-135M with LoRA, 1,900 operations over narrow rows, a
-forward costs what 12,000 tokens do; of Llama-3-8B, as many operations and 15 GB to read, what 350 do.
+multiplies with the weights that it meets.
 
 The price is an estimate from the model's structure. Ranks must cut the same examples alike, and a resumed run
-as before, so nothing is timed, and the speeds are those of one card whatever the card: NVIDIA's data sheet of
-the H100 SXM (dense), of which products reach about half. No forward is run to count operations: what watches
-one would disturb a compiled model.
+as before, so nothing is timed or run, and the speeds are those of one card whatever the card: NVIDIA's data
+sheet of the H100 SXM (dense), of which products reach about half.
 """
 
 from __future__ import annotations

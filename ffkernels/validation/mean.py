@@ -4,18 +4,16 @@
     rows       each row, whatever number of labels it has (CTC with reduction "mean")
     sum        it is no mean (CTC with reduction "sum"): divided by the number of rows here
 
-Names do not say it: a class of one's own has any name, and one of transformers' may shift or not. One row of
-the data does, run with other labels:
+Names do not say it. One row of the data does, run with other labels:
 
     the first label counts     ⇔   it alone gives another loss than none at all
     mean over targets          ⇔   L(a, b) = (t_a L(a) + t_b L(b)) / (t_a + t_b)        t: labels that count
     mean over rows             ⇔   L(a, b) = (L(a) + L(b)) / 2
     sum                        ⇔   L(a, b) = L(a) + L(b)
 
-where a is the row and b the same one with the second half of its labels hidden, that is −100. A model that
-takes −100 for a label like others has as many targets in b, and its means cannot be told apart: over targets,
-unless there are −100 in the data. So it is where rows cannot be told apart (the patches of all images in one
-tensor).
+where a is the row and b the same one with the second half of its labels hidden, that is −100. Where means
+cannot be told apart it is over targets: a model that takes −100 for a label like others has as many in b, and
+rows may be one tensor (the patches of all images).
 """
 
 from __future__ import annotations

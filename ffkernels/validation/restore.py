@@ -1,14 +1,12 @@
 """What an evaluation puts back: random generators, and what a forward writes in eval mode too.
 
-The generators of PyTorch, Python and NumPy are known. Those of a loss's own, from which losses of one search
-have to draw the same numbers, are found where it keeps them: from the attributes of the model's modules, and
-from a loss function, along the attributes of objects, the items of short lists and dicts, and the variables
-that a function uses from outside of it.
+Generators of a loss's own, from which losses of one search have to draw the same numbers, are found where
+it keeps them: from the attributes of the model's modules, and from a loss function, along the attributes of
+objects, the items of short lists and dicts, and the variables that a function uses from outside of it.
 
-Token counts of experts, ranges of observers and counters are buffers, tensors that are plain attributes, and
-the numbers beside them, some of which say what a buffer was computed for. Which ones are written shows at the
-first evaluation, by version counters and values. Until then all are copied, up to `COPIED_AT_FIRST` bytes in
-all and the smallest first; from then on those that were written before.
+Which buffers, tensors that are plain attributes, and numbers beside them a forward writes shows at the
+first evaluation, by version counters and values. Until then all are copied, up to `COPIED_AT_FIRST` bytes
+in all and the smallest first; from then on those that were written before.
 """
 
 from __future__ import annotations
