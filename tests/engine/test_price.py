@@ -11,6 +11,7 @@ from torch import nn
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
 from ffkernels.engine.price import StagePrice
 from ffkernels.reporting.flops import FlopMeter
+from ffkernels.validation.evaluator import no_training
 from ffkernels.validation.flops import count_flops
 
 
@@ -46,6 +47,8 @@ def test_tokens_of_training_count_and_those_of_evaluation_do_not(lm):
         with torch.no_grad():
             lm(**batch(8, 16))
         validation()
+        with no_training():
+            lm(**batch(8, 16)).loss.backward()
     assert (price.tokens, price.steps) == (2 * 2 * 2 * 16, 2)
     # The last token of each example predicts nothing, and is not computed.
     assert validation.computed_tokens == 4 * 8

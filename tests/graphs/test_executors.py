@@ -379,6 +379,17 @@ def test_the_coarsest_precision_sets_the_tolerance(dtypes, allowed):
         assert graph_check.loss_tolerance(validation, DEVICE) == 5e-3
 
 
+def test_the_autocast_of_trainings_forward_sets_the_tolerance_too():
+    model = nn.Linear(2, 1)
+    validation = ValidationLoss(model, lambda model: 0.0)
+    handles = validation.evaluator.listen(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.zeros(1, 2))
+    assert graph_check.loss_tolerance(validation, DEVICE) == 5e-3
+    for handle in handles:
+        handle.remove()
+
+
 def tampered(fake, monkeypatch, change):
     real = fake.decide.DecideState.read
 
