@@ -224,8 +224,10 @@ def test_a_result_has_all_that_is_needed_to_go_on(bench, small):
     assert all(
         item.next({line["key"]: line for line in lines}) is None for item in bench.plan.PLANS["workloads"]()
     )
-    with pytest.raises(ValueError, match="a result of the kind 'alignment_rates'; only 'rate_workloads'"):
-        bench.record.resumed({"kind": "alignment_rates"})
+    kept = bench.record.resumed(document, "auto")
+    assert kept == [line for line in lines if line["contender"] != "auto"] and len(kept) < len(lines)
+    with pytest.raises(ValueError, match="a result of the kind 'ranks' has no runs on workloads"):
+        bench.record.resumed({"kind": "ranks"})
 
 
 def test_runs_of_another_machine_are_told_apart(bench, small):

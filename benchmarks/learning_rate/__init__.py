@@ -10,4 +10,6 @@ it looks like. A line is written per finished run, and what is there is not run 
 (`calibration`, then `evaluation`) goes on from its result on another machine:
 
     python -m benchmarks.learning_rate --plan workloads --resume benchmarks/results/rate_workloads_DATE.json
+
+`--again auto` leaves out the runs of one contender, which are then due: its rule has changed.
 """

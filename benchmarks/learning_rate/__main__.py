@@ -43,6 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="RESULT.json",
         help="where there is no file --runs yet, begin it with the runs of this result",
     )
+    parser.add_argument("--again", metavar="CONTENDER", help="with --resume: all but its runs, which are due")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -71,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.resume is not None and not options.runs.exists():
-        for line in resumed(json.loads(options.resume.read_text(encoding="utf-8"))):
+        for line in resumed(json.loads(options.resume.read_text(encoding="utf-8")), options.again):
             record.add_line(line, options.runs)
     done = record.lines_of(options.runs, "key")
     if options.out is not None and options.seconds is None:

@@ -134,23 +134,26 @@ def shares(lines: Iterable[Mapping[str, Any]], plan: str = "workloads") -> dict[
     }
 
 
-def resumed(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines that a result was made of, to go on with them.
+def resumed(result: Mapping[str, Any], again: str | None = None) -> list[dict[str, Any]]:
+    """The lines that a result was made of, to go on with them; without those of the contender ``again``.
 
     Raises:
-        ValueError: for a result of another kind, which lacks what its runs are known by.
+        ValueError: for a result that is not of this benchmark.
     """
-    if result.get("kind") != SHARES:
-        raise ValueError(f"a result of the kind {result.get('kind')!r}; only {SHARES!r} can be gone on with")
-    cpu = result["machine"]["cpu"]
+    if "workloads" not in result or "runs" not in result:
+        raise ValueError(
+            f"a result of the kind {result.get('kind')!r} has no runs on workloads to go on with"
+        )
+    made = {"commit": result["versions"]["git_commit"], "cpu": result["machine"]["cpu"]}
     return [
         {
             "key": f"{run['workload']}, seed {run['seed']}: {run['contender']} {run['lr']}",
             **result["workloads"][run["workload"]],
+            **made,
             **run,
-            "cpu": run.get("cpu", cpu),
         }
         for run in result["runs"]
+        if run["contender"] != again
     ]
 
 
