@@ -226,7 +226,7 @@ def test_a_result_has_all_that_is_needed_to_go_on(bench, small):
     )
     kept = bench.record.resumed(document, "auto")
     assert kept == [line for line in lines if line["contender"] != "auto"] and len(kept) < len(lines)
-    with pytest.raises(ValueError, match="a result of the kind 'ranks' has no runs on workloads"):
+    with pytest.raises(ValueError, match="a result of the kind 'ranks' has no runs on workloads to resume"):
         bench.record.resumed({"kind": "ranks"})
 
 

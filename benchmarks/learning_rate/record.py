@@ -141,7 +141,7 @@ def resumed(result: Mapping[str, Any], again: str | None = None) -> list[dict[st
         ValueError: for a result that is not of this benchmark.
     """
     if "workloads" not in result or "runs" not in result:
-        raise ValueError(
+        raise ValueError(f"a result of the kind {result.get('kind')!r} has no runs on workloads to resume")
             f"a result of the kind {result.get('kind')!r} has no runs on workloads to go on with"
         )
     made = {"commit": result["versions"]["git_commit"], "cpu": result["machine"]["cpu"]}
