@@ -142,8 +142,6 @@ def resumed(result: Mapping[str, Any], again: str | None = None) -> list[dict[st
     """
     if "workloads" not in result or "runs" not in result:
         raise ValueError(f"a result of the kind {result.get('kind')!r} has no runs on workloads to resume")
-            f"a result of the kind {result.get('kind')!r} has no runs on workloads to go on with"
-        )
     made = {"commit": result["versions"]["git_commit"], "cpu": result["machine"]["cpu"]}
     return [
         {
