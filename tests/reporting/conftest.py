@@ -37,13 +37,8 @@ def write_log(tmp_path):
         def so_far() -> dict:
             forwards = 10 * validations
             train, validate = done * SECONDS, 0.25 * validations
-            seconds = {
-                "train": train,
-                "validate": validate,
-                "move": 0.0,
-                "other": 0.0,
-                "total": train + validate,
-            }
+            seconds = {"train": train, "validate": validate, "move": 0.0, "other": 0.0}
+            seconds["total"] = train + validate
             return {
                 "flops": {kind: done * cost + forwards for kind, cost in STEP.items()},
                 "seconds": seconds,
