@@ -1,7 +1,5 @@
 """The stage benchmark: who is measured how often, what is led where, and what is counted."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

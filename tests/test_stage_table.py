@@ -1,7 +1,5 @@
 """What the stage benchmark says of a measurement: which promises are kept, and what was never measured."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from ffkernels.analysis.sweeps import draw, interval, rank, rank_config

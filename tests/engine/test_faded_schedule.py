@@ -1,7 +1,5 @@
 """No stage where a schedule has brought the rate near 0: how low that is, what is no fall, and a resume."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

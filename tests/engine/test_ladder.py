@@ -1,7 +1,5 @@
 """Which executor runs, in what order they are tried, what is said, and when a graph steps aside."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import signal

@@ -3,8 +3,6 @@
 The loop stays as it was; what counts as a step is what the optimizer really did.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 

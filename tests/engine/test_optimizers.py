@@ -1,7 +1,5 @@
 """Fast Forward behind every kind of optimizer: a stage repeats its own update, or it is refused."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 

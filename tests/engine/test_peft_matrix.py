@@ -4,8 +4,6 @@ For each method the stage's claims are checked against plain torch: the weights 
 recorded loss is the model's own at those weights, and nothing else has changed.
 """
 
-from __future__ import annotations
-
 import copy
 from contextlib import nullcontext
 

@@ -1,7 +1,5 @@
 """What a validation shares with the training around it: autocast, noise, buffers, gradients."""
 
-from __future__ import annotations
-
 import copy
 import random
 from functools import partial

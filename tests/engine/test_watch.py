@@ -1,7 +1,5 @@
 """Stages that are taken back end with a word; an optimizer whose step is never called is told of."""
 
-from __future__ import annotations
-
 import re
 import threading
 

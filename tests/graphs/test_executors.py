@@ -1,7 +1,5 @@
 """Captured stages on a stand-in for CUDA: the eager stage, bit for bit, or nothing at all."""
 
-from __future__ import annotations
-
 import copy
 import math
 import signal

@@ -1,7 +1,5 @@
 """Loops in a process of their own: crashes, hangs and wrong counts stay there, and the verdict is kept."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What keeps a loss out of a graph, and what a token of a captured forward sees and does not see."""
 
-from __future__ import annotations
-
 import time
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Whether graphs can work here: every reason names its cure, and the small loop finds a wrong count."""
 
-from __future__ import annotations
-
 import ctypes
 
 import pytest

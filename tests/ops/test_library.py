@@ -1,7 +1,5 @@
 """The registered operators: honest schemas, traceable calls, and an eager path that goes around them."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

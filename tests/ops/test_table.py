@@ -1,7 +1,5 @@
 """What a table accepts, how it lays its tensors out, and when it is stale."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Run logs with known numbers: an optimizer step costs 100 measured FLOPs, 150 in the paper's, and 2 s."""
 
-from __future__ import annotations
-
 import pytest
 
 from ffkernels.reporting.recorder import Recorder, RunLog, read_run

@@ -1,7 +1,5 @@
 """What is written comes back, after any kind of end."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -1,7 +1,5 @@
 """The report's files and words, from runs with known numbers."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

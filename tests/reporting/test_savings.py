@@ -1,7 +1,5 @@
 """Savings of runs with known costs: see conftest for what a step and a validation cost."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

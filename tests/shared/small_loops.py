@@ -1,7 +1,5 @@
 """A small model, a step of it and a comparison, for tests of more than one folder."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

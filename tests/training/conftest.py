@@ -1,7 +1,5 @@
 """What tests of Trainers share."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """FastForwardCallback in real transformers Trainers, on a model of a few thousand weights."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

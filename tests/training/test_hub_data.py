@@ -1,7 +1,5 @@
 """The hub's data sets, as small copies with the same names, columns and splits."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """Texts without a download, read as their sources have them, and tasks of them whose splits share nothing."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

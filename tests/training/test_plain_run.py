@@ -1,7 +1,5 @@
 """A Trainer's run in which no stage finds a step is the plain run bit for bit, resumed or not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Labels stand exactly on the response, splits share nothing, and the same call gives the same task."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import json

@@ -1,7 +1,5 @@
 """The two ways to a model's loss, each held against the model's own."""
 
-from __future__ import annotations
-
 import pytest
 
 from ffkernels.validation.loss import ValidationLoss

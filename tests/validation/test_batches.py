@@ -1,7 +1,5 @@
 """Validation data: what is read, what is refused, and what only the generic path can run."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Taking models apart: through wrappers, and not at all where the halves are not the whole."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import pytest

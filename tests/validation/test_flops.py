@@ -1,7 +1,5 @@
 """FLOPs of operations against hand formulas: those of PyTorch's registry and those it lacks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

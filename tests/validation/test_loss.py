@@ -1,7 +1,5 @@
 """The validation loss: the right number, on the right path, whatever the model and the batches."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

@@ -1,7 +1,5 @@
 """What a model's own loss is the mean of: the number of any batching is that of the rows one by one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """A pool of validation examples: what is drawn and where it is put, stages that draw, batches taken apart."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 

@@ -1,7 +1,5 @@
 """Other examples at the same addresses: the same loss as a new object's, and nothing is lost on bad input."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
