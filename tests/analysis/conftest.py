@@ -16,6 +16,18 @@ def run_of(small):
     return make
 
 
+@pytest.fixture(scope="module")
+def config(request, run_of):
+    """The run that a module's ``CONFIG`` says."""
+    return run_of(**request.module.CONFIG)
+
+
+@pytest.fixture(scope="module")
+def data(request, config):
+    """What a module's ``ANALYSIS`` finds of that run."""
+    return request.module.ANALYSIS(config)
+
+
 @pytest.fixture(scope="session")
 def drawn():
     """The panels of the figure that ``draw`` fills with ``data``."""

@@ -4,12 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from ffkernels import FastForwardCallback, FastForwardConfig
 

@@ -115,9 +115,7 @@ GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
         ),
         pytest.param(lambda: torch.ones(7) @ torch.ones(7), 14, id="dot"),
         pytest.param(
-            lambda: torch.addbmm(torch.ones(3, 5), torch.ones(2, 3, 4), torch.ones(2, 4, 5)),
-            240,
-            id="summed",
+            lambda: torch.addbmm(torch.ones(3, 5), torch.ones(2, 3, 4), torch.ones(2, 4, 5)), 240, id="summed"
         ),
         pytest.param(in_inference_mode, 120 + 240, id="inference mode"),
         pytest.param(branch(False), 64, id="cond, the short branch"),

@@ -283,11 +283,7 @@ def test_a_pool_of_batches_is_that_of_its_examples():
     starts = [0, *itertools.accumulate(counts)]
     labels = torch.randn(8)
     batches = [
-        {
-            "input_ids": ids[a:b],
-            "pixel_values": images[starts[a] : starts[b]],
-            "labels": labels[a:b],
-        }
+        {"input_ids": ids[a:b], "pixel_values": images[starts[a] : starts[b]], "labels": labels[a:b]}
         for a, b in ((0, 3), (3, 8))
     ]
     pool = ValidationPool(model, batches, size=3)
