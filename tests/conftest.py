@@ -1,7 +1,5 @@
 """What every test may rely on."""
 
-from __future__ import annotations
-
 import gc
 import importlib
 import importlib.util
@@ -190,11 +188,7 @@ _FAMILIES = {
     "qwen3_moe": (
         "Qwen3Moe",
         dict(
-            num_key_value_heads=2,
-            head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
+            num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
         ),
     ),
     "olmoe": ("Olmoe", dict(num_experts=4, num_experts_per_tok=2)),

@@ -1,7 +1,5 @@
 """examples/accelerate_ddp.py runs as it stands: alone, under torchrun and under accelerate's launcher."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """docs/distributed.md quotes a committed result: its tables are made here again from that file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

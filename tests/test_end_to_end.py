@@ -1,7 +1,5 @@
 """The end-to-end benchmark: what it measures first, what it keeps, how it goes on where it was stopped."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The examples run as they stand, without a network, and Fast Forward helps in each."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

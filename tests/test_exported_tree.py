@@ -1,7 +1,5 @@
 """Benchmarks start where nothing is installed: in an exported tree, by a Python that has torch alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

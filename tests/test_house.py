@@ -1,7 +1,5 @@
 """The shape of the house: rooms import downward only, no files go in a circle, rooms and files stay small."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The benchmarks of weight moves on the CPU: all ways do the same, and a target that is missed is said."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """docs/paper.md names every flag of the authors' script, and only options that exist."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The stage benchmark: who is measured how often, what is led where, and what is counted."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -63,12 +61,7 @@ def test_a_row_holds_what_its_providers_took(benchmarks, monkeypatch):
     monkeypatch.setattr(bench_stage, "timed", timed)
     model, _ = benchmarks("stages.models").make_model(case.model, CPU, torch.float32)
     row = bench_stage.measure(
-        case,
-        model,
-        CPU,
-        0.0,
-        float("inf"),
-        lambda case, providers: counted.append((len(stages), *providers)),
+        case, model, CPU, 0.0, float("inf"), lambda case, providers: counted.append((len(stages), *providers))
     )
     names = (*step_ms, "clean eager, late")
     assert counted == [(5, *names)], "counted before anything is measured, after the first stages"

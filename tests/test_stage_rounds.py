@@ -1,7 +1,5 @@
 """How often the stage benchmark measures whom, on machines of known times, and what it makes of them."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

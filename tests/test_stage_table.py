@@ -1,9 +1,9 @@
 """What the stage benchmark says of a measurement: which promises are kept, and what was never measured."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,14 @@ def test_the_table_needs_neither_torch_nor_the_package():
 def test_what_is_promised_fits_into_one_call(benchmarks):
     cases = benchmarks("stages.cases")
     first = cases.CASES[: cases.ROWS_BEFORE_PROFILE]
-    assert [(case.model, case.length) for case in first] == [
+    measured = [
         (cases.SMOL, 64),
         (cases.SMOL, 256),
         (cases.SMOL, 1024),
         (cases.LLAMA, 1024),
         (cases.LLAMA, 64),
     ]
+    assert [(case.model, case.length) for case in first] == measured
     # 30 s to start, 40 for losses and τ, and the profiler's 120 at most.
     assert 30 + sum(case.seconds for case in first) + 40 + 120 <= 470
     assert first[0].full and first[1].full, "both searches, where the percent is judged"
@@ -151,61 +152,45 @@ def test_every_promise_can_be_kept(benchmarks, good):
     )
 
 
-def set_gap(name, **fields):
-    return lambda r: r["rows"][1]["providers"][name]["gap_of_step"].update(fields)
+def put(*path, **fields):
+    return lambda result: reduce(getitem, path, result).update(fields)
+
+
+def drop(*path):
+    return lambda result: reduce(getitem, path[:-1], result).pop(path[-1])
+
+
+def gap_of(name, **fields):
+    return put("rows", 1, "providers", name, "gap_of_step", **fields)
+
+
+def count_of(name, *path, **fields):
+    return put("counts", "providers", name, *path, **fields)
 
 
 @pytest.mark.parametrize(
     ("spoil", "what", "verdict"),
     [
+        (put("rows", 0, "providers", "stage graph", "ms_per_step", median=3.1), "32×64", "not met"),
+        (gap_of("stage graph", high=0.0101), "stage graph, Smol", "not resolved"),
+        (gap_of("stage graph", low=0.0101, high=0.02), "stage graph, Smol", "not met"),
+        (gap_of("stage graph", rounds=3), "stage graph, Smol", "not resolved"),
         (
-            lambda r: r["rows"][0]["providers"]["stage graph"]["ms_per_step"].update(median=3.1),
-            "32×64",
-            "not met",
-        ),
-        (set_gap("stage graph", high=0.0101), "stage graph, Smol", "not resolved"),
-        (set_gap("stage graph", low=0.0101, high=0.02), "stage graph, Smol", "not met"),
-        (set_gap("stage graph", rounds=3), "stage graph, Smol", "not resolved"),
-        (
-            set_gap("step graph, linear", high=0.0101),
+            gap_of("step graph, linear", high=0.0101),
             "step graph, linear, SmolLM2-135M 32×256: a step at most 1% over the bare forward, linear",
             "not resolved",
         ),
-        (lambda r: r["rows"][2]["providers"].pop("step graph"), "32×1024", "not measured"),
-        (
-            lambda r: r["rows"][3]["providers"]["ours eager"]["gigabytes"].update(peak=36),
-            "ours eager",
-            "not met",
-        ),
-        (
-            lambda r: r["counts"]["providers"]["step graph"]["profile"]["step"].update(launches=1),
-            "step graph: 1 graph launch",
-            "not met",
-        ),
-        (
-            lambda r: r["counts"]["providers"]["step graph"]["step"].update(operators=1),
-            "step graph: 1 graph launch",
-            "not met",
-        ),
-        (
-            lambda r: r["counts"]["providers"]["stage graph"]["stage"].update(waits=2),
-            "1 host sync",
-            "not met",
-        ),
-        (
-            lambda r: r["counts"]["providers"]["stage graph"]["stage"].update(operators=1),
-            "1 host sync",
-            "not met",
-        ),
-        (lambda r: r["agreement"]["loss"].update(largest_difference=2e-5), "float32 loss", "not met"),
-        (lambda r: r["agreement"]["loss"].pop("captured"), "float32 loss", "not measured"),
-        (lambda r: r["agreement"]["tau"].pop("step graph"), "step graph: τ", "not measured"),
-        (lambda r: r["agreement"]["tau"]["stage graph"].update(same_tau=45), ": τ of eager", "not met"),
-        (
-            lambda r: r["agreement"]["tau"]["stage graph"].update(stages=39, same_tau=39),
-            ": τ of eager",
-            "not resolved",
-        ),
+        (drop("rows", 2, "providers", "step graph"), "32×1024", "not measured"),
+        (put("rows", 3, "providers", "ours eager", "gigabytes", peak=36), "ours eager", "not met"),
+        (count_of("step graph", "profile", "step", launches=1), "step graph: 1 graph launch", "not met"),
+        (count_of("step graph", "step", operators=1), "step graph: 1 graph launch", "not met"),
+        (count_of("stage graph", "stage", waits=2), "1 host sync", "not met"),
+        (count_of("stage graph", "stage", operators=1), "1 host sync", "not met"),
+        (put("agreement", "loss", largest_difference=2e-5), "float32 loss", "not met"),
+        (drop("agreement", "loss", "captured"), "float32 loss", "not measured"),
+        (drop("agreement", "tau", "step graph"), "step graph: τ", "not measured"),
+        (put("agreement", "tau", "stage graph", same_tau=45), ": τ of eager", "not met"),
+        (put("agreement", "tau", "stage graph", stages=39, same_tau=39), ": τ of eager", "not resolved"),
     ],
 )
 def test_a_broken_promise_is_named(benchmarks, good, spoil, what, verdict):

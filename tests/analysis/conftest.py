@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -16,6 +14,18 @@ def run_of(small):
         return TrainConfig(**{**small, **changes}, fast_forward=stages and FastForwardConfig(**stages))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def config(request, run_of):
+    """The run that a module's ``CONFIG`` says."""
+    return run_of(**request.module.CONFIG)
+
+
+@pytest.fixture(scope="module")
+def data(request, config):
+    """What a module's ``ANALYSIS`` finds of that run."""
+    return request.module.ANALYSIS(config)
 
 
 @pytest.fixture(scope="session")

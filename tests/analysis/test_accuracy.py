@@ -1,7 +1,6 @@
-from __future__ import annotations
-
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -9,15 +8,8 @@ from ffkernels.analysis.accuracy import accuracy, answered, draw, mcnemar, wilso
 from ffkernels.analysis.multiple_choice import Question, choice_scores, from_examples
 from ffkernels.training.session import open_session
 
-
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of(dict(interval=3), steps=12, lr=3e-3, seed=1)
-
-
-@pytest.fixture(scope="module")
-def data(config):
-    return accuracy(config, questions=16, choices=3, opening=0)
+CONFIG = dict(stages=dict(interval=3), steps=12, lr=3e-3, seed=1)
+ANALYSIS = partial(accuracy, questions=16, choices=3, opening=0)
 
 
 def test_the_models_that_are_asked(config, data):
@@ -59,10 +51,7 @@ def test_a_benchmark_of_ones_own(config, tmp_path):
 
 def test_answered_by_sum_and_by_mean():
     questions = [Question((1,), ((2,), (3, 4, 5)), 1), Question((1,), ((2, 3), (4, 5)), 0)]
-    assert answered(questions, [[-2.0, -3.0], [-5.0, -4.0]]) == {
-        "sum": [False, False],
-        "mean": [True, False],
-    }
+    assert answered(questions, [[-2.0, -3.0], [-5.0, -4.0]]) == {"sum": [False, False], "mean": [True, False]}
 
 
 @pytest.mark.parametrize(

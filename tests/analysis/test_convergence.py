@@ -1,21 +1,13 @@
-from __future__ import annotations
-
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from ffkernels.analysis.convergence import convergence, draw, has_converged, switched_off_at
 from ffkernels.engine.config import FastForwardConfig
 
-
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of(dict(interval=2, patience=1), steps=60, evaluate_every=2, lr=3e-2)
-
-
-@pytest.fixture(scope="module")
-def data(config):
-    return convergence(config, window=6, min_delta=0.02)
+CONFIG = dict(stages=dict(interval=2, patience=1), steps=60, evaluate_every=2, lr=3e-2)
+ANALYSIS = partial(convergence, window=6, min_delta=0.02)
 
 
 def test_both_end_when_nothing_improves(data):

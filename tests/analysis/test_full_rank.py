@@ -1,20 +1,10 @@
-from __future__ import annotations
-
 from dataclasses import replace
-
-import pytest
+from functools import partial
 
 from ffkernels.analysis.full_rank import VARIANTS, draw, full_rank
 
-
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of(dict(interval=3), steps=12, lr=3e-4)
-
-
-@pytest.fixture(scope="module")
-def data(config):
-    return full_rank(config, full_lr=2e-4)
+CONFIG = dict(stages=dict(interval=3), steps=12, lr=3e-4)
+ANALYSIS = partial(full_rank, full_lr=2e-4)
 
 
 def test_what_trains_in_each_variant(data):

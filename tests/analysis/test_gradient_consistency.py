@@ -1,8 +1,7 @@
-from __future__ import annotations
-
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 import pytest
@@ -38,14 +37,8 @@ def test_going_straight_to_the_minimum_is_descent_one_and_zero_when_there():
     assert agreement(weights - centres)["descent"] is None
 
 
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of(dict(interval=3, max_tau=30), steps=9)
-
-
-@pytest.fixture(scope="module")
-def data(config):
-    return gradient_consistency(config, batches=4)
+CONFIG = dict(stages=dict(interval=3, max_tau=30), steps=9)
+ANALYSIS = partial(gradient_consistency, batches=4)
 
 
 def test_measuring_does_not_change_the_run(config, data, tmp_path):
@@ -69,8 +62,8 @@ def test_every_stage_has_both_points(data):
         assert stage["tau"] == 0 or stage["after"]["descent"] < stage["before"]["descent"]
     taus = [s["tau"] for s in data["stages"]]
     before = [s["before"]["consistency"] for s in data["stages"]]
-    partial = partial_spearman(before, taus, [0, 1, 2])
-    assert data["tau_and_consistency"] == {**spearman(before, taus), "partial": partial}
+    of_both = partial_spearman(before, taus, [0, 1, 2])
+    assert data["tau_and_consistency"] == {**spearman(before, taus), "partial": of_both}
     assert data["tau_and_stage"] == spearman([0, 1, 2], taus)
     assert data["batches"] == 4 and data["batch_size"] == 8
     json.dumps(data, allow_nan=False)

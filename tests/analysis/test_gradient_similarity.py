@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -52,14 +50,8 @@ def test_summary_tells_across_a_stage_from_within():
     assert summary([[]], []) == {"previous": None, "earlier": None, "across": None, "within": None}
 
 
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of(dict(interval=3, max_tau=30), steps=8)
-
-
-@pytest.fixture(scope="module")
-def data(config):
-    return gradient_similarity(config)
+CONFIG = dict(stages=dict(interval=3, max_tau=30), steps=8)
+ANALYSIS = gradient_similarity
 
 
 def test_rows_are_cosines_of_the_runs_own_gradients_and_updates(config, data):

@@ -1,21 +1,13 @@
-from __future__ import annotations
-
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from ffkernels.analysis.loss_curve import along_the_path, draw, loss_curve
 from ffkernels.training.session import open_session
 
-
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of(dict(interval=3, patience=None, max_tau=32), lr=3e-4, steps=8)
-
-
-@pytest.fixture(scope="module")
-def data(config):
-    return loss_curve(config, evaluate_every=2)
+CONFIG = dict(stages=dict(interval=3, patience=None, max_tau=32), lr=3e-4, steps=8)
+ANALYSIS = partial(loss_curve, evaluate_every=2)
 
 
 @pytest.mark.parametrize("part", ["fast_forward", "optimizer"])

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 
@@ -14,10 +12,7 @@ from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.session import open_session
 from ffkernels.validation.loss import ValidationLoss
 
-
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of(dict(interval=3, max_tau=60), steps=12)
+CONFIG = dict(stages=dict(interval=3, max_tau=60), steps=12)
 
 
 @pytest.fixture(scope="module")

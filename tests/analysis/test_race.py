@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -10,10 +8,7 @@ from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.compare import Interrupted
 from ffkernels.training.trainer import train
 
-
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of(steps=16, lr=3e-4)
+CONFIG = dict(steps=16, lr=3e-4)
 
 
 def test_every_contender_runs_to_adams_loss_as_train_does(config, tmp_path):

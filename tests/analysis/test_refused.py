@@ -1,7 +1,5 @@
 """What the analyses refuse before anything is written: errors name what was given and what is allowed."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 import pytest

@@ -1,7 +1,6 @@
-from __future__ import annotations
-
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,15 +8,8 @@ import torch
 from ffkernels.analysis.stage_taus import condition_number, draw, gradient_facts, stage_taus
 from ffkernels.training.session import open_session
 
-
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of(dict(interval=2, patience=None, max_tau=32), lr=3e-4, steps=8)
-
-
-@pytest.fixture(scope="module")
-def data(config):
-    return stage_taus(config, seeds=(0, 5))
+CONFIG = dict(stages=dict(interval=2, patience=None, max_tau=32), lr=3e-4, steps=8)
+ANALYSIS = partial(stage_taus, seeds=(0, 5))
 
 
 def test_condition_numbers_that_are_known():

@@ -1,13 +1,8 @@
-from __future__ import annotations
-
 import pytest
 
 from ffkernels.analysis.sweeps import draw, interval, rank, rank_config
 
-
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of(dict(interval=3), steps=12, lr=3e-4)
+CONFIG = dict(stages=dict(interval=3), steps=12, lr=3e-4)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
-from __future__ import annotations
-
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,15 +10,8 @@ from ffkernels.analysis.tau_sweep import draw, replay, shape, sweep_table, tau_s
 from ffkernels.engine.config import FastForwardConfig
 from ffkernels.training.session import open_session
 
-
-@pytest.fixture(scope="module")
-def config(run_of):
-    return run_of()
-
-
-@pytest.fixture(scope="module")
-def data(config):
-    return tau_sweep(config, at=(2, 4), taus=12)
+CONFIG = dict()
+ANALYSIS = partial(tau_sweep, at=(2, 4), taus=12)
 
 
 def test_the_sweep_is_the_losses_by_hand(config, data):

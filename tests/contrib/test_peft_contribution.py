@@ -1,7 +1,5 @@
 """What would be sent to PEFT does what ffkernels does, to the bit; its installer leaves no trace behind."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util

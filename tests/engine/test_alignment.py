@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small_loops import descend
 
 from ffkernels import FastForward, FastForwardConfig, ops
 from ffkernels.engine import alignment as module
@@ -87,9 +88,7 @@ def test_it_has_no_scale():
         optimizer = torch.optim.SGD([model.w, model.b], lr=1e-3 / scale)
         ff = FastForward(model, optimizer, held_out, FastForwardConfig(interval=100))
         for step in range(4):
-            optimizer.zero_grad()
-            (scale * model.loss(step)).backward()
-            optimizer.step()
+            descend(optimizer, scale * model.loss(step))
         scaled.append(ff._decision.alignment.values)
     assert scaled[0] == pytest.approx(scaled[1], rel=1e-5) and len(scaled[0]) == 3
 
@@ -199,7 +198,7 @@ def test_where_alignment_is_gone_no_stage_looks_for_it():
     assert FastForwardConfig().patience == "auto"
 
 
-def test_with_closures_it_is_said_that_nothing_is_known(recwarn):
+def test_with_closures_it_is_said_that_nothing_is_known():
     model, optimizer, ff = attached(lr=1e-3, interval=2)
 
     def closure():
@@ -345,28 +344,26 @@ def stepped(shard):
     return alignment, table, weight
 
 
-def knows(alignment, table, weight):
-    """Whether the next step's c is known."""
+@pytest.mark.parametrize(
+    ("rank", "others", "known"),
+    [
+        (0, None, True),
+        (1, None, False),  # a state of another rank: where shards are equally large, nothing else tells
+        (0, 1.0, True),
+        (0, 0.0, False),  # else it would wait for the other's sums for good
+    ],
+)
+def test_a_cosine_of_shards_is_taken_where_the_rank_saved_it_and_all_others_take_theirs(rank, others, known):
+    alignment, table, weight = stepped(Shard(0, others or 0.0))
+    if others is None:
+        state = copy.deepcopy(alignment.state_dict(table))
+        alignment = Alignment(Shard(rank))
+        alignment.load_state_dict(state, table)
+    else:
+        alignment.agree()
     weight.grad = torch.ones(4)
     alignment.before_step(table, [weight])
-    return alignment.last is not None
-
-
-@pytest.mark.parametrize(("rank", "known"), [(0, True), (1, False)])
-def test_a_shards_weights_before_are_taken_by_the_rank_that_saved_them_only(rank, known):
-    """States of one rank may be loaded on all: where shards are equally large, nothing else tells."""
-    saving, table, weight = stepped(Shard(0))
-    loading = Alignment(Shard(rank))
-    loading.load_state_dict(copy.deepcopy(saving.state_dict(table)), table)
-    assert knows(loading, table, weight) == known
-
-
-@pytest.mark.parametrize(("others", "known"), [(1.0, True), (0.0, False)])
-def test_no_rank_takes_a_cosine_of_shards_that_another_does_not(others, known):
-    """Else it would wait for the other's sums for good."""
-    alignment, table, weight = stepped(Shard(0, others))
-    alignment.agree()
-    assert knows(alignment, table, weight) == known
+    assert (alignment.last is not None) == known
 
 
 @pytest.mark.parametrize(("first", "told"), [(1, []), (2, ["OutOfMemoryError"])])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from small_loops import descend, same, same_weights, weights_of
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -49,31 +50,29 @@ class Line(nn.Module):
         return 0.5 * self.curvature * (self.w**2).sum()
 
 
-def line_loss(model):
-    return float(model.loss().detach())
-
-
 def train(model, optimizer, steps, scheduler=None, first=0, noise=0.1, write=None):
-    """Plain training; per step the cosine by hand, the base rate that it was taken at, and W after it."""
+    """Plain training; the weights after each step."""
     seen = []
     for step in range(first, first + steps):
-        optimizer.zero_grad()
         if write is not None:
             write(step)
-        model.loss(step, noise).backward()
-        optimizer.step()
+        descend(optimizer, model.loss(step, noise))
         if scheduler is not None:
             scheduler.step()
-        seen.append([p.detach().clone() for p in model.parameters()])
+        seen.append(weights_of(model))
     return seen
 
 
-def make(config=AUTO, lr=1e-4, kind=torch.optim.Adam, schedule=None, groups=None, **options):
-    model = Bowl()
+def make(config=AUTO, lr=1e-4, kind=torch.optim.Adam, schedule=None, groups=None, model=None, **options):
+    model = model or Bowl()
     optimizer = kind(groups(model) if groups else model.parameters(), lr=lr, **options)
     scheduler = schedule(optimizer) if schedule else None
     validation = None if config.interval is None else bowl_loss
     return model, optimizer, scheduler, FastForward(model, optimizer, validation, config, scheduler=scheduler)
+
+
+def shaped(shape):
+    return lambda optimizer: lr_scheduler.LambdaLR(optimizer, shape)
 
 
 def auto(ff):
@@ -115,12 +114,6 @@ def followed(ff, model, optimizer, steps, scheduler=None, look=lambda step: None
     return cosines, rates
 
 
-def descend(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 def resume(states, **options):
     """A run made anew that has loaded these states."""
     model, optimizer, _, ff = made = make(**options)
@@ -133,12 +126,9 @@ def states_of(*parts):
     return copy.deepcopy([part.state_dict() for part in parts])
 
 
-def test_the_constants_are_those_that_the_pages_name():
-    assert (START, UP, KEEP, PACE, SMOOTH) == (1e-6, 4.0, 0.6, 20, 0.9)
-    assert (LOWEST, HIGHEST) == (1e-9, 1e3)
-
-
 def test_it_begins_far_below_whatever_rate_is_given():
+    assert (START, UP, KEEP, PACE, SMOOTH) == (1e-6, 4.0, 0.6, 20, 0.9)  # as the pages name them
+    assert (LOWEST, HIGHEST) == (1e-9, 1e3)
     for given in (1e-9, 1e-4, 5.0):
         _, optimizer, _, ff = make(lr=given)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(START)
@@ -178,14 +168,8 @@ def test_trims_are_the_formula():
     with measured_as(cosines):
         seen, rates = followed(ff, model, optimizer, len(cosines))
     assert seen == pytest.approx(cosines)
-    top = 64e-6
-    trimmed = list(
-        itertools.accumulate(
-            [-0.3 / 1.0, 0.25 / (1 + 1 / 20), 0.1 / (1 + 2 / 20), -0.05 / (1 + 3 / 20)],
-            lambda rate, part: rate * math.exp(-part),
-            initial=top,
-        )
-    )
+    parts = itertools.accumulate([0.0, -0.3, 0.25 / (1 + 1 / 20), 0.1 / (1 + 2 / 20), -0.05 / (1 + 3 / 20)])
+    trimmed = [64e-6 * math.exp(-part) for part in parts]
     assert rates == pytest.approx([1e-6, 4e-6, 16e-6, 64e-6, *trimmed], rel=1e-12)
     assert auto(ff).trims == 4 and not auto(ff).rising
 
@@ -198,7 +182,7 @@ def test_a_peak_is_left_to_a_schedule_that_falls_unless_it_is_too_low():
     def shape(step):
         return 1 - (step - (step >= stays)) / 40
 
-    model, optimizer, scheduler, ff = make(schedule=lambda o: lr_scheduler.LambdaLR(o, shape))
+    model, optimizer, scheduler, ff = make(schedule=shaped(shape))
     with measured_as(cosines):
         _, rates = followed(ff, model, optimizer, len(cosines), scheduler)
     peak = 4e-6
@@ -214,22 +198,15 @@ def test_a_peak_is_left_to_a_schedule_that_falls_unless_it_is_too_low():
 @pytest.mark.parametrize("curvature", [1e-2, 0.7, 30.0, 1e4])
 def test_the_rise_ends_within_a_jump_below_the_edge(curvature):
     """SGD on a parabola converges below 2 / curvature, and is at the bottom in one step at 1 / curvature."""
-    model = Line(curvature)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    ff = FastForward(model, optimizer, line_loss, AUTO)
-    before, states = None, []
-    for _ in range(40):
-        optimizer.zero_grad()
-        model.loss().backward()
-        before, w = model.w.item(), ff.learning_rate
-        optimizer.step()
-        states.append((before, model.w.item(), w, ff.learning_rate))
-        if not auto(ff).rising:
-            break
+    model, optimizer, _, ff = make(model=Line(curvature), kind=torch.optim.SGD, lr=1.0)
+    states = [model.w.item()]
+    while auto(ff).rising and len(states) <= 40:
+        descend(optimizer, model.loss())
+        states.append(model.w.item())
     assert not auto(ff).rising
     # c is −1 until a step crosses the bottom; that one is undone.
     assert 0.25 / curvature <= ff.learning_rate <= 1.0 / curvature
-    assert states[-1][1] == states[-2][0] and states[-2][1] < 0 < states[-2][0]
+    assert states[-1] == states[-3] and states[-2] < 0 < states[-3]
 
 
 def overshot(kind=torch.optim.AdamW, **options):
@@ -237,7 +214,7 @@ def overshot(kind=torch.optim.AdamW, **options):
     model, optimizer, _, ff = make(kind=kind, **options)
     before = None
     for step in range(40):
-        kept = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+        kept = states_of(model, optimizer)
         optimizer.zero_grad()
         model.loss(step, 0.0).backward()
         gradients = [p.grad.clone() for p in model.parameters()]
@@ -251,8 +228,8 @@ def overshot(kind=torch.optim.AdamW, **options):
 def test_an_overshoot_is_undone_bit_for_bit():
     model, optimizer, ff, before, kept, gradients = overshot(weight_decay=0.5)
     assert ff.alignment > 0
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, before[0][name]) and not torch.equal(weight, kept[0][name])
+    assert same_weights(model, before[0])
+    assert not any(torch.equal(weight, kept[0][name]) for name, weight in model.state_dict().items())
     # The overshot gradient is in no moment: they only decay.
     for index, (p, gradient) in enumerate(zip(model.parameters(), gradients, strict=True)):
         old, new = kept[1]["state"][index], optimizer.state[p]
@@ -278,7 +255,7 @@ def test_decay_that_does_not_go_with_the_rate_does_not_act_either():
             return super().step(closure)
 
     model, _, _, before, _, _ = overshot(Decaying, weight_decay=0.1)
-    assert all(torch.equal(weight, before[0][name]) for name, weight in model.state_dict().items())
+    assert same_weights(model, before[0])
 
 
 def test_a_gradient_that_is_not_finite_undoes_in_the_rise_and_skips_after_it():
@@ -290,12 +267,12 @@ def test_a_gradient_that_is_not_finite_undoes_in_the_rise_and_skips_after_it():
     rate = ff.learning_rate
     descend(optimizer, model.loss(6) * math.inf)
     assert not auto(ff).rising and ff.learning_rate == rate / 4
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert same_weights(model, before)
     after = train(model, optimizer, 3, first=7)[-1]
     rate = ff.learning_rate
     descend(optimizer, model.loss(10) * math.nan)
     assert ff.learning_rate == rate / 4
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), after, strict=True))
+    assert same_weights(model, after)
     assert all(v["exp_avg"].isfinite().all() for v in optimizer.state.values())
 
 
@@ -310,7 +287,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("shape", SCHEDULES.values(), ids=SCHEDULES)
 def test_schedules_keep_their_shape(shape):
-    model, optimizer, scheduler, ff = make(schedule=lambda o: lr_scheduler.LambdaLR(o, shape))
+    model, optimizer, scheduler, ff = make(schedule=shaped(shape))
 
     def look(step):
         now = optimizer.param_groups[0]["lr"]
@@ -324,7 +301,7 @@ def test_schedules_keep_their_shape(shape):
 @pytest.mark.parametrize("shape", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_loop_that_writes_its_rate_times_lr_scale_is_the_same_run(shape):
     """As the command's own loop does; with a scheduler the same numbers come but for their rounding."""
-    model, optimizer, scheduler, ff = make(schedule=lambda o: lr_scheduler.LambdaLR(o, shape))
+    model, optimizer, scheduler, ff = make(schedule=shaped(shape))
     train(model, optimizer, 30, scheduler)
     other, alone, _, written = make()
 
@@ -363,7 +340,7 @@ def test_torchs_schedulers_go_with_it(schedule):
 def test_a_scheduler_that_was_not_given_is_refused():
     model = Bowl()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    scheduler = lr_scheduler.LambdaLR(optimizer, lambda k: 1.0)
+    scheduler = shaped(lambda k: 1.0)(optimizer)
     FastForward(model, optimizer, bowl_loss, AUTO)
     with pytest.raises(RuntimeError, match="scheduler=scheduler"):
         train(model, optimizer, 1, scheduler)
@@ -393,10 +370,10 @@ def test_groups_keep_their_ratios(ratio):
 
 
 def test_groups_that_are_unfrozen_later_are_taken_along():
-    model = Bowl()
-    model.b.requires_grad_(False)
-    optimizer = torch.optim.Adam([{"params": [model.w]}, {"params": [model.b], "lr": 1e-3}], lr=1e-4)
-    ff = FastForward(model, optimizer, bowl_loss, FastForwardConfig(learning_rate="auto", interval=3))
+    model, optimizer, _, ff = make(
+        FastForwardConfig(learning_rate="auto", interval=3),
+        groups=lambda m: [{"params": [m.w]}, {"params": [m.b.requires_grad_(False)], "lr": 1e-3}],
+    )
     train(model, optimizer, 2)
     model.b.requires_grad_(True)
     with pytest.warns(FFKernelsNotice, match="the table was rebuilt"):
@@ -409,10 +386,8 @@ def test_groups_that_are_unfrozen_later_are_taken_along():
 @pytest.mark.parametrize("when", [2, 25])
 @pytest.mark.parametrize("tensor", [False, True])
 def test_the_rate_of_a_group_that_is_added_later_is_a_ratio_too(when, tensor):
-    model = Bowl()
     given = torch.tensor(1e-4, dtype=torch.float64) if tensor else 1e-4
-    optimizer = torch.optim.Adam([model.w], lr=given)
-    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    model, optimizer, _, ff = make(lr=given, groups=lambda m: [m.w])
     train(model, optimizer, when)
     assert auto(ff).rising == (when == 2)
     optimizer.add_param_group({"params": [model.b], **({} if tensor else {"lr": 1e-3})})
@@ -433,7 +408,7 @@ def test_a_rate_that_is_a_tensor_keeps_its_address():
     assert rates == pytest.approx(by_hand(cosines)[0], rel=1e-12)
 
 
-STATES = {"constant": None, "warm-up": lambda o: lr_scheduler.LambdaLR(o, SCHEDULES["warm-up"])}
+STATES = {"constant": None, "warm-up": shaped(SCHEDULES["warm-up"])}
 
 
 @pytest.mark.parametrize("schedule", STATES.values(), ids=STATES)
@@ -444,7 +419,7 @@ def test_a_resumed_run_continues_bit_for_bit(at, order, schedule):
     model, optimizer, scheduler, ff = make(schedule=schedule)
     train(model, optimizer, at, scheduler)
     parts = [model, optimizer, scheduler, ff] if scheduler else [model, optimizer, ff]
-    saved = copy.deepcopy([part.state_dict() for part in parts])
+    saved = states_of(*parts)
     seen = train(model, optimizer, 20 - at, scheduler, first=at)
 
     again = Bowl()
@@ -462,8 +437,7 @@ def test_a_resumed_run_continues_bit_for_bit(at, order, schedule):
     other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert fresh.param_groups[0]["lr"] == saved[1]["param_groups"][0]["lr"]
     repeated = train(again, fresh, 20 - at, plan, first=at)
-    for old, new in zip(seen, repeated, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+    assert same(seen, repeated)
     assert fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert (other.lr_scale, other.learning_rate) == (ff.lr_scale, ff.learning_rate)
     assert other.state_dict()["auto_rate"] == ff.state_dict()["auto_rate"] and auto(ff).trims > 3
@@ -515,11 +489,7 @@ def test_without_an_interval_there_are_no_stages_and_no_validation():
     assert not ff.active and not model._forward_pre_hooks
     other = Bowl()
     fresh = torch.optim.Adam(other.parameters(), lr=1e-4)
-
-    def never(model):
-        raise AssertionError("nothing is to be validated")
-
-    kept = FastForward(other, fresh, never, AUTO)
+    kept = FastForward(other, fresh, lambda model: pytest.fail("nothing is to be validated"), AUTO)
     train(other, fresh, 40)
     assert torch.equal(other.w, model.w) and kept.validation is None
     with pytest.raises(ValueError, match="validation=None: stages every 6 steps search by"):
@@ -544,8 +514,7 @@ def test_updates_that_round_away_are_taken_for_far_too_small():
     model = Bowl(torch.bfloat16)
     with torch.no_grad():
         model.w.fill_(1.0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    ff = FastForward(model, optimizer, bowl_loss, AUTO)
+    model, optimizer, _, ff = make(model=model)
     cosines, rates = followed(ff, model, optimizer, 25, noise=0.0)
     first = next(i for i, c in enumerate(cosines) if c is not None)
     assert first > 3 and rates[:first] == pytest.approx([1e-6 * 4.0**i for i in range(first)])
@@ -555,16 +524,10 @@ def test_updates_that_round_away_are_taken_for_far_too_small():
 
 @pytest.mark.parametrize("at", [1, 3])
 def test_rounded_updates_are_known_of_after_a_resume(at):
-    def begin():
-        model = Bowl(torch.bfloat16)
-        optimizer = torch.optim.Adam([model.b], lr=1e-4)
-        return model, optimizer, FastForward(model, optimizer, bowl_loss, AUTO)
-
-    model, optimizer, ff = begin()
+    options = {"groups": lambda m: [m.b]}
+    model, optimizer, _, ff = make(model=Bowl(torch.bfloat16), **options)
     train(model, optimizer, at)
-    again, fresh, other = begin()
-    for part, old in zip((again, fresh, other), (model, optimizer, ff), strict=True):
-        part.load_state_dict(copy.deepcopy(old.state_dict()))
+    again, fresh, _, other = resume(states_of(model, optimizer, ff), model=Bowl(torch.bfloat16), **options)
     train(again, fresh, 1, first=at)
     assert other.alignment is None and other.learning_rate == 4.0**at * START
 
@@ -600,9 +563,7 @@ def test_after_the_rise_c_is_used_one_step_late_where_it_is_read_so(monkeypatch)
 
 
 def test_a_warm_up_from_0_is_no_rounding():
-    model, optimizer, scheduler, ff = make(
-        schedule=lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.0 if k < 4 else 1.0)
-    )
+    model, optimizer, scheduler, ff = make(schedule=shaped(lambda k: 0.0 if k < 4 else 1.0))
     train(model, optimizer, 5, scheduler)
     assert ff.learning_rate == START
     train(model, optimizer, 1, scheduler, first=5)
@@ -618,13 +579,12 @@ def test_steps_that_loss_scaling_skips(fused):
         optimizer.zero_grad()
         loss = model.loss(step) * (math.inf if step in (0, 1, 4, 5, 6, 25) else 1.0)
         scaler.scale(loss).backward()
-        before = [p.detach().clone() for p in model.parameters()]
-        rate = ff.learning_rate
+        before, rate = weights_of(model), ff.learning_rate
         scaler.step(optimizer)
         scaler.update()
         if step in (0, 1, 4, 5, 6, 25):
             assert ff.learning_rate == rate
-            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            assert same_weights(model, before)
         else:
             cosines.append(ff.alignment)
             rates.append(ff.learning_rate)
@@ -643,16 +603,13 @@ def test_an_overshoot_to_infinite_gradients_is_undone_where_a_fused_optimizer_sk
         optimizer.zero_grad()
         overshot = ff.learning_rate > 4e-6 and auto(ff).rising and len(before) >= 3
         scaler.scale(model.loss(0) * (math.inf if overshot else 1.0)).backward()
-        before.append([p.detach().clone() for p in model.parameters()])
+        before.append(weights_of(model))
         scaler.step(optimizer)
         scaler.update()
     # Steps at 1e-6, 4e-6 and 16e-6; four are skipped; the fourth puts back to before the last that was taken.
     assert ff.learning_rate == pytest.approx(4e-6) and not auto(ff).rising
-    assert all(torch.equal(a, b) for a, b in zip(before[7], before[2], strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(before[6], before[2], strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before[7], strict=True)), (
-        "it goes on"
-    )
+    assert same(before[7], before[2]) and not same(before[6], before[2])
+    assert not any(torch.equal(p, before[7][name]) for name, p in model.named_parameters()), "it goes on"
 
 
 def test_accumulation_and_clipping_change_nothing_of_the_rule():
@@ -670,9 +627,7 @@ def test_accumulation_and_clipping_change_nothing_of_the_rule():
 
 
 def test_bounds_are_kept_and_said_once():
-    model = Line(1e-9)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    ff = FastForward(model, optimizer, line_loss, AUTO)
+    model, optimizer, _, ff = make(model=Line(1e-9), kind=torch.optim.SGD, lr=1.0)
     with pytest.warns(
         FFKernelsNotice, match=r"has come to 1000, its bound, and stays within \[1e-09, 1000\]"
     ):

@@ -1,11 +1,10 @@
 """No stage where a schedule has brought the rate near 0: how low that is, what is no fall, and a resume."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
+from small_loops import descend
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig
@@ -36,11 +35,6 @@ def test_rates_that_are_tensors_are_read_at_an_intervals_end_only():
     optimizer.param_groups[0]["lr"] = torch.tensor(1e-3)
     with pytest.warns(FFKernelsNotice, match=r"fallen from 1 to 0\.001: it would repeat"):
         assert not rate.look(False) and rate.look(True)
-
-
-@pytest.fixture(autouse=True)
-def unsaid(monkeypatch):
-    monkeypatch.setattr("ffkernels.ops.notices._announced", set())
 
 
 class Bowl(nn.Module):
@@ -79,9 +73,7 @@ def test_stages_end_where_the_schedule_has_fallen(name, patience):
                 ff.detach()
                 ff = FastForward(model, optimizer, Bowl.loss, config)
                 ff.load_state_dict(state)
-            optimizer.zero_grad()
-            model.loss().backward()
-            optimizer.step()
+            descend(optimizer, model.loss())
             schedule.step()
         return [stage.optimizer_step for stage in ff.stages]
 

@@ -1,21 +1,19 @@
 """Which executor runs, in what order they are tried, what is said, and when a graph steps aside."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import signal
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from small_loops import descend
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig, Stage, ValidationLoss
 from ffkernels.engine import ladder
 from ffkernels.engine.ladder import NO_LAUNCHES, PROFILED, graphs_pay
-from ffkernels.graphs import core as graphs
 from ffkernels.graphs import executors as graph_executors
 from ffkernels.graphs import rules as capture_rules
 from ffkernels.graphs import support as graph_support
@@ -49,9 +47,7 @@ class Run:
         self.ff = FastForward(self.model, self.optimizer, ValidationLoss(self.model, loss), config)
 
     def stage(self) -> Stage:
-        self.optimizer.zero_grad()
-        self.model(shift=torch.tensor([1.0, -1.0, 0.5]).roll(len(self.ff.stages))).backward()
-        self.optimizer.step()
+        descend(self.optimizer, self.model(torch.tensor([1.0, -1.0, 0.5]).roll(len(self.ff.stages))))
         return self.ff.stages[-1]
 
     def stages(self, count):
@@ -125,29 +121,21 @@ def test_after_a_capture_the_gain_must_pay_for_it(capture, replay, pays, words):
 # ---- without a GPU ----
 
 
-def test_a_cpu_is_eager_and_nothing_is_said():
-    with silence():
+@pytest.mark.parametrize("profiler", [nullcontext, torch.autograd.profiler.profile])
+def test_a_cpu_is_eager_and_nothing_is_said(profiler):
+    with silence(), profiler():
         stages = Run("auto").stages(2)
     assert [(s.executor, s.executor_reason) for s in stages] == [("eager", NO_LAUNCHES)] * 2
 
 
 @pytest.mark.parametrize("name", ["step_graph", "stage_graph"])
-def test_a_graph_asked_for_on_a_cpu_is_refused_at_once(name):
-    with pytest.raises(RuntimeError, match=rf'executor="{name}" cannot run here: .*CUDA.*; or leave it at'):
-        Run(name)
-
-
-def test_what_is_refused_leaves_no_hook_behind():
+def test_a_graph_asked_for_on_a_cpu_is_refused_at_once_and_leaves_no_hook_behind(name):
     model = Bowl()
     optimizer = torch.optim.SGD([model.w], lr=1e-3)
-    with pytest.raises(RuntimeError, match="cannot run here"):
-        FastForward(model, optimizer, loss, FastForwardConfig(executor="stage_graph"))
+    with pytest.raises(RuntimeError, match=rf'executor="{name}" cannot run here: .*CUDA.*; or leave it at'):
+        FastForward(model, optimizer, loss, FastForwardConfig(executor=name))
     with FastForward(model, optimizer, loss) as ff:
         assert ff.active
-
-
-def test_eager_asked_for_says_so():
-    assert Run("eager").stage().executor_reason == "asked for"
 
 
 # ---- the order, and what is said ----
@@ -211,28 +199,27 @@ def test_a_model_that_refuses(fake):
     assert stage.executor == "eager" and "callable path" in stage.executor_reason
 
 
-@pytest.mark.parametrize("asked", ["auto", "stage_graph"])
-def test_a_stage_that_cannot_be_captured_becomes_steps(asked, graphs_allowed):
+@pytest.mark.parametrize(
+    ("asked", "call", "times", "said", "then"),
+    [
+        *((a, "exec_create", 1, "per step .*stage_graph", "step_graph") for a in ("auto", "stage_graph")),
+        *((a, "end", 2, "run eagerly .*step_graph", "eager") for a in ("auto", "stage_graph", "step_graph")),
+    ],
+)
+def test_a_stage_that_cannot_be_captured_becomes_steps_and_then_eager(
+    asked, call, times, said, then, graphs_allowed
+):
     run = Run(asked)
     graph_support.probe(CPU)
-    graphs_allowed.fail("exec_create")
-    with pytest.warns(FFKernelsNotice, match="per step .*stage_graph could not be captured: .*PLANTED"):
+    graphs_allowed.fail(call, times=times)
+    with pytest.warns(FFKernelsNotice, match=f"{said} could not be captured: .*PLANTED"):
         stages = run.stages(3)
-    assert names(stages)[-2:] == ["step_graph"] * 2
-    assert "stage_graph could not be captured" in stages[-1].executor_reason
+    assert names(stages)[-2:] == [then] * 2
     assert run.result() == eager_result(3)
-
-
-@pytest.mark.parametrize("asked", ["auto", "stage_graph", "step_graph"])
-def test_what_cannot_be_captured_at_all_is_eager(asked, graphs_allowed):
-    run = Run(asked)
-    graph_support.probe(CPU)
-    graphs_allowed.fail("end", times=2)
-    with pytest.warns(FFKernelsNotice, match="run eagerly .*step_graph could not be captured"):
-        stages = run.stages(3)
-    assert names(stages) == ["eager"] * 3
-    assert run.result() == eager_result(3)
-    assert graphs_allowed.alive() == {}
+    if then == "eager":
+        assert names(stages) == ["eager"] * 3 and graphs_allowed.alive() == {}
+    else:
+        assert "stage_graph could not be captured" in stages[-1].executor_reason
 
 
 def test_a_loss_that_reads_on_the_host_is_named(fake):
@@ -301,38 +288,33 @@ def test_steps_are_replayed_under_a_profiler_too(fake):
         assert names(Run("step_graph").stages(2)) == ["step_graph"] * 2
 
 
-def test_on_a_cpu_a_profiler_changes_nothing():
-    with silence(), torch.autograd.profiler.profile():
-        assert Run().stage().executor_reason == NO_LAUNCHES
-
-
 # ---- stepping aside ----
 
 
-def test_a_busy_device_needs_no_graph(graphs_allowed, monkeypatch):
-    pace(monkeypatch, 0.009, 0.010, True)
+@pytest.mark.parametrize(
+    ("asked", "measured", "executors", "why"),
+    [
+        ("auto", (0.009, 0.010, True), ["eager"] * 4, "launches hide behind"),
+        # Closed after two stages.
+        ("auto", (1e-9, 1e-9), ["eager", "stage_graph", "stage_graph", "eager"], "the graph saves nothing"),
+        ("step_graph", (1e-9, 1e-9), ["step_graph"] * 4, "asked for"),
+    ],
+)
+def test_a_graph_that_does_not_pay_is_left_unless_it_was_asked_for(
+    asked, measured, executors, why, graphs_allowed, monkeypatch
+):
+    pace(monkeypatch, *measured)
+    run = Run(asked)
     with silence():
-        stages = Run().stages(3)
-    assert names(stages) == ["eager"] * 3
-    assert "launches hide behind" in stages[1].executor_reason and "10 ms" in stages[2].executor_reason
-    assert graphs_allowed.iterations == [5, 5, 0], "the trial's launches alone"
-    assert graphs_allowed.alive() == {}
-
-
-def test_a_graph_that_does_not_pay_is_closed_after_two_stages(graphs_allowed, monkeypatch):
-    pace(monkeypatch, 1e-9, 1e-9)
-    run = Run()
-    with silence():
-        stages = run.stages(5)
-    assert names(stages) == ["eager", "stage_graph", "stage_graph", "eager", "eager"]
-    assert all("the graph saves nothing" in s.executor_reason for s in stages[1:])
-    assert graphs_allowed.alive() == {}
-    assert run.result() == eager_result(5)
-
-
-def test_a_graph_asked_for_is_not_asked_whether_it_pays(fake, monkeypatch):
-    pace(monkeypatch, 1e-9, 1e-9)
-    assert names(Run("step_graph").stages(4)) == ["step_graph"] * 4
+        stages = run.stages(4)
+    assert names(stages) == executors
+    assert all(why in s.executor_reason for s in stages[1:])
+    assert run.result() == eager_result(4)
+    if asked == "auto":
+        assert graphs_allowed.alive() == {}
+    if measured[-1] is True:
+        assert "10 ms" in stages[2].executor_reason
+        assert graphs_allowed.iterations == [5, 5, 0], "the trial's launches alone"
 
 
 def test_a_wrong_graph_is_given_up_and_the_stage_run_again(graphs_allowed, monkeypatch):
@@ -384,21 +366,19 @@ def test_what_goes_out_of_date_all_the_time_is_given_up(fake, monkeypatch):
     assert fake.alive() == {}
 
 
-def test_out_of_memory_during_a_capture_is_not_the_end(fake):
-    run = Run("step_graph")
-    fake.fail("begin", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-    with pytest.warns(FFKernelsNotice, match="out of memory"):
-        assert run.stage().executor == "eager"
-    assert run.result() == eager_result(1)
+@pytest.mark.parametrize(
+    ("name", "told"), [("step_graph", "out of memory"), ("stage_graph", "no memory for the copies")]
+)
+def test_no_memory_for_a_capture_or_for_its_check_is_not_the_end(name, told, fake, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-
-def test_no_memory_for_the_check_is_not_the_end(fake, monkeypatch):
-    def full(table):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(graph_executors, "Snapshot", full)
-    run = Run("stage_graph")
-    with pytest.warns(FFKernelsNotice, match="no memory for the copies"):
+    run = Run(name)
+    if name == "step_graph":
+        monkeypatch.setattr(fake, "begin", full)
+    else:
+        monkeypatch.setattr(graph_executors, "Snapshot", full)
+    with pytest.warns(FFKernelsNotice, match=told):
         assert run.stage().executor == "eager"
     assert run.result() == eager_result(1) and fake.alive() == {}
 
@@ -434,22 +414,19 @@ def test_a_stage_says_which_executor_and_why_also_when_read_from_old_records():
 
 
 def test_warming_up_and_checking_are_charged(fake):
-    class Line(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.ones(8, 4))
-            self.x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 
-        def forward(self):
-            return ((self.x @ self.w) ** 2).mean()
+    def loss(model):
+        return (model(x) ** 2).mean()
 
     flops = {}
     for name in ("eager", "stage_graph"):
-        model = Line()
+        model = nn.Linear(8, 4, bias=False)
+        nn.init.ones_(model.weight)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         config = FastForwardConfig(interval=1, executor=name)
         with FastForward(model, optimizer, ValidationLoss(model, loss), config) as ff:
-            model().backward()
+            loss(model).backward()
             for _ in range(2):
                 optimizer.step()
         flops[name] = [stage.flops for stage in ff.stages]
@@ -462,8 +439,3 @@ def test_warming_up_and_checking_are_charged(fake):
 def test_a_fast_forward_cannot_be_copied(copied):
     with pytest.raises(TypeError, match=r"cannot be copied or pickled.*state_dict\(\)"):
         copied(Run("eager").ff)
-
-
-def test_names_that_others_use():
-    assert graphs.why_no_step_graph(CPU) and graphs.why_no_stage_graph(CPU)
-    assert set(ladder._EXECUTORS) == {"stage_graph", "step_graph"}

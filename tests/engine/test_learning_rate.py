@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from small_loops import descend, same
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -47,6 +48,10 @@ class Counted(Bowl):
 def batches(count=20, noise=1.0):
     generators = [torch.Generator().manual_seed(i) for i in range(count)]
     return [{"noise": noise * torch.randn(3, 4, generator=generator)} for generator in generators]
+
+
+def shaped(shape):
+    return lambda optimizer: lr_scheduler.LambdaLR(optimizer, shape)
 
 
 def bowl(lr=1e-3, kind=torch.optim.SGD, curvature=1.0, schedule=None, model=Bowl, **options):
@@ -93,16 +98,6 @@ def everything(model, optimizer, scheduler=None):
     )
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.mark.parametrize("curvature", [1e-2, 0.7, 30.0, 1e4])
 def test_it_finds_the_rate_that_a_parabola_is_crossed_at_in_one_step(curvature):
     """c is −1 below 1 / curvature and 1 above it: the rise ends within UP, a trim crosses by e at most."""
@@ -132,23 +127,19 @@ def test_it_takes_the_steps_that_auto_takes():
     assert cosines[0] is None and rates[:3] == pytest.approx([START, UP * START, UP * UP * START])
 
 
-def interrupted(number):
-    if number == 7:
-        raise KeyboardInterrupt
+def raising(error, at):
+    def raise_at(number):
+        if number == at:
+            raise error
+
+    return raise_at
 
 
-def failing(number):
-    if number == 13:
-        raise OSError("no disk")
-
-
-@pytest.mark.parametrize("at", [None, interrupted, failing])
+@pytest.mark.parametrize("at", [None, raising(KeyboardInterrupt, 7), raising(OSError("no disk"), 13)])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("warm", [0, 3])
 def test_the_run_is_left_as_it_was_bit_for_bit(kind, warm, at):
-    model, optimizer, scheduler = bowl(
-        kind=kind, model=Counted, schedule=lambda o: lr_scheduler.LambdaLR(o, lambda k: 1 / (1 + k))
-    )
+    model, optimizer, scheduler = bowl(kind=kind, model=Counted, schedule=shaped(lambda k: 1 / (1 + k)))
     step = stepping(model, optimizer, scheduler)
     for _ in range(warm):
         step()
@@ -157,9 +148,7 @@ def test_the_run_is_left_as_it_was_bit_for_bit(kind, warm, at):
     if at is None:
         find_learning_rate(model, optimizer, batches(), schedulers=scheduler)
         assert same(before, everything(model, optimizer, scheduler))
-        find_learning_rate(
-            model, optimizer, stepping(model, optimizer, scheduler, count=20), schedulers=scheduler
-        )
+        find_learning_rate(model, optimizer, stepping(model, optimizer, scheduler), schedulers=scheduler)
     else:
         own = stepping(model, optimizer, scheduler, at=at)
         with pytest.raises((KeyboardInterrupt, OSError)):
@@ -169,9 +158,7 @@ def test_the_run_is_left_as_it_was_bit_for_bit(kind, warm, at):
 
 
 def test_a_warm_up_that_has_not_begun_is_passed_over():
-    model, optimizer, scheduler = bowl(
-        0.01, schedule=lambda o: lr_scheduler.LambdaLR(o, lambda k: min(1.0, k / 8))
-    )
+    model, optimizer, scheduler = bowl(0.01, schedule=shaped(lambda k: min(1.0, k / 8)))
     assert optimizer.param_groups[0]["lr"] == 0.0
     finding = find_learning_rate(model, optimizer, batches(), schedulers=scheduler)
     plain, alone, _ = bowl(0.01)
@@ -185,10 +172,9 @@ def test_a_warm_up_that_has_not_begun_is_passed_over():
 
 def test_a_warm_up_inside_a_step_of_ones_own_does_not_multiply_what_is_found():
     """Its 20th step has a third of the base rate, which alignment has driven up to three times the best."""
-    model, optimizer, scheduler = bowl(schedule=lambda o: lr_scheduler.LambdaLR(o, lambda k: (k + 1) / 60))
-    finding = find_learning_rate(
-        model, optimizer, stepping(model, optimizer, scheduler), schedulers=scheduler
-    )
+    model, optimizer, scheduler = bowl(schedule=shaped(lambda k: (k + 1) / 60))
+    step = stepping(model, optimizer, scheduler)
+    finding = find_learning_rate(model, optimizer, step, schedulers=scheduler)
     assert 0.3 < finding.lr < 1.7 and finding.lr_before == 1e-3
 
 
@@ -209,9 +195,7 @@ def test_groups_keep_their_ratio_and_rates_of_0_are_passed_over():
     optimizer = torch.optim.SGD([*groups, {"params": [model.bias], "lr": 16e-3}])
 
     def step():
-        optimizer.zero_grad()
-        (model(torch.randn(8, 3)) - torch.randn(8, 2)).square().mean().backward()
-        optimizer.step()
+        descend(optimizer, (model(torch.randn(8, 3)) - torch.randn(8, 2)).square().mean())
 
     torch.manual_seed(0)
     finding = find_learning_rate(model, optimizer, step)
@@ -292,23 +276,17 @@ REFUSED = {
 
 @pytest.mark.parametrize(("error", "message", "given"), REFUSED.values(), ids=REFUSED)
 def test_what_is_refused(error, message, given):
-    model = given.get("kind", Bowl)()
-    optimizer = given.get("make", torch.optim.SGD)([model.w], lr=given.get("lr", 0.1))
+    given = dict(kind=Bowl, make=torch.optim.SGD, lr=0.1, batches=batches()) | given
+    model = given.pop("kind")()
+    optimizer = given.pop("make")([model.w], lr=given.pop("lr"))
     before = everything(model, optimizer)
     with pytest.raises(error, match=message):
-        find_learning_rate(
-            given.get("model", model),
-            optimizer,
-            given.get("batches", batches()),
-            steps=given.get("steps", 20),
-            schedulers=given.get("schedulers"),
-        )
+        find_learning_rate(given.pop("model", model), optimizer, given.pop("batches"), **given)
     assert same(before, everything(model, optimizer))
 
 
 def test_what_is_refused_of_an_optimizer_that_others_sit_on():
-    model, optimizer, scheduler = bowl(schedule=lambda o: lr_scheduler.LambdaLR(o, lambda k: 1.0))
-    *_, other = bowl(schedule=lambda o: lr_scheduler.LambdaLR(o, lambda k: 1.0))
+    (model, optimizer, scheduler), (*_, other) = (bowl(schedule=shaped(lambda k: 1.0)) for _ in range(2))
     with pytest.raises(ValueError, match="another optimizer"):
         find_learning_rate(model, optimizer, batches(), schedulers=other)
     for refused in (

@@ -3,12 +3,12 @@
 The loop stays as it was; what counts as a step is what the optimizer really did.
 """
 
-from __future__ import annotations
-
 import copy
+import itertools
 
 import pytest
 import torch
+from small_loops import descend
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig
@@ -24,9 +24,8 @@ class Line(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(4, 2)
-        with torch.no_grad():
-            self.layer.weight.fill_(0.0)
-            self.layer.bias.fill_(0.0)
+        for p in self.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x):
         return ((self.layer(x) - (3 * x[:, :2] - 1)) ** 2).mean()
@@ -52,28 +51,28 @@ def fast_line():
 
 def plain_steps(model, optimizer, steps, first=0):
     for step in range(first, first + steps):
-        optimizer.zero_grad()
-        model(inputs(step)).backward()
-        optimizer.step()
+        descend(optimizer, model(inputs(step)))
+
+
+calls = itertools.count()
 
 
 def never(model):
     """A loss that no step improves."""
-    never.calls += 1
-    return float(never.calls)
-
-
-never.calls = 0
+    return float(next(calls))
 
 
 @pytest.fixture
 def accelerator():
     accelerate = pytest.importorskip("accelerate")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+
+    def reset():
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+    reset()
     yield lambda **options: accelerate.Accelerator(cpu=True, **options)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    reset()
 
 
 def test_accelerate_with_gradient_accumulation_counts_real_steps(accelerator):
@@ -173,15 +172,14 @@ def test_accelerates_own_scaler(accelerator):
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
     ff = FastForward(model, optimizer, loss_of, EVERY_2)
-    skipped = []
-    for step, overflow in enumerate([False, True, False, False]):
+    overflows = [False, True, False, False]
+    for step, overflow in enumerate(overflows):
         optimizer.zero_grad()
         scaler.scale(model(inputs(step))).backward()
         if overflow:
             model.layer.weight.grad.fill_(torch.inf)
         optimizer.step()
-        skipped.append(optimizer.step_was_skipped)
-    assert skipped == [False, True, False, False]
+        assert optimizer.step_was_skipped == overflow
     assert ff.optimizer_steps == 3
     assert [stage.optimizer_step for stage in ff.stages] == [2]
     assert ff.stages[0].tau > 0
@@ -275,9 +273,7 @@ def lora(tiny_model, padded_batch):
 
 def train(model, optimizer, batches, steps):
     for _ in range(steps):
-        optimizer.zero_grad()
-        model(**batches[0]).loss.backward()
-        optimizer.step()
+        descend(optimizer, model(**batches[0]).loss)
 
 
 def found(ff, loss):

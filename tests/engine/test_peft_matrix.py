@@ -4,12 +4,12 @@ For each method the stage's claims are checked against plain torch: the weights 
 recorded loss is the model's own at those weights, and nothing else has changed.
 """
 
-from __future__ import annotations
-
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
+from small_loops import descend, same
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss
 from ffkernels.ops.notices import FFKernelsNotice
@@ -23,15 +23,10 @@ pytestmark = [
 ]
 
 SMALL = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32, vocab_size=97)
+MLP = "dense_4h_to_h"
 FAMILIES = {
     "llama": (["q_proj", "v_proj"], ["k_proj", "down_proj"], ["down_proj"], "lm_head", "embed_tokens"),
-    "gpt_neox": (
-        ["query_key_value"],
-        ["query_key_value", "dense_4h_to_h"],
-        ["dense_4h_to_h"],
-        "embed_out",
-        "embed_in",
-    ),
+    "gpt_neox": (["query_key_value"], ["query_key_value", MLP], [MLP], "embed_out", "embed_in"),
 }
 CAUSAL = dict(task_type="CAUSAL_LM")
 
@@ -142,15 +137,7 @@ class Watch:
         assert all(torch.equal(now[name], tensor) for name, tensor in self.rest.items())
         assert [m.training for m in self.model.modules()] == self.modes
         assert all(p.grad is self.grads[n] for n, p in self.trainable.items())
-        same_state(self.optimizer.state_dict()["state"], self.state["state"])
-
-
-def same_state(now, then):
-    assert now.keys() == then.keys()
-    for key, value in then.items():
-        for field, old in value.items():
-            new = now[key][field]
-            assert torch.equal(new, old) if isinstance(old, torch.Tensor) else new == old
+        assert same(self.optimizer.state_dict()["state"], self.state["state"])
 
 
 @pytest.fixture
@@ -173,9 +160,7 @@ def logits_of(model, batch):
 
 def train(model, optimizer, batches, count, after=lambda step: None):
     for step in range(count):
-        optimizer.zero_grad()
-        model(**batches[step % len(batches)]).loss.backward()
-        optimizer.step()
+        descend(optimizer, model(**batches[step % len(batches)]).loss)
         after(step)
 
 
@@ -203,10 +188,7 @@ def test_a_stage_moves_exactly_the_trainable_tensors(base, padded_batch, own_los
     model = peft.get_peft_model(base(family), config_of(method, family))
     optimizer = adamw(model)
     batches = [padded_batch(4, 12, seed=1), padded_batch(2, 12, seed=2)]
-    if method in GENERIC:
-        with pytest.warns(FFKernelsNotice, match=GENERIC[method]):
-            validation = ValidationLoss(model, batches)
-    else:
+    with pytest.warns(FFKernelsNotice, match=GENERIC[method]) if method in GENERIC else nullcontext():
         validation = ValidationLoss(model, batches)
     assert validation.path == ("generic" if method in GENERIC else "fast"), validation.reason
 
@@ -250,12 +232,8 @@ def test_switching_the_adapter_rebuilds_the_table(base, padded_batch, own_loss):
         resting = [p for a in mine if a != adapter for p in mine[a]]
         before = [p.detach().clone() for p in resting]
         model.set_adapter(adapter)
-        if turn == 1:
-            with pytest.warns(
-                FFKernelsNotice, match=r"\d+ new, such as '.*\.other\b.*'; \d+ gone, such as '.*\.default\b"
-            ):
-                train(model, optimizer, batches, 2)
-        else:
+        told = r"\d+ new, such as '.*\.other\b.*'; \d+ gone, such as '.*\.default\b"
+        with pytest.warns(FFKernelsNotice, match=told) if turn == 1 else nullcontext():
             train(model, optimizer, batches, 2)
         stage = ff.stages[-1]
         assert stage.optimizer_step == 2 * turn + 2

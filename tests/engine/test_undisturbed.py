@@ -1,7 +1,5 @@
 """What a validation shares with the training around it: autocast, noise, buffers, gradients."""
 
-from __future__ import annotations
-
 import copy
 import random
 from functools import partial
@@ -10,6 +8,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from small_loops import descend
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -37,7 +36,7 @@ class Wide(Mixed):
 
     def __init__(self):
         super().__init__()
-        self.base = self.base.float()
+        self.base.float()
 
 
 def data(rows=32, seed=0):
@@ -54,9 +53,7 @@ def train(forward, optimizer, steps):
     for step in range(steps):
         with autocast():
             loss = forward(step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(optimizer, loss)
 
 
 @pytest.mark.parametrize("kind", [Mixed, Wide])
@@ -289,9 +286,8 @@ class Normalizing(nn.Module):
         self.net, self.norm = nn.Linear(4, 1), nn.BatchNorm1d(4)
 
     def forward(self, x, y):
-        norm = self.norm
-        scaled = F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
-        return {"loss": ((self.net(scaled + norm.running_mean) - y) ** 2).mean()}
+        mean, variance = self.norm.running_mean, self.norm.running_var
+        return {"loss": ((self.net(F.batch_norm(x, mean, variance, training=True) + mean) - y) ** 2).mean()}
 
 
 class Averaging(nn.Module):
@@ -333,9 +329,7 @@ def test_buffers_that_a_forward_writes_are_put_back(kind):
         ff = FastForward(model, optimizer, far, config) if fast_forward else None
         for step in range(8):
             x = torch.randn(12, 4, generator=torch.Generator().manual_seed(step))
-            model(x, x.sum(1, keepdim=True))["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            descend(optimizer, model(x, x.sum(1, keepdim=True))["loss"])
         return model, ff
 
     (plain, _), (model, ff) = run(False), run(True)
@@ -376,11 +370,9 @@ class Forces(nn.Module):
         self.energy = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
 
     def autograd(self, x):
-        x = x.detach().requires_grad_()
         return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
 
     def backward(self, x):
-        x = x.detach().requires_grad_()
         self.energy(x).sum().backward(create_graph=True)
         return x.grad
 
@@ -390,12 +382,11 @@ class Forces(nn.Module):
     def penalty(self, x):
         """A gradient penalty: with respect to the weights."""
         total = (self.energy(x) ** 2).mean()
-        return torch.cat(
-            [g.flatten() for g in torch.autograd.grad(total, self.parameters(), create_graph=True)]
-        )
+        gradients = torch.autograd.grad(total, self.parameters(), create_graph=True)
+        return torch.cat([g.flatten() for g in gradients])
 
     def forward(self, x, way):
-        return {"loss": ((getattr(self, way)(x) - 0.3) ** 2).mean()}
+        return {"loss": ((getattr(self, way)(x.detach().requires_grad_()) - 0.3) ** 2).mean()}
 
 
 @pytest.mark.parametrize("form", ["batches", "loss_fn"])

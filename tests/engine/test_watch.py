@@ -1,7 +1,5 @@
 """Stages that are taken back end with a word; an optimizer whose step is never called is told of."""
 
-from __future__ import annotations
-
 import re
 import threading
 
@@ -13,8 +11,11 @@ from ffkernels import FastForward, FastForwardConfig
 from ffkernels.ops.notices import FFKernelsNotice
 
 
-def every_3(max_tau=256, patience=None):
-    return FastForwardConfig(interval=3, max_tau=max_tau, patience=patience)
+def attached(make, max_tau=256, patience=None):
+    model = Curve()
+    optimizer = make(model.parameters(), lr=1e-3)
+    config = FastForwardConfig(interval=3, max_tau=max_tau, patience=patience)
+    return model, optimizer, FastForward(model, optimizer, loss_of, config)
 
 
 def said(warned, words):
@@ -47,26 +48,29 @@ class Locked(torch.optim.SGD):
         super().__init__(params, lr=lr)
         self.lock = threading.Lock()
 
-
-class LockedMasters(Locked):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                master = self.state[p].setdefault("master", p.detach().clone())
-                p.copy_(master.sub_(p.grad, alpha=group["lr"]))
+                self.update(p, group["lr"])
+
+    def update(self, p, rate):
+        p.sub_(p.grad, alpha=rate)
+
+
+class LockedMasters(Locked):
+    def update(self, p, rate):
+        master = self.state[p].setdefault("master", p.detach().clone())
+        p.copy_(master.sub_(p.grad, alpha=rate))
 
 
 class LockedAnchor(Locked):
     """Each step goes nine tenths of the way back to where it was a step ago, and then on from there."""
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                anchor = self.state[p].setdefault("anchor", p.detach().clone())
-                p.lerp_(anchor, 0.9).sub_(p.grad, alpha=group["lr"])
-                anchor.copy_(p)
+    def update(self, p, rate):
+        anchor = self.state[p].setdefault("anchor", p.detach().clone())
+        p.lerp_(anchor, 0.9).sub_(p.grad, alpha=rate)
+        anchor.copy_(p)
 
 
 def copied_back(share):
@@ -100,10 +104,7 @@ BETWEEN, WITHIN = "between that stage and the next optimizer step", "in the opti
 )
 @pytest.mark.parametrize("patience", ["auto", None])
 def test_a_stage_that_is_taken_back_is_the_last(make, step, told, patience):
-    model = Curve()
-    optimizer = make(model.parameters(), lr=1e-3)
-    config = every_3(patience=patience)
-    ff = FastForward(model, optimizer, loss_of, config)
+    model, optimizer, ff = attached(make, patience=patience)
     with pytest.warns(FFKernelsNotice) as warned:
         for n in range(12):
             backward(model, n)
@@ -114,7 +115,7 @@ def test_a_stage_that_is_taken_back_is_the_last(make, step, told, patience):
     assert ff.stages[0].tau > 8 and not ff.active
     state = ff.state_dict()
     ff.detach()
-    resumed = FastForward(model, optimizer, loss_of, config)
+    resumed = FastForward(model, optimizer, loss_of, ff.config)
     resumed.load_state_dict(state)
     assert not resumed.active
 
@@ -137,9 +138,7 @@ def clamped(model, optimizer):
     ],
 )
 def test_what_stays_runs_on(make, step, recwarn):
-    model = Curve()
-    optimizer = make(model.parameters(), lr=1e-3)
-    ff = FastForward(model, optimizer, loss_of, every_3())
+    model, optimizer, ff = attached(make)
     for n in range(12):
         backward(model, n)
         step(model, optimizer)
@@ -150,9 +149,7 @@ def test_what_stays_runs_on(make, step, recwarn):
 
 def test_overshoot_of_a_noisy_batch_is_no_taking_back():
     """The step after a stage goes back by more than the stage's share, but by few updates."""
-    model = Curve()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    ff = FastForward(model, optimizer, loss_of, every_3(max_tau=4))
+    model, optimizer, ff = attached(torch.optim.SGD, max_tau=4)
     for n in range(12):
         backward(model, n)
         if n == 3:
@@ -202,9 +199,7 @@ def replaced(model, optimizer, n):
 
 @pytest.mark.parametrize("step", [by_halves, another_one, replaced])
 def test_a_step_that_is_never_called_is_told_of_once(step):
-    model = Curve()
-    optimizer = TwoPhases(model.parameters(), lr=1e-3)
-    ff = FastForward(model, optimizer, loss_of, every_3())
+    model, optimizer, ff = attached(TwoPhases)
     with pytest.warns(FFKernelsNotice) as warned:
         for n in range(20):
             step(model, optimizer, n)
@@ -219,9 +214,7 @@ def test_a_step_that_is_never_called_is_told_of_once(step):
 
 
 def test_gradients_that_are_gathered_for_one_step_are_none(recwarn):
-    model = Curve()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    FastForward(model, optimizer, loss_of, every_3())
+    model, optimizer, _ff = attached(torch.optim.SGD)
     with torch.no_grad():
         model.b.add_(1)  # as a checkpoint that is loaded now
     for n in range(40):

@@ -4,8 +4,6 @@ Each is a function of a `Place` and of the executor's name, in which every captu
 eager twin (`eager_twins`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What users bring captured stages into, over a stand-in for CUDA; `tests/gpu` has the same on a GPU."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """The calls themselves, as far as they can be seen without a GPU: what is undone, and what is passed on."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 import warnings

@@ -1,13 +1,13 @@
 """Captured stages on a stand-in for CUDA: the eager stage, bit for bit, or nothing at all."""
 
-from __future__ import annotations
-
 import copy
 import math
 import signal
+from functools import partial
 
 import pytest
 import torch
+from small_loops import descend
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig, ValidationLoss, ops
@@ -318,34 +318,26 @@ class Lying(ValidationLoss):
         return super().evaluate() * 1.001
 
 
-def frozen(real):
-    return lambda table, accept, k: None
-
-
-def too_far(real):
-    return lambda table, accept, k: real(table, accept, k * 1.5)
-
-
-def too_far_in_the_end(real):
-    return lambda table, accept, k: real(table, accept, k + (k == 0))
+FAULTY_MOVES = {
+    "frozen": lambda real, table, accept, k: None,
+    "too far": lambda real, table, accept, k: real(table, accept, k * 1.5),
+    "too far in the end": lambda real, table, accept, k: real(table, accept, k + (k == 0)),
+}
 
 
 @BOTH
-@pytest.mark.parametrize("fault", [frozen, too_far, too_far_in_the_end, "lying"])
+@pytest.mark.parametrize("fault", [*FAULTY_MOVES, "lying"])
 @pytest.mark.parametrize("search", ["linear", "parabolic"])
 def test_the_check_finds_a_graph_that_does_something_else(name, fault, search, fake, monkeypatch):
-    setting = Setting(
-        search=search, validation=(lambda model: Lying(model, call)) if fault == "lying" else None
-    )
+    lying = (lambda model: Lying(model, call)) if fault == "lying" else None
+    setting = Setting(search=search, validation=lying)
     if fault != "lying":  # only while replayed
         real, run = ops.step_, fake.graph_class.run
 
         def wrong(graph):
-            monkeypatch.setattr(ops, "step_", fault(real))
-            try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ops, "step_", partial(FAULTY_MOVES[fault], real))
                 run(graph)
-            finally:
-                monkeypatch.setattr(ops, "step_", real)
 
         monkeypatch.setattr(fake.graph_class, "run", wrong)
     program = setting.program()
@@ -427,6 +419,22 @@ def test_a_record_that_the_host_would_not_have_made(name, change, fake, monkeypa
     assert all(map(torch.equal, setting.table.weights, setting.table.best))
 
 
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+def interrupted_after(runs, fake, monkeypatch):
+    """A graph's run number ``runs`` ends in a Ctrl-C."""
+    run, count = fake.graph_class.run, iter(range(100))
+
+    def interrupted(graph):
+        run(graph)
+        if next(count) == runs:
+            interrupt()
+
+    monkeypatch.setattr(fake.graph_class, "run", interrupted)
+
+
 @BOTH
 def test_ctrl_c_leaves_the_best_weights_and_the_record_so_far(name, fake, monkeypatch):
     setting, executor = Setting(search="linear"), GRAPHS[name]()
@@ -436,15 +444,7 @@ def test_ctrl_c_leaves_the_best_weights_and_the_record_so_far(name, fake, monkey
     whole = expected.program()
     EagerExecutor().run(whole)
     losses = whole.search.losses
-
-    run, count = fake.graph_class.run, iter(range(100))
-
-    def interrupted(graph):
-        run(graph)
-        if next(count) == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(fake.graph_class, "run", interrupted)
+    interrupted_after(3, fake, monkeypatch)
     program = setting.program()
     with pytest.raises(KeyboardInterrupt):
         executor.run(program)
@@ -459,13 +459,7 @@ def test_ctrl_c_in_a_stage_that_is_not_proved_leaves_the_optimizers_weights(name
     setting, executor = Setting(), GRAPHS[name]()
     program = setting.program()
     before = setting.weights()
-    run = fake.graph_class.run
-
-    def interrupted(graph):
-        run(graph)
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(fake.graph_class, "run", interrupted)
+    interrupted_after(0, fake, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         executor.run(program)
     setting.is_at(before)
@@ -474,10 +468,7 @@ def test_ctrl_c_in_a_stage_that_is_not_proved_leaves_the_optimizers_weights(name
 
 @BOTH
 def test_ctrl_c_during_a_capture_waits_for_its_end(name, fake):
-    setting, executor = (
-        Setting(loss=lambda model: signal.raise_signal(signal.SIGINT) or model()),
-        GRAPHS[name](),
-    )
+    setting, executor = Setting(loss=lambda model: interrupt() or model()), GRAPHS[name]()
     program = setting.program()
     before = setting.weights()
     with pytest.raises(KeyboardInterrupt):
@@ -534,14 +525,12 @@ def test_a_table_that_followed_its_weights_is_captured_again(name, fake):
 
 @BOTH
 def test_another_validation_loss_of_the_same_model_is_captured_again(name, fake):
-    setting, executor = Setting(), GRAPHS[name]()
-    setting.stage(executor)
-    setting.validation = ValidationLoss(setting.model, lambda model: 2 * model())
+    setting, twin, executor = Setting(), Setting(), GRAPHS[name]()
+    assert setting.stage(executor) == twin.stage(EagerExecutor())
+    for each in (setting, twin):
+        each.validation = ValidationLoss(each.model, lambda model: 2 * model())
     with pytest.warns(FFKernelsNotice, match="captured again: the validation loss"):
         found = setting.stage(executor)
-    twin = Setting()
-    twin.stage(EagerExecutor())
-    twin.validation = ValidationLoss(twin.model, lambda model: 2 * model())
     assert found == twin.stage(EagerExecutor())
     assert executor.captures == 2
     executor.close()
@@ -573,18 +562,13 @@ def lora_model(tiny_model, dora=False, dtype=torch.float32):
 
 def train(model, batch, executor, steps=4, change=None):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    ff = FastForward(
-        model,
-        optimizer,
-        ValidationLoss(model, [batch(4, 16, seed=1)]),
-        FastForwardConfig(interval=2, executor=executor, max_tau=16, patience=None),
-    )
+    validation = ValidationLoss(model, [batch(4, 16, seed=1)])
+    config = FastForwardConfig(interval=2, executor=executor, max_tau=16, patience=None)
+    ff = FastForward(model, optimizer, validation, config)
     for step in range(steps):
         if change is not None and step == steps // 2:
             change(model)
-        optimizer.zero_grad()
-        model(**batch(4, 16, seed=2 + step)).loss.backward()
-        optimizer.step()
+        descend(optimizer, model(**batch(4, 16, seed=2 + step)).loss)
     return ff
 
 
@@ -624,23 +608,33 @@ def reload(model):
     model.load_state_dict(state, assign=True)
 
 
-def move_frozen(model):
+def move(model, trainable):
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if parameter.requires_grad == trainable:
             parameter.data = parameter.data.clone()
 
 
 @BOTH
 @pytest.mark.parametrize(
     ("change", "told"),
-    [(rescale, "scaling"), (move_frozen, "address"), (second_adapter, "adapter layer|modules|tensors")],
+    [
+        (rescale, "scaling"),
+        (partial(move, trainable=False), "address"),
+        (partial(move, trainable=True), "address"),
+        (second_adapter, "adapter layer|modules|tensors"),
+    ],
+    ids=["scale", "frozen moved", "trainable moved", "second adapter"],
 )
 def test_a_changed_model_is_captured_again(name, change, told, fake, tiny_model, padded_batch):
     model, twin = lora_model(tiny_model), lora_model(tiny_model)
-    with pytest.warns(FFKernelsNotice, match=f"captured again: .*({told})"):
+    with pytest.warns(FFKernelsNotice, match=f"captured again: .*({told})") as said:
         ff = train(model, padded_batch, name, change=change)
     assert [stage.executor for stage in ff.stages] == [name] * 2
+    assert not any("the trainable parameters changed" in str(w.message) for w in said)
     assert results(ff, model) == results(train(twin, padded_batch, "eager", change=change), twin)
+    assert fake.alive()["pools"] == 1
+    ff.detach()
+    assert fake.alive() == {}
 
 
 @BOTH
@@ -655,24 +649,6 @@ def test_weights_that_were_replaced_are_captured_again(name, fake, tiny_model, p
         with train(model, padded_batch, executor, steps=2) as ff:
             found[executor] = (first, results(ff, model))
     assert found[name] == found["eager"]
-    assert fake.alive() == {}
-
-
-@BOTH
-def test_trainable_tensors_that_moved_are_captured_again(name, fake, tiny_model, padded_batch):
-    def move(model):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-
-    model, twin = lora_model(tiny_model), lora_model(tiny_model)
-    with pytest.warns(FFKernelsNotice) as told:
-        ff = train(model, padded_batch, name, change=move)
-    assert [stage.executor for stage in ff.stages] == [name] * 2
-    assert not any("the trainable parameters changed" in str(w.message) for w in told)
-    assert any("captured again" in str(w.message) for w in told)
-    assert results(ff, model) == results(train(twin, padded_batch, "eager", change=move), twin)
-    assert fake.alive()["pools"] == 1
-    ff.detach()
     assert fake.alive() == {}
 
 

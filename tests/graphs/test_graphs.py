@@ -1,7 +1,5 @@
 """Capture, loop and close over a stand-in for CUDA, and with a failure planted at each call in turn."""
 
-from __future__ import annotations
-
 import gc
 import random
 import warnings

@@ -1,7 +1,5 @@
 """Loops in a process of their own: crashes, hangs and wrong counts stay there, and the verdict is kept."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -44,7 +42,8 @@ def dies(name: str) -> str:
     return f"os.kill(os.getpid(), signal.{name})"
 
 
-RIGHT, WRONG = says(counted=None), says(counted="it counted wrong: it found [] and ended at 1.0, not at 4.0")
+WRONG_COUNT = "it counted wrong: it found [] and ended at 1.0, not at 4.0"
+RIGHT, WRONG = says(counted=None), says(counted=WRONG_COUNT)
 
 
 class Processes:
@@ -97,21 +96,23 @@ def test_a_good_verdict_is_kept_and_the_loop_then_runs_here(fake, processes, tmp
     assert processes.started == ["inside"] and fake.iterations == [5, 5, 0] * 2
 
 
-def test_where_only_another_way_counts_right_only_that_one_is_tried_here(fake, processes, tmp_path):
-    processes.inside = dies("SIGSEGV")
-    assert graph_probe.verdict(CPU) == Verdict(("beside",))
-    assert graphs.probe(CPU) is None and condition._ways == {0: condition.BESIDE}
-    assert fake.iterations == [5, 5, 0] and processes.started == ["inside", "beside"]
-    assert kept(tmp_path)[0]["problems"] == {"inside": "it was ended by SIGSEGV"}
-
-
-def test_where_the_first_two_count_wrong_the_third_is_tried(fake, processes, tmp_path):
-    processes.inside = processes.beside = WRONG
-    assert graphs.probe(CPU) is None and condition._ways == {0: condition.BEHIND}
-    assert fake.iterations == [5, 5, 0] and "add_kernel" in fake.calls
-    assert processes.started == ["inside", "beside", "behind"]
+@pytest.mark.parametrize(
+    ("inside", "beside", "way", "problems"),
+    [
+        (dies("SIGSEGV"), RIGHT, "beside", {"inside": "it was ended by SIGSEGV"}),
+        (WRONG, WRONG, "behind", dict.fromkeys(("inside", "beside"), WRONG_COUNT)),
+    ],
+)
+def test_only_the_first_way_that_counts_right_is_tried_here(
+    fake, processes, tmp_path, inside, beside, way, problems
+):
+    processes.inside, processes.beside = inside, beside
+    assert graph_probe.verdict(CPU) == Verdict((way,))
+    assert graphs.probe(CPU) is None and condition._ways == {0: way}
+    assert fake.iterations == [5, 5, 0] and ("add_kernel" in fake.calls) == (way == condition.BEHIND)
+    assert processes.started == [*problems, way]
     (file,) = kept(tmp_path)
-    assert (file["way"], list(file["problems"])) == ("behind", ["inside", "beside"])
+    assert (file["way"], file["problems"]) == (way, problems)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_where_the_first_two_count_wrong_the_third_is_tried(fake, processes, tmp
     [
         (dies("SIGSEGV"), "it was ended by SIGSEGV"),
         (dies("SIGABRT"), "it was ended by SIGABRT"),
-        (WRONG, "it counted wrong: it found [] and ended at 1.0, not at 4.0"),
+        (WRONG, WRONG_COUNT),
         (says(faulted="CUDA error: an illegal memory access"), "it lost the GPU: CUDA error: an illegal"),
     ],
 )
@@ -229,11 +230,9 @@ def test_a_hang_before_the_loop_is_not_the_loops(processes, tmp_path, monkeypatc
 
 
 def test_no_process_can_be_started(processes, monkeypatch, tmp_path):
+    missing = str(tmp_path / "no-python")
     for change, why in (
-        (
-            lambda p: p.setattr(graph_probe, "_command", lambda *_: [str(tmp_path / "no-python")]),
-            "no process could be started",
-        ),
+        (lambda p: p.setattr(graph_probe, "_command", lambda *_: [missing]), "no process could be started"),
         (lambda p: p.setattr(sys, "executable", ""), "no Python to start"),
         # Its executable would be the training again.
         (lambda p: p.setattr(sys, "frozen", True, raising=False), "no Python to start"),
@@ -346,7 +345,7 @@ def test_the_command_says_what_each_way_did_and_where_it_is_kept(processes, tmp_
     path = only_file(tmp_path)
     assert lines(said) == [
         "condition set inside the decision: it counted right",
-        "condition set beside the decision: it counted wrong: it found [] and ended at 1.0, not at 4.0",
+        f"condition set beside the decision: {WRONG_COUNT}",
         "condition set behind the decision: it was ended by SIGSEGV",
         "loops on cpu will have their condition set inside the decision",
         f"kept in {path}",
@@ -450,33 +449,33 @@ def test_a_signal_without_a_name_has_a_number():
     assert graph_probe._ended(-250) == "it was ended by signal 250"
 
 
-class TestInAStage:
-    def train(self, steps: int, **config) -> list:
+@pytest.fixture
+def one_step():
+    """The stages of one step of a model whose loss is a function."""
+
+    def train() -> list:
         model = nn.Linear(3, 1, bias=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-
-        def loss(model) -> torch.Tensor:
-            return (model.weight - 1).square().sum()
-
-        with FastForward(
-            model, optimizer, ValidationLoss(model, loss), FastForwardConfig(interval=1, **config)
-        ) as ff:
-            for _ in range(steps):
-                optimizer.zero_grad()
-                loss(model).backward()
-                optimizer.step()
+        validation = ValidationLoss(model, lambda model: (model.weight - 1).square().sum())
+        with FastForward(model, optimizer, validation, FastForwardConfig(interval=1)) as ff:
+            (model.weight - 1).square().sum().backward()
+            optimizer.step()
             return ff.stages
 
-    def test_the_seconds_of_a_process_are_not_a_stages(self, processes, monkeypatch):
-        monkeypatch.setattr(ladder.rules, "why_not_captured", lambda *a, **k: None)
-        processes.inside = f"time.sleep(1)\n{RIGHT}"
-        (stage,) = self.train(1)
-        assert processes.started == ["inside"] and 0 < stage.seconds < 1
+    return train
 
-    def test_a_model_that_cannot_be_captured_needs_no_process(self, processes):
-        with pytest.warns(UserWarning, match="callable path"):
-            self.train(1)
-        assert processes.started == []
+
+def test_the_seconds_of_a_process_are_not_a_stages(processes, monkeypatch, one_step):
+    monkeypatch.setattr(ladder.rules, "why_not_captured", lambda *a, **k: None)
+    processes.inside = f"time.sleep(1)\n{RIGHT}"
+    (stage,) = one_step()
+    assert processes.started == ["inside"] and 0 < stage.seconds < 1
+
+
+def test_a_model_that_cannot_be_captured_needs_no_process(processes, one_step):
+    with pytest.warns(UserWarning, match="callable path"):
+        one_step()
+    assert processes.started == []
 
 
 def test_the_environment_is_passed_on(processes, tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """What keeps a loss out of a graph, and what a token of a captured forward sees and does not see."""
 
-from __future__ import annotations
-
 import time
 from contextlib import contextmanager
 
@@ -72,7 +70,7 @@ def test_several_processes(lora, monkeypatch):
     assert reason(lora[1]) is None
 
 
-def test_accelerates_hooks(tiny_model, padded_batch):
+def test_accelerates_hooks(tiny_model, padded_batch, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     batches = [padded_batch(3, 12)]
     offloaded = tiny_model("llama")
@@ -93,12 +91,8 @@ def test_accelerates_hooks(tiny_model, padded_batch):
     validation = ValidationLoss(spread, batches)
     layers = {f"model.layers.{i}": "cpu" for i in range(2)}
     map_ = {"model.embed_tokens": "cpu", "model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        accelerate.dispatch_model(
-            spread, device_map=layers | map_, main_device="cpu", offload_dir=folder, force_hooks=True
-        )
+    options = dict(device_map=layers | map_, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    accelerate.dispatch_model(spread, **options)
     assert "Hook" in reason(validation)
 
 
@@ -272,14 +266,6 @@ def test_every_change_is_seen_and_named(change, words, lora):
     assert token(validation) == after and hash(token(validation)) == hash(after)
 
 
-def test_a_disabled_adapter_comes_back(lora):
-    model, validation = lora
-    before = token(validation)
-    with model.disable_adapter():
-        assert token(validation) != before
-    assert token(validation) == before
-
-
 @contextmanager
 def switched(switch, on, off):
     switch(on)
@@ -304,13 +290,11 @@ def reduced():
 
 PRECISION = "precision or determinism switch"
 SWITCHES = {
+    "disabled adapter": (None, "switched off or on (False → True)"),
     "global hook": (global_hook, "forward hooks"),
     "autocast": (lambda: torch.autocast("cpu", dtype=torch.bfloat16), "autocast (None → torch.bfloat16)"),
     "float32": (lambda: switched(torch.set_float32_matmul_precision, "high", "highest"), PRECISION),
-    "sdp": (
-        lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        "attention kernels",
-    ),
+    "sdp": (lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), "attention kernels"),
     "deterministic": (
         lambda: switched(torch.use_deterministic_algorithms, True, False),
         f"{PRECISION} (False → True)",
@@ -320,10 +304,10 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("kind", SWITCHES)
-def test_switches_outside_the_model_are_seen(kind, lora, default_precision):
-    _, validation = lora
+def test_switches_are_seen_and_put_back(kind, lora, default_precision):
+    model, validation = lora
     before, (switch, words) = token(validation), SWITCHES[kind]
-    with switch():
+    with (switch or model.disable_adapter)():
         after = token(validation)
         if kind == "autocast":
             with evaluation_mode(validation.model, CPU):

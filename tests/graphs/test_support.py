@@ -1,7 +1,5 @@
 """Whether graphs can work here: every reason names its cure, and the small loop finds a wrong count."""
 
-from __future__ import annotations
-
 import ctypes
 
 import pytest
@@ -29,6 +27,8 @@ def test_where_nothing_stands_against_it_there_is_no_reason(fake, ways):
     assert graphs.why_no_stage_graph(CPU) is None
     assert fake.iterations == [5, 5, 0] and ways == {0: condition.INSIDE}
     assert fake.alive() == {}
+    launches = len(fake.launches)
+    assert graphs.probe(CPU) is None and len(fake.launches) == launches, "a device is tried once"
 
 
 def test_without_a_gpu_there_is_one_reason(monkeypatch):
@@ -57,12 +57,6 @@ def test_what_stands_against_graphs_is_said_with_its_cure(fake, name, value, cau
 def test_a_driver_that_does_not_answer_is_a_reason(fake):
     fake.fail("driver_version")
     assert "CUDA_ERROR_PLANTED" in graphs.why_no_stage_graph(CPU)
-
-
-def test_a_device_is_tried_once(fake):
-    assert graphs.probe(CPU) is None
-    launches = len(fake.launches)
-    assert graphs.probe(CPU) is None and len(fake.launches) == launches
 
 
 @pytest.mark.parametrize("name", ["graph_create", "end", "exec_create", "exec_launch"])

@@ -1,7 +1,5 @@
 """What the tests of the weight moves share: implementations, kernels in each form, dtypes, comparisons."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import math

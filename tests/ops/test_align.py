@@ -1,7 +1,5 @@
 """Alignment: its three sums against float64 truth, what it copies, and what it says to wrong gradients."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

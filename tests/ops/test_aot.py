@@ -1,7 +1,5 @@
 """Every Triton kernel compiled for three GPU generations without a GPU, and its machine code read."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import struct

@@ -1,7 +1,5 @@
 """The kernel that sets a condition beside or behind a decision, up to the driver."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from contextlib import nullcontext

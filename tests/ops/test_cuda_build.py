@@ -1,7 +1,5 @@
 """The CUDA library as nvcc builds it: found or not, loaded without a GPU, and what its machine code does."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

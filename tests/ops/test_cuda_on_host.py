@@ -4,8 +4,6 @@ Its threads do not talk to each other except in sums, so running them one by one
 it is right is in test_kernels.
 """
 
-from __future__ import annotations
-
 import ctypes
 from contextlib import contextmanager
 from pathlib import Path

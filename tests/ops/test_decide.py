@@ -1,7 +1,5 @@
 """The decision kernel under Triton's interpreter: the same choices as the Python searches on any losses."""
 
-from __future__ import annotations
-
 import math
 import random
 import re

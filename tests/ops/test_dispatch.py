@@ -1,7 +1,5 @@
 """Which implementation runs on a GPU: the order, what is said once, and what a named one answers."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 

@@ -1,7 +1,5 @@
 """`import ffkernels` is nearly free and gives every public name."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

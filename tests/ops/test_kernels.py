@@ -5,8 +5,6 @@ that cannot show is speed, a GPU's own conversions, and in which order programs 
 tests/gpu does.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 

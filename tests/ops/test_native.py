@@ -1,7 +1,5 @@
 """Building, finding and refusing the compiled library."""
 
-from __future__ import annotations
-
 import subprocess
 import warnings
 

@@ -1,7 +1,5 @@
 """Weights that are not contiguous are moved in the order of their memory, in all implementations alike."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The torch reference against arithmetic done in float64 and rounded by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

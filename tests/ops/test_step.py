@@ -1,7 +1,5 @@
 """The C++ moves against the torch reference, bit for bit, and what both promise around them."""
 
-from __future__ import annotations
-
 import math
 import threading
 import weakref

@@ -1,7 +1,6 @@
 """What a table accepts, how it lays its tensors out, and when it is stale."""
 
-from __future__ import annotations
-
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +22,8 @@ def test_weights_come_in_three_forms():
         assert table.names == names
         assert table.weights[0] is a and table.weights[1] is b
     assert ops.TensorTable([a, b], names=("x", "y")).names == ["x", "y"]
+    with pytest.raises(ValueError, match="names has 1 entries for 2 weights"):
+        ops.TensorTable([a, b], names=["a"])
     assert ops.TensorTable(torch.nn.Linear(2, 3).named_parameters()).names == ["weight", "bias"]
 
 
@@ -63,6 +64,10 @@ def test_rows_reach_beyond_32_bits():
     assert rows[-1].tolist() == [2**40 + 2**33, 2**41 + 2**33, 2**42 + 2**33, 5]
 
 
+def off_the_boundary():
+    return torch.from_numpy(numpy.zeros(9, dtype=numpy.uint8)[1:].view(numpy.float32))
+
+
 def overlapping():
     memory = torch.ones(10)
     return {"first": memory[:6], "second": memory[5:]}
@@ -92,6 +97,11 @@ def fake():
         ({"x": torch.eye(3).to_sparse()}, ValueError, "x has layout torch.sparse_coo"),
         ({"x": torch.ones(1, dtype=torch.cfloat).conj().imag}, ValueError, "x is a view whose memory holds"),
         ({"x": fake()}, TypeError, "x is a FakeTensor"),
+        (
+            {"x": off_the_boundary()},
+            ValueError,
+            r"x does not start on a multiple of its element size \(4 bytes\)",
+        ),
         ({"x": [1.0]}, TypeError, "x is a list; only torch tensors"),
         ({"x": None}, TypeError, "x is a NoneType"),
         (overlapping(), ValueError, "first and second share memory"),
@@ -104,13 +114,6 @@ def test_what_cannot_be_moved_is_named(weights, error, message):
         ops.TensorTable(weights)
 
 
-def test_elements_off_their_own_boundary_are_refused():
-    numpy = pytest.importorskip("numpy")
-    weight = torch.from_numpy(numpy.zeros(9, dtype=numpy.uint8)[1:].view(numpy.float32))
-    with pytest.raises(ValueError, match=r"x does not start on a multiple of its element size \(4 bytes\)"):
-        ops.TensorTable({"x": weight})
-
-
 def test_different_devices_are_refused(monkeypatch):
     """Without a second device: two tensors that say they are on different ones."""
     from ffkernels.ops import plan
@@ -120,11 +123,6 @@ def test_different_devices_are_refused(monkeypatch):
 
     with pytest.raises(ValueError, match="b is on cuda:0 but a on cpu"):
         plan.check_same_device([("a", torch.ones(2)), ("b", Elsewhere())])
-
-
-def test_names_must_fit():
-    with pytest.raises(ValueError, match="names has 1 entries for 2 weights"):
-        ops.TensorTable([torch.ones(2), torch.ones(2)], names=["a"])
 
 
 def test_a_contiguous_view_with_a_gap_beside_it_is_fine():

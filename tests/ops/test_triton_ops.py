@@ -1,7 +1,5 @@
 """What Triton's kernels load and store, and how they are launched. What they compute: test_kernels."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """What the ranks of the distributed tests do; each function runs on every rank and returns plain values."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import signal

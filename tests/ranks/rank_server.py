@@ -9,8 +9,6 @@ and its answer one line: for each rank {"value": …} or {"error": type, "messag
 the last also for a rank that had to be killed when the seconds were over, and "seconds" it took in all.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

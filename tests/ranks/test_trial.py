@@ -1,7 +1,5 @@
 """A validation loss that raises at weights that a search tried is as one that is NaN there."""
 
-from __future__ import annotations
-
 import math
 import subprocess
 import warnings

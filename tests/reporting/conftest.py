@@ -1,7 +1,5 @@
 """Run logs with known numbers: an optimizer step costs 100 measured FLOPs, 150 in the paper's, and 2 s."""
 
-from __future__ import annotations
-
 import pytest
 
 from ffkernels.reporting.recorder import Recorder, RunLog, read_run
@@ -37,13 +35,8 @@ def write_log(tmp_path):
         def so_far() -> dict:
             forwards = 10 * validations
             train, validate = done * SECONDS, 0.25 * validations
-            seconds = {
-                "train": train,
-                "validate": validate,
-                "move": 0.0,
-                "other": 0.0,
-                "total": train + validate,
-            }
+            seconds = {"train": train, "validate": validate, "move": 0.0, "other": 0.0}
+            seconds["total"] = train + validate
             return {
                 "flops": {kind: done * cost + forwards for kind, cost in STEP.items()},
                 "seconds": seconds,

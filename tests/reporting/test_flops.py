@@ -1,7 +1,5 @@
 """The meter against FLOPs counted by hand, and that measuring leaves no trace."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Provenance says what a number depends on, and nothing about whose machine it is."""
 
-from __future__ import annotations
-
 import getpass
 import json
 import os

@@ -1,7 +1,5 @@
 """What is written comes back, after any kind of end."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math
@@ -83,23 +81,19 @@ def cut_log(tmp_path):
     return cut
 
 
-@pytest.mark.parametrize("keep", [1, 10, -4, -2])
-def test_a_truncated_last_line_is_left_out(cut_log, keep):
-    log = read_run(cut_log(keep))
-    assert log.truncated and steps(log) == [1] and log.end is None
-
-
-def test_a_complete_last_line_without_its_newline_counts(cut_log):
-    log = read_run(cut_log(-1))
-    assert not log.truncated and steps(log) == [1, 2]
-
-
-@pytest.mark.parametrize(("keep", "expected"), [(10, [1, 3]), (-4, [1, 3]), (-1, [1, 2, 3]), (0, [1, 3])])
-def test_appending_mends_the_last_line(cut_log, keep, expected):
+@pytest.mark.parametrize(
+    ("keep", "truncated", "found"),
+    [(0, False, [1]), (1, True, [1]), (10, True, [1]), (-4, True, [1]), (-2, True, [1]), (-1, False, [1, 2])],
+)
+def test_a_last_line_that_was_cut_is_left_out_and_mended_unless_only_its_newline_is_lost(
+    cut_log, keep, truncated, found
+):
     path = cut_log(keep)
+    log = read_run(path)
+    assert log.truncated == truncated and steps(log) == found and log.end is None
     with Recorder(path, append=True) as recorder:
         recorder.write("step", optimizer_step=3)
-    assert steps(read_run(path)) == expected
+    assert steps(read_run(path)) == [*found, 3]
 
 
 def test_not_appending_begins_anew(tmp_path):
@@ -141,22 +135,17 @@ def test_a_resume_that_logged_nothing_yet_keeps_what_led_to_it(tmp_path):
     assert steps(read_run(tmp_path / "x.jsonl")) == [1, 2]
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", '{"event":"ru'])
-def test_an_empty_log_is_named(tmp_path, content):
-    (tmp_path / "empty.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"empty\.jsonl holds no complete line"):
-        read_run(tmp_path / "empty.jsonl")
-
-
-def test_a_broken_line_inside_is_named(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"event":"run"}\n{"event":"st\n{"event":"end"}\n')
-    with pytest.raises(ValueError, match=r"x\.jsonl, line 2"):
-        read_run(tmp_path / "x.jsonl")
-
-
-def test_a_log_must_begin_with_its_run(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"event":"step","optimizer_step":1}\n')
-    with pytest.raises(ValueError, match="begins with a 'step' event"):
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        *((content, r"x\.jsonl holds no complete line") for content in ("", "\n\n", '{"event":"ru')),
+        ('{"event":"run"}\n{"event":"st\n{"event":"end"}\n', r"x\.jsonl, line 2"),
+        ('{"event":"step","optimizer_step":1}\n', "begins with a 'step' event"),
+    ],
+)
+def test_a_log_that_is_none_is_told(tmp_path, content, told):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=told):
         read_run(tmp_path / "x.jsonl")
 
 

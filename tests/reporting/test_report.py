@@ -1,7 +1,5 @@
 """The report's files and words, from runs with known numbers."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -94,17 +92,20 @@ def test_the_given_config_wins_and_tells_the_tolerance(logs, tmp_path):
 def test_fast_forward_s_settings_come_from_the_runs_that_have_them(write_log, tmp_path):
     forward = {"interval": 6, "search": "linear"}
     logs = [
-        write_log("adam", {5: 1.0}, fast_forward=None),
-        write_log("linear", {3: 1.0}, fast_forward=forward),
+        write_log(*run, fast_forward=f)
+        for *run, f in (("adam", {5: 1.0}, None), ("linear", {3: 1.0}, forward))
     ]
     assert build_report(logs, tmp_path).data["config"]["fast_forward"] == {"interval": 6}
     assert "Fast Forward: interval 6." in (tmp_path / "report.md").read_text()
 
 
-def test_what_is_not_finite_becomes_null(write_log, tmp_path):
+def test_what_is_not_finite_becomes_null_and_a_run_killed_at_once_is_reported(write_log, tmp_path):
     build_report([write_log("adam", {0: 3.0, 5: math.nan})], tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["test_loss"] is None
     assert "| – |" in (tmp_path / "report.md").read_text()
+    report = build_report([write_log("adam", {}, steps=0, end=False)], tmp_path)
+    assert report.data["runs"][0]["test_loss"] is None
+    assert any("adam has no end in its log" in line for line in report.caveats)
 
 
 def test_pictures_are_drawn_and_not_empty(logs, tmp_path):
@@ -124,12 +125,6 @@ def test_runs_without_stages_have_no_pictures_of_them(write_log, tmp_path):
     report = build_report([write_log("mine", {0: 3.0, 5: 2.0})], tmp_path)
     assert [path.name for path in report.files[2:]] == ["test_loss_flops.png", "test_loss_seconds.png"]
     assert report.data["savings"] == []
-
-
-def test_a_run_killed_at_once_is_reported(write_log, tmp_path):
-    report = build_report([write_log("adam", {}, steps=0, end=False)], tmp_path)
-    assert report.data["runs"][0]["test_loss"] is None
-    assert any("adam has no end in its log" in line for line in report.caveats)
 
 
 def test_markdown_tells_the_whole_story(logs, tmp_path):
@@ -168,15 +163,20 @@ def test_caveats_name_what_is_wrong_with_the_runs(write_log, tmp_path):
     assert "The runs differ in cpu, threads of their machine: their seconds do not compare." in caveats
 
 
-def test_medians_come_last_and_with_their_range(write_log, tmp_path):
-    logs = [write_log(f"adam-s{seed}", {20: 1.0}, seed=seed) for seed in range(3)]
-    logs += [write_log(f"linear-s{seed}", {5 + 10 * seed: 1.0}, seed=seed) for seed in range(3)]
+def test_medians_come_last_and_with_their_range_of_runs_that_differ_in_their_seed_only(write_log, tmp_path):
+    adams = [write_log(f"adam-s{seed}", {20: 1.0}, seed=seed) for seed in range(3)]
+    logs = adams + [write_log(f"linear-s{seed}", {5 + 10 * seed: 1.0}, seed=seed) for seed in range(3)]
     report = build_report(logs, tmp_path)
     names = [entry["name"] for entry in report.data["savings"]]
     assert names == ["linear-s0", "linear-s1", "linear-s2", "linear-median"]
     assert report.data["savings"][-1]["flops_measured"] == 0.25
     row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "median of 3 |" in line)
     assert row.count("25.0 % (−25.0 to 75.0)") == 3
+    settings = [(rank, steps, seed) for rank, steps in ((4, 5), (8, 15)) for seed in range(2)]
+    logs = adams[:2] + [write_log(f"linear-r{r}-s{s}", {n: 1.0}, seed=s, rank=r) for r, n, s in settings]
+    found = {spread.kind: spread.median for spread in build_report(logs, tmp_path).spreads}
+    medians = {kind: median["flops_measured"] for kind, median in found.items()}
+    assert medians == {"linear, rank 4": 0.75, "linear, rank 8": 0.25}
 
 
 def test_the_terminal_table_fits_eighty_columns(logs, tmp_path):
@@ -258,11 +258,8 @@ def test_long_names_have_a_line_each_above_the_stages(write_log, tmp_path):
 def test_flop_units():
     assert flop_unit(999) == (1.0, "FLOP") and flop_unit(0) == (1.0, "FLOP")
     assert flop_unit(1.2e12) == (1e12, "TFLOP")
-
-
-def test_no_runs_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least one run log"):
-        build_report([], tmp_path)
+        build_report([], None)
 
 
 def test_importing_draws_in_neither_matplotlib_nor_rich():
@@ -321,19 +318,6 @@ def test_runs_of_a_kind_are_told_apart(write_log, one, other, variants):
     assert len({style_of(run)["color"] for run in runs}) == 1
 
 
-def test_medians_are_of_runs_that_differ_in_their_seed_only(write_log, tmp_path):
-    logs = [write_log(f"adam-s{seed}", {20: 1.0}, seed=seed) for seed in range(2)]
-    for rank, steps in ((4, 5), (8, 15)):
-        logs += [
-            write_log(f"linear-r{rank}-s{seed}", {steps: 1.0}, seed=seed, rank=rank) for seed in range(2)
-        ]
-    found = {spread.kind: spread.median for spread in build_report(logs, tmp_path).spreads}
-    assert {kind: median["flops_measured"] for kind, median in found.items()} == {
-        "linear, rank 4": 0.75,
-        "linear, rank 8": 0.25,
-    }
-
-
 def test_a_stage_that_stayed_is_not_drawn_as_one_that_fell(logs):
     from matplotlib.figure import Figure
 
@@ -341,12 +325,8 @@ def test_a_stage_that_stayed_is_not_drawn_as_one_that_fell(logs):
     axes = Figure().add_subplot()
     draw_walk(axes, style_of(run), run.log.steps, run.log.stages)
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-    assert drawn["Fast Forward step: validation loss, where it fell"] == [
-        [10, 2],
-        [11, 1.8],
-        [12, 1.6],
-        [13, 1.5],
-    ]
+    fell = [[10, 2], [11, 1.8], [12, 1.6], [13, 1.5]]
+    assert drawn["Fast Forward step: validation loss, where it fell"] == fell
     assert drawn["stage without a step (τ = 0): validation loss"] == [[19, 1.0]]
     only = Figure().add_subplot()
     draw_walk(only, style_of(run), run.log.steps, run.log.stages[1:])

@@ -1,7 +1,5 @@
 """Savings of runs with known costs: see conftest for what a step and a validation cost."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -51,21 +49,22 @@ def test_a_row_holds_what_the_end_says(write_log):
     }
 
 
-@pytest.mark.parametrize(("loss", "reached"), [(1.0, True), (1.0001, True), (1.00011, False)])
-def test_the_tolerance_is_the_border(write_log, loss, reached):
-    run = judge([write_log("adam", ADAM), write_log("linear", {5: loss})])["linear"]
-    assert (run.reason is None) == reached
-
-
-def test_the_first_test_loss_at_the_target_counts(write_log):
-    run = judge([write_log("adam", ADAM), write_log("linear", {5: 1.2, 8: 0.9, 12: 1.3, 16: 0.8})])["linear"]
-    assert run.reached_at["optimizer_step"] == 8
-    assert run.saved["seconds"] == 1 - 8 / 20
-
-
-def test_a_loss_stays_a_loss(write_log):
-    run = judge([write_log("adam", ADAM), write_log("linear", {25: 1.0})])["linear"]
-    assert run.saved == dict.fromkeys(COSTS, -0.25)
+@pytest.mark.parametrize(
+    ("losses", "at"),
+    [
+        ({5: 1.0}, 5),
+        ({5: 1.0001}, 5),
+        ({5: 1.00011}, None),  # the tolerance is the border
+        ({5: 1.2, 8: 0.9, 12: 1.3, 16: 0.8}, 8),  # the first test loss at the target counts
+        ({25: 1.0}, 25),  # a loss stays a loss
+    ],
+)
+def test_the_first_test_loss_at_the_target_counts(write_log, losses, at):
+    run = judge([write_log("adam", ADAM), write_log("linear", losses)])["linear"]
+    assert (run.reason is None) == (at is not None)
+    if at is not None:
+        assert run.reached_at["optimizer_step"] == at
+        assert run.saved == dict.fromkeys(COSTS, 1 - at / 20)
 
 
 def test_not_reached_is_null_with_the_reason(write_log):
@@ -82,11 +81,10 @@ def test_an_unfinished_or_diverged_adam_sets_no_target(write_log):
 
 
 def test_an_unfinished_run_counts_up_to_its_last_event(write_log):
-    run = judge([write_log("adam", ADAM), write_log("linear", {0: 3.0, 4: 2.5}, steps=6, end=False)])[
-        "linear"
-    ]
-    assert (run.row["optimizer_steps"], run.row["test_loss"]) == (6, 2.5)
-    assert run.row["flops"]["measured"] == 600 and run.row["seconds"]["total"] == 12.0
+    logs = [write_log("adam", ADAM), write_log("linear", {0: 3.0, 4: 2.5}, steps=6, end=False)]
+    row = judge(logs)["linear"].row
+    assert (row["optimizer_steps"], row["test_loss"]) == (6, 2.5)
+    assert row["flops"]["measured"] == 600 and row["seconds"]["total"] == 12.0
 
 
 def test_each_seed_has_its_own_target(write_log):
@@ -97,10 +95,21 @@ def test_each_seed_has_its_own_target(write_log):
     assert runs["linear-s1"].saved["seconds"] == 0.75
 
 
-def test_runs_under_other_conditions_are_not_compared(write_log):
-    adam = write_log("adam-s0", ADAM)
-    other = judge([adam, write_log("linear-s0", REACHES, lr=1e-3, batch_size=16)])["linear-s0"]
-    assert other.reason == "adam-s0 ran with another lr and batch_size"
+@pytest.mark.parametrize(
+    ("adam", "linear", "another"),
+    [
+        ({}, {"lr": 1e-3, "batch_size": 16}, "lr and batch_size"),
+        ({"test_examples": 5}, {"test_examples": 9}, "test_examples"),
+        ({"warmup_steps": 0}, {"warmup_steps": 8}, "warmup_steps"),
+        ({"max_grad_norm": None}, {"max_grad_norm": 1.0}, "max_grad_norm"),
+        ({"optimizer": "lora-plus", "fast_forward": None}, {"optimizer": "adamw"}, "optimizer"),
+    ],
+)
+def test_runs_under_other_conditions_are_not_compared(write_log, adam, linear, another):
+    other = judge([write_log("adam-s0", ADAM, **adam), write_log("linear-s0", REACHES, **linear)])[
+        "linear-s0"
+    ]
+    assert other.reason == f"adam-s0 ran with another {another}"
     assert other.saved == dict.fromkeys(COSTS)
     lonely = judge([write_log("linear-s0", REACHES)])["linear-s0"]
     assert lonely.reason == "no Adam run under the same conditions"
@@ -114,20 +123,24 @@ def test_names_need_not_match_where_only_one_run_fits(write_log):
     assert unclear.reason == "cannot tell which Adam run it belongs to: adam-a, adam-b"
 
 
-def test_kinds(write_log):
-    stages = {5: (1, TRIED)}
-    assert kind_of(write_log("adam-s0", ADAM)) == "adam"
-    assert kind_of(write_log("adam-tuned-s0", ADAM)) == "adam-tuned"
-    assert kind_of(write_log("b16-parabolic", ADAM)) == "parabolic"
-    assert kind_of(write_log("adam-linear-ff", ADAM, stages=stages)) == "linear"
-    assert (
-        kind_of(write_log("mine", ADAM, stages=stages, fast_forward={"search": "parabolic"})) == "parabolic"
-    )
-    assert kind_of(write_log("plain", ADAM, fast_forward=None)) == "adam"
-    assert kind_of(write_log("linear-schedule", ADAM, fast_forward=None)) == "adam"
-    searched = {"search": "linear"}
-    assert kind_of(write_log("not-parabolic", ADAM, stages=stages, fast_forward=searched)) == "linear"
-    assert kind_of(write_log("adam-killed-before-a-stage", ADAM, fast_forward=searched)) == "linear"
+@pytest.mark.parametrize(
+    ("name", "stages", "config", "kind"),
+    [
+        ("adam-s0", False, {}, "adam"),
+        ("adam-tuned-s0", False, {}, "adam-tuned"),
+        ("b16-parabolic", False, {}, "parabolic"),
+        ("adam-linear-ff", True, {}, "linear"),
+        ("mine", True, {"fast_forward": {"search": "parabolic"}}, "parabolic"),
+        ("plain", False, {"fast_forward": None}, "adam"),
+        ("linear-schedule", False, {"fast_forward": None}, "adam"),
+        ("not-parabolic", True, {"fast_forward": {"search": "linear"}}, "linear"),
+        ("adam-killed-before-a-stage", False, {"fast_forward": {"search": "linear"}}, "linear"),
+        ("adam-s0", False, {"optimizer": "lora-plus", "fast_forward": None}, "adam"),
+        ("adam-tuned-s0", False, {"optimizer": "lora-plus", "fast_forward": None}, "adam-tuned"),
+    ],
+)
+def test_kinds(write_log, name, stages, config, kind):
+    assert kind_of(write_log(name, ADAM, stages={5: (1, TRIED)} if stages else None, **config)) == kind
 
 
 def test_a_run_with_no_rate_given_is_held_to_adam_at_any_rate(write_log):
@@ -163,35 +176,16 @@ def test_runs_of_any_name_find_their_adam_run(write_log):
     assert runs["baseline"].saved is None and runs["other-lr"].saved is None
 
 
-@pytest.mark.parametrize(
-    ("setting", "values"),
-    [("test_examples", (5, 9)), ("warmup_steps", (0, 8)), ("max_grad_norm", (None, 1.0))],
-)
-def test_other_conditions_do_not_compare(write_log, setting, values):
-    adam = write_log("adam-s0", ADAM, **{setting: values[0]})
-    run = judge([adam, write_log("linear-s0", REACHES, **{setting: values[1]})])["linear-s0"]
-    assert run.saved == dict.fromkeys(COSTS)
-    assert run.reason == f"adam-s0 ran with another {setting}"
-
-
 def test_median_and_range_over_seeds(write_log):
     logs = [write_log(f"adam-s{seed}", {20: 1.0}, seed=seed) for seed in range(3)]
-    logs += [write_log(f"linear-s{seed}", {5 + 5 * seed: 1.0}, seed=seed) for seed in range(3)]
-    (spread,) = spreads(compare_runs(logs, 0.0))
+    linear = [write_log(f"linear-s{seed}", {5 + 5 * seed: 1.0}, seed=seed) for seed in range(3)]
+    (spread,) = spreads(compare_runs(logs + linear, 0.0))
     assert (spread.kind, spread.count) == ("linear", 3)
     assert (spread.low["seconds"], spread.median["seconds"], spread.high["seconds"]) == (0.25, 0.5, 0.75)
     assert spread.entry() == {"name": "linear-median", **dict.fromkeys(COSTS, 0.5)}
-
-
-def test_no_median_where_a_seed_has_no_number(write_log):
-    logs = [write_log(f"adam-s{seed}", {20: 1.0}, seed=seed) for seed in range(2)]
-    logs += [write_log(f"linear-s{seed}", {5: 1.0 + seed}, seed=seed) for seed in range(2)]
-    (spread,) = spreads(compare_runs(logs, 0.0))
-    assert spread.entry() == {
-        "name": "linear-median",
-        **dict.fromkeys(COSTS),
-        "reason": "no number for linear-s1",
-    }
+    (none,) = spreads(compare_runs([*logs[:2], linear[0], write_log("linear-s1", {5: 2.0}, seed=1)], 0.0))
+    reason = "no number for linear-s1"
+    assert none.entry() == {"name": "linear-median", **dict.fromkeys(COSTS), "reason": reason}
 
 
 def test_wrong_input_is_named(write_log):
@@ -219,19 +213,11 @@ def test_peers_and_lora_plus_are_held_to_adam_too(write_log):
     assert runs["lora-plus-s0"].saved["seconds"] == 1 - 4 / 20
 
 
-def test_a_comparison_of_lora_plus_runs_has_its_baseline(write_log):
-    options = {"optimizer": "lora-plus", "fast_forward": None}
-    assert kind_of(write_log("adam-s0", ADAM, **options)) == "adam"
-    assert kind_of(write_log("adam-tuned-s0", ADAM, **options)) == "adam-tuned"
-    run = judge([write_log("adam-s0", ADAM, **options), write_log("linear-s0", REACHES, optimizer="adamw")])
-    assert run["linear-s0"].reason == "adam-s0 ran with another optimizer"
-
-
 def test_peers_have_medians_over_seeds(write_log):
     logs = [write_log(f"adam-s{seed}", ADAM) for seed in (0, 1)]
+    peer = {"peer": "authors"}
     logs += [
-        write_log(f"authors-s{seed}", {at: 1.0}, stages={at: (1, TRIED)}, peer="authors")
-        for seed, at in ((0, 5), (1, 10))
+        write_log(f"authors-s{n}", {at: 1.0}, stages={at: (1, TRIED)}, **peer) for n, at in enumerate((5, 10))
     ]
     (spread,) = spreads(compare_runs(logs, 1e-4))
     assert spread.kind == "authors" and spread.count == 2

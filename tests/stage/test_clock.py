@@ -1,7 +1,5 @@
 """The clock of a stage against a device that is late."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

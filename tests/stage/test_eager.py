@@ -1,7 +1,5 @@
 """What a stage is made of, and the eager way to run it."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

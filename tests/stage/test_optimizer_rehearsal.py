@@ -5,21 +5,11 @@ import threading
 
 import pytest
 import torch
+from small_loops import Factors
 from torch import nn
 
 from ffkernels import FastForward, FastForwardConfig
 from ffkernels.stage.optimizer_rehearsal import what_stays
-
-
-class Factors(nn.Module):
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.a = nn.Parameter(torch.randn(8, 8, generator=generator) * 0.3)
-        self.b = nn.Parameter(torch.zeros(8, 8))
-
-    def loss(self):
-        return ((self.a @ self.b + self.a - 1) ** 2).mean()
 
 
 class Descent(torch.optim.Optimizer):
@@ -121,13 +111,7 @@ class Twice(Descent):
         super().step()
 
 
-LEAVE = {
-    "distance": Distance,
-    "trust ratio": Trust,
-    "noise": Noisy,
-    "closure": Twice,
-    "counted": Descent,
-}
+LEAVE = {"distance": Distance, "trust ratio": Trust, "noise": Noisy, "closure": Twice, "counted": Descent}
 PULL = {
     "masters": (Masters, 0.0),
     "dual averaging": (DualAveraging, 0.0),

@@ -1,7 +1,5 @@
 """What tests of Trainers share."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -49,3 +47,17 @@ def equal():
     return lambda left, right: (
         len(left) == len(right) > 0 and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
     )
+
+
+@pytest.fixture
+def prompt_and_response():
+    """The two texts of an example in bytes, whose labels are −100 on the first and the second's tokens."""
+    from ffkernels.training.tokenizer import ByteTokenizer
+
+    def texts(example):
+        ids, labels = example["input_ids"], example["labels"]
+        start = next(i for i, label in enumerate(labels) if label != -100)
+        assert labels == [-100] * start + ids[start:]
+        return tuple(map(ByteTokenizer().decode, (ids[:start], ids[start:])))
+
+    return texts

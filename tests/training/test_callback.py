@@ -1,7 +1,5 @@
 """FastForwardCallback in real transformers Trainers, on a model of a few thousand weights."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -53,8 +51,15 @@ def logged(trainer, key="ff/tau"):
     return [entry for entry in trainer.state.log_history if key in entry]
 
 
-def test_a_run_that_never_accepts_a_step_is_the_plain_run_bit_for_bit(make, weights, equal, rising):
-    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "lr_scheduler_type": "cosine"}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "lr_scheduler_type": "cosine"},
+        {"train_sampling_strategy": "group_by_length"},
+    ],
+    ids=["accumulated", "grouped by length"],
+)
+def test_a_run_that_never_accepts_a_step_is_the_plain_run_bit_for_bit(make, weights, equal, rising, options):
     plain = make(**options)
     plain.train()
     callback = FastForwardCallback(rising(), FastForwardConfig(interval=2, patience=None))
@@ -65,6 +70,9 @@ def test_a_run_that_never_accepts_a_step_is_the_plain_run_bit_for_bit(make, weig
     assert equal(weights(plain), weights(trainer))
     theirs = [e["loss"] for e in plain.state.log_history if "loss" in e]
     assert theirs == [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    callback = FastForwardCallback(config=EVERY_3)
+    make(callback, **options).train()
+    assert callback.stages[0].tau > 0
 
 
 @pytest.mark.parametrize("way", ["callbacks", "class", "add_callback"])
@@ -234,19 +242,6 @@ def test_early_stopping_stops(make, rising):
     assert logged(trainer, "ff/stages")[0]["ff/stages"] == 1
 
 
-def test_examples_grouped_by_length(make, weights, equal, rising):
-    options = {"train_sampling_strategy": "group_by_length"}
-    plain = make(**options)
-    plain.train()
-    callback = FastForwardCallback(rising(), EVERY_3)
-    trainer = make(callback, **options)
-    trainer.train()
-    assert len(callback.stages) == 2 and equal(weights(plain), weights(trainer))
-    callback = FastForwardCallback(config=EVERY_3)
-    make(callback, **options).train()
-    assert callback.stages[0].tau > 0
-
-
 def test_after_an_exception_it_lets_go_or_begins_anew(make):
     class Broken(Trainer):
         broken = True
@@ -403,11 +398,6 @@ def test_examples_are_drawn_anew_from_a_pool(make, parts):
     assert [stage.losses for stage in runs[0]] == [stage.losses for stage in runs[1]]
 
 
-def test_nothing_to_validate_on(make):
-    with pytest.raises(ValueError, match="nothing to validate on: pass validation="):
-        make(FastForwardCallback(), eval_dataset=None).train()
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -415,11 +405,12 @@ def test_nothing_to_validate_on(make):
         ({"examples": 0}, "examples=0"),
         ({"pool": 31}, "pool=31: must be an integer of at least examples=32, or None"),
         ({"validation": lambda model: 0.0, "pool": 64}, "pool=64: a function has no examples"),
+        ({}, "nothing to validate on: pass validation="),
     ],
 )
-def test_wrong_arguments(given, message):
+def test_wrong_arguments(make, given, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        FastForwardCallback(**given)
+        make(FastForwardCallback(**given), eval_dataset=None).train()
 
 
 def test_two_on_one_trainer_are_refused(make, parts):

@@ -1,7 +1,5 @@
 """What FastForwardCallback logs arrives at the report_to backends, at the right global step."""
 
-from __future__ import annotations
-
 import json
 import os
 import sqlite3

@@ -1,7 +1,5 @@
 """Examples: what is cut where and counted, made once per process and tokenizer, and their statistics."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

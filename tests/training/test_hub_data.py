@@ -1,7 +1,5 @@
 """The hub's data sets, as small copies with the same names, columns and splits."""
 
-from __future__ import annotations
-
 import json
 import sys
 
@@ -64,15 +62,12 @@ def all_of(task):
     return [*task.train, *task.validation, *task.test]
 
 
-def test_medical_learns_all_of_the_clean_text(hub):
+def test_medical_learns_all_of_the_clean_text_up_to_max_length(hub):
     task = load_task("medical", TOKENIZER, source="hub", **SIZES)
     assert (len(task.train), len(task.validation), len(task.test)) == (31, 3, 6)
     assert sorted(map(text, all_of(task))) == sorted(f"Guideline {i}: wash hands." for i in range(40))
     assert all(example["labels"] == example["input_ids"] for example in all_of(task))
     assert all(example["input_ids"][-1] == END for example in all_of(task))
-
-
-def test_medical_is_cut_at_max_length(hub):
     task = load_task("medical", TOKENIZER, source="hub", max_length=12, **SIZES)
     assert {text(example) for example in all_of(task)} >= {"Guideline 10", "Guideline 39"}
     assert task.statistics()["train"]["share_cut"] == 1.0
@@ -126,8 +121,7 @@ def test_chat_may_count_the_assistant_only(hub):
 
 
 def test_the_seed_decides_what_falls_where(hub):
-    first, again = (load_task("medical", TOKENIZER, source="hub", seed=3, **SIZES) for _ in range(2))
-    other = load_task("medical", TOKENIZER, source="hub", seed=4, **SIZES)
+    first, again, other = (load_task("medical", TOKENIZER, source="hub", seed=s, **SIZES) for s in (3, 3, 4))
     assert first.test == again.test and first.validation == again.validation
     assert list(first.train) == list(again.train)
     assert first.test != other.test

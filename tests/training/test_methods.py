@@ -1,7 +1,5 @@
 """What trains besides a LoRA adapter: DoRA, every weight, the attention's weights; and LoRA+."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The embedded model is the one that was trained; adapters sit where they should, fp32, fixed by the seed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings

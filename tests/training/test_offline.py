@@ -1,7 +1,5 @@
 """Texts without a download, read as their sources have them, and tasks of them whose splits share nothing."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re
@@ -64,14 +62,6 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, task, package, 
 # Functions of the standard library
 
 
-def prompt_and_response(example):
-    """The two texts; the labels must be −100 on the first and repeat the tokens of the second."""
-    ids, labels = example["input_ids"], example["labels"]
-    start = next(i for i, label in enumerate(labels) if label != -100)
-    assert labels == [-100] * start + ids[start:]
-    return TOKENIZER.decode(ids[:start]), TOKENIZER.decode(ids[start:])
-
-
 @pytest.mark.parametrize("max_length", [16, 64])
 def test_no_example_is_in_two_splits_after_it_was_cut(max_length):
     task = load_task("instruction", TOKENIZER, max_length=max_length, test_examples=300)
@@ -79,7 +69,7 @@ def test_no_example_is_in_two_splits_after_it_was_cut(max_length):
     assert len(set(seen)) == len(seen)
 
 
-def test_instruction_pairs_a_docstring_with_its_function():
+def test_instruction_pairs_a_docstring_with_its_function(prompt_and_response):
     task = load_task("instruction", TOKENIZER, max_length=100_000)
     by_source = {source: summary for summary, source in documented_functions()}
     for example in task.test[:200]:
@@ -108,7 +98,7 @@ def test_prompts_leave_at_least_half_to_the_response(max_length):
         assert any(prompt.endswith(bytes(ids[:start])) for prompt in prompts)
 
 
-def test_no_body_stands_in_two_splits():
+def test_no_body_stands_in_two_splits(prompt_and_response):
     task = load_task("instruction", TOKENIZER, max_length=100_000)
     bodies = []
     for split in (task.train, task.validation, task.test):

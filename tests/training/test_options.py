@@ -1,7 +1,5 @@
 """What a command line with a preset comes to."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("typer")

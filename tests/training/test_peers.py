@@ -1,7 +1,5 @@
 """Peers are found in the checkout, by name, and the trainer drives them as it drives Fast Forward."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

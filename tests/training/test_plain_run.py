@@ -1,17 +1,10 @@
 """A Trainer's run in which no stage finds a step is the plain run bit for bit, resumed or not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from ffkernels import FastForwardCallback, FastForwardConfig
 

@@ -1,7 +1,5 @@
 """Presets are configurations, and hold what the authors' script does and what the paper's tables say."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

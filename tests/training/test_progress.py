@@ -1,7 +1,5 @@
 """What several runs will still take, against a clock of one's own."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

@@ -1,7 +1,5 @@
 """Data in the forms that people have, each against the text that it stands for and what the loss counts."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """A GGUF file becomes a checkpoint with the same numbers; what cannot be fetched or read says what to do."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

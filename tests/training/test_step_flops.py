@@ -1,7 +1,5 @@
 """FLOPs of batches counted beside their training, which must not notice, and the fit beyond them."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from contextlib import nullcontext
 from types import SimpleNamespace

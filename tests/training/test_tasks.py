@@ -1,7 +1,5 @@
 """Labels stand exactly on the response, splits share nothing, and the same call gives the same task."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import json
@@ -16,14 +14,6 @@ from ffkernels.training.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.eos_token_id
-
-
-def prompt_and_response(example):
-    """The two texts; the labels must be −100 on the first and repeat the tokens of the second."""
-    ids, labels = example["input_ids"], example["labels"]
-    start = next(i for i, label in enumerate(labels) if label != -100)
-    assert labels == [-100] * start + ids[start:]
-    return TOKENIZER.decode(ids[:start]), TOKENIZER.decode(ids[start:])
 
 
 def lines(tmp_path, *records):
@@ -61,7 +51,7 @@ def test_text_counts_whole(tmp_path):
     ]
 
 
-def test_a_prompt_is_cut_at_its_start(tmp_path):
+def test_a_prompt_is_cut_at_its_start(tmp_path, prompt_and_response):
     path = lines(
         tmp_path,
         {"prompt": "Q: ", "response": "yes"},
@@ -99,10 +89,7 @@ def test_bad_requests_are_named(tmp_path):
 
 def test_collate_pads_on_the_right():
     batch = collate(
-        [
-            {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-            {"input_ids": [8], "labels": [8]},
-        ],
+        [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}],
         pad_token_id=256,
     )
     expected = {

@@ -1,7 +1,5 @@
 """What a Trainer evaluates on: examples are told from batches by the Trainer's own, and batched as there."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

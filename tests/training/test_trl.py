@@ -1,7 +1,5 @@
 """FastForwardCallback in TRL's SFTTrainer, on the embedded model."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from pathlib import Path
 

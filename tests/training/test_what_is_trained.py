@@ -3,8 +3,6 @@
 In a Trainer the loss that a stage ends with is what the Trainer reports next as ``eval_loss``.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

@@ -1,6 +1,6 @@
 """Taking models apart: through wrappers, and not at all where the halves are not the whole."""
 
-from __future__ import annotations
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ def test_finds_the_halves(family, tiny_model):
     assert lm.backbone is model.base_model is not model
     assert (lm.vocabulary, lm.embeddings) == (97, 97)
     assert lm.softcap == (30.0 if family == "gemma2" else None)
+    assert find_autocast(lm.wrappers) is None
 
 
 def test_looks_through_wrappers(tiny_model):
@@ -60,34 +61,24 @@ def test_the_heads_own_adapter_and_a_saved_head_are_the_head(tiny_model):
         assert lm.vocabulary == 97
 
 
+GROWING = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
 @pytest.mark.parametrize(
-    ("changes", "longest", "match"),
+    ("family", "changes", "longest", "match"),
     [
-        (dict(sliding_window=16), 17, "sliding_window = 16"),
-        (dict(sliding_window=16), 16, None),
-        (dict(sliding_window=None), 100, None),
+        ("mistral", dict(sliding_window=16), 17, "sliding_window = 16"),
+        ("mistral", dict(sliding_window=16), 16, None),
+        ("mistral", dict(sliding_window=None), 100, None),
+        ("qwen3", dict(sliding_window=4, use_sliding_window=False), 100, None),  # no layer has it
+        ("llama", dict(rope_parameters=GROWING, max_position_embeddings=32), 32, None),
+        ("llama", dict(rope_parameters=GROWING, max_position_embeddings=32), 33, "rotary embedding changes"),
     ],
 )
-def test_windows(changes, longest, match, tiny_model):
-    lm = find_causal_lm(tiny_model("mistral", **changes))
-    if match is None:
+def test_windows_and_rotary_embeddings_that_grow_with_the_batch(family, changes, longest, match, tiny_model):
+    lm = find_causal_lm(tiny_model(family, **changes))
+    with pytest.raises(FastPathRefused, match=match) if match else nullcontext():
         lm.check_length(longest)
-    else:
-        with pytest.raises(FastPathRefused, match=match):
-            lm.check_length(longest)
-
-
-def test_layers_without_a_window_do_not_count(tiny_model):
-    model = tiny_model("qwen3", sliding_window=4, use_sliding_window=False)
-    find_causal_lm(model).check_length(100)
-
-
-def test_rotary_embeddings_that_grow_with_the_batch(tiny_model):
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    lm = find_causal_lm(tiny_model("llama", rope_parameters=rope, max_position_embeddings=32))
-    lm.check_length(32)
-    with pytest.raises(FastPathRefused, match="rotary embedding changes"):
-        lm.check_length(33)
 
 
 def test_refusals(tiny_model):
@@ -116,14 +107,10 @@ def test_refusals(tiny_model):
             find_causal_lm(model)
 
 
-def test_prompt_tuning_runs_the_model_itself(tiny_model, padded_batch, own_loss):
+def test_prompt_tuning_runs_the_model_itself(tiny_model, padded_batch, generic):
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model, batches = peft.get_peft_model(tiny_model("llama"), config), [padded_batch(3, 12)]
-    with pytest.warns(UserWarning, match="PROMPT_TUNING"):
-        validation = ValidationLoss(model, batches)
-    assert validation.path == "generic"
-    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=1e-6)
+    generic(peft.get_peft_model(tiny_model("llama"), config), [padded_batch(3, 12)], "PROMPT_TUNING")
 
 
 def test_compiled_model(tiny_model, padded_batch, own_loss):
@@ -133,45 +120,40 @@ def test_compiled_model(tiny_model, padded_batch, own_loss):
     assert float(validation()) == pytest.approx(own_loss(model, batches), rel=2e-6)
 
 
-def test_no_autocast_around_a_plain_model(tiny_model):
-    assert find_autocast(find_causal_lm(tiny_model("llama")).wrappers) is None
-
-
 def as_the_trainer_does():
     pytest.importorskip("transformers.utils.import_utils").enable_tf32(True)
 
 
-def root(precision):
-    torch.backends.fp32_precision = precision
+def at(holder, precision):
+    return lambda: setattr(holder, "fp32_precision", precision)
 
 
-def products(precision):
-    torch.backends.cuda.matmul.fp32_precision = precision
-
-
-def backend(precision):
-    torch.backends.cudnn.fp32_precision = precision
+def old(precision):
+    return lambda: torch.set_float32_matmul_precision(precision)
 
 
 def allow():
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
+ROOT, PRODUCTS, BACKEND = torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn
+
+
 WAYS = {
     "nothing": ([], False),
     "TrainingArguments(tf32=True)": ([as_the_trainer_does], True),
-    "high": ([lambda: torch.set_float32_matmul_precision("high")], True),
-    "medium": ([lambda: torch.set_float32_matmul_precision("medium")], True),
-    "highest": ([lambda: torch.set_float32_matmul_precision("highest")], False),
+    "high": ([old("high")], True),
+    "medium": ([old("medium")], True),
+    "highest": ([old("highest")], False),
     "allow_tf32": ([allow], True),
-    "the root": ([lambda: root("tf32")], True),
-    "the products": ([lambda: products("tf32")], True),
-    "the backend": ([lambda: backend("tf32")], True),
-    "all but the products": ([lambda: root("tf32"), lambda: products("ieee")], False),
-    "all but the backend": ([lambda: root("tf32"), lambda: backend("ieee")], False),
-    "all again": ([lambda: root("tf32"), lambda: products("ieee"), lambda: products("none")], True),
-    "the old one over the root": ([allow, lambda: root("ieee")], True),
-    "what CUDA has not": ([lambda: root("bf16")], False),
+    "the root": ([at(ROOT, "tf32")], True),
+    "the products": ([at(PRODUCTS, "tf32")], True),
+    "the backend": ([at(BACKEND, "tf32")], True),
+    "all but the products": ([at(ROOT, "tf32"), at(PRODUCTS, "ieee")], False),
+    "all but the backend": ([at(ROOT, "tf32"), at(BACKEND, "ieee")], False),
+    "all again": ([at(ROOT, "tf32"), at(PRODUCTS, "ieee"), at(PRODUCTS, "none")], True),
+    "the old one over the root": ([allow, at(ROOT, "ieee")], True),
+    "what CUDA has not": ([at(ROOT, "bf16")], False),
 }
 
 
@@ -200,6 +182,6 @@ def test_tolerances_and_tokens_follow_tf32(way, tiny_model, padded_batch, defaul
 def test_other_types_have_no_tf32(dtype, own, captured, tiny_model, default_precision):
     model = tiny_model("llama").to(dtype)
     validation = ValidationLoss(model, lambda model: 0.0)
-    root("tf32")
+    ROOT.fp32_precision = "tf32"
     assert coarsest(TOLERANCES, model, GPU) == own
     assert graph_check.loss_tolerance(validation, GPU) == captured

@@ -1,7 +1,5 @@
 """Evaluating leaves no trace: modes, random generators, gradients, caches, attention names."""
 
-from __future__ import annotations
-
 import random
 import signal
 

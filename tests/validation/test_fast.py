@@ -1,7 +1,5 @@
 """What the fast path computes: few padded tokens, logits of labelled positions, nothing read back."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,7 +1,5 @@
 """FLOPs of operations against hand formulas: those of PyTorch's registry and those it lacks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -117,9 +115,7 @@ GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
         ),
         pytest.param(lambda: torch.ones(7) @ torch.ones(7), 14, id="dot"),
         pytest.param(
-            lambda: torch.addbmm(torch.ones(3, 5), torch.ones(2, 3, 4), torch.ones(2, 4, 5)),
-            240,
-            id="summed",
+            lambda: torch.addbmm(torch.ones(3, 5), torch.ones(2, 3, 4), torch.ones(2, 4, 5)), 240, id="summed"
         ),
         pytest.param(in_inference_mode, 120 + 240, id="inference mode"),
         pytest.param(branch(False), 64, id="cond, the short branch"),
@@ -179,12 +175,7 @@ def test_products_of_packed_weights_by_hand(name, form):
     assert formula_of(Operation())(meta(2, 3, 4), meta(10, 1), [5, 4], **given) == 2 * 6 * 5 * 4
 
 
-@pytest.fixture
-def unannounced(monkeypatch):
-    monkeypatch.setattr(notices, "_announced", set())
-
-
-def test_a_product_without_a_formula_is_named_once(unannounced):
+def test_a_product_without_a_formula_is_named_once():
     library = torch.library.Library("ffkernels_test", "FRAGMENT")
     library.define("fused_gemm(Tensor a, Tensor b) -> Tensor")
     library.impl("fused_gemm", lambda a, b: a @ b, "CompositeExplicitAutograd")
@@ -201,7 +192,7 @@ def test_a_product_without_a_formula_is_named_once(unannounced):
     assert [str(w.message).split()[2] for w in said] == ["aten._trilinear", "ffkernels_test.fused_gemm"]
 
 
-def test_decompositions_and_distances_are_named(unannounced):
+def test_decompositions_and_distances_are_named():
     square, points = torch.eye(4), torch.ones(30, 4)
 
     def run():
@@ -218,7 +209,7 @@ def test_decompositions_and_distances_are_named(unannounced):
     assert named == ["_euclidean_dist", "_linalg_solve_ex", "linalg_cholesky_ex", "linalg_matrix_exp"]
 
 
-def test_a_formula_that_is_registered_is_used(unannounced):
+def test_a_formula_that_is_registered_is_used():
     def double(x):
         return 2 * x
 
@@ -262,7 +253,7 @@ def test_compiled_code_is_compiled_after_it_was_counted():
     assert ran == [1, 1]
 
 
-def test_a_validation_that_cannot_be_counted_ends_no_training(unannounced):
+def test_a_validation_that_cannot_be_counted_ends_no_training():
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 

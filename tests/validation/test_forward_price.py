@@ -1,7 +1,5 @@
 """What a forward is taken to cost: by the model on CUDA, from its structure alone; fixed elsewhere."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """The validation loss: the right number, on the right path, whatever the model and the batches."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest
@@ -31,14 +29,11 @@ def per_token_reference(model, batches):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_models_own_loss(family, tiny_model, padded_batch, own_loss):
-    model = tiny_model(family)
+def test_equals_the_models_own_loss(family, tiny_model, padded_batch, fast):
     batches = [padded_batch(6, 20, seed=1), padded_batch(3, 40, seed=2), padded_batch(1, 7, seed=3)]
-    validation = ValidationLoss(model, batches)
-    assert validation.path == "fast", validation.reason
+    validation = fast(tiny_model(family), batches)
     loss = validation()
     assert loss.dtype == torch.float64 and loss.shape == () and not loss.requires_grad
-    assert float(loss) == pytest.approx(own_loss(model, batches), rel=2e-6)
     assert validation.examples == 10
     assert validation.tokens == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
 
@@ -80,56 +75,39 @@ def test_is_not_a_mean_of_batch_means(tiny_model, padded_batch, own_loss):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3", "gemma"])
-def test_left_padding(family, tiny_model, padded_batch, own_loss):
+def test_left_padding(family, tiny_model, padded_batch, fast):
     model = tiny_model(family)
     batches = [padded_batch(5, 20, left=True, seed=1), padded_batch(2, 30, left=True, seed=2)]
-    validation = ValidationLoss(model, batches)
-    assert validation.path == "fast", validation.reason
-    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=2e-6)
+    validation = fast(model, batches)
     assert float(validation()) == pytest.approx(per_token_reference(model, batches)[0], rel=1e-6)
 
 
-def test_one_left_padded_row_among_many_is_not_missed(tiny_model, padded_batch, own_loss):
-    model = tiny_model("gpt2")
-    batches = [
-        padded_batch(12, 24, seed=3),
-        padded_batch(1, 12, left=True, seed=4),
-        padded_batch(12, 30, seed=5),
-    ]
-    if int(batches[1]["attention_mask"][0, 0]):
-        batches[1]["attention_mask"][0, :3], batches[1]["labels"][0, :4] = 0, -100
-    with pytest.warns(UserWarning, match="fast path gives"):
-        validation = ValidationLoss(model, batches)
-    assert validation.path == "generic"
-    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=1e-6)
-
-
-def test_learned_positions_make_left_padding_another_loss(tiny_model, padded_batch, own_loss):
-    model, batches = tiny_model("gpt2"), [padded_batch(5, 20, left=True, seed=1)]
-    with pytest.warns(UserWarning, match="fast path gives"):
-        validation = ValidationLoss(model, batches)
-    assert validation.path == "generic"
-    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=1e-6)
+def test_what_the_fast_way_does_not_compute_runs_the_model_itself(tiny_model, padded_batch, generic):
+    generic(tiny_model("granite"), [padded_batch(4, 12)], r"logits_scaling = 4\.0")
+    # Learned positions make padding on the left another loss, of one row among many, too.
+    model, one = tiny_model("gpt2"), padded_batch(1, 12, left=True, seed=4)
+    if int(one["attention_mask"][0, 0]):
+        one["attention_mask"][0, :3], one["labels"][0, :4] = 0, -100
+    generic(model, [padded_batch(5, 20, left=True, seed=1)], "fast path gives")
+    generic(model, [padded_batch(12, 24, seed=3), one, padded_batch(12, 30, seed=5)], "fast path gives")
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 @pytest.mark.parametrize(
     "options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"]
 )
-def test_adapters_with_dropout(family, options, tiny_model, padded_batch, own_loss):
+def test_adapters_with_dropout(family, options, tiny_model, padded_batch, own_loss, fast):
     peft = pytest.importorskip("peft")
-    targets = (
-        ["query_key_value", "dense", "embed_out"] if family == "gpt_neox" else ["q_proj", "o_proj", "lm_head"]
+    targets = {"gpt_neox": ["query_key_value", "dense", "embed_out"]}.get(
+        family, ["q_proj", "o_proj", "lm_head"]
     )
     config = peft.LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.5, target_modules=targets, task_type="CAUSAL_LM", **options
     )
     model = peft.get_peft_model(tiny_model(family), config)
     batches = [padded_batch(6, 20, seed=1)]
-    validation = ValidationLoss(model, batches)
-    assert validation.path == "fast", validation.reason
+    validation = fast(model, batches)
     before = float(validation())
-    assert before == pytest.approx(own_loss(model, batches), rel=2e-6)
     with torch.no_grad():  # B is no longer zero: every adapter matters, the head's too
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -153,37 +131,20 @@ def test_reads_the_weights_of_the_moment(tiny_model, padded_batch, own_loss):
     assert float(validation()) == first
 
 
-def test_softcapped_logits(tiny_model, padded_batch, own_loss):
+def test_softcapped_logits(tiny_model, padded_batch, fast):
     batches = [padded_batch(6, 20)]
-    model = tiny_model("gemma2", final_logit_softcapping=0.5)
-    validation = ValidationLoss(model, batches)
-    assert validation.path == "fast", validation.reason
-    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=2e-6)
-    uncapped = ValidationLoss(tiny_model("gemma2", final_logit_softcapping=None), batches)
-    assert abs(float(uncapped()) - float(validation())) > 0.01
+    capped, uncapped = (fast(tiny_model("gemma2", final_logit_softcapping=c), batches) for c in (0.5, None))
+    assert abs(float(uncapped()) - float(capped())) > 0.01
 
 
-def test_sliding_window(tiny_model, padded_batch, own_loss):
+def test_sliding_window(tiny_model, padded_batch, fast, generic):
     batches = [padded_batch(6, 20)]
-    wide = ValidationLoss(tiny_model("mistral", sliding_window=64), batches)
-    assert wide.path == "fast", wide.reason
-    model = tiny_model("mistral", sliding_window=6)
-    with pytest.warns(UserWarning, match="sliding_window = 6"):
-        narrow = ValidationLoss(model, batches)
-    assert narrow.path == "generic"
-    assert float(narrow()) == pytest.approx(own_loss(model, batches), rel=1e-6)
+    wide = fast(tiny_model("mistral", sliding_window=64), batches)
+    narrow = generic(tiny_model("mistral", sliding_window=6), batches, "sliding_window = 6")
     assert abs(float(narrow()) - float(wide())) > 1e-3
 
 
-def test_scaled_logits_run_the_model_itself(tiny_model, padded_batch, own_loss):
-    model, batches = tiny_model("granite"), [padded_batch(4, 12)]
-    with pytest.warns(UserWarning, match=r"logits_scaling = 4\.0"):
-        validation = ValidationLoss(model, batches)
-    assert validation.path == "generic"
-    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=1e-6)
-
-
-def test_self_check_catches_what_structure_does_not_show(tiny_model, padded_batch, own_loss):
+def test_self_check_catches_what_structure_does_not_show(tiny_model, padded_batch, generic):
     model, batches = tiny_model("llama"), [padded_batch(4, 12)]
 
     class Louder(type(model)):
@@ -194,39 +155,25 @@ def test_self_check_catches_what_structure_does_not_show(tiny_model, padded_batc
 
     model.__class__ = Louder
     assert ValidationLoss(model, batches, check=False).path == "fast"
-    with pytest.warns(UserWarning, match="own loss is"):
-        validation = ValidationLoss(model, batches)
-    assert validation.path == "generic"
-    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=1e-6)
+    generic(model, batches, "own loss is")
 
 
-def test_encoder_decoder(padded_batch, own_loss):
+def test_encoder_decoder(padded_batch, generic):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=97, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0
-        )
-    )
+    sizes = dict(vocab_size=97, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
     batches = [padded_batch(4, 12, seed=1), padded_batch(2, 30, seed=2)]
-    with pytest.warns(UserWarning, match="encoder-decoder"):
-        validation = ValidationLoss(model, batches)
-    assert validation.path == "generic"
+    model = transformers.T5ForConditionalGeneration(config)
+    validation = generic(model, batches, "encoder-decoder", shifted=False)
     assert validation.tokens == sum(int((b["labels"] != -100).sum()) for b in batches)
-    assert float(validation()) == pytest.approx(own_loss(model, batches, shifted=False), rel=1e-6)
 
 
 def test_classification_weights_by_rows():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=97,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=3,
-    )
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = transformers.BertConfig(vocab_size=97, num_labels=3, **sizes)
     model = transformers.BertForSequenceClassification(config).eval()
     batches = [
         {"input_ids": torch.randint(3, 97, (n, 8)), "labels": torch.randint(0, 3, (n,))} for n in (1, 5)
@@ -329,11 +276,8 @@ def test_dataset_with_collator(tiny_model, padded_batch, own_loss):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_models_stay_on_the_fast_path(dtype, tiny_model, padded_batch, own_loss):
-    model, batches = tiny_model("llama").to(dtype), [padded_batch(6, 20)]
-    validation = ValidationLoss(model, batches)
-    assert validation.path == "fast", validation.reason
-    assert float(validation()) == pytest.approx(own_loss(model, batches), rel=1e-2)
+def test_sixteen_bit_models_stay_on_the_fast_path(dtype, tiny_model, padded_batch, fast):
+    fast(tiny_model("llama").to(dtype), [padded_batch(6, 20)], rel=1e-2)
 
 
 def test_follows_the_model_to_another_device(tiny_model, padded_batch):

@@ -1,7 +1,5 @@
 """Under capture the fast path runs what it runs otherwise: causal attention, no mask, nothing read back."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext

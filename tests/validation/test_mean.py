@@ -1,7 +1,5 @@
 """What a model's own loss is the mean of: the number of any batching is that of the rows one by one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,11 +48,7 @@ def next_token(logits, labels):
 LOSSES = {
     "tokens": (lambda z, y: F.cross_entropy(z.transpose(1, 2), y), Mean(), None),
     "next tokens": (next_token, Mean(shifted=True), lambda z, y: (next_token(z, y), y[:, 1:].ge(0).sum())),
-    "sequences, each the sum of its tokens": (
-        lambda z, y: token_losses(z, y).sum(1).mean(),
-        Mean("rows"),
-        None,
-    ),
+    "sums of a sequence's tokens": (lambda z, y: token_losses(z, y).sum(1).mean(), Mean("rows"), None),
     "CTC, mean": (lambda z, y: ctc(z, y, "mean"), Mean("rows"), None),
     "CTC, sum": (lambda z, y: ctc(z, y, "sum"), Mean("sum"), None),
     "with a penalty that no label is needed for": (
@@ -113,23 +107,15 @@ def transformers_model(name):
     if name == "XLNet":  # a "LM head model" whose labels are not shifted
         return transformers.XLNetLMHeadModel(transformers.XLNetConfig(**small))
     if name == "GPT-2":
-        return transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-        )
+        sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     return transformers.SegformerForSemanticSegmentation(
         transformers.SegformerConfig(
-            num_encoder_blocks=1,
             depths=[1],
             sr_ratios=[1],
-            hidden_sizes=[8],
-            patch_sizes=[3],
-            strides=[2],
             num_attention_heads=[1],
-            mlp_ratios=[2],
-            decoder_hidden_size=8,
-            num_labels=3,
-            drop_path_rate=0.0,
-            classifier_dropout_prob=0.0,
+            **dict(num_encoder_blocks=1, hidden_sizes=[8], patch_sizes=[3], strides=[2], mlp_ratios=[2]),
+            **dict(decoder_hidden_size=8, num_labels=3, drop_path_rate=0.0, classifier_dropout_prob=0.0),
         )
     )
 
@@ -146,10 +132,8 @@ def test_the_model_says_whether_it_shifts_and_not_its_name(name, shifted):
     total = count = 0
     with torch.no_grad():
         for batch in batches:
-            logits, labels = (
-                model(**{k: v for k, v in batch.items() if k != "labels"}).logits,
-                batch["labels"],
-            )
+            labels = batch["labels"]
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
             if shifted:
                 logits, labels = logits[:, :-1], labels[:, 1:]
             total += float(F.cross_entropy(logits.flatten(0, 1).double(), labels.flatten(), reduction="sum"))

@@ -1,7 +1,5 @@
 """How much memory a validation takes at most: logits of a chunk, and log-probabilities of a part of it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef

@@ -1,7 +1,5 @@
 """A bare evaluation sees weights that moved in place since the last one: no cast or norm of them is kept."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """A pool of validation examples: what is drawn and where it is put, stages that draw, batches taken apart."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 
@@ -285,11 +283,7 @@ def test_a_pool_of_batches_is_that_of_its_examples():
     starts = [0, *itertools.accumulate(counts)]
     labels = torch.randn(8)
     batches = [
-        {
-            "input_ids": ids[a:b],
-            "pixel_values": images[starts[a] : starts[b]],
-            "labels": labels[a:b],
-        }
+        {"input_ids": ids[a:b], "pixel_values": images[starts[a] : starts[b]], "labels": labels[a:b]}
         for a, b in ((0, 3), (3, 8))
     ]
     pool = ValidationPool(model, batches, size=3)

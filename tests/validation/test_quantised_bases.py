@@ -1,7 +1,5 @@
 """QLoRA: trained adapters in float32 on a base whose weights are packed, in the packages that pack them."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

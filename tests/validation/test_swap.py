@@ -1,7 +1,5 @@
 """Other examples at the same addresses: the same loss as a new object's, and nothing is lost on bad input."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -81,10 +79,9 @@ def test_what_does_not_fit_is_made_anew(why, tiny_model, padded_batch):
     assert validation.version == 2
 
 
-def test_the_generic_path_is_made_anew(tiny_model, padded_batch, own_loss):
+def test_the_generic_path_is_made_anew(tiny_model, padded_batch, own_loss, generic):
     model = tiny_model("granite")
-    with pytest.warns(UserWarning, match="logits_scaling"):
-        validation = ValidationLoss(model, [padded_batch(4, 12)])
+    validation = generic(model, [padded_batch(4, 12)], "logits_scaling")
     second = [padded_batch(3, 10, seed=5), padded_batch(2, 9, seed=6)]
     assert validation.swap_batch(second) is False
     assert (validation.path, validation.version, validation.examples) == ("generic", 1, 5)

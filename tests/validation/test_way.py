@@ -1,7 +1,5 @@
 """The way of a batch: the files that it passes, and that none calls back one that waits for it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
