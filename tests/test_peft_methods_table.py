@@ -143,3 +143,9 @@ def test_the_words_above_the_table_are_those_of_the_result(bench):
     assert f"at worst {100 * shares[worst]:.1f} % ({worst}" in said
     theirs = median(one.share(one.published) for one in found.values())
     assert f"at PEFT's rates {100 * theirs:.1f} %" in said
+    lrs = [bench.peft_table.short(of(one.tuned["lr"] for one in found.values())) for of in (min, max)]
+    assert f"Tuned rates lie between {lrs[0]} and {lrs[1]}." in said
+    assert {label for label, share in shares.items() if share > 0.2} == {"PVeRA", "C3A"}
+    c3a = found["C3A"]
+    assert f"to {c3a.auto['rate']:.0f}, where {c3a.tuned['lr']:.1f} is best" in said
+    assert found["PVeRA"].auto["rate"] < 1e-6 and found["PVeRA"].auto["rise"] == 1
