@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, Method, Workload
+from benchmarks.learning_rate.methods import ALL_METHODS
+from benchmarks.learning_rate.workloads import LENGTH, MODELS, RANK, Method, Workload
 from ffkernels.reporting.flops import ADAM_FLOPS, FlopMeter, Flops
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.models import attention_targets, load_model, train_weights
@@ -37,7 +38,7 @@ class Bench:
         model, tokenizer = load_model(workload.model, dtype=dtype)
         if workload.model != "tiny":  # a third faster than fused attention at 64 tokens on a CPU
             model.set_attn_implementation("eager")
-        self.model = adapted(model, METHODS[workload.method], seed)
+        self.model = adapted(model, ALL_METHODS[workload.method], seed)
         task = prepare_task(config, tokenizer)
         splits = [task.train, task.validation, task.test]
         if workload.permuted:

@@ -9,11 +9,13 @@ from itertools import product
 from typing import Any
 
 from benchmarks import TASKS
+from benchmarks.learning_rate.methods import PEFT_METHODS
 from benchmarks.learning_rate.workloads import METHODS, SCHEDULES, Workload
 
 LOW = (1e-4, 2e-4, 1e-3, 1e-2)  # what people take who do not look
 SEEDS = (0, 1, 2)  # the evaluation's; from 10 on: calibration
 CONSTANTS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # of which the best single one is taken
+LIMITS = (1e-7, 1e3)  # beyond which no rate is looked for
 HYPERGRADIENTS = tuple(f"hypergradient 1e-{n}" for n in range(3, 8))
 
 Done = Mapping[str, Mapping[str, Any]]  # the lines of finished runs by key
@@ -89,8 +91,18 @@ def as_before(neighbours: bool) -> Callable[[dict[float, float], Item, Done], fl
     return more
 
 
+def within(losses: dict[float, float], item: Item, done: Done) -> float | None:
+    """As ``until_inside``, but a sweep that has run away is given up."""
+    lr = until_inside(losses)
+    return None if lr is None or not LIMITS[0] <= lr <= LIMITS[1] else lr
+
+
 def sweep(workload: Workload, seed: int, middle: float) -> Item:
-    return Item(workload, seed, "adam", (middle, middle / 2, 2 * middle), until_inside)
+    return Item(workload, seed, "adam", grid(middle), until_inside)
+
+
+def grid(middle: float) -> tuple[float, ...]:
+    return middle, middle / 2, 2 * middle
 
 
 def again(workload: Workload, seed: int) -> Iterator[Item]:
@@ -238,6 +250,17 @@ def smollm2() -> Iterator[Item]:
         yield sweep(workload, 0, middle[method])
 
 
+def peft() -> Iterator[Item]:
+    """PEFT's methods: no rate given, the rates of PEFT's own comparison, and a sweep whose grid has the first."""
+    workloads = [Workload("instruction", 4, 100, method=method) for method in PEFT_METHODS]
+    for workload in workloads:
+        yield Item(workload, 0, "auto")
+    for workload in workloads:
+        method = PEFT_METHODS[workload.method]
+        yield Item(workload, 0, "adam", method.published)
+        yield Item(workload, 0, "adam", grid(method.rate), within)
+
+
 def fast() -> Iterator[Item]:
     """A dry run; its numbers mean nothing."""
     workload = Workload("instruction", 4, 8)
@@ -251,5 +274,6 @@ PLANS: dict[str, Callable[[], Iterator[Item]]] = {
     "calibration": calibration,
     "evaluation": evaluation,
     "smollm2": smollm2,
+    "peft": peft,
     "fast": fast,
 }
