@@ -79,12 +79,12 @@ def measure(run: Run, benches: dict[Any, Any]) -> dict[str, Any]:
     work = Work(benches[which], workload.steps, workload.schedule, run.lr)
     make = CONTENDERS.get(run.contender) or peers()[run.contender]
     try:
-        return {**head, **train(make, work)}
+        return {**head, **train(make, work, run.curve)}
     except (ValueError, RuntimeError) as error:
         return {**head, "loss": None, "failed": str(error).splitlines()[0]}
 
 
-def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
+def train(make: Callable[[Work], Contender], work: Work, curved: bool = True) -> dict[str, Any]:
     """Train until the budget is spent.
 
     Returns:
@@ -93,7 +93,7 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
         ``worst`` training loss as a multiple of ``start`` (None where one was not finite), the step
         ``worst_at`` which it came, ``seconds``, ``curve``, and what the contender reports. A point of the
         curve is [share of the budget, seconds, loss on a quarter of the test examples], one after each tenth
-        of the budget; searching counts, testing does not.
+        of the budget; searching counts, testing does not. Without ``curved`` it is empty.
     """
     begin, bench, curve, tested = perf_counter(), work.bench, [], 0.0
     bench.reset()
@@ -116,7 +116,9 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
             step += 1
             if contender.after_step is not None:
                 contender.after_step(step - 1, value)
-            if (spent := work.spent(step)) >= 0.1 * (1 + (int(10 * curve[-1][0] + 1e-9) if curve else 0)):
+            if curved and (spent := work.spent(step)) >= 0.1 * (
+                1 + (int(10 * curve[-1][0] + 1e-9) if curve else 0)
+            ):
                 now = perf_counter()
                 with contender.evaluating():
                     few = bench.test_loss(few=True)

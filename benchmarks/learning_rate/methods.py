@@ -31,13 +31,9 @@ class PeftMethod(Method):
     experiment: bool = True
 
 
-def peft(
-    label: str, config: str, doublings: int, *published: float, experiment: bool = True, **options: Any
-) -> PeftMethod:
-    """The sweep begins at ``doublings`` doublings of the first published rate, whose grid it shares."""
+def peft(label: str, config: str, *published: float, experiment: bool = True, **options: Any) -> PeftMethod:
     published = published or (GENERAL,)
-    rate = published[0] * 2.0**doublings
-    return PeftMethod(label, rate, f"{config}Config", tuple(options.items()), published, experiment)
+    return PeftMethod(label, published[0], f"{config}Config", tuple(options.items()), published, experiment)
 
 
 TOKENS = 8  # virtual ones
@@ -48,51 +44,49 @@ EXAMPLE = list(b"Say yes.\nyes\n")
 EXAMPLE_TYPES = [2] * 8 + [3] + [4] * 4
 
 PEFT_METHODS: dict[str, PeftMethod] = {
-    "LORA": peft("LoRA", "Lora", 6),
-    "rsLoRA": peft("LoRA, `use_rslora`", "Lora", 5, use_rslora=True),
-    "DoRA": peft("LoRA, `use_dora`", "Lora", 6, use_dora=True),
-    "ADALORA": peft("AdaLoRA", "AdaLora", 6, total_step=100, tinit=0, tfinal=0),
-    "ADAMSS": peft("AdaMSS", "Adamss", 6),
-    "BEFT": peft("BEFT", "Beft", 7),
-    "BOFT": peft("BOFT", "BOFT", 6),
-    "C3A": peft("C3A", "C3A", -3, 0.3, block_size=64),
-    "CARTRIDGE": peft("Cartridge", "Cartridge", 8, experiment=False, num_virtual_tokens=TOKENS),
-    "CPT": peft("CPT", "CPT", 8, experiment=False, cpt_token_ids=EXAMPLE, cpt_tokens_type_mask=EXAMPLE_TYPES),
-    "DEFT": peft("DEFT", "Deft", 5),
-    "DELORA": peft("DeLoRA", "Delora", 3, 1e-3),
-    "FOURIERFT": peft("FourierFT", "FourierFT", 8),
-    "FROD": peft("FRoD", "Frod", 6, 1e-4, 1e-3, progressbar=False),
-    "GLORA": peft("GLoRA", "Glora", 6, 1e-4, 5e-4),
-    "GRALORA": peft("GraLoRA", "Gralora", 4, 2e-4),
-    "HIRA": peft("HiRA", "Hira", 3, 4.5e-3),
-    "HRA": peft("HRA", "HRA", 6),
-    "IA3": peft("IA³", "IA3", 9, 1e-4, 1e-3, 5e-3, feedforward_modules=[]),
-    "LILY": peft("Lily", "Lily", 6),
-    "LN_TUNING": peft("LayerNorm tuning", "LNTuning", 9, target_modules=NORMS),
-    "LOHA": peft("LoHa", "LoHa", 7),
-    "LOKR": peft("LoKr", "LoKr", 3, 3e-3),
-    "MISS": peft("MiSS", "Miss", 5),
-    "OFT": peft("OFT", "OFT", 6, oft_block_size=0),
-    "OSF": peft("OSF", "OSF", 4, 5e-5),
-    "P_TUNING": peft("P-tuning", "PromptEncoder", 5, num_virtual_tokens=TOKENS, encoder_hidden_size=128),
-    "PEANUT": peft("PEANuT", "Peanut", 5),
-    "PREFIX_TUNING": peft("prefix tuning", "PrefixTuning", 6, 1e-3, 5e-3, num_virtual_tokens=TOKENS),
-    "PROMPT_TUNING": peft("prompt tuning", "PromptTuning", 12, 1e-4, 1e-3, num_virtual_tokens=TOKENS),
-    "PSOFT": peft("PSOFT", "Psoft", 6),
-    "PVERA": peft("PVeRA", "Pvera", 4, 3e-3),
-    "RANDLORA": peft("RandLoRA", "RandLora", 6),
-    "ROAD": peft("RoAd", "Road", 6, 1e-3),
-    "SHADOW": peft("Shadow", "Shadow", 5, experiment=False, target_modules=None),
-    "SHIRA": peft("SHiRA", "Shira", 4, 3e-4, random_seed=0),
-    "SUPERTUNING": peft("Super-Tuning", "Supertuning", 6, r=None),
-    "TINYLORA": peft("TinyLoRA", "TinyLora", 6, 1e-3),
-    "TRAINABLE_TOKENS": peft(
-        "trainable tokens", "TrainableTokens", -1, 0.2, token_indices=list(range(32, 127))
-    ),
-    "UNILORA": peft("Uni-LoRA", "UniLora", 8),
-    "VBLORA": peft("VB-LoRA", "VBLoRA", 8, 1e-4, 5e-4, vector_length=64),
-    "VERA": peft("VeRA", "Vera", 6, 1e-3),
-    "WAVEFT": peft("WaveFT", "WaveFT", 6),
+    "LORA": peft("LoRA", "Lora"),
+    "rsLoRA": peft("LoRA, `use_rslora`", "Lora", use_rslora=True),
+    "DoRA": peft("LoRA, `use_dora`", "Lora", use_dora=True),
+    "ADALORA": peft("AdaLoRA", "AdaLora", total_step=100, tinit=0, tfinal=0),
+    "ADAMSS": peft("AdaMSS", "Adamss"),
+    "BEFT": peft("BEFT", "Beft"),
+    "BOFT": peft("BOFT", "BOFT"),
+    "C3A": peft("C3A", "C3A", 0.3, block_size=64),
+    "CARTRIDGE": peft("Cartridge", "Cartridge", experiment=False, num_virtual_tokens=TOKENS),
+    "CPT": peft("CPT", "CPT", experiment=False, cpt_token_ids=EXAMPLE, cpt_tokens_type_mask=EXAMPLE_TYPES),
+    "DEFT": peft("DEFT", "Deft"),
+    "DELORA": peft("DeLoRA", "Delora", 1e-3),
+    "FOURIERFT": peft("FourierFT", "FourierFT"),
+    "FROD": peft("FRoD", "Frod", 1e-4, 1e-3, progressbar=False),
+    "GLORA": peft("GLoRA", "Glora", 1e-4, 5e-4),
+    "GRALORA": peft("GraLoRA", "Gralora", 2e-4),
+    "HIRA": peft("HiRA", "Hira", 4.5e-3),
+    "HRA": peft("HRA", "HRA"),
+    "IA3": peft("IA³", "IA3", 1e-4, 1e-3, 5e-3, feedforward_modules=[]),
+    "LILY": peft("Lily", "Lily"),
+    "LN_TUNING": peft("LayerNorm tuning", "LNTuning", target_modules=NORMS),
+    "LOHA": peft("LoHa", "LoHa"),
+    "LOKR": peft("LoKr", "LoKr", 3e-3),
+    "MISS": peft("MiSS", "Miss"),
+    "OFT": peft("OFT", "OFT", oft_block_size=0),
+    "OSF": peft("OSF", "OSF", 5e-5),
+    "P_TUNING": peft("P-tuning", "PromptEncoder", num_virtual_tokens=TOKENS, encoder_hidden_size=128),
+    "PEANUT": peft("PEANuT", "Peanut"),
+    "PREFIX_TUNING": peft("prefix tuning", "PrefixTuning", 1e-3, 5e-3, num_virtual_tokens=TOKENS),
+    "PROMPT_TUNING": peft("prompt tuning", "PromptTuning", 1e-4, 1e-3, num_virtual_tokens=TOKENS),
+    "PSOFT": peft("PSOFT", "Psoft"),
+    "PVERA": peft("PVeRA", "Pvera", 3e-3),
+    "RANDLORA": peft("RandLoRA", "RandLora"),
+    "ROAD": peft("RoAd", "Road", 1e-3),
+    "SHADOW": peft("Shadow", "Shadow", experiment=False, target_modules=None),
+    "SHIRA": peft("SHiRA", "Shira", 3e-4, random_seed=0),
+    "SUPERTUNING": peft("Super-Tuning", "Supertuning", r=None),
+    "TINYLORA": peft("TinyLoRA", "TinyLora", 1e-3),
+    "TRAINABLE_TOKENS": peft("trainable tokens", "TrainableTokens", 0.2, token_indices=list(range(32, 127))),
+    "UNILORA": peft("Uni-LoRA", "UniLora"),
+    "VBLORA": peft("VB-LoRA", "VBLoRA", 1e-4, 5e-4, vector_length=64),
+    "VERA": peft("VeRA", "Vera", 1e-3),
+    "WAVEFT": peft("WaveFT", "WaveFT"),
 }
 
 LEFT_OUT: dict[str, str] = {

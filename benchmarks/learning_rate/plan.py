@@ -23,12 +23,13 @@ Done = Mapping[str, Mapping[str, Any]]  # the lines of finished runs by key
 
 @dataclass(frozen=True)
 class Run:
-    """One run. ``lr`` is None where the contender takes none."""
+    """One run. ``lr`` is None where the contender takes none; ``curve``: whether it has test losses on its way."""
 
     workload: Workload
     seed: int
     contender: str
     lr: float | None = None
+    curve: bool = True
 
     @property
     def key(self) -> str:
@@ -48,6 +49,7 @@ class Item:
     contender: str
     rates: tuple[float | None, ...] = (None,)
     more: Callable[[dict[float, float], Item, Done], float | None] | None = None
+    curve: bool = True
 
     def next(self, done: Done) -> Run | None:
         """The first run that is not done."""
@@ -57,7 +59,7 @@ class Item:
             lr = self.more(losses, self, done) if self.more else None
             if lr is None:
                 return None
-        return Run(self.workload, self.seed, self.contender, lr)
+        return Run(self.workload, self.seed, self.contender, lr, self.curve)
 
 
 def swept(done: Done, workload: Workload, seed: int, contender: str = "adam") -> dict[Any, float]:
@@ -91,18 +93,23 @@ def as_before(neighbours: bool) -> Callable[[dict[float, float], Item, Done], fl
     return more
 
 
-def within(losses: dict[float, float], item: Item, done: Done) -> float | None:
-    """As ``until_inside``, but a sweep that has run away is given up."""
-    lr = until_inside(losses)
+def beside_auto(losses: dict[float, float], item: Item, done: Done) -> float | None:
+    """A sweep on the grid of the first published rate, from its point nearest to where "auto" ended.
+
+    Given up beyond ``LIMITS``.
+    """
+    first = PEFT_METHODS[item.workload.method].published[0]
+    ended = done.get(Run(item.workload, item.seed, "auto").key, {}).get("rate") or first
+    ended = min(max(ended, 10 * LIMITS[0]), LIMITS[1] / 10)
+    middle = first * 2.0 ** round(math.log2(ended / first))
+    lr = next((lr for lr in (middle, middle / 2, 2 * middle) if lr not in losses), None)
+    if lr is None:
+        lr = until_inside(losses)
     return None if lr is None or not LIMITS[0] <= lr <= LIMITS[1] else lr
 
 
 def sweep(workload: Workload, seed: int, middle: float) -> Item:
-    return Item(workload, seed, "adam", grid(middle), until_inside)
-
-
-def grid(middle: float) -> tuple[float, ...]:
-    return middle, middle / 2, 2 * middle
+    return Item(workload, seed, "adam", (middle, middle / 2, 2 * middle), until_inside)
 
 
 def again(workload: Workload, seed: int) -> Iterator[Item]:
@@ -251,14 +258,11 @@ def smollm2() -> Iterator[Item]:
 
 
 def peft() -> Iterator[Item]:
-    """PEFT's methods: no rate given, the rates of PEFT's own comparison, and a sweep whose grid has the first."""
-    workloads = [Workload("instruction", 4, 100, method=method) for method in PEFT_METHODS]
-    for workload in workloads:
-        yield Item(workload, 0, "auto")
-    for workload in workloads:
-        method = PEFT_METHODS[workload.method]
-        yield Item(workload, 0, "adam", method.published)
-        yield Item(workload, 0, "adam", grid(method.rate), within)
+    """PEFT's methods: no rate given, the rates of PEFT's own comparison, and a sweep."""
+    for name, method in PEFT_METHODS.items():
+        workload = Workload("instruction", 4, 100, method=name)
+        yield Item(workload, 0, "auto", curve=False)
+        yield Item(workload, 0, "adam", method.published, beside_auto, curve=False)
 
 
 def fast() -> Iterator[Item]:
