@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks import RESULTS, ROOT
 from benchmarks.end_to_end import figures, plots, sft
 from benchmarks.kernels import align, step
+from benchmarks.learning_rate import peft_table
 from benchmarks.learning_rate import table as learning_rate
 from benchmarks.peers import race
 from benchmarks.stages import resampled, search_noise
@@ -66,6 +67,7 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
         "end-to-end": lambda results: figures.end_to_end(results, shown),
         "learning-rates": learning_rate.learning_rates,
         "learning-rates-by-workload": learning_rate.learning_rates_by_workload,
+        "peft-methods": peft_table.peft_methods,
     }
     found = {name: partial(build, results) for name, build in made.items()}
     found |= {

@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks import learning_rate, record
+from benchmarks.learning_rate import peft_table
 from benchmarks.learning_rate.bench import Bench
 from benchmarks.learning_rate.contenders import CONTENDERS, Contender, Work
 from benchmarks.learning_rate.plan import PLANS, Run
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.out is not None:
         result = document(done.values(), options.plan)
         record.write(result, options.out)
-        print(all_tables(result))
+        print(peft_table.peft_methods({"": result}) if options.plan == "peft" else all_tables(result))
         return 0
     items = [item for item in PLANS[options.plan]() if options.only in item.workload.name]
     if options.list:

@@ -23,7 +23,7 @@ Done = Mapping[str, Mapping[str, Any]]  # the lines of finished runs by key
 
 @dataclass(frozen=True)
 class Run:
-    """One run. ``lr`` is None where the contender takes none; ``curve``: whether it has test losses on its way."""
+    """One run. ``lr`` is None where the contender takes none; ``curve``: with test losses on its way."""
 
     workload: Workload
     seed: int

@@ -10,6 +10,7 @@ from benchmarks.learning_rate.workloads import LENGTH, RANK, WARMUP, Workload
 from benchmarks.record import provenance
 
 KIND = "alignment_rates"
+KINDS = {"peft": "peft_methods"}  # by plan, where it is another
 WORKLOAD = ["group", *(field.name for field in fields(Workload))]
 RUN = ("workload", "seed", "contender", "lr", "loss", "start", "rate", "own", "worst", "worst_at")
 RUN += ("rise", "peak", "undos", "failed")  # as far as a run has them
@@ -18,7 +19,7 @@ RUN += ("rise", "peak", "undos", "failed")  # as far as a run has them
 def document(done: Iterable[Mapping[str, Any]], plan: str) -> dict[str, Any]:
     """A result of these runs: losses to 1e-5, all else to four digits."""
     done = list(done)
-    head = provenance("learning_rate", ["--plan", plan], kind=KIND, fast=plan == "fast")
+    head = provenance("learning_rate", ["--plan", plan], kind=KINDS.get(plan, KIND), fast=plan == "fast")
     head["machine"]["threads"] = 1
     head["versions"]["git_commit"] = ", ".join(dict.fromkeys(line["commit"] for line in done))
     return {
