@@ -102,9 +102,7 @@ def beside_auto(losses: dict[float, float], item: Item, done: Done) -> float | N
     ended = done.get(Run(item.workload, item.seed, "auto").key, {}).get("rate") or first
     ended = min(max(ended, 10 * LIMITS[0]), LIMITS[1] / 10)
     middle = first * 2.0 ** round(math.log2(ended / first))
-    lr = next((lr for lr in (middle, middle / 2, 2 * middle) if lr not in losses), None)
-    if lr is None:
-        lr = until_inside(losses)
+    lr = next((lr for lr in (middle, middle / 2) if lr not in losses), None) or until_inside(losses)
     return None if lr is None or not LIMITS[0] <= lr <= LIMITS[1] else lr
 
 
