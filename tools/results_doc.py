@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import RESULTS, ROOT
 from benchmarks.end_to_end import figures, plots, sft
 from benchmarks.kernels import align, step
-from benchmarks.learning_rate import profile, shares
+from benchmarks.learning_rate import peft_table, profile, shares
 from benchmarks.learning_rate import table as learning_rate
 from benchmarks.peers import race
 from benchmarks.stages import resampled, search_noise
@@ -70,6 +70,7 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
         "smollm2-rates": learning_rate.smollm2_rates,
         "rate-workloads": lambda results: shares.rate_workloads(results, profile.shown),
         "rate-workloads-each": shares.rate_workloads_each,
+        "peft-methods": peft_table.peft_methods,
     }
     found = {name: partial(build, results) for name, build in made.items()}
     found |= {

@@ -59,6 +59,7 @@ FAMILIES = {
     "peers": "our Fast Forward beside the authors' loop and PEFT's prototype, on the same work",
     "alignment_rates": "no learning rate given, beside Adam's sweep: methods, schedules, lengths",
     "rate_workloads": "ways to a learning rate where tuned ones lie decades apart, beside Adam's sweep",
+    "peft_methods": "PEFT's methods: the rate of PEFT's own comparison, no rate given, the tuned one",
     "search_noise": "each search on the same measured curves of loss over τ, with a bf16 and a fp32 base",
     "gpu_check": "tests and benchmarks on a GPU",
 }

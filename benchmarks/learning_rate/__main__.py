@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import learning_rate, record
-from benchmarks.learning_rate import shares, table
+from benchmarks.learning_rate import peft_table, shares, table
 from benchmarks.learning_rate.bench import Bench
 from benchmarks.learning_rate.contenders import CONTENDERS, Contender, Work
 from benchmarks.learning_rate.plan import PLANS, Item, Run
@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.out is not None and options.seconds is None:
         result = document(done.values(), options.plan)
         record.write(result, options.out)
-        print((shares if result["kind"] == SHARES else table).all_tables(result))
+        shown = {SHARES: shares, peft_table.KIND: peft_table}.get(result["kind"], table)
+        print(shown.all_tables(result))
         return 0
     items = [item for item in PLANS[options.plan]() if options.only in item.workload.name]
     first, of = map(int, options.share.split("/"))
@@ -140,14 +141,15 @@ def measure(run: Run, benches: dict[Any, Any], device: str = "cpu") -> dict[str,
         if which not in benches:
             benches.clear()
             benches[which] = Bench(workload, run.seed, device=device)
-        return {**head, **train(make, Work(benches[which], workload.steps, workload.schedule, run.lr))}
+        work = Work(benches[which], workload.steps, workload.schedule, run.lr)
+        return {**head, **train(make, work, run.curve)}
     except caught as error:
         if device == "cpu" and which not in benches:
             raise
         return {**head, "loss": None, "failed": (str(error) or type(error).__name__).splitlines()[0]}
 
 
-def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
+def train(make: Callable[[Work], Contender], work: Work, curved: bool = True) -> dict[str, Any]:
     """Train until the budget is spent.
 
     Returns:
@@ -156,10 +158,12 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
         ``worst`` training loss as a multiple of ``start`` (None where one was not finite), the step
         ``worst_at`` which it came, ``seconds``, ``curve``, and what the contender reports. A point of the
         curve is [share of the budget, seconds, loss on a quarter of the test examples], one after each tenth
-        of the budget; searching counts, testing does not. On a GPU also what ``Meter`` reports.
+        of the budget; searching counts, testing does not. Without ``curved`` there is none, and FLOPs are not
+        counted. On a GPU also what ``Meter`` reports.
     """
     bench, curve, tested = work.bench, [], 0.0
-    budget = work.budget  # counted off the clock, by a forward and a backward of each shape
+    # Counted off the clock, by a forward and a backward of each shape.
+    budget = work.budget if curved else None
     meter = Meter(bench.device)
     begin = perf_counter()
     bench.reset()
@@ -183,7 +187,9 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
             step += 1
             if contender.after_step is not None:
                 contender.after_step(step - 1, value)
-            if (spent := work.spent(step)) >= 0.1 * (1 + (int(10 * curve[-1][0] + 1e-9) if curve else 0)):
+            if curved and (spent := work.spent(step)) >= 0.1 * (
+                1 + (int(10 * curve[-1][0] + 1e-9) if curve else 0)
+            ):
                 bench.wait()
                 now = perf_counter()
                 with contender.evaluating():
@@ -201,7 +207,7 @@ def train(make: Callable[[Work], Contender], work: Work) -> dict[str, Any]:
         "loss": finite(end),
         "start": round(bench.start, 5),
         "taken": step,
-        "own": work.charged / budget if work.charged else 0.0,
+        "own": work.charged / (budget or work.budget) if work.charged else 0.0,
         "worst": worst if math.isfinite(worst) else None,
         "worst_at": worst_at,
         "seconds": round(seconds, 1),

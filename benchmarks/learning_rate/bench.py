@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks import timing
+from benchmarks.learning_rate.methods import ALL_METHODS
 from benchmarks.learning_rate.models import loaded
-from benchmarks.learning_rate.workloads import LENGTH, METHODS, MODELS, RANK, Method, Workload
+from benchmarks.learning_rate.workloads import LENGTH, MODELS, RANK, Method, Workload
 from ffkernels.reporting.flops import ADAM_FLOPS, FlopMeter, Flops
 from ffkernels.training.config import TrainConfig
 from ffkernels.training.models import attention_targets, train_weights
@@ -45,7 +46,7 @@ class Bench:
         if on_cpu and workload.model != "tiny":  # a third faster than fused attention at 64 tokens there
             model.set_attn_implementation("eager")
         # Moved when all is drawn, so that every device begins with the same weights.
-        self.model = adapted(model, METHODS[workload.method], seed).to(self.device)
+        self.model = adapted(model, ALL_METHODS[workload.method], seed).to(self.device)
         task = prepare_task(config, tokenizer)
         splits = [task.train, task.validation, task.test]
         if workload.permuted:

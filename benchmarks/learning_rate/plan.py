@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 from benchmarks import TASKS
+from benchmarks.learning_rate.methods import PEFT_METHODS
 from benchmarks.learning_rate.workloads import METHODS, SCHEDULES, Workload
 
 LOW = (1e-4, 2e-4, 1e-3, 1e-2)  # what people take who do not look
@@ -16,6 +17,7 @@ SEEDS = (0, 1, 2)  # the evaluation's; from 10 on: calibration
 # The methods of the plan "alignment".
 ALIGNMENT = ("lora", "lora-1", "lora-256", "dora", "oft", "loha", "vera", "ia3", "layernorm", "all")
 CONSTANTS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # of which the best single one is taken
+LIMITS = (1e-7, 1e3)  # beyond which no rate is looked for
 HYPERGRADIENTS = tuple(f"hypergradient 1e-{n}" for n in range(3, 8))
 
 Done = Mapping[str, Mapping[str, Any]]  # the lines of finished runs by key
@@ -23,12 +25,13 @@ Done = Mapping[str, Mapping[str, Any]]  # the lines of finished runs by key
 
 @dataclass(frozen=True)
 class Run:
-    """One run. ``lr`` is None where the contender takes none."""
+    """One run. ``lr`` is None where the contender takes none; ``curve``: with test losses on its way."""
 
     workload: Workload
     seed: int
     contender: str
     lr: float | None = None
+    curve: bool = True
 
     @property
     def key(self) -> str:
@@ -48,6 +51,7 @@ class Item:
     contender: str
     rates: tuple[float | None, ...] = (None,)
     more: Callable[[dict[float, float], Item, Done], float | None] | None = None
+    curve: bool = True
 
     def next(self, done: Done) -> Run | None:
         """The first run that is not done."""
@@ -57,7 +61,7 @@ class Item:
             lr = self.more(losses, self, done) if self.more else None
             if lr is None:
                 return None
-        return Run(self.workload, self.seed, self.contender, lr)
+        return Run(self.workload, self.seed, self.contender, lr, self.curve)
 
 
 def swept(done: Done, workload: Workload, seed: int, contender: str = "adam") -> dict[Any, float]:
@@ -89,6 +93,19 @@ def as_before(neighbours: bool) -> Callable[[dict[float, float], Item, Done], fl
         return next((lr for lr in rates if lr not in losses), None)
 
     return more
+
+
+def beside_auto(losses: dict[float, float], item: Item, done: Done) -> float | None:
+    """A sweep on the grid of the first published rate, from its point nearest to where "auto" ended.
+
+    Given up beyond ``LIMITS``.
+    """
+    first = PEFT_METHODS[item.workload.method].published[0]
+    ended = done.get(Run(item.workload, item.seed, "auto").key, {}).get("rate") or first
+    ended = min(max(ended, 10 * LIMITS[0]), LIMITS[1] / 10)
+    middle = first * 2.0 ** round(math.log2(ended / first))
+    lr = next((lr for lr in (middle, middle / 2) if lr not in losses), None) or until_inside(losses)
+    return None if lr is None or not LIMITS[0] <= lr <= LIMITS[1] else lr
 
 
 def sweep(workload: Workload, seed: int, middle: float) -> Item:
@@ -276,6 +293,14 @@ def gpu_fast() -> Iterator[Item]:
         yield Item(workload, 0, "adam", (1e-2, 2e-2))
 
 
+def peft() -> Iterator[Item]:
+    """PEFT's methods: no rate given, the rates of PEFT's own comparison, and a sweep."""
+    for name, method in PEFT_METHODS.items():
+        workload = Workload("instruction", 4, 100, method=name)
+        yield Item(workload, 0, "auto", curve=False)
+        yield Item(workload, 0, "adam", method.published, beside_auto, curve=False)
+
+
 def fast() -> Iterator[Item]:
     """A dry run; its numbers mean nothing."""
     workload = Workload("instruction", 4, 8)
@@ -291,6 +316,7 @@ PLANS: dict[str, Callable[[], Iterator[Item]]] = {
     "workloads": workloads,
     "smollm2": smollm2,
     "gpu": gpu,
+    "peft": peft,
     "fast": fast,
     "gpu-fast": gpu_fast,
 }

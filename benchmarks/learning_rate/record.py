@@ -27,6 +27,7 @@ from benchmarks.record import provenance
 from benchmarks.tables import rate
 
 KIND, SHARES = "alignment_rates", "rate_workloads"
+KINDS = {"peft": "peft_methods"}  # by plan, where it is another
 SETS = ("calibration", "evaluation")
 ORACLE = "the oracle"
 WORKLOAD = ["group", *(field.name for field in fields(Workload))]
@@ -47,7 +48,7 @@ def document(done: Iterable[Mapping[str, Any]], plan: str) -> dict[str, Any]:
         "device": done[0].get("device", "cpu"),
     }
     return {
-        **head_of(done, plan, KIND),
+        **head_of(done, plan, KINDS.get(plan, KIND)),
         "config": {**model, **config()},
         "workloads": workloads_of(done),
         "runs": [{name: rounded(name, line[name]) for name in RUN if name in line} for line in done],
