@@ -17,7 +17,7 @@ from ffkernels.training.session import Attach
 
 PACKAGE = "ffkernels_peers"
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
-NOT_PEERS = {"__init__", "face", "learning_rates", "memory", "race"}
+NOT_PEERS = {"__init__", "adjusting_rates", "face", "learning_rates", "memory", "race"}
 
 
 def peer_names() -> list[str]:

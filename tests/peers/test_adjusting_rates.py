@@ -17,6 +17,7 @@ class Parabola:
     """
 
     start = 1.0
+    device = torch.device("cpu")
 
     def __init__(self, curvature, centres):
         self.curvature, self.centres = curvature, centres
