@@ -44,7 +44,10 @@ class Parabola:
             self.weight.fill_(1.0)
         self.weight.grad = None
 
-    def test_loss(self):
+    def wait(self):
+        pass
+
+    def test_loss(self, few=False):
         return self.model(**self.batch(0)).loss.item()
 
 
