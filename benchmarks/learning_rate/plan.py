@@ -204,10 +204,15 @@ RIVALS = (
 
 
 def oracle(workload: Workload, seed: int, first: int) -> Item:
-    """Adam's sweep: whole on the first seed, the best rate and its neighbours on the others."""
+    """Adam's sweep: on other seeds than the first from its best rate and that one's neighbours on."""
     if seed == first:
         return sweep(workload, seed, METHODS[workload.method].rate)
-    return Item(workload, seed, "adam", (), as_before(neighbours=True))
+    return Item(workload, seed, "adam", (), from_first)
+
+
+def from_first(losses: dict[float, float], item: Item, done: Done) -> float | None:
+    lr = as_before(neighbours=True)(losses, item, done)
+    return until_inside(losses) if lr is None and swept(done, item.workload, SEEDS[0]) else lr
 
 
 def everyone(workload: Workload, seed: int) -> Iterator[Item]:
@@ -232,16 +237,12 @@ def calibration() -> Iterator[Item]:
 def evaluation() -> Iterator[Item]:
     """ "auto" and its rivals where tuned rates lie decades apart: what is short first, then the seeds."""
     short, wide, long, widest = ([w for w in EVALUATION if size(w) == k] for k in range(4))
-    for seed, workloads in ((0, short), (0, wide), (1, short), (2, short), (0, long), (1, wide), (2, wide)):
+    order = ((0, short), (1, short), (2, short), (0, wide), (0, long), (1, wide), (2, wide))
+    for seed, workloads in (*order, *((s, long) for s in SEEDS[1:]), *((s, widest) for s in SEEDS)):
         for workload in workloads:
             yield oracle(workload, seed, 0)
             yield from everyone(workload, seed)
-    for seed, workload in product(SEEDS[1:], long):
-        yield oracle(workload, seed, 0)
-        yield from everyone(workload, seed)
-    for seed, workload in product(SEEDS, widest):
-        yield oracle(workload, seed, 0)
-        yield from everyone(workload, seed)
+            yield oracle(workload, seed, 0)  # a contender's rate may have been the best
 
 
 def workloads() -> Iterator[Item]:
