@@ -201,3 +201,21 @@ def test_where_no_learning_rate_is_worse_than_one_is_said():
     assert worst in doc
     steps = [runs["tuned_lr_batch16"][f"auto-s{seed}"]["optimizer_steps"] for seed in range(3)]
     assert f"it is there after {min(steps)} to {max(steps)} of 240" in doc
+
+
+def test_what_no_learning_rate_leaves_is_in_the_result_file():
+    entries = load("rate_workloads_2026-11-29.json")["evaluation"]
+    rates = [rate for entry in entries for rate in entry["tuned_lrs"]]
+    tuned = [entry["tuned_lr"] for entry in entries]
+    assert len(entries) == 12 and max(tuned) / min(tuned) == 4000 and max(rates) / min(rates) >= 4000
+    shares = {
+        name: [share for entry in entries for share in entry["share"][name]] for name in entries[0]["share"]
+    }
+    assert all(len(of) == 36 for of in shares.values())
+    medians = {name: median(of) for name, of in shares.items()}
+    assert sorted(medians, key=medians.get)[:2] == ["auto", "prodigy"]
+    auto, prodigy = (f"{100 * medians[name]:.1f} %" for name in ("auto", "prodigy"))
+    assert f"leaves {auto} of the loss that tuned Adam recovers, in the median of 36 runs" in SAID
+    assert f"and {percent(max(shares['auto']))} in the worst" in SAID
+    assert f"leaves {prodigy} (at worst {percent(max(shares['prodigy']))})" in SAID
+    assert f"Adam at 2e-4 {100 * medians['Adam, 2e-4']:.1f} %" in SAID
