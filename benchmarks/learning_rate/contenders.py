@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -143,20 +142,21 @@ def auto(work: Work) -> Contender:
     scheduler = work.scheduler(optimizer)
     config, bench = FastForwardConfig(interval=None, learning_rate="auto"), work.bench
     ff = FastForward(bench.model, optimizer, bench.validation, config, scheduler=scheduler)
-    rates, cosines, rise = [ff.learning_rate], [], 0
+    rates, cosines, rise, undos, rising = [ff.learning_rate], [], 0, 0, True
 
     def after_step(step: int, loss: float) -> None:
-        nonlocal rise
+        nonlocal rise, undos, rising
         rates.append(ff.learning_rate)
         cosines.append(ff.alignment)
-        if rise == step and ff.state_dict()["auto_rate"]["rising"]:
-            rise = step + 1
+        undos += rising and rates[-1] < rates[-2]
+        rising = ff.rising
+        rise += rising
 
     def report() -> dict[str, Any]:
         return {
             "rise": rise,
             "peak": max(rates),
-            "undos": sum(after < 0.3 * before for before, after in pairwise(rates)),
+            "undos": undos,
             "rates": [float(f"{rate:.4g}") for rate in rates[1:]],
             "cosines": [None if c is None else round(c, 4) for c in cosines],
         }

@@ -2,19 +2,29 @@
 update (``alignment``) moves it, in every step and without a loss:
 
     attach   base rate of the largest group ← START; the rates that were given say the groups' ratios only
-    rise     c < 0 and c ≤ KEEP · strongest     rate ← UP · rate
-             c > 0, or not finite               W ← W before the last step; rate ← rate / UP; the coming step
-                                                changes nothing; the rise is over
-             otherwise                          the rise is over
-    trim     rate ← rate · exp(−c / (1 + n / PACE))     n: trims so far
-             where the schedule falls                   min(0, c̄) in place of c, once c̄ has been 0 or above
+    rise     strong    rate ← u · rate                 u = UP at first
+             weak      u ← √u
+             over      u ← √u, rate ← rate / u; W ← W before the last step; the coming step changes nothing
+             The rise is over when u < LEAST: after three that were not strong. Three strong ones in a row
+             say that noise was mistaken for the edge: u ← min(u², UP).
+    trim     rate ← rate · exp(−p / (1 + n / PACE))    n: trims so far
+             p = GAIN · (c / σ + BELOW)                cut off at ±MOST
+             p = GAIN · min(0, c̄) / σ                  where the schedule falls
 
-``strongest`` is the most negative c so far: that of vanishing steps, which feel no curvature. Schedules
-keep their shape: they multiply the base rate. An update that was rounded away altogether (narrow weights,
-rates far too small) has no c, and counts as c = strongest; where c is not known otherwise nothing
-happens. c̄ = SMOOTH · c̄ + (1 − SMOOTH) · c is the mean of late. A schedule that falls takes the noise
-out of the steps by itself: a peak that the noise of today calls too high is left to it, one that c̄ calls
-too low is not.
+c is over where it is above 0 or not finite, strong where it is below 0 and at most KEEP of its level, and
+weak otherwise. The level follows all that is not over: level ← (level + c) / 2. Vanishing steps feel no
+curvature, and their c stays at one level, up to noise, until the rate comes to the edge; there it falls to
+0 within one jump. So a jump is halved, in logarithms, wherever it led too far: the rise ends within the last
+of these bisections.
+
+σ is the noise of c: σ² = SMOOTH · σ² + (1 − SMOOTH) · (c − its predecessor)² / 2, which a drift of c hardly
+enters; c̄ = SMOOTH · c̄ + (1 − SMOOTH) · c. In units of σ a trim means the same in large models and small
+batches, where all of c is small. A rate at which c is 0 in the mean gains most with the next step, and is too
+high for a run at it: steps bounce between the walls. So c is held at −BELOW · σ. A schedule that falls takes
+the bouncing out by itself: a peak that looks too high is left to it, one that c̄ calls too low is not.
+
+Schedules keep their shape: they multiply the base rate. An update that was rounded away altogether (narrow
+weights, rates far too small) has no c, and counts as strong; where c is not known otherwise nothing happens.
 
 In the step that changes nothing all gradients are zeroed in place, so that the one that the overshot weights
 gave does not enter the optimizer's state, and learning rate and weight decay are 0.
@@ -37,26 +47,31 @@ from ffkernels.ranks.interrupts import interrupt_later
 
 __all__ = ["AutoRate"]
 
-# Three decades below any tuned rate that was seen, so that no first step does harm.
-START = 1e-6
-# Ten steps for six decades; a step too far is undone.
-UP = 4.0
-# Of the strongest alignment: below it curvature is felt, and another ×UP would pass the edge.
-KEEP = 0.6
+# Far below most tuned rates, so that no first step does harm; one that does is undone.
+START = 1e-5
+# Six steps for four decades.
+UP, LEAST = 4.0, 1.2
+# Of the level: half of it is gone where a step goes half of the way to the bottom.
+KEEP = 0.5
+# Strong ones in a row: √UP thrice leads beyond what was too far.
+AGAIN = 3
+# From how many differences on σ is known.
+KNOWN = 4
+GAIN, BELOW, MOST = 0.05, 0.5, 0.35
 # Trims after which they weaken as 1/n: adapting goes on in log-time, and no schedule that falls need end it.
-PACE = 20
+PACE = 40
 # About ten steps: an oscillation of period two is gone from the mean, a drift is not.
 SMOOTH = 0.9
+# Of a rate that a tensor of float32 holds: no schedule has fallen.
+ROUNDED = 2.5e-7
 # Skipped steps in a row, after which it is not the loss scale that is too high but the rate.
 SKIPS = 4
 # Of the largest group's base rate: what leads beyond is no training, such as a loss that does not see
 # the weights.
 LOWEST, HIGHEST = 1e-9, 1e3
 # What a state has, and where it is kept here.
-_KEPT = {
-    **{name: name for name in ("rate", "rising", "trims")},
-    **{name: f"_{name}" for name in ("given", "mean", "settled", "shape", "moved")},
-}
+_OWN = ("given", "jump", "level", "row", "mean", "noise", "c", "shape", "moved")
+_KEPT = {"rate": "rate", "rising": "rising", "trims": "trims", **{name: f"_{name}" for name in _OWN}}
 
 
 class AutoRate:
@@ -92,7 +107,9 @@ class AutoRate:
             )
         self._as_given, self._give_back = self._rates.now, self._rates.keep()
         self.rate, self.rising, self.trims = START, True, 0
-        self._mean, self._settled = 0.0, False  # c̄, and whether it has been 0 or above
+        self._jump, self._row = UP, 0  # u, and strong ones in a row
+        self._level = 0.0  # of c in the rise
+        self._mean, self._noise, self._c = 0.0, 0.0, 0.0  # c̄, σ² (0 is not known yet) and c of the last trim
         self._shape = math.inf  # what the schedule multiplied the base rate by in the last step
         self._moved = False  # whether the last step had a learning rate and was not skipped
         self._kept = False  # whether Δ holds W before a step
@@ -152,17 +169,17 @@ class AutoRate:
         """Take the steps' c and move the rate by it; whether a stage may follow this step."""
         rose, taken = self.rising, True
         shape = max(self._rates.now) / self.rate
-        falls, self._shape = shape < self._shape * (1 - 1e-9), shape
+        falls, self._shape = shape < self._shape * (1 - ROUNDED), shape
         with interrupt_later():
             for sums in alignment.take():
-                taken &= self._hear(sums, alignment.strongest, table, falls)
+                taken &= self._hear(sums, table, falls)
             if not taken:
                 self._hold()
         if rose and not self.rising:
             alignment.begin_interval()  # what vanishing steps had says nothing about a stage
         return taken and not rose
 
-    def _hear(self, sums: Sequence[float], strongest: float, table: ops.TensorTable, falls: bool) -> bool:
+    def _hear(self, sums: Sequence[float], table: ops.TensorTable, falls: bool) -> bool:
         """Move by one c. False where the coming step shall change nothing."""
         if not all(map(math.isfinite, sums)):
             # A GradScaler gives fused optimizers also gradients that it found to be infinite; they skip.
@@ -176,26 +193,51 @@ class AutoRate:
             if self.rising and self._moved and sums[1] > 0:
                 self._multiply(UP)
         elif not self.rising:
-            self._mean = SMOOTH * self._mean + (1 - SMOOTH) * c if self.trims else c
-            self._settled |= self._mean >= 0.0
-            pull = min(0.0, self._mean) if falls and self._settled else c
-            self._multiply(math.exp(-pull / (1.0 + self.trims / PACE)))
-            self.trims += 1
-        elif c < 0 and c <= KEEP * strongest:
-            self._multiply(UP)
+            self._trim(c, falls)
         elif c > 0:
             return self._back(table)
+        elif c < 0 and c <= KEEP * self._level:
+            self._hear_level(c)
+            self._row += 1
+            if self._row >= AGAIN and self._jump < UP:
+                self._jump, self._row = min(self._jump**2, UP), 0
+            self._multiply(self._jump)
         else:
-            self.rising = False
+            self._hear_level(c)
+            self._halve()
         return True
+
+    def _hear_level(self, c: float) -> None:
+        self._level = (self._level + c) / 2 if self._level else c
+
+    def _halve(self) -> None:
+        self._jump, self._row = math.sqrt(self._jump), 0
+        self.rising = self._jump >= LEAST
+
+    def _trim(self, c: float, falls: bool) -> None:
+        n = self.trims
+        self._mean += max(1 - SMOOTH, 1 / (n + 1)) * (c - self._mean)
+        if n:
+            self._noise += max(1 - SMOOTH, 1 / n) * ((c - self._c) ** 2 / 2 - self._noise)
+        self._c = c
+        sigma, pull = math.sqrt(self._noise), self._mean if falls else c
+        if n >= KNOWN and sigma > 0:
+            pull = GAIN * (pull / sigma + BELOW)
+        if falls:
+            pull = min(pull, 0.0)
+        self._multiply(math.exp(-min(max(pull, -MOST), MOST) / (1.0 + self.trims / PACE)))
+        self.trims += 1
 
     @torch.no_grad()
     def _back(self, table: ops.TensorTable) -> bool:
-        if self.rising and self._kept:
-            torch._foreach_copy_(table.weights, table.deltas)
-            torch._foreach_copy_(table.best, table.deltas)
-        self.rising = False
-        self._multiply(1.0 / UP)
+        factor = UP
+        if self.rising:
+            if self._kept:
+                torch._foreach_copy_(table.weights, table.deltas)
+                torch._foreach_copy_(table.best, table.deltas)
+            self._halve()
+            factor = self._jump
+        self._multiply(1.0 / factor)
         return False
 
     def _multiply(self, factor: float) -> None:
@@ -233,11 +275,13 @@ class AutoRate:
 
     def after_step(self) -> None:
         """Give the rates back that were held for the step."""
+        held = self._held is not None
         self._release()
         if self.rising:
             self._expected = self._rates.now
             found_inf = getattr(self._optimizer, "found_inf", None)
-            self._moved = any(self._expected) and not (found_inf is not None and bool(found_inf))
+            skipped = held or (found_inf is not None and bool(found_inf))
+            self._moved = any(self._expected) and not skipped
 
     def _gradients(self) -> list[torch.Tensor]:
         groups = self._optimizer.param_groups

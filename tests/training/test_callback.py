@@ -496,7 +496,7 @@ def test_the_rate_that_nobody_gave_is_logged_and_goes_with_the_trainers_schedule
     shape = [(12 - step) / 12 if schedule == "linear" else 1.0 for step in range(1, 13)]
     expected = [rate * factor for (_, rate), factor in zip(rates, shape, strict=True)]
     assert [rate for rate, _ in rates] == pytest.approx(expected, rel=1e-9)
-    assert [rate for _, rate in rates[:4]] == pytest.approx([1e-6, 4e-6, 16e-6, 64e-6])
+    assert [rate for _, rate in rates[:4]] == pytest.approx([1e-5, 4e-5, 16e-5, 64e-5])
     seen = logged(trainer, "ff/learning_rate")
     assert [entry["ff/learning_rate"] for entry in seen] == [rate for _, rate in rates[1::2]]
     assert [entry["step"] for entry in seen] == [2, 4, 6, 8, 10, 12]
@@ -517,7 +517,7 @@ def test_a_trainer_that_is_resumed_finds_the_rate_where_it_was(make, cut, weight
     assert equal(weights(trainer), weights(whole))
     for name in ("ff/learning_rate", "learning_rate"):
         assert [e[name] for e in logged(trainer, name)] == [e[name] for e in logged(whole, name)]
-    assert max(e["ff/learning_rate"] for e in logged(whole, "ff/learning_rate")) > 50 * 1e-6
+    assert max(e["ff/learning_rate"] for e in logged(whole, "ff/learning_rate")) > 50 * 1e-5
 
 
 def test_saving_at_each_step_leaves_nothing_to_compare_and_is_told(make):

@@ -205,7 +205,7 @@ def test_without_a_learning_rate_steps_tell_it_and_a_resumed_run_is_the_same(con
     steps = events(config, "step", "straight")
     assert [step["alignment"] for step in steps[:1]] == [None] and result.validation_forwards == 0
     rates = [step["lr"] / config.learning_rate(i, 12) * config.lr for i, step in enumerate(steps)]
-    assert rates[:4] == pytest.approx([1e-6, 4e-6, 16e-6, 64e-6])
+    assert rates[:4] == pytest.approx([1e-5, 4e-5, 16e-5, 64e-5])
     assert all(step["alignment"] < 0 for step in steps[1:4]) and max(rates) > 1e-3
 
     interrupted = train(replace(config, name="parts"), on_event=raising(KeyboardInterrupt, "step", cut))
