@@ -81,7 +81,7 @@ class Alignment:
             at_once: wait for c, also on a GPU.
         """
         self._collect()
-        written = self._whole and self._versions not in (None, _versions(table))
+        written = self._whole and not self.paired(table)
         if written or not self._whole:
             self.last = None
             self._written += written
@@ -99,6 +99,10 @@ class Alignment:
         self._read = read_later(self._sums)
         if at_once or _reads_at_once(table.device) or self._ranks is not None:
             self._collect()
+
+    def paired(self, table: ops.TensorTable) -> bool:
+        """Whether best holds the weights before the last step, and nobody has written them since."""
+        return self._whole and self._versions in (None, _versions(table))
 
     def after_step(self, table: ops.TensorTable) -> None:
         """The optimizer has stepped from what ``before_step`` saw."""
@@ -159,7 +163,7 @@ class Alignment:
     def state_dict(self, table: ops.TensorTable | None) -> dict[str, Any]:
         """Numbers, and the weights before the last step as tensors on the CPU where the next c needs them."""
         self._collect()
-        known = self._whole and table is not None and self._versions in (None, _versions(table))
+        known = table is not None and self.paired(table)
         return {
             "values": list(self.values),
             "last": self.last,

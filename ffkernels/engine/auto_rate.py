@@ -5,11 +5,13 @@ update (``alignment``) moves it, in every step and without a loss:
     rise     strong    rate ← u · rate                 u = UP at first
              weak      u ← √u
              over      u ← √u, rate ← rate / u; W ← W before the last step; the coming step changes nothing
+             (none was strong yet: rate ← rate / UP)
              The rise is over when u < LEAST: after three that were not strong. Three strong ones in a row
-             say that noise was mistaken for the edge: u ← min(u², UP).
+             say that noise was mistaken for the edge: u ← min(u², UP) before the third one's jump.
     trim     rate ← rate · exp(−p / (1 + n / PACE))    n: trims so far
-             p = GAIN · (c / σ + BELOW)                cut off at ±MOST
-             p = GAIN · min(0, c̄) / σ                  where the schedule falls
+             p = GAIN · (c / σ + BELOW)                cut off at ±MOST; c until KNOWN differences give σ
+             where the schedule falls                  c̄ in place of c, and p ≤ 0 unless c̄ > σ
+             not finite                                rate ← rate / UP; the coming step changes nothing
 
 c is over where it is above 0 or not finite, strong where it is below 0 and at most KEEP of its level, and
 weak otherwise. The level follows all that is not over: level ← (level + c) / 2. Vanishing steps feel no
@@ -17,11 +19,12 @@ curvature, and their c stays at one level, up to noise, until the rate comes to 
 0 within one jump. So a jump is halved, in logarithms, wherever it led too far: the rise ends within the last
 of these bisections.
 
-σ is the noise of c: σ² = SMOOTH · σ² + (1 − SMOOTH) · (c − its predecessor)² / 2, which a drift of c hardly
-enters; c̄ = SMOOTH · c̄ + (1 − SMOOTH) · c. In units of σ a trim means the same in large models and small
-batches, where all of c is small. A rate at which c is 0 in the mean gains most with the next step, and is too
-high for a run at it: steps bounce between the walls. So c is held at −BELOW · σ. A schedule that falls takes
-the bouncing out by itself: a peak that looks too high is left to it, one that c̄ calls too low is not.
+σ² is the mean of (c − its predecessor)² / 2, which a drift of c hardly enters, c̄ that of c: of all trims, and
+beyond ten of them exponential means, SMOOTH · mean + (1 − SMOOTH) · new. In units of σ a trim means the same
+in large models and small batches, where all of c is small. A rate at which c is 0 in the mean gains most with
+the next step, and is too high for a run at it: steps bounce between the walls. So c is held at −BELOW · σ. A
+schedule that falls takes the bouncing out by itself: a peak that looks a little too high is left to it, one
+that c̄ calls too low is not, nor one that is beyond the edge, where c̄ is above σ.
 
 Schedules keep their shape: they multiply the base rate. An update that was rounded away altogether (narrow
 weights, rates far too small) has no c, and counts as strong; where c is not known otherwise nothing happens.
@@ -49,11 +52,11 @@ __all__ = ["AutoRate"]
 
 # Far below most tuned rates, so that no first step does harm; one that does is undone.
 START = 1e-5
-# Six steps for four decades.
+# Seven steps for four decades.
 UP, LEAST = 4.0, 1.2
 # Of the level: half of it is gone where a step goes half of the way to the bottom.
 KEEP = 0.5
-# Strong ones in a row: √UP thrice leads beyond what was too far.
+# Strong ones in a row: √UP twice leads to what was too far.
 AGAIN = 3
 # From how many differences on σ is known.
 KNOWN = 4
@@ -70,7 +73,7 @@ SKIPS = 4
 # the weights.
 LOWEST, HIGHEST = 1e-9, 1e3
 # What a state has, and where it is kept here.
-_OWN = ("given", "jump", "level", "row", "mean", "noise", "c", "shape", "moved")
+_OWN = ("given", "jump", "level", "row", "mean", "noise", "c", "shape", "moved", "skips")
 _KEPT = {"rate": "rate", "rising": "rising", "trims": "trims", **{name: f"_{name}" for name in _OWN}}
 
 
@@ -124,7 +127,7 @@ class AutoRate:
 
     def look_whether_it_was_overwritten(self) -> None:
         """While it rises, which is when all of it happens."""
-        self._release()  # after a step that raised
+        self.release()  # after a step that raised
         expected, self._expected = self._expected, None
         if len(self._optimizer.param_groups) > self._groups:
             return self._take_new_groups()
@@ -141,10 +144,10 @@ class AutoRate:
                 group["lr"] = group["lr"] * self.scale
         self._groups = len(groups)
 
-    def before_alignment(self, table: ops.TensorTable, closure: str) -> None:
+    def before_alignment(self, table: ops.TensorTable, closure: str, paired: bool) -> None:
         """Before c is taken and best ← W: look whether lr means anything, and keep W before the last step.
 
-        That is kept in Δ, which is free between stages.
+        That is kept in Δ, which is free between stages. ``paired``: best holds it.
 
         Raises:
             ValueError: for a closure, and where the update does not scale with the learning rate.
@@ -162,8 +165,9 @@ class AutoRate:
                 raise ValueError(f"learning_rate='auto': {refused}")
             self._probed = True
         if self.rising and self._moved:  # a step that was skipped has not left what the one before it did
-            torch._foreach_copy_(table.deltas, table.best)  # the arenas as wholes may begin elsewhere
-            self._kept = True
+            if paired:
+                torch._foreach_copy_(table.deltas, table.best)  # the arenas as wholes may begin elsewhere
+            self._kept = paired
 
     def before_update(self, table: ops.TensorTable, alignment: Alignment) -> bool:
         """Take the steps' c and move the rate by it; whether a stage may follow this step."""
@@ -184,31 +188,31 @@ class AutoRate:
         if not all(map(math.isfinite, sums)):
             # A GradScaler gives fused optimizers also gradients that it found to be infinite; they skip.
             if getattr(self._optimizer, "found_inf", None) is None:
-                return self._back(table)
+                # Where nothing has moved since the last undo, it says nothing of the rate.
+                return self._back(table) if self._moved or not self.rising else False
             self._skips += 1
-            return not (self._kept and self._skips == SKIPS) or self._back(table)
+            undoes = self._skips == SKIPS and (self._kept or not self.rising)
+            return not undoes or self._back(table)
         self._skips = 0
         c = cosine(*sums)
         if c is None:
             if self.rising and self._moved and sums[1] > 0:
-                self._multiply(UP)
+                self._multiply(self._jump)
         elif not self.rising:
             self._trim(c, falls)
         elif c > 0:
             return self._back(table)
-        elif c < 0 and c <= KEEP * self._level:
-            self._hear_level(c)
-            self._row += 1
-            if self._row >= AGAIN and self._jump < UP:
-                self._jump, self._row = min(self._jump**2, UP), 0
-            self._multiply(self._jump)
         else:
-            self._hear_level(c)
-            self._halve()
+            strong = c < 0 and c <= KEEP * self._level
+            self._level = (self._level + c) / 2 if self._level else c
+            self._climb() if strong else self._halve()
         return True
 
-    def _hear_level(self, c: float) -> None:
-        self._level = (self._level + c) / 2 if self._level else c
+    def _climb(self) -> None:
+        self._row += 1
+        if self._row >= AGAIN and self._jump < UP:
+            self._jump, self._row = min(self._jump**2, UP), 0
+        self._multiply(self._jump)
 
     def _halve(self) -> None:
         self._jump, self._row = math.sqrt(self._jump), 0
@@ -223,9 +227,9 @@ class AutoRate:
         sigma, pull = math.sqrt(self._noise), self._mean if falls else c
         if n >= KNOWN and sigma > 0:
             pull = GAIN * (pull / sigma + BELOW)
-        if falls:
+        if falls and not (n >= KNOWN and self._mean > sigma):
             pull = min(pull, 0.0)
-        self._multiply(math.exp(-min(max(pull, -MOST), MOST) / (1.0 + self.trims / PACE)))
+        self._multiply(math.exp(-min(max(pull, -MOST), MOST) / (1.0 + n / PACE)))
         self.trims += 1
 
     @torch.no_grad()
@@ -235,8 +239,9 @@ class AutoRate:
             if self._kept:
                 torch._foreach_copy_(table.weights, table.deltas)
                 torch._foreach_copy_(table.best, table.deltas)
-            self._halve()
-            factor = self._jump
+            if self._level:
+                self._halve()
+                factor = self._jump
         self._multiply(1.0 / factor)
         return False
 
@@ -263,20 +268,20 @@ class AutoRate:
             if group.get("weight_decay") is not None:
                 group["weight_decay"] = 0.0
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give the rates back that were held for a step, also for one that raised."""
         held, self._held = self._held, None
         if held is None:
             return
         rates, decays = held
-        self._rates.set(rates)
-        for group, decay in zip(self._optimizer.param_groups, decays, strict=True):
+        self._rates.set([*rates, *self._rates.now[len(rates) :]])  # groups may be new
+        for group, decay in zip(self._optimizer.param_groups, decays, strict=False):
             if decay is not None:
                 group["weight_decay"] = decay
 
     def after_step(self) -> None:
-        """Give the rates back that were held for the step."""
         held = self._held is not None
-        self._release()
+        self.release()
         if self.rising:
             self._expected = self._rates.now
             found_inf = getattr(self._optimizer, "found_inf", None)
@@ -294,6 +299,9 @@ class AutoRate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, whether the optimizer's state was loaded before this was made, since then, or will be."""
+        if any(self._rates.now):  # loaded after a step that raised, which they were held for
+            self._held = None
+        self.release()
         saved, self._groups = state.get("auto_rate"), len(self._optimizer.param_groups)
         if saved is None:  # of a run with a rate of its own
             if not math.isclose(max(self._rates.base), START):

@@ -88,7 +88,7 @@ class StageDecision:
             return self._due
         table, auto = moved.table, self.auto
         if auto is not None:
-            auto.before_alignment(table, closure)
+            auto.before_alignment(table, closure, self.alignment.paired(table))
         if closure:
             announce_once(
                 "alignment-closure",

@@ -204,6 +204,8 @@ class FastForward:
             hook.remove()
         self._hooks = []
         self._armed = self._due_now = False
+        if self._decision.auto is not None:
+            self._decision.auto.release()
         self._moved.free()
         if attached(self.optimizer) is self:  # else another has been attached since
             del _attached[self.optimizer]

@@ -14,7 +14,6 @@ still records after a capture failed on it is not lent again.
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 import traceback
 import warnings
@@ -26,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from ffkernels.graphs import driver
+from ffkernels.ranks.interrupts import no_collection
 from ffkernels.validation.restore import keep_random_state
 
 T = TypeVar("T")
@@ -135,7 +135,8 @@ class Capture:
         if self._graph is not None:
             raise RuntimeError("a Capture records once; make a new one")
         with explained("be captured in a CUDA graph"), ExitStack() as undo:
-            with self._side_stream() as place, _no_collection():
+            # What a collection frees could be a tensor of another stream or another graph.
+            with self._side_stream() as place, no_collection():
                 cuda.claim_workspaces(self.device)
                 graph = cuda.new_graph()
                 try:
@@ -204,18 +205,6 @@ class Capture:
                     yield place
             finally:
                 cuda.wait(outer, place.stream)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: what it frees could be a tensor of another stream or another graph."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def close_forgotten(graph: Any) -> None:

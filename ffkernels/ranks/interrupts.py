@@ -1,7 +1,8 @@
-"""Hold Ctrl-C back while something must not be left half done."""
+"""Hold back what comes in between: Ctrl-C where nothing may be left half done, the garbage collector."""
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,3 +24,15 @@ def interrupt_later() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if caught:
             handler(*caught[-1])
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's cycle collector is off inside, and afterwards as it was."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import gc
 import hashlib
 import importlib.resources
 import inspect
@@ -29,10 +28,10 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ffkernels.ranks.interrupts import no_collection
 from ffkernels.training.requirements import require_for_task
 
 # site-packages and dist-packages are not the standard library; encodings and pydoc_data are generated tables.
@@ -48,7 +47,9 @@ def documented_functions() -> tuple[tuple[str, str], ...]:
     """(summary, function source without its docstring), every body once; read once per process."""
     root = Path(sysconfig.get_paths()["stdlib"])
     pairs, seen = [], set()
-    with paused_collector():
+    # Parsing makes millions of objects without a cycle among them, which the collector would walk again and
+    # again, with all of torch: half the time of reading ICD-10-CM.
+    with no_collection():
         for name in _source_files(root):
             for summary, source, body in _functions_in(root / name):
                 if body not in seen:
@@ -123,22 +124,6 @@ def _dedented(lines: list[str], columns: int) -> str:
     return "\n".join(line[columns:] if line[:columns].isspace() else line for line in lines).strip("\n")
 
 
-@contextmanager
-def paused_collector() -> Iterator[None]:
-    """Python's cycle collector is off inside, and afterwards as it was.
-
-    Parsing makes millions of objects without a cycle among them. The collector would walk all of them, and
-    all of torch, again and again for nothing: half the time of reading ICD-10-CM.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 @functools.lru_cache(maxsize=1)
 def conversations() -> tuple[tuple[tuple[str, str], ...], ...]:
     """Each conversation's turns as (role, content), beginning with the user, roles alternating."""
@@ -160,7 +145,7 @@ def _turns(messages: list[list[dict[str, str]]]) -> tuple[tuple[str, str], ...]:
 def passages() -> tuple[str, ...]:
     """One text per diagnosis that has notes, titles all different, in the order of the codes."""
     texts: dict[str, str] = {}
-    with paused_collector(), warnings.catch_warnings():
+    with no_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of how the package reads its files
         icd = require_for_task("medical", "simple_icd_10_cm")
         for code in icd.get_all_codes():

@@ -91,7 +91,7 @@ def by_hand(cosines, shape=lambda step: 1.0):
             row = row + 1 if strong else 0
             if strong and row >= 3 and jump < 4:
                 jump, row = min(4.0, jump**2), 0
-            if not strong:
+            if not strong and level is not None:
                 jump **= 0.5
                 rising = jump >= 1.2
             rate *= jump if strong else 1 / jump if over else 1
@@ -115,10 +115,12 @@ def pull(heard, falls=False):
     """The logarithm of the last of these trims."""
     n = len(heard) - 1
     found = averaged(heard) if falls else heard[-1]
+    only_up = falls
     if n >= 4:
         noise = math.sqrt(averaged([(b - a) ** 2 / 2 for a, b in itertools.pairwise(heard)]))
-        found = 0.05 * (found / noise + 0.5)
-    return min(max(found, -0.35), 0.0 if falls else 0.35) / (1 + n / 40)
+        only_up = falls and found <= noise
+        found = 0.05 * (found / noise + 0.5) if noise else found
+    return min(max(found, -0.35), 0.0 if only_up else 0.35) / (1 + n / 40)
 
 
 def followed(ff, model, optimizer, steps, scheduler=None, look=lambda step: None, **options):
@@ -196,10 +198,10 @@ def rates_of(cosines, **options):
 def test_a_rise_ends_after_three_halvings_of_its_jump():
     """Strong, strong, over, strong, weak, over; then c drives."""
     rates, ff, states = rates_of([None, -0.5, -0.6, 0.2, None, -0.4, -0.1, 0.1, None, -0.2])
-    root, fourth = 2**0.5, 2**0.25
-    expected = [1.0, 4.0, 16.0, 8.0, 8.0, 16.0, 16.0, 16.0 / fourth, 16.0 / fourth]
+    last = 16 / 2**0.25
+    expected = [1, 4, 16, 8, 8, 16, 16, last, last]
     assert rates[:9] == pytest.approx([1e-5 * rate for rate in expected], rel=1e-12)
-    assert root == pytest.approx(2 / root) and not auto(ff).rising and auto(ff).trims == 1
+    assert not auto(ff).rising and auto(ff).trims == 1
     for over in (3, 7):  # the weights are those before the step before
         assert same(states[over + 1], states[over - 1]) and not same(states[over], states[over - 1])
 
@@ -247,22 +249,59 @@ def test_trims_have_no_scale():
 def test_a_peak_is_left_to_a_schedule_that_falls_unless_it_is_too_low():
     """Under a rate that falls, but for one step of it, the mean counts, and only where it is below 0."""
     rise = [None, -0.5, -0.1, -0.1, -0.02]
-    tail = [0.1, 0.3, 0.4, 0.2, 0.3, -0.1, -0.9, -0.9, -0.9, -0.9, -0.9, 0.1]
+    tail = [0.1, 0.3, 0.4, -0.2, 0.3, -0.1, -0.9, -0.9, -0.9, -0.9, -0.9, 0.1]
     stays = len(rise) + 2
 
     def shape(step):
         return 1 - (step - (step >= stays)) / 40
 
     rates, _, _ = rates_of(rise + tail, schedule=shaped(shape))
+    logs = [math.log(b / a) for a, b in itertools.pairwise(rates[len(rise) - 1 :])]
+    falls = [step != stays for step in range(len(rise), len(rise) + len(tail))]
+    expected = [-pull(tail[: n + 1], fell) for n, fell in enumerate(falls)]
+    assert logs == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert logs[0] == logs[1] == logs[3] == logs[4] == 0 and logs[2] < 0  # it did not fall there
+    assert logs[6] == 0 and all(log > 0 for log in logs[8:])  # −0.9 once is not yet the mean
+
+
+def test_a_rate_beyond_the_edge_comes_down_also_where_the_schedule_falls():
+    """c̄ above σ is no bouncing."""
+    rise, tail = [None, -0.5, -0.1, -0.1, -0.02], [0.5, 0.6, 0.4, 0.55, 0.5, 0.6, 0.45, 0.5]
+    rates, _, _ = rates_of(rise + tail, schedule=shaped(lambda step: 1 - step / 40))
     peak, trimmed = rates[len(rise) - 1], rates[len(rise) :]
-    assert trimmed[:2] == pytest.approx([peak] * 2, rel=1e-12)  # above 0
-    assert trimmed[2] == pytest.approx(peak * math.exp(-0.35 / 1.05), rel=1e-9)  # it did not fall here
-    assert trimmed[3:8] == pytest.approx([trimmed[2]] * 5, rel=1e-12)  # −0.9 twice is not yet the mean
-    assert all(b > a for a, b in itertools.pairwise(trimmed[8:]))  # c̄ is below: also where c is above
-    assert trimmed[11] / trimmed[10] == pytest.approx(math.exp(-pull(tail, falls=True)), rel=1e-9)
+    assert trimmed[:4] == [peak] * 4 and trimmed[7] < trimmed[6] < trimmed[5] < trimmed[4] < peak
+    assert trimmed[7] / trimmed[6] == pytest.approx(math.exp(-pull(tail, falls=True)), rel=1e-9)
 
 
-@pytest.mark.parametrize("curvature", [1e-2, 0.7, 30.0, 1e4])
+@pytest.mark.parametrize(("fall", "falls"), [(1e-6, True), (1e-7, False)])
+def test_a_schedule_falls_beyond_the_rounding_of_float32(fall, falls):
+    rise, tail = [None, -0.5, -0.1, -0.1, -0.02], [0.3]
+    rates, _, _ = rates_of(rise + tail, schedule=shaped(lambda step: 1 - fall * step))
+    assert (rates[-1] == rates[-2]) == falls
+
+
+def test_where_c_has_no_noise_it_counts_itself():
+    rise, tail = [None, -0.5, -0.1, -0.1, -0.02], [-0.25] * 8
+    rates, _, _ = rates_of(rise + tail)
+    expected = [math.exp(0.25 / (1 + n / 40)) for n in range(8)]
+    assert [b / a for a, b in itertools.pairwise(rates[len(rise) - 1 :])] == pytest.approx(expected, rel=1e-9)
+
+
+def test_c_of_0_is_weak():
+    rates, ff, _ = rates_of([None, 0.0, -0.5, 0.0, 0.0, 0.3])
+    root = 2**0.5
+    assert rates[:4] == pytest.approx([1e-5, 1e-5, 1e-5 * 2, 1e-5 * 2], rel=1e-12) and not ff.rising
+    assert root > 1.2 > 2**0.25 and auto(ff).trims == 1
+
+
+def test_before_anything_was_strong_the_rate_goes_down_by_whole_jumps():
+    """A START that is too high for these weights is no bracket to halve."""
+    rates, ff, _ = rates_of([None, 0.3, None, 0.2, None, -0.5, 0.4, None])
+    expected = [1, 1 / 4, 1 / 4, 1 / 16, 1 / 16, 1 / 4, 1 / 8, 1 / 8]
+    assert rates == pytest.approx([1e-5 * rate for rate in expected], rel=1e-12) and ff.rising
+
+
+@pytest.mark.parametrize("curvature", [1e-2, 0.7, 30.0, 1e4, 1e7])
 def test_the_rise_ends_where_a_step_leads_to_the_bottom(curvature):
     """SGD on a parabola converges below 2 / curvature, and is at the bottom in one step at 1 / curvature."""
     model, optimizer, _, ff = make(model=Line(curvature), kind=torch.optim.SGD, lr=1.0)
@@ -332,9 +371,10 @@ def test_a_gradient_that_is_not_finite_undoes_in_the_rise_and_skips_after_it():
     train(model, optimizer, 1, first=5)
     assert auto(ff).rising
     rate = ff.learning_rate
-    descend(optimizer, model.loss(6) * math.inf)
-    assert auto(ff).rising and ff.learning_rate == rate / 2
-    assert same_weights(model, before)
+    for _ in range(3):  # of which the first alone says something of a step
+        descend(optimizer, model.loss(6) * math.inf)
+        assert auto(ff).rising and ff.learning_rate == rate / 2
+        assert same_weights(model, before)
     after = train(model, optimizer, 30, first=7)[-1]
     assert not auto(ff).rising
     rate = ff.learning_rate
@@ -702,6 +742,9 @@ def test_bounds_are_kept_and_said_once():
         for _ in range(20):
             descend(optimizer, model.loss())
     assert ff.learning_rate == HIGHEST and optimizer.param_groups[0]["lr"] == pytest.approx(1e3)
+    model, optimizer, _, ff = make()
+    train(model, optimizer, 30)
+    assert not ff.rising
     for _ in range(40):
         descend(optimizer, model.loss() * math.nan)
     assert ff.learning_rate == LOWEST and model.w.isfinite().all()
@@ -729,11 +772,36 @@ def test_a_step_that_raises_leaves_the_rate_as_it_was():
         patch.setattr(optimizer, "_init_group", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             optimizer.step()
-    assert ff.learning_rate < rate
     before = model.w.detach().clone()
     train(model, optimizer, 1)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(ff.learning_rate)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(ff.learning_rate) == rate
     assert not torch.equal(model.w, before)
+
+
+@pytest.mark.parametrize("then", ["detached", "loaded", "another group"])
+def test_a_held_step_that_raises_is_no_end_of_the_rates(then):
+    model, optimizer, ff, *_ = overshot(weight_decay=0.5)
+    saved, rate = states_of(optimizer, ff), ff.learning_rate
+    optimizer.zero_grad()
+    (model.loss() * math.nan).backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "_init_group", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0
+    if then == "detached":
+        ff.detach()
+    elif then == "loaded":
+        optimizer.load_state_dict(saved[0])
+        optimizer.param_groups[0]["weight_decay"] = 0.25
+        ff.load_state_dict(saved[1])
+        train(model, optimizer, 1)
+        assert optimizer.param_groups[0]["weight_decay"] == 0.25
+    else:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        train(model, optimizer, 1)
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(rate)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
 @pytest.mark.slow
