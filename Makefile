@@ -44,7 +44,7 @@ test: install
 
 test-slow: install
 	@mkdir -p $(OUT)/tests
-	$(BIN)/python -m pytest tests -m slow --junitxml $(OUT)/tests/junit-slow.xml
+	$(BIN)/python -m pytest tests -m slow -n 2 --dist loadfile --junitxml $(OUT)/tests/junit-slow.xml
 	@echo "The results of the slow tests are in $(OUT)/tests/junit-slow.xml."
 
 test-all: test-slow test

@@ -374,10 +374,9 @@ def slope_differs(rank, size, what):
         Run(wrapped=False, **AUTO).train(2, rank)
     elif what == "rate":  # as if a c had been heard of on one rank only
         run = Run(**AUTO)
-        run.train(20, rank)
+        run.train(63, rank)
         assert not run.ff.rising
         run.ff._decision.auto.rate *= 1 + rank
-        run.train(43, rank, first=20)
         run.train(1, rank, first=63)
     elif what == "rate of a state":
         run = Run(**AUTO)
