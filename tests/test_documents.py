@@ -47,7 +47,7 @@ def test_every_page_can_be_reached_from_readme():
 
 def test_readme_fits_a_screen():
     assert len(README.splitlines()) <= 120
-    assert len(README.split()) <= 1040
+    assert len(README.split()) <= 1080
 
 
 @pytest.fixture
@@ -67,16 +67,18 @@ def test_the_loop_in_readme_runs(trained):
     from ffkernels.training.tasks import collate
 
     model, tokenizer, task = trained
-    loader = [collate(task.train[8 * i : 8 * i + 8], tokenizer.pad_token_id) for i in range(6)]
+    loader = [collate(task.train[8 * i : 8 * i + 8], tokenizer.pad_token_id) for i in range(24)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     place = {
         **{"model": model, "optimizer": optimizer, "loader": loader},
         **{"batches": [collate(task.validation, tokenizer.pad_token_id)]},
     }
     exec(BLOCKS[0], place)
-    (stage,) = place["ff"].stages
-    assert stage.optimizer_step == 6 and stage.tau > 5
-    assert stage.losses[0] == (0, stage.loss_before) and stage.loss_after < stage.loss_before - 0.2
+    ff = place["ff"]
+    assert not ff.active and not ff.rising and 1e-3 < ff.learning_rate < 5e-2
+    assert all(stage.loss_after <= stage.loss_before for stage in ff.stages)
+    with torch.no_grad():
+        assert float(model(**loader[-1]).loss) < 2.6  # before training it is above 3.5
 
 
 def test_the_trainer_in_readme_runs(trained, tmp_path):

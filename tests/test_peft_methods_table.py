@@ -145,7 +145,9 @@ def test_the_words_above_the_table_are_those_of_the_result(bench):
     assert f"at PEFT's rates {100 * theirs:.1f} %" in said
     lrs = [bench.peft_table.short(of(one.tuned["lr"] for one in found.values())) for of in (min, max)]
     assert f"Tuned rates lie between {lrs[0]} and {lrs[1]}." in said
-    assert {label for label, share in shares.items() if share > 0.2} == {"PVeRA", "C3A"}
+    assert {label for label, share in shares.items() if share > 0.2} == {"C3A"}
     c3a = found["C3A"]
-    assert f"to {c3a.auto['rate']:.0f}, where {c3a.tuned['lr']:.1f} is best" in said
-    assert found["PVeRA"].auto["rate"] < 1e-6 and found["PVeRA"].auto["rise"] == 1
+    assert f"to {c3a.auto['rate']:.1f}, where {c3a.tuned['lr']:.1f} is best" in said
+    far = {label: share for label, share in shares.items() if 0.08 < share <= 0.2}
+    assert set(far) == {"P-tuning", "prompt tuning", "Uni-LoRA", "PVeRA"}
+    assert f"leaves {100 * min(far.values()):.0f} to {100 * max(far.values()):.0f} % at four others" in said

@@ -204,18 +204,25 @@ def test_where_no_learning_rate_is_worse_than_one_is_said():
 
 
 def test_what_no_learning_rate_leaves_is_in_the_result_file():
-    entries = load("rate_workloads_2026-11-29.json")["evaluation"]
-    rates = [rate for entry in entries for rate in entry["tuned_lrs"]]
+    data = load("rate_workloads_2026-11-29.json")
+    entries = data["evaluation"]
     tuned = [entry["tuned_lr"] for entry in entries]
-    assert len(entries) == 12 and max(tuned) / min(tuned) == 4000 and max(rates) / min(rates) >= 4000
+    assert max(tuned) / min(tuned) == 4000 and not any(entry["seeds"][0] >= 10 for entry in entries)
     shares = {
         name: [share for entry in entries for share in entry["share"][name]] for name in entries[0]["share"]
     }
-    assert all(len(of) == 36 for of in shares.values())
-    medians = {name: median(of) for name, of in shares.items()}
-    assert sorted(medians, key=medians.get)[:2] == ["auto", "prodigy"]
-    auto, prodigy = (f"{100 * medians[name]:.1f} %" for name in ("auto", "prodigy"))
-    assert f"leaves {auto} of the loss that tuned Adam recovers, in the median of 36 runs" in SAID
-    assert f"and {percent(max(shares['auto']))} in the worst" in SAID
-    assert f"leaves {prodigy} (at worst {percent(max(shares['prodigy']))})" in SAID
-    assert f"Adam at 2e-4 {100 * medians['Adam, 2e-4']:.1f} %" in SAID
+    auto = shares["auto"]
+    others = [of for name, of in shares.items() if name != "auto"]
+    assert max(auto) <= 0.08 and median(auto) <= 0.02
+    assert all(median(auto) < median(of) and max(auto) < max(of) for of in others)
+    worst = next(entry["workload"] for entry in entries if max(auto) in entry["share"]["auto"])
+    assert ", prompt, " in worst
+    assert (
+        f"On {len(entries)} workloads whose tuned rates lie a factor of 4,000 apart it leaves "
+        f"{100 * median(auto):.1f} % of the loss that tuned Adam recovers, in the median of {len(auto)} "
+        f"runs, and {100 * max(auto):.1f} % in the worst, prompt tuning"
+    ) in SAID
+    few = [entry for entry in entries if "batch 4, 100 steps" not in entry["workload"]]
+    count = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+    runs = count[sum(len(entry["seeds"]) for entry in few)]
+    assert f"100 steps of batch 4; {runs} of the runs with batch 32 or 1,000 steps" in SAID

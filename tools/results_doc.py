@@ -69,6 +69,7 @@ def builders(results: Results) -> dict[str, Callable[[], str]]:
         "learning-rates-by-workload": learning_rate.learning_rates_by_workload,
         "smollm2-rates": learning_rate.smollm2_rates,
         "rate-workloads": lambda results: shares.rate_workloads(results, profile.shown),
+        "rate-workloads-short": shares.rate_workloads_short,
         "rate-workloads-each": shares.rate_workloads_each,
         "peft-methods": peft_table.peft_methods,
     }

@@ -150,6 +150,20 @@ def standing(data: Result) -> str:
     return markdown([*head, "not finite", "FLOPs to 2 %, × tuned Adam's", "seconds"], rows)
 
 
+def shortlist(data: Result) -> str:
+    """Of ``standing`` the five lowest medians, the two lowest worst cases, and what tutorials say."""
+    shares = Shares(data)
+    by_worst = sorted(shares.shares, key=lambda name: both(shares.shares[name])[::-1])
+    chosen = {*shares.ranked[:5], *by_worst[:2], "Adam, 2e-4"}
+    rows = []
+    for name in (name for name in shares.ranked if name in chosen):
+        mine = shares.shares[name]
+        row = [label(name), *map(signed, both(mine)), str(within(mine, NEAR[0]))]
+        rows.append([f"**{cell}**" for cell in row] if name == "auto" else row)
+    head = [f"not recovered, {counted(len(shares.places), 'run')}", "median", "worst", "within 2 %"]
+    return markdown(head, rows)
+
+
 def beaten(data: Result) -> str:
     """Who is better than "auto" in median or in worst: first those better in both."""
     shares = Shares(data)
@@ -272,6 +286,12 @@ def rate_workloads(results: Files, picture: Callable[[Result], str] = lambda dat
         return missing("learning_rate --plan workloads")
     parts = (measured(*found), summary(found[1]), picture(found[1]))
     return "\n\n".join(part for part in parts if part)
+
+
+def rate_workloads_short(results: Files) -> str:
+    """The newest result in few rows."""
+    found = newest(results, SHARES)
+    return missing("learning_rate --plan workloads") if found is None else shortlist(found[1])
 
 
 def rate_workloads_each(results: Files) -> str:
