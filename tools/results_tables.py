@@ -15,12 +15,14 @@ def comparison(data: Mapping[str, Any]) -> str:
     """The runs of one `compare`, medians over its seeds."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for run in data["runs"]:
-        kinds.setdefault(re.sub(r"-s\d+$", "", run["name"]), []).append(run)
+        kind = re.sub(r"-s\d+$", "", run["name"]).replace("adam-untuned", "adam-tuned")
+        kinds.setdefault(kind, []).append(run)
     entries = {entry["name"]: entry for entry in data["savings"]}
     config = data["config"]
     labels = {**tables.LABELS, "adam": f"Adam, lr {tables.rate(config['lr'])}"}
     if config.get("tuned_lr"):
-        labels["adam-tuned"] = f"Adam, lr {tables.rate(config['tuned_lr'])} (tuned)"
+        where = "tuned elsewhere" if any("untuned" in run["name"] for run in data["runs"]) else "tuned"
+        labels["adam-tuned"] = f"Adam, lr {tables.rate(config['tuned_lr'])} ({where})"
     head = ["run", "optimizer steps", "validation losses", "TFLOP (measured)", "seconds"]
     head += ["FLOPs saved (measured)", "FLOPs saved (paper)", "time saved"]
     rows = []
