@@ -76,7 +76,6 @@ def test_the_loop_in_readme_runs(trained):
     exec(BLOCKS[0], place)
     ff = place["ff"]
     assert not ff.active and not ff.rising and 1e-3 < ff.learning_rate < 5e-2
-    assert all(stage.loss_after <= stage.loss_before for stage in ff.stages)
     with torch.no_grad():
         assert float(model(**loader[-1]).loss) < 2.6  # before training it is above 3.5
 
@@ -90,9 +89,9 @@ def test_the_trainer_in_readme_runs(trained, tmp_path):
 
     model, tokenizer, task = trained
     arguments = TrainingArguments(
-        **{"output_dir": str(tmp_path), "max_steps": 6, "per_device_train_batch_size": 8},
+        **{"output_dir": str(tmp_path), "max_steps": 24, "per_device_train_batch_size": 8},
         **{"learning_rate": 1e-4, "lr_scheduler_type": "constant", "save_strategy": "no"},
-        **{"report_to": [], "use_cpu": True, "disable_tqdm": True},
+        **{"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1},
     )
     trainer = Trainer(
         model=model,
@@ -101,13 +100,11 @@ def test_the_trainer_in_readme_runs(trained, tmp_path):
         eval_dataset=task.validation,
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
     )
-    exec(BLOCKS[1], place := {"trainer": trainer})
-    callbacks = trainer.callback_handler.callbacks
-    (callback,) = (one for one in callbacks if isinstance(one, place["FastForwardCallback"]))
-    (stage,) = callback.stages
-    assert stage.optimizer_step == 6 and stage.tau > 5
-    assert stage.loss_after < stage.loss_before - 0.2
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(stage.loss_after, rel=1e-3)
+    before = trainer.evaluate()["eval_loss"]
+    exec(BLOCKS[1], {"trainer": trainer})
+    rates = [entry["ff/learning_rate"] for entry in trainer.state.log_history if "ff/learning_rate" in entry]
+    assert rates[0] == pytest.approx(1e-5) and 1e-3 < rates[-1] < 5e-2
+    assert trainer.evaluate()["eval_loss"] < before - 1.0
 
 
 @pytest.mark.parametrize("file", [".ci/run", "Makefile", "CONTRIBUTING.md"])

@@ -74,7 +74,7 @@ def test_that_no_learning_rate_saves_as_much_is_in_the_result_file(batch):
     savings = {e["name"]: e for e in load(f"compare_tiny_batch{batch}_2026-11-29.json")["savings"]}
     auto, ours, tuned = (savings[f"{kind}-median"] for kind in ("auto", "parabolic", "adam-tuned"))
     assert tuned["flops_measured"] > auto["flops_measured"] >= ours["flops_measured"]
-    assert '`learning_rate="auto"` saves as much, without stages.' in SAID
+    assert '`learning_rate="auto"` saves as much, without stages' in SAID
 
 
 def test_the_first_sentence_is_the_parabolic_median():
@@ -226,6 +226,7 @@ def test_what_no_learning_rate_leaves_is_in_the_result_file():
         f"{100 * median(auto):.1f} % of the loss that tuned Adam recovers, in the median of {len(auto)} "
         f"runs, and {100 * max(auto):.1f} % in the worst, prompt tuning"
     ) in SAID
+    assert len(others) == 14 and "[all fourteen others]" in SAID
     few = [entry for entry in entries if "batch 4, 100 steps" not in entry["workload"]]
     count = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
     runs = count[sum(len(entry["seeds"]) for entry in few)]
@@ -249,3 +250,21 @@ def test_what_a_real_model_says_is_in_the_result_file():
     lora = [share for (name, _), share in above.items() if ", lora" in name]
     assert (sum(share < 0 for share in lora), len(lora)) == (3, 4)
     assert "In three of LoRA's four cells" in " ".join(DOC.split())
+
+
+def test_how_many_of_peft_s_methods_are_near_is_in_the_result_file():
+    found = {}
+    for run in load("peft_methods_2026-11-29.json")["runs"]:
+        found.setdefault(run["workload"].split(", ")[1], []).append(run)
+    shares = {}
+    for method, runs in found.items():
+        (auto,) = (run for run in runs if run["contender"] == "auto")
+        best = min(run["loss"] for run in runs if run["contender"] == "adam" and run["loss"])
+        shares[method] = (auto["loss"] - best) / (auto["start"] - best)
+    near = sum(share <= 0.08 for share in shares.values())
+    assert (
+        len(shares) == 43
+        and "[43 of PEFT's methods]" in SAID
+        and f" {near} are within 8 %; C3A fails." in SAID
+    )
+    assert max(shares, key=shares.get) == "C3A" and shares["C3A"] > 1

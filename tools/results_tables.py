@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import tables
 from benchmarks.end_to_end import sft
+from ffkernels.training.compare import UNTUNED
 
 
 def comparison(data: Mapping[str, Any]) -> str:
@@ -21,8 +22,10 @@ def comparison(data: Mapping[str, Any]) -> str:
     config = data["config"]
     labels = {**tables.LABELS, "adam": f"Adam, lr {tables.rate(config['lr'])}"}
     if config.get("tuned_lr"):
-        where = "tuned elsewhere" if any("untuned" in run["name"] for run in data["runs"]) else "tuned"
-        labels["adam-tuned"] = f"Adam, lr {tables.rate(config['tuned_lr'])} ({where})"
+        source = config.get("tuned_lr_source", "table")
+        known = {"option": "given", "table": "tuned", "sweep": "tuned", UNTUNED: "untuned"}
+        source = known.get(source, "tuned elsewhere")
+        labels["adam-tuned"] = f"Adam, lr {tables.rate(config['tuned_lr'])} ({source})"
     head = ["run", "optimizer steps", "validation losses", "TFLOP (measured)", "seconds"]
     head += ["FLOPs saved (measured)", "FLOPs saved (paper)", "time saved"]
     rows = []

@@ -154,7 +154,7 @@ def shortlist(data: Result) -> str:
     """Of ``standing`` the five lowest medians, the two lowest worst cases, and what tutorials say."""
     shares = Shares(data)
     by_worst = sorted(shares.shares, key=lambda name: both(shares.shares[name])[::-1])
-    chosen = {*shares.ranked[:5], *by_worst[:2], "Adam, 2e-4"}
+    chosen = {"auto", "Adam, 2e-4", *shares.ranked[:5], *by_worst[:2]}
     rows = []
     for name in (name for name in shares.ranked if name in chosen):
         mine = shares.shares[name]

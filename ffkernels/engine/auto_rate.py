@@ -11,9 +11,11 @@ update (``alignment``) moves it, in every step and without a loss:
     trim     rate ← rate · exp(−p / (1 + n / PACE))    n: trims so far
              p = GAIN · (c / σ + BELOW)                cut off at ±MOST; c until KNOWN differences give σ
              where the schedule falls                  c̄ in place of c, and p ≤ 0 unless c̄ > σ
-             not finite                                rate ← rate / UP; the coming step changes nothing
+             not finite                                the coming step changes nothing; from the second such
+                                                       one in a row on rate ← rate / UP
 
-c is over where it is above 0 or not finite, strong where it is below 0 and at most KEEP of its level, and
+c is over where it is above 0 or not finite (where the step before changed nothing, the coming one does not
+either, and that is all), strong where it is below 0 and at most KEEP of its level, and
 weak otherwise. The level follows all that is not over: level ← (level + c) / 2. Vanishing steps feel no
 curvature, and their c stays at one level, up to noise, until the rate comes to the edge; there it falls to
 0 within one jump. So a jump is halved, in logarithms, wherever it led too far: the rise ends within the last
@@ -56,7 +58,7 @@ START = 1e-5
 UP, LEAST = 4.0, 1.2
 # Of the level: half of it is gone where a step goes half of the way to the bottom.
 KEEP = 0.5
-# Strong ones in a row: √UP twice leads to what was too far.
+# Strong ones in a row: √UP once leads back to what was too far.
 AGAIN = 3
 # From how many differences on σ is known.
 KNOWN = 4
@@ -164,10 +166,10 @@ class AutoRate:
             if refused := why_rate_means_nothing(self._optimizer, table.weights):
                 raise ValueError(f"learning_rate='auto': {refused}")
             self._probed = True
-        if self.rising and self._moved:  # a step that was skipped has not left what the one before it did
-            if paired:
-                torch._foreach_copy_(table.deltas, table.best)  # the arenas as wholes may begin elsewhere
-            self._kept = paired
+        self._kept &= paired
+        if self.rising and self._moved and paired:  # a skipped step has not left what the one before it did
+            torch._foreach_copy_(table.deltas, table.best)  # the arenas as wholes may begin elsewhere
+            self._kept = True
 
     def before_update(self, table: ops.TensorTable, alignment: Alignment) -> bool:
         """Take the steps' c and move the rate by it; whether a stage may follow this step."""
@@ -187,17 +189,16 @@ class AutoRate:
         """Move by one c. False where the coming step shall change nothing."""
         if not all(map(math.isfinite, sums)):
             # A GradScaler gives fused optimizers also gradients that it found to be infinite; they skip.
-            if getattr(self._optimizer, "found_inf", None) is None:
-                # Where nothing has moved since the last undo, it says nothing of the rate.
-                return self._back(table) if self._moved or not self.rising else False
             self._skips += 1
+            if getattr(self._optimizer, "found_inf", None) is None:
+                return self._without(table)
             undoes = self._skips == SKIPS and (self._kept or not self.rising)
             return not undoes or self._back(table)
         self._skips = 0
         c = cosine(*sums)
         if c is None:
             if self.rising and self._moved and sums[1] > 0:
-                self._multiply(self._jump)
+                self._climb()
         elif not self.rising:
             self._trim(c, falls)
         elif c > 0:
@@ -208,6 +209,17 @@ class AutoRate:
             self._climb() if strong else self._halve()
         return True
 
+    def _without(self, table: ops.TensorTable) -> bool:
+        """A gradient that is not finite: leave the step out, and undo what may have led to it."""
+        if self._skips == SKIPS:
+            announce_once(
+                "auto-rate-not-finite",
+                f"learning_rate='auto' has left out {SKIPS} steps in a row, whose gradients are not finite: "
+                "is the loss, and is the optimizer's state? The mean loss of a batch without labels is not",
+            )
+        # One alone may be the batch's; where nothing has moved since an undo, it says nothing of the rate.
+        return self._back(table) if (self._moved if self.rising else self._skips > 1) else False
+
     def _climb(self) -> None:
         self._row += 1
         if self._row >= AGAIN and self._jump < UP:
@@ -217,6 +229,7 @@ class AutoRate:
     def _halve(self) -> None:
         self._jump, self._row = math.sqrt(self._jump), 0
         self.rising = self._jump >= LEAST
+        self._kept &= self.rising
 
     def _trim(self, c: float, falls: bool) -> None:
         n = self.trims
@@ -269,14 +282,14 @@ class AutoRate:
                 group["weight_decay"] = 0.0
 
     def release(self) -> None:
-        """Give the rates back that were held for a step, also for one that raised."""
+        """Give back what was held for a step, also for one that raised, where nobody has written it since."""
         held, self._held = self._held, None
         if held is None:
             return
-        rates, decays = held
-        self._rates.set([*rates, *self._rates.now[len(rates) :]])  # groups may be new
-        for group, decay in zip(self._optimizer.param_groups, decays, strict=False):
-            if decay is not None:
+        now = self._rates.now
+        self._rates.set([rate or lr for rate, lr in zip(now, held[0], strict=False)])  # groups may be new
+        for group, rate, decay in zip(self._optimizer.param_groups, now, held[1], strict=False):
+            if not rate and decay is not None:
                 group["weight_decay"] = decay
 
     def after_step(self) -> None:
@@ -299,9 +312,8 @@ class AutoRate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, whether the optimizer's state was loaded before this was made, since then, or will be."""
-        if any(self._rates.now):  # loaded after a step that raised, which they were held for
-            self._held = None
         self.release()
+        self._kept = False
         saved, self._groups = state.get("auto_rate"), len(self._optimizer.param_groups)
         if saved is None:  # of a run with a rate of its own
             if not math.isclose(max(self._rates.base), START):

@@ -54,8 +54,8 @@ class ScheduledRates:
         return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def set(self, values: Iterable[float]) -> None:
-        """Give each group its learning rate; those that are tensors keep their addresses."""
-        for group, value in zip(self._optimizer.param_groups, values, strict=True):
+        """Give the first groups these learning rates; those that are tensors keep their addresses."""
+        for group, value in zip(self._optimizer.param_groups, values, strict=False):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(value)
             else:

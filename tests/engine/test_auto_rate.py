@@ -219,7 +219,7 @@ def test_noise_that_is_mistaken_for_the_edge_does_not_end_a_rise():
 def test_the_level_of_c_may_sink():
     """As where the first step alone is strong: from then on strong is half of what there is."""
     rates, ff, _ = rates_of([None, -0.5, -0.15, -0.15, -0.15, -0.15])
-    assert rates == pytest.approx([1e-5, 4e-5, 4e-5, 4e-5 * 2**0.0, 4e-5 * 2**0.5, 4e-5 * 2], rel=1e-12)
+    assert rates == pytest.approx([1e-5, 4e-5, 4e-5, 4e-5, 4e-5 * 2**0.5, 4e-5 * 2], rel=1e-12)
     assert ff.rising
 
 
@@ -289,9 +289,8 @@ def test_where_c_has_no_noise_it_counts_itself():
 
 def test_c_of_0_is_weak():
     rates, ff, _ = rates_of([None, 0.0, -0.5, 0.0, 0.0, 0.3])
-    root = 2**0.5
     assert rates[:4] == pytest.approx([1e-5, 1e-5, 1e-5 * 2, 1e-5 * 2], rel=1e-12) and not ff.rising
-    assert root > 1.2 > 2**0.25 and auto(ff).trims == 1
+    assert auto(ff).trims == 1
 
 
 def test_before_anything_was_strong_the_rate_goes_down_by_whole_jumps():
@@ -364,6 +363,38 @@ def test_decay_that_does_not_go_with_the_rate_does_not_act_either():
     assert same_weights(model, before[0])
 
 
+def test_a_loss_that_is_never_finite_is_told():
+    model, optimizer, _, ff = make()
+    train(model, optimizer, 4)
+    with pytest.warns(FFKernelsNotice, match="has left out 4 steps in a row, whose gradients are not finite"):
+        for _ in range(10):
+            descend(optimizer, model.loss() * math.nan)
+    assert model.w.isfinite().all() and ff.learning_rate == 3.2e-4
+
+
+def test_what_was_kept_before_a_state_is_loaded_is_not_put_back():
+    """Saved after three skipped steps of a rise: the fourth comes to a run whose Δ holds something else."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model, optimizer, _, ff = make(fused=True)
+
+    def step(number, scale=1.0):
+        optimizer.zero_grad()
+        scaler.scale(model.loss(number) * scale).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    for number in range(6):
+        step(number, math.inf if number > 2 else 1.0)
+    saved = states_of(model, optimizer, ff)
+    for number in range(6, 10):
+        step(number)
+    for part, state in zip((model, optimizer, ff), saved, strict=True):
+        part.load_state_dict(state)
+    before = weights_of(model)
+    step(10, math.inf)
+    assert same_weights(model, before)
+
+
 def test_a_gradient_that_is_not_finite_undoes_in_the_rise_and_skips_after_it():
     model, optimizer, _, ff = make()
     train(model, optimizer, 4)
@@ -378,9 +409,10 @@ def test_a_gradient_that_is_not_finite_undoes_in_the_rise_and_skips_after_it():
     after = train(model, optimizer, 30, first=7)[-1]
     assert not auto(ff).rising
     rate = ff.learning_rate
-    descend(optimizer, model.loss(37) * math.nan)
-    assert ff.learning_rate == rate / 4
-    assert same_weights(model, after)
+    for factor in (1, 4, 16):  # one alone may be the batch's
+        descend(optimizer, model.loss(37) * math.nan)
+        assert ff.learning_rate == rate / factor
+        assert same_weights(model, after)
     assert all(v["exp_avg"].isfinite().all() for v in optimizer.state.values())
 
 
@@ -778,9 +810,10 @@ def test_a_step_that_raises_leaves_the_rate_as_it_was():
     assert not torch.equal(model.w, before)
 
 
-@pytest.mark.parametrize("then", ["detached", "loaded", "another group"])
+@pytest.mark.parametrize("then", ["detached", "written", "loaded", "another group", "another tensor's group"])
 def test_a_held_step_that_raises_is_no_end_of_the_rates(then):
-    model, optimizer, ff, *_ = overshot(weight_decay=0.5)
+    options = {"lr": torch.tensor(1e-4), "capturable": False} if "tensor" in then else {}
+    model, optimizer, ff, *_ = overshot(weight_decay=0.5, **options)
     saved, rate = states_of(optimizer, ff), ff.learning_rate
     optimizer.zero_grad()
     (model.loss() * math.nan).backward()
@@ -788,8 +821,11 @@ def test_a_held_step_that_raises_is_no_end_of_the_rates(then):
         patch.setattr(optimizer, "_init_group", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             optimizer.step()
-    assert optimizer.param_groups[0]["lr"] == 0
+    assert optimizer.param_groups[0]["lr"] == 0.0
     if then == "detached":
+        ff.detach()
+    elif then == "written":
+        optimizer.param_groups[0]["lr"] = rate = 7e-4
         ff.detach()
     elif then == "loaded":
         optimizer.load_state_dict(saved[0])
