@@ -121,6 +121,20 @@ def test_a_row_per_contender_the_lowest_median_first(bench):
     ]
 
 
+def test_the_short_list_has_auto_wherever_it_stands(bench):
+    """Five lowest medians, the two lowest worst cases; "auto" is the last in both here."""
+    medians = dict(zip(RIVALS[:7], (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07), strict=True))
+    data = evidence(
+        bench, auto=[0.2, 0.8, 0.9], **{n.replace("-", "_"): [0.0, m, 0.5] for n, m in medians.items()}
+    )
+    rows = bench.shares.shortlist(data).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == [
+        *("+1.0 %", "+2.0 %", "+3.0 %", "+4.0 %", "+5.0 %"),
+        "**+80.0 %**",
+    ]
+    assert rows[-1] == '| **`learning_rate="auto"`** | **+80.0 %** | **+90.0 %** | **0** |'
+
+
 def test_who_beats_auto_in_both_comes_before_who_beats_it_in_one(bench):
     data = evidence(
         bench, auto=[0.04, 0.04, 0.5], gen=[0.01, 0.01, 0.9], gala=[0.02, 0.02, 0.4], greedy=[0.1, 0.2, None]
