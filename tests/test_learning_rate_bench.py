@@ -179,7 +179,8 @@ def test_auto_is_given_no_rate_and_logs_its_rise(bench):
     line = lines[0]
     assert line["own"] == 0 and line["taken"] == 12 and line["loss"] < line["start"]
     rises = [after / before for before, after in zip(line["rates"], line["rates"][1:], strict=False)]
-    assert rises[: line["rise"] - 1] == pytest.approx([4.0] * (line["rise"] - 1), rel=1e-3)
+    assert rises[:5] == pytest.approx([4.0] * 5, rel=1e-3)
+    assert line["undos"] == sum(rise < 0.99 for rise in rises[: line["rise"]])
     assert line["rise"] >= 5 and line["cosines"][0] is None
     assert line["peak"] == pytest.approx(max(line["rates"]), rel=1e-3)
 
@@ -260,8 +261,13 @@ def test_what_the_page_opens_with_is_what_was_measured(bench):
             results.above(line) for line in results.of("auto") if group in results.labels(line)
         ]
     constant, linear, worst = median(above["constant"]), median(above["linear"]), max(above[""])
-    assert f"by {100 * constant:.1f} % at a constant rate and {100 * linear:.1f} % under a linear" in said
-    assert f"at worst {100 * worst:.1f} %" in said
+    assert f"ends {-100 * constant:.1f} % below that of Adam at the best of swept rates at a constant" in said
+    assert f"and {100 * linear:.1f} % above it under a linear decay" in said
+    assert f"at worst {100 * worst:.1f} % above" in said
+    misses = bench.table.misses(json.loads(newest.read_text(encoding="utf-8"))).splitlines()
+    assert len(misses) == 2 and all(", linear, seed" in miss for miss in misses)
+    assert "permuted" in misses[1] and "1,200 steps" in misses[0]
+    assert "one linear run of a model far from its data, and one over 1,200 steps" in " ".join(page.split())
 
 
 def test_a_miss_is_named_with_where_it_ended(bench):
