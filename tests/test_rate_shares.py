@@ -124,9 +124,7 @@ def test_a_row_per_contender_the_lowest_median_first(bench):
 def test_the_short_list_has_auto_wherever_it_stands(bench):
     """Five lowest medians, the two lowest worst cases; "auto" is the last in both here."""
     medians = dict(zip(RIVALS[:7], (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07), strict=True))
-    data = evidence(
-        bench, auto=[0.2, 0.8, 0.9], **{n.replace("-", "_"): [0.0, m, 0.5] for n, m in medians.items()}
-    )
+    data = evidence(bench, auto=[0.2, 0.8, 0.9], **{n: [0.0, middle, 0.5] for n, middle in medians.items()})
     rows = bench.shares.shortlist(data).splitlines()[2:]
     assert [row.split(" | ")[1] for row in rows] == [
         *("+1.0 %", "+2.0 %", "+3.0 %", "+4.0 %", "+5.0 %"),

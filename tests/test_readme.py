@@ -234,34 +234,21 @@ def test_what_no_learning_rate_leaves_is_in_the_result_file():
     assert f"100 steps of batch 4; {runs} of the runs with batch 32 or 1,000 steps" in SAID
 
 
-def test_what_a_real_model_says_is_in_the_result_file():
-    runs = load("alignment_rates_smollm2_2026-11-29.json")["runs"]
-    above = {}
-    for run in (run for run in runs if run["contender"] == "auto"):
-        place = run["workload"], run["seed"]
-        best = min(
-            one["loss"]
-            for one in runs
-            if (one["workload"], one["seed"]) == place and one["contender"] == "adam" and one["loss"]
-        )
-        above[place] = run["loss"] / best - 1
-    near = [share for share in above.values() if share <= 0.03]
+def test_what_a_real_model_says_is_in_the_result_file(benchmarks):
+    results = benchmarks("learning_rate.table").Results(load("alignment_rates_smollm2_2026-11-29.json"))
+    above = [(line["workload"], results.above(line)) for line in results.of("auto")]
+    shares = [share for _, share in above]
+    near = [share for share in shares if share <= 0.03]
     assert f"within 3 % of tuned Adam's loss in {len(near)} of {len(above)} runs" in SAID
-    assert len(above) == len(near) + 1 and f"in the sixth {100 * max(above.values()):.1f} % above it" in SAID
-    lora = [share for (name, _), share in above.items() if ", lora" in name]
+    assert len(above) == len(near) + 1 and f"in the sixth {100 * max(shares):.1f} % above it" in SAID
+    lora = [share for name, share in above if ", lora" in name]
     assert (sum(share < 0 for share in lora), len(lora)) == (3, 4)
     assert "In three of LoRA's four cells" in " ".join(DOC.split())
 
 
-def test_how_many_of_peft_s_methods_are_near_is_in_the_result_file():
-    found = {}
-    for run in load("peft_methods_2026-11-29.json")["runs"]:
-        found.setdefault(run["workload"].split(", ")[1], []).append(run)
-    shares = {}
-    for method, runs in found.items():
-        (auto,) = (run for run in runs if run["contender"] == "auto")
-        best = min(run["loss"] for run in runs if run["contender"] == "adam" and run["loss"])
-        shares[method] = (auto["loss"] - best) / (auto["start"] - best)
+def test_how_many_of_peft_s_methods_are_near_is_in_the_result_file(benchmarks):
+    entries = benchmarks("learning_rate.peft_table").entries(load("peft_methods_2026-11-29.json"))
+    shares = {one.method.label: one.share(one.auto) for one in entries}
     near = sum(share <= 0.08 for share in shares.values())
     assert (
         len(shares) == 43

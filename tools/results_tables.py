@@ -22,10 +22,9 @@ def comparison(data: Mapping[str, Any]) -> str:
     config = data["config"]
     labels = {**tables.LABELS, "adam": f"Adam, lr {tables.rate(config['lr'])}"}
     if config.get("tuned_lr"):
-        source = config.get("tuned_lr_source", "table")
-        known = {"option": "given", "table": "tuned", "sweep": "tuned", UNTUNED: "untuned"}
-        source = known.get(source, "tuned elsewhere")
-        labels["adam-tuned"] = f"Adam, lr {tables.rate(config['tuned_lr'])} ({source})"
+        sources = {"option": "given", "table": "tuned", "sweep": "tuned", UNTUNED: "untuned"}
+        how = sources.get(config.get("tuned_lr_source", "table"), "tuned elsewhere")
+        labels["adam-tuned"] = f"Adam, lr {tables.rate(config['tuned_lr'])} ({how})"
     head = ["run", "optimizer steps", "validation losses", "TFLOP (measured)", "seconds"]
     head += ["FLOPs saved (measured)", "FLOPs saved (paper)", "time saved"]
     rows = []

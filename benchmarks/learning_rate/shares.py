@@ -123,6 +123,10 @@ def within(shares: Iterable[float], bound: float) -> int:
     return sum(share <= bound for share in shares)
 
 
+def bold(row: Iterable[str]) -> list[str]:
+    return [f"**{cell}**" for cell in row]
+
+
 def label(name: str) -> str:
     return LABELS.get(name, name)
 
@@ -145,7 +149,7 @@ def standing(data: Result) -> str:
         mine, costs = shares.shares[name], shares.costs(name)
         row = [label(name), *map(signed, both(mine)), *(str(within(mine, bound)) for bound in NEAR)]
         row += [str(mine.count(inf)), *(multiple([cost[i] for cost in costs]) for i in range(2))]
-        rows.append([f"**{cell}**" for cell in row] if name == "auto" else row)
+        rows.append(bold(row) if name == "auto" else row)
     head = [f"not recovered, {counted(every, 'run')}", "median", "worst", "within 2 %", "within 8 %"]
     return markdown([*head, "not finite", "FLOPs to 2 %, × tuned Adam's", "seconds"], rows)
 
@@ -159,7 +163,7 @@ def shortlist(data: Result) -> str:
     for name in (name for name in shares.ranked if name in chosen):
         mine = shares.shares[name]
         row = [label(name), *map(signed, both(mine)), str(within(mine, NEAR[0]))]
-        rows.append([f"**{cell}**" for cell in row] if name == "auto" else row)
+        rows.append(bold(row) if name == "auto" else row)
     head = [f"not recovered, {counted(len(shares.places), 'run')}", "median", "worst", "within 2 %"]
     return markdown(head, rows)
 
@@ -240,7 +244,7 @@ def candidates(data: Result) -> str:
     for name in sorted(found, key=lambda name: (family(name), *both(found[name]), name)):
         chosen = name != "auto" and lowest.setdefault(family(name), name) == name
         row = [label(name), *map(signed, both(found[name]))]
-        rows.append([f"**{cell}**" for cell in row] if chosen else row)
+        rows.append(bold(row) if chosen else row)
     runs = sum(len(entry["seeds"]) for entry in data["calibration"])
     return markdown([f"not recovered, calibration, {counted(runs, 'run')}", "median", "worst"], rows)
 

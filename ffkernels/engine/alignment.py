@@ -81,10 +81,9 @@ class Alignment:
             at_once: wait for c, also on a GPU.
         """
         self._collect()
-        written = self._whole and not self.paired(table)
-        if written or not self._whole:
+        if not self.paired(table):
             self.last = None
-            self._written += written
+            self._written += self._whole
             if self._written == WRITTEN:
                 announce_once(
                     "alignment-written",

@@ -15,11 +15,10 @@ update (``alignment``) moves it, in every step and without a loss:
                                                        one in a row on rate ← rate / UP
 
 c is over where it is above 0 or not finite (where the step before changed nothing, the coming one does not
-either, and that is all), strong where it is below 0 and at most KEEP of its level, and
-weak otherwise. The level follows all that is not over: level ← (level + c) / 2. Vanishing steps feel no
-curvature, and their c stays at one level, up to noise, until the rate comes to the edge; there it falls to
-0 within one jump. So a jump is halved, in logarithms, wherever it led too far: the rise ends within the last
-of these bisections.
+either, and that is all), strong where it is below 0 and at most KEEP of its level, and weak otherwise. The
+level follows all that is not over: level ← (level + c) / 2. Vanishing steps feel no curvature, and their c
+stays at one level, up to noise, until the rate comes to the edge; there it falls to 0 within one jump. So a
+jump is halved, in logarithms, wherever it led too far: the rise ends within the last of these bisections.
 
 σ² is the mean of (c − its predecessor)² / 2, which a drift of c hardly enters, c̄ that of c: of all trims, and
 beyond ten of them exponential means, SMOOTH · mean + (1 − SMOOTH) · new. In units of σ a trim means the same
@@ -218,7 +217,9 @@ class AutoRate:
                 "is the loss, and is the optimizer's state? The mean loss of a batch without labels is not",
             )
         # One alone may be the batch's; where nothing has moved since an undo, it says nothing of the rate.
-        return self._back(table) if (self._moved if self.rising else self._skips > 1) else False
+        if self._moved if self.rising else self._skips > 1:
+            self._back(table)
+        return False
 
     def _climb(self) -> None:
         self._row += 1
