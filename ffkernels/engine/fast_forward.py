@@ -309,7 +309,7 @@ class FastForward:
         search = make_search(self.config.search, self.config.max_tau, next_start(self.stages))
         program = StageProgram(table, self.validation, search)
         stage.draw = draw_for_stage(self.validation, len(self.stages))
-        if self._decision.in_step(self.optimizer_steps, table.is_stale() and not table.follow()):
+        if self._decision.in_step(self.optimizer_steps, not self._moved.follow()):
             program.stopped_because = "the weights were replaced during the optimizer's step"
             return self._finish(stage, program)
         try:

@@ -232,6 +232,16 @@ class MovedWeights:
         self._make(weights)
         return True
 
+    def follow(self) -> bool:
+        """Take the table along where its weights lie elsewhere; False where that takes another table."""
+        if not self.table.is_stale():
+            return True
+        now = signature(self.parameters)
+        if not self.table.follow(list(local_tensors(self.parameters).values())):
+            return False
+        self._signature = now
+        return True
+
     def free(self) -> None:
         """Let the table go with its arenas."""
         self.table, self.parameters = None, {}

@@ -211,6 +211,19 @@ class Flat(torch.optim.SGD):
             p.data = part.view_as(p)
 
 
+class Alternating(torch.optim.SGD):
+    """Each weight lies in one of two buffers, in the other one after each step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            if not hasattr(p, "other"):
+                p.other = torch.empty_like(p)
+            there, p.other = p.other.copy_(p), p.data
+            p.data = there
+
+
 def by_closure(model, optimizer):
     take_step(model, _Gradients(model))
     optimizer.step(lambda: take_step(model, _Gradients(model)))
@@ -236,6 +249,7 @@ class _Gradients:
         (lambda p: Sharp(p, lr=1e-2), by_closure, ""),  # it writes them on the way up
         (lambda p: Sharp(p, lr=1e-2), by_halves, ""),
         (lambda p: Flat(p, lr=1e-2, momentum=0.5), take_step, "2347"),  # not after the stage of step 5
+        (lambda p: Alternating(p, lr=1e-2, momentum=0.5), take_step, "2347"),
     ],
 )
 def test_weights_that_get_other_memory_in_a_step_are_moved_there(make, step, known, recwarn):
