@@ -264,14 +264,17 @@ def smollm2_lines(bench, above):
 def test_the_cells_of_smollm2(bench, tool):
     lines = smollm2_lines(bench, [0.01, 0.031, -0.02])
     lines = [line for line in lines if (line["lr"], line["task"]) != (6e-3, "medical")]
+    again = bench.plan.Workload("instruction", 8, 120, method="lora", model="smollm2-135m")
+    lines.append(line_of(bench.plan.Run(again, 1, "auto"), 2.2))
+    lines.append(line_of(bench.plan.Run(again, 1, "adam", 3e-3), 2.0))
     data = bench.record.document(lines, "smollm2")
     words, _, _, _, *rows = bench.table.cells(data).splitlines()
     assert words == (
-        "2 of 3 cells end within 3 % of the loss of tuned Adam (9 of the plan not run); tuned rates lie a "
-        "factor of 10 apart, from 3e-4 to 3e-3."
+        "2 of 4 runs in 3 cells end within 3 % of the loss of tuned Adam (9 of the plan not run); tuned rates "
+        "lie a factor of 10 apart, from 3e-4 to 3e-3."
     )
     assert rows == [
-        "| LoRA, α = 16 | instruction | 8 | +1.0 % | +1.0 % | 3e-3 | 1.2e-2 |",
+        "| LoRA, α = 16 | instruction | 8 | +1.0 %, +10.0 % | +1.0 %, +10.0 % | 3e-3 | 1.2e-2, 1.2e-2 |",
         "| LoRA, α = 16 | medical | 8 | +3.1 % | +3.1 % | 3e-3 (at the grid's end) | 1.2e-2 |",
         "| LoRA, α = 256 | instruction | 8 | −2.0 % | −2.0 % | 3e-4 | 1.2e-2 |",
     ]

@@ -38,17 +38,18 @@ def bench(benchmarks):
 def small(bench, monkeypatch):
     """Two workloads, seeds 0 and 1, two contenders besides "auto"; one workload to calibrate on."""
     plan, chat, medical = bench.plan, *(bench.workloads.Workload(t, 4, 100) for t in ("chat", "medical"))
+    middle = bench.workloads.METHODS["lora"].rate
 
     def evaluation():
         for seed, workload in ((0, chat), (0, medical), (1, chat), (1, medical)):
-            yield plan.oracle(workload, seed, 0)
+            yield plan.oracle(workload, seed, middle)
             yield plan.Item(workload, seed, "auto")
             yield plan.Item(workload, seed, "adam", (1e-4,))
             yield plan.Item(workload, seed, "gen")
-            yield plan.oracle(workload, seed, 0)
+            yield plan.oracle(workload, seed, middle)
 
     def calibration():
-        yield plan.oracle(medical, 10, 10)
+        yield plan.oracle(medical, 10, middle, first=10)
         yield plan.Item(medical, 10, "auto")
         yield plan.Item(medical, 10, "adam", (1e-3, 2e-3))
         for step in ("hypergradient 1e-4", "hypergradient 1e-5"):

@@ -198,30 +198,35 @@ def planned() -> list[str]:
 
 
 def cells(data: Result) -> str:
-    """A row per cell of SmolLM2-135M, and how many of them are close."""
-    results, rows, above, tuned = Results(data), [], {}, {}
-    lines = {line["workload"]: line for line in results.of("auto")}
-    for name in (name for name in planned() if name in lines):
-        line, workload = lines[name], results.workloads[name]
-        best = results.tuned[place(line)]
-        above[name], tuned[name] = results.above(line), best["lr"]
+    """A row per cell of SmolLM2-135M with its seeds, and how many runs are close."""
+    results, rows, above, tuned = Results(data), [], [], {}
+    for name in planned():
+        lines = [line for line in results.of("auto") if line["workload"] == name]
+        if not lines:
+            continue
+        lines.sort(key=lambda line: line["seed"])
+        workload, best = results.workloads[name], results.tuned[place(lines[0])]
+        above += map(results.above, lines)
+        tuned[name] = best["lr"]
         row = [METHODS[workload["method"]].label, workload["task"], str(workload["batch"])]
-        row += [percent(above[name]), percent(results.share(line))]
+        row += [", ".join(percent(f(line)) for line in lines) for f in (results.above, results.share)]
         row.append(rate(best["lr"]) + ("" if results.inside(name) else " (at the grid's end)"))
-        rows.append([*row, each([line], "rate", lambda value: rate(float(f"{value:.2g}")))])
+        rows.append([*row, each(lines, "rate", lambda value: rate(float(f"{value:.2g}")))])
     if not rows:
         return "*No cell has been run to its end.*"
-    near = sum(value <= CLOSE for value in above.values())
+    near = sum(value <= CLOSE for value in above)
     rest = len(planned()) - len(rows)
     low, high = (of(tuned, key=tuned.get) for of in (min, max))
     words = (
-        f"{near} of {counted(len(rows), 'cell')} end within {100 * CLOSE:.0f} % of the loss of tuned Adam"
+        f"{near} of {counted(len(above), 'run')} in {counted(len(rows), 'cell')} end within "
+        f"{100 * CLOSE:.0f} % of the loss of tuned Adam"
         + (f" ({rest} of the plan not run)" if rest else "")
         + f"; tuned rates lie a factor of {tuned[high] / tuned[low]:.0f} apart, from {rate(tuned[low])} to "
         f"{rate(tuned[high])}."
     )
-    head = ["method", "task", "batch", "auto above tuned Adam", "not recovered", "Adam tuned at"]
-    return f"{words}\n\n{markdown([*head, 'rate found'], rows, text_columns=2)}"
+    head = ["method", "task", "batch", "auto above tuned Adam, by seed", "not recovered"]
+    head += ["Adam tuned at", "rate found"]
+    return f"{words}\n\n{markdown(head, rows, text_columns=2)}"
 
 
 def smollm2_result(results: Files) -> tuple[str, Result] | None:
