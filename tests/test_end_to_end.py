@@ -150,6 +150,7 @@ def test_a_round_that_cannot_be_leaves_the_others_alone(benchmarks, tmp_path, mo
         ("chat", "adam-s0 diverged"),
     ]
     first, second = document["command"].split(" && ")
+    monkeypatch.setattr("ffkernels.reporting.machine._os_name", lambda: "another build of it")
     assert first.endswith("--tasks medical chat") and second.endswith("--tasks chat")
     assert module.main([*options, "chat", "--tuned-lr", "5e-3"]) == 2
     assert "other conditions: tuned_lr=0.005 (there 0.01)" in capsys.readouterr().err

@@ -31,7 +31,7 @@ KIND = "end-to-end"
 CURVE_POINTS = 14
 # What must be the same for two rounds to stand in one table.
 CONDITIONS = ("fast", "config", "machine", "versions")
-FREE = ("git_commit", "ffkernels", "load")
+FREE = ("git_commit", "ffkernels", "load", "os")  # a machine that is rented again may have another kernel
 
 
 def finished_logs(folder: Path) -> list[RunLog]:
