@@ -179,15 +179,8 @@ def train(make: Callable[[Work], Contender], work: Work, curved: bool = True) ->
             broken = 0 if math.isfinite(value) else broken + 1
             if (part := math.inf if broken else value / bench.start) > worst:
                 worst, worst_at = part, step + 1
-            if contender.before_step is not None:
-                contender.before_step(step, value)
-            contender.optimizer.step()
-            contender.optimizer.zero_grad(set_to_none=True)
-            if contender.scheduler is not None:
-                contender.scheduler.step()
+            contender.step(step, value)
             step += 1
-            if contender.after_step is not None:
-                contender.after_step(step - 1, value)
             if curved and (spent := work.spent(step)) >= 0.1 * (
                 1 + (int(10 * curve[-1][0] + 1e-9) if curve else 0)
             ):

@@ -129,6 +129,17 @@ class Contender:
     report: Callable[[], dict[str, Any]] = dict
     close: Callable[[], None] = lambda: None
 
+    def step(self, step: int, loss: float) -> None:
+        """Take optimizer step ``step``, from 0, with the gradients that are there and cleared then."""
+        if self.before_step is not None:
+            self.before_step(step, loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.after_step is not None:
+            self.after_step(step, loss)
+
 
 def adam(work: Work) -> Contender:
     optimizer = work.adamw(work.lr)
@@ -210,10 +221,9 @@ def swept(work: Work) -> Contender:
         trial = Work(bench, sixth, work.schedule, lr, work.warmup)
         contender = adam(trial)
         for step in range(sixth):
-            bench.model(**bench.batch(step)).loss.backward()
-            contender.optimizer.step()
-            contender.optimizer.zero_grad(set_to_none=True)
-            contender.scheduler.step()
+            loss = bench.model(**bench.batch(step)).loss
+            loss.backward()
+            contender.step(step, loss.item())
         loss = float(bench.validation())
         losses[lr] = loss if math.isfinite(loss) else math.inf
         work.charge(forwards=1)
