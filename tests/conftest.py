@@ -15,6 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+try:
+    from hypothesis import settings
+except ImportError:  # a machine that has what the tests on a GPU need
+    pass
+else:  # the same examples every time, however slow the machine is at that moment
+    settings.register_profile("tests", deadline=None, derandomize=True)
+    settings.load_profile("tests")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

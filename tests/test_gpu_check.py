@@ -253,7 +253,7 @@ print("measures for", sys.argv[-1], "in", {str(ROOT)!r})
     }
     assert stages["moves"]["said"] == "exit status 1; 1 failed" and stages["memcheck"]["said"] == "no tool"
     # Of 578 seconds 10 are kept for the two after it, none for what is left out; 10 it needs itself.
-    assert re.fullmatch(r"measures for 55[5-8] in \.", stages["bench-step"]["said"])
+    assert re.fullmatch(r"measures for 55\d in \.", stages["bench-step"]["said"])
     assert stages["machine"]["output"] == "a warning"
     assert stages["decide"]["said"].startswith("1 .")
     assert result["bench-step"]["errors"] == ["late"]
@@ -343,10 +343,10 @@ finally:
     ["signal.default_int_handler", pytest.param("signal.SIG_IGN", marks=pytest.mark.slow)],
 )
 def test_a_stage_whose_time_is_up_says_what_it_found(check, parts, tmp_path, monkeypatch, handler):
-    monkeypatch.setattr(check, "LAST_WORDS_SECONDS", 1)
+    monkeypatch.setattr(check, "LAST_WORDS_SECONDS", 3)
     stage = python(STUBBORN.format(handler=handler), "slow")
-    done = check.run(stage, stage.command, 2, tmp_path / "log")
-    assert done["status"] == "failed" and done["said"].startswith("stopped after 2 s; ")
+    done = check.run(stage, stage.command, 4, tmp_path / "log")
+    assert done["status"] == "failed" and done["said"].startswith("stopped after 4 s; ")
     assert "begun" in done["output"] and done["seconds"] < 20
     assert ("what was found so far" in done["output"]) == (handler == "signal.default_int_handler")
 

@@ -6,6 +6,7 @@ For each workload and seed L* is Adam's lowest final test loss of all its rates,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -192,9 +193,9 @@ def beside_common(data: Result) -> str:
     return markdown(head, rows)
 
 
-def planned() -> list[str]:
-    """The cells of the plan ``smollm2``: workloads that differ in method, task and batch."""
-    return list(dict.fromkeys(item.workload.name for item in smollm2()))
+def planned() -> dict[str, int]:
+    """The cells of the plan ``smollm2``, which differ in method, task and batch, each with its seeds."""
+    return Counter(item.workload.name for item in smollm2() if item.contender == "auto")
 
 
 def cells(data: Result) -> str:
@@ -215,12 +216,12 @@ def cells(data: Result) -> str:
     if not rows:
         return "*No cell has been run to its end.*"
     near = sum(value <= CLOSE for value in above)
-    rest = len(planned()) - len(rows)
+    rest = sum(planned().values()) - len(above)
     low, high = (of(tuned, key=tuned.get) for of in (min, max))
     words = (
         f"{near} of {counted(len(above), 'run')} in {counted(len(rows), 'cell')} end within "
         f"{100 * CLOSE:.0f} % of the loss of tuned Adam"
-        + (f" ({rest} of the plan not run)" if rest else "")
+        + (f" ({counted(rest, 'run')} of the plan left)" if rest else "")
         + f"; tuned rates lie a factor of {tuned[high] / tuned[low]:.0f} apart, from {rate(tuned[low])} to "
         f"{rate(tuned[high])}."
     )
@@ -232,7 +233,7 @@ def cells(data: Result) -> str:
 def smollm2_result(results: Files) -> tuple[str, Result] | None:
     """The newest result that has cells of the plan; earlier ones had two shorter workloads."""
     found = newest_of_each(results).get("smollm2-135m")
-    return found if found is not None and set(planned()) & found[1]["workloads"].keys() else None
+    return found if found is not None and planned().keys() & found[1]["workloads"].keys() else None
 
 
 def smollm2_rates(results: Files) -> str:
@@ -251,7 +252,7 @@ def summary(data: Result) -> str:
 
 
 def all_tables(data: Result) -> str:
-    if set(planned()) & data["workloads"].keys():
+    if planned().keys() & data["workloads"].keys():
         return cells(data)
     return f"{summary(data)}\n\n{workloads(data)}"
 

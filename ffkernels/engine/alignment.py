@@ -66,7 +66,7 @@ class Alignment:
         self.strongest = 0.0
         self._written = 0  # steps before which somebody else wrote the weights, since c was known
         self._whole = False  # best holds the weights before the last step
-        self._versions: list[int] | None = None  # of the weights after the last step; None is any
+        self._versions: list[tuple[int, int]] | None = None  # of the weights after the last step; None is any
         self._sums: Tensor | None = None
         self._read: Callable[[], Sequence[float]] | None = None
 
@@ -195,8 +195,9 @@ class Alignment:
             self._whole, self._versions = True, None
 
 
-def _versions(table: ops.TensorTable) -> list[int]:
-    return [weight._version for weight in table.weights]
+def _versions(table: ops.TensorTable) -> list[tuple[int, int]]:
+    """Writing in place counts up the one, `.data =` takes another address."""
+    return [(weight._version, weight.data_ptr()) for weight in table.weights]
 
 
 def _gradient(weight: nn.Parameter) -> Tensor | None:

@@ -268,7 +268,7 @@ class FastForward:
         start = perf_counter()
         with telling(self.ranks if self._decision.exchanges else None):
             refuse_late_ranks(self.validation or self)
-            if due or self._moved.table.is_stale():
+            if due or self._moved.is_stale():
                 self._refresh()
             name = type(self.optimizer).__name__ if closure else ""
             self._armed = self._decision.before_step(self._moved, name)

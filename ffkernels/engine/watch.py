@@ -44,14 +44,14 @@ class StageWatch:
         """Of which the weights are at best, moved by τ·Δ."""
         self._tau = tau
 
-    def before_step(self, table: ops.TensorTable) -> None:
+    def before_step(self, table: ops.TensorTable | None) -> None:
         """Look whether weights are as the stage left them, in best. Collective where sharded."""
-        if self._tau:
+        if self._tau and table is not None:
             self._look(table, "between that stage and the next optimizer step", 0.0)
 
-    def after_step(self, table: ops.TensorTable) -> None:
+    def after_step(self, table: ops.TensorTable | None) -> None:
         """Look whether the step that followed undid it; best holds the weights before that step."""
-        if self._tau:
+        if self._tau and table is not None:
             self._look(table, "in the optimizer step that followed it", UPDATES)
             self._tau = 0
 

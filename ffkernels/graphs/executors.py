@@ -111,7 +111,7 @@ class GraphExecutor:
             self._record_again(token, other)
         self._token, self._made_of = token, made_of
         # So that no other gets their addresses as long as the graph has them.
-        self._kept_alive = table, table.plan, program.validation
+        self._kept_alive = table, table.plan, program.validation, tokens.referred(program.validation)
         began = perf_counter()
         try:
             # A capture that Ctrl-C cuts is hard to clean up; it takes a few forwards.

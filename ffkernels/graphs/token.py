@@ -127,6 +127,13 @@ def token(validation: ValidationLoss) -> Token:
     )
 
 
+def referred(validation: ValidationLoss) -> tuple:
+    """What a token names by its id: held as long as the token is, so that nothing else gets that id."""
+    modules = evaluated_modules(validation)
+    held = [(m.__dict__.get("forward"), *(m.__dict__.get("lora_variant") or {}).values()) for m in modules]
+    return validation.model, modules, held
+
+
 def _add_tensors(found: list[tuple], key: int, tensors: dict[str, torch.Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -168,7 +175,7 @@ def _frozen(value: Any) -> Any:
         return tuple(value)
     if isinstance(value, torch.Tensor):
         return (value.data_ptr(), value.shape)
-    return value if value.__hash__ is not None else id(value)
+    return value if value.__hash__ is not None else repr(value)
 
 
 def _autocast_state(validation: ValidationLoss) -> tuple:

@@ -6,14 +6,26 @@ its weight does: a chunk's alignment is then decided by its weight alone (`plan`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ffkernels.ops.dispatch import choose
-from ffkernels.ops.plan import ALIGNMENT, GPU_CHUNK, check_same_device, check_tensor, make_plan, runs
+from ffkernels.ops.plan import (
+    ALIGNMENT,
+    GPU_CHUNK,
+    check_same_device,
+    check_tensor,
+    lie_alike,
+    make_plan,
+    runs,
+)
+
+
+def _look(weights: Iterable[Tensor]) -> list[tuple]:
+    return [(w.data_ptr(), w.shape, w.dtype, w.stride()) for w in weights]
 
 
 def _named(weights: Any, names: Sequence[str] | None) -> tuple[list[str], list[Tensor]]:
@@ -81,7 +93,7 @@ class TensorTable:
         chunk = GPU_CHUNK if self.impl == "triton" else None
         self.plan = make_plan(self.weights, self.deltas, self.best, self.names, chunk=chunk)
         self.plan.impl = self.impl
-        self._identity = self._look()
+        self._identity = _look(self.weights)
         self._addresses = [weight.data_ptr() for weight in self.weights]
 
     def follow(self, weights: Sequence[Tensor] | None = None) -> bool:
@@ -91,20 +103,22 @@ class TensorTable:
             weights: in the table's order, where they are other tensors.
 
         Returns:
-            False, and nothing is changed, where shapes, dtypes or devices are not those of before.
+            False, and nothing is changed, where shapes, strides, dtypes or devices are not those of before,
+            or weights share memory now.
         """
         weights = self.weights if weights is None else list(weights)
         if [(w.shape, w.dtype, w.device) for w in weights] != [
             (b.shape, b.dtype, b.device) for b in self.best
-        ]:
+        ] or not all(map(lie_alike, weights, self.best)):
             return False
-        self.weights = weights
-        with torch.inference_mode(False):
-            self._lay_out()
+        before, self.weights = self.weights, weights
+        try:
+            with torch.inference_mode(False):
+                self._lay_out()
+        except ValueError:
+            self.weights = before
+            return False
         return True
-
-    def _look(self) -> list[tuple]:
-        return [(w.data_ptr(), w.shape, w.dtype, w.stride()) for w in self.weights]
 
     @property
     def numel(self) -> int:
@@ -116,9 +130,13 @@ class TensorTable:
         """Bytes the table itself holds: Δ and best."""
         return sum(flat.nbytes for flat in (*self.delta_flats, *self.best_flats))
 
-    def is_stale(self) -> bool:
-        """Whether any weight has moved, or changed its shape or dtype, since the table was made."""
-        return self._look() != self._identity
+    def is_stale(self, weights: Iterable[Tensor] | None = None) -> bool:
+        """Whether any weight has moved, or changed its shape or dtype, since the table was made.
+
+        Args:
+            weights: in the table's order, where they may be other tensors than it has.
+        """
+        return _look(self.weights if weights is None else weights) != self._identity
 
     def check_addresses(self) -> None:
         """Refuse to write through addresses that a weight has left."""

@@ -206,14 +206,35 @@ class MovedWeights:
         impl: str = "auto",
     ) -> None:
         self._present = partial(trainable_weights, model, optimizer, include, exclude)
-        self._impl = impl
+        self._optimizer, self._impl = optimizer, impl
         self.table: TensorTable | None = None
         self._make(self._present())
+        self._look()
 
     def _make(self, weights: dict[str, nn.Parameter]) -> None:
         tell_of_rounding(weights)
         self.table = TensorTable(local_tensors(weights), impl=self._impl)
         self.parameters, self._signature = weights, signature(weights)
+
+    def _given(self) -> list[nn.Parameter]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _look(self) -> None:
+        """Note what the optimizer has, held, so that no other parameter gets the id of one."""
+        self._held = self._given()
+        self._trained = [(id(p), p.requires_grad) for p in self._held]
+
+    def is_stale(self) -> bool:
+        """Whether ``refresh`` has something to do: other parameters, others that train, or other memory."""
+        return (
+            self.table is None
+            or [(id(p), p.requires_grad) for p in self._given()] != self._trained
+            or self._is_elsewhere()
+        )
+
+    def _is_elsewhere(self) -> bool:
+        """Of a DTensor the table has a shard that stays where it lay when the parameter gets another one."""
+        return self.table.is_stale(local_tensors(self.parameters).values())
 
     def refresh(self, let_go: Callable[[], None]) -> bool:
         """Take the table along, or make it anew for other weights; whether it is another one.
@@ -222,29 +243,23 @@ class MovedWeights:
         """
         weights = self._present()
         now = signature(weights)
-        if self.table is not None and now == self._signature:
-            return False
-        let_go()
-        if self.table is not None and self._follow(weights, now):
-            self.parameters, self._signature = weights, now
-            return False
-        self.table = None  # free the old arenas first
-        self._make(weights)
-        return True
+        rebuilt = self.table is None or now != self._signature or self._is_elsewhere()
+        if rebuilt:
+            let_go()
+            rebuilt = self.table is None or not self._follow(weights, now)
+        if rebuilt:
+            self.table = None  # free the old arenas first
+            self._make(weights)
+        self._look()
+        return rebuilt
 
     def follow(self) -> bool:
         """Take the table along where its weights lie elsewhere; False where that takes another table."""
-        if not self.table.is_stale():
-            return True
-        now = signature(self.parameters)
-        if not self.table.follow(list(local_tensors(self.parameters).values())):
-            return False
-        self._signature = now
-        return True
+        return not self._is_elsewhere() or self._follow(self.parameters, signature(self.parameters))
 
     def free(self) -> None:
         """Let the table go with its arenas."""
-        self.table, self.parameters = None, {}
+        self.table, self.parameters, self._held = None, {}, []
 
     @property
     def sharded(self) -> bool:
@@ -259,10 +274,13 @@ class MovedWeights:
 
     def _follow(self, weights: dict[str, nn.Parameter], now: tuple) -> bool:
         """Whether only the memory is another, and the table is there now. Else it is said what changed."""
-        if [entry[:2] + entry[3:] for entry in now] == [entry[:2] + entry[3:] for entry in self._signature]:
-            return self.table.follow(list(local_tensors(weights).values()))
-        _tell_of_changes(self._signature, now)
-        return False
+        if [entry[:2] + entry[3:] for entry in now] != [entry[:2] + entry[3:] for entry in self._signature]:
+            _tell_of_changes(self._signature, now)
+            return False
+        if not self.table.follow(list(local_tensors(weights).values())):
+            return False
+        self.parameters, self._signature = weights, now
+        return True
 
 
 def _tell_of_changes(before: tuple, now: tuple) -> None:
@@ -272,7 +290,7 @@ def _tell_of_changes(before: tuple, now: tuple) -> None:
         "new": [name for name in new if name not in old],
         "gone": [name for name in old if name not in new],
         "another parameter": [name for name in shared if old[name][1] != new[name][1]],
-        "of another shape, dtype or device": [name for name in shared if old[name][3:] != new[name][3:]],
+        "of another shape, layout, dtype or device": [n for n in shared if old[n][3:] != new[n][3:]],
     }
     told = "; ".join(f"{len(names)} {what}, such as {names[0]!r}" for what, names in changes.items() if names)
     announce_once(

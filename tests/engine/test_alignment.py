@@ -93,7 +93,7 @@ def test_it_has_no_scale():
     assert scaled[0] == pytest.approx(scaled[1], rel=1e-5) and len(scaled[0]) == 3
 
 
-@pytest.mark.parametrize("what", ["written", "no gradient", "skipped", "forgotten", "not finite"])
+@pytest.mark.parametrize("what", ["written", "replaced", "no gradient", "skipped", "forgotten", "not finite"])
 def test_where_there_is_no_such_pair_it_is_not_known(what):
     model, optimizer, ff = attached(interval=100)
     train(model, optimizer, 3)
@@ -101,6 +101,8 @@ def test_where_there_is_no_such_pair_it_is_not_known(what):
     if what == "written":
         with torch.no_grad():
             model.w.mul_(1.0)
+    elif what == "replaced":
+        model.w.data = model.w.data + 0.5
     elif what == "skipped":  # as a fused optimizer does where it found an infinity
         for group in optimizer.param_groups:
             group["lr"] = 0.0

@@ -636,6 +636,19 @@ def test_without_an_interval_there_are_no_stages_and_no_validation():
         FastForward(Bowl(), torch.optim.SGD(Bowl().parameters()))
 
 
+def test_without_an_interval_other_parameters_are_seen_as_well():
+    model, optimizer, _, ff = make()
+    train(model, optimizer, 5)
+    rate = ff.learning_rate
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(FFKernelsNotice, match="2 another parameter, such as 'w'.*rebuilt"):
+        train(model, optimizer, 1, first=5)
+    assert ff.alignment is None and ff.learning_rate == rate
+    train(model, optimizer, 34, first=6)
+    assert not ff.rising and ff.alignment is not None and ff.learning_rate < 1.0
+
+
 def test_where_c_is_not_known_nothing_happens():
     model, optimizer, _, ff = make()
     train(model, optimizer, 3)

@@ -266,6 +266,38 @@ def test_weights_that_get_other_memory_in_a_step_are_moved_there(make, step, kno
     assert len(said) == (not known)
 
 
+class Turning(torch.optim.SGD):
+    """After each step the weights lie in the other order of rows and columns."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            p.data = p.data.contiguous() if p.data.stride(0) == 1 else p.data.t().contiguous().t()
+
+
+def test_a_step_that_changes_how_weights_lie_has_no_stage():
+    model, optimizer, ff = attached(lambda p: Turning(p, lr=1e-2))
+    with pytest.warns(UserWarning, match="2 of another shape, layout, dtype or device, such as 'a'"):
+        for _ in range(6):
+            take_step(model, optimizer)
+    stopped = {stage.stopped_because for stage in ff.stages}
+    assert stopped == {"the weights were replaced during the optimizer's step"} and len(ff.stages) == 3
+
+
+def test_weights_that_a_table_cannot_have_are_refused_until_they_are_others():
+    model, optimizer, ff = attached(OPTIMIZERS["sgd"], config=FastForwardConfig(interval=4))
+    take_step(model, optimizer)
+    model.double()
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"^a has dtype torch.float64; allowed are"):
+            take_step(model, optimizer)
+    model.float()
+    for _ in range(3):
+        take_step(model, optimizer)
+    assert ff.optimizer_steps == 4 and ff.stages[0].tau > 0
+
+
 class Rest:
     """Two optimizers behind one object that is none."""
 

@@ -156,17 +156,17 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks i
 
 @linux
 def test_what_does_not_end_is_ended_with_all_that_it_started(processes, tmp_path, monkeypatch):
-    monkeypatch.setattr(graph_probe, "LIMIT", 1.0)
+    monkeypatch.setattr(graph_probe, "LIMIT", 3.0)
     pids = tmp_path / "pids"
     processes.all_do(
         "import subprocess; p = subprocess.Popen(['sleep', '60'])\n"
         f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}} {{p.pid}} ')\n{HANGS}"
     )
-    assert "it did not end within 1 s" in graph_probe.verdict(CPU).problem
+    assert "it did not end within 3 s" in graph_probe.verdict(CPU).problem
     found = [int(pid) for pid in pids.read_text().split()]
     assert len(found) == 6 and all(wait_for_end(pid) for pid in found)
     begun = time.monotonic()
-    assert "it did not end within 1 s" in graph_probe.verdict(CPU).problem
+    assert "it did not end within 3 s" in graph_probe.verdict(CPU).problem
     assert time.monotonic() - begun < 0.9, "nor is it waited for again"
 
 
@@ -467,9 +467,9 @@ def one_step():
 
 def test_the_seconds_of_a_process_are_not_a_stages(processes, monkeypatch, one_step):
     monkeypatch.setattr(ladder.rules, "why_not_captured", lambda *a, **k: None)
-    processes.inside = f"time.sleep(1)\n{RIGHT}"
+    processes.inside = f"time.sleep(3)\n{RIGHT}"
     (stage,) = one_step()
-    assert processes.started == ["inside"] and 0 < stage.seconds < 1
+    assert processes.started == ["inside"] and 0 < stage.seconds < 3
 
 
 def test_a_model_that_cannot_be_captured_needs_no_process(processes, one_step):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffkernels.graphs.rules import why_not_captured
-from ffkernels.graphs.token import describe_change, evaluated_modules, token
+from ffkernels.graphs.token import describe_change, evaluated_modules, referred, token
 from ffkernels.validation.evaluator import evaluation_mode
 from ffkernels.validation.loss import ValidationLoss
 
@@ -264,6 +264,19 @@ def test_every_change_is_seen_and_named(change, words, lora):
     assert after != before
     assert words in describe_change(before, after)
     assert token(validation) == after and hash(token(validation)) == hash(after)
+
+
+def test_what_a_token_names_is_held_by_who_keeps_it(lora):
+    """Else the next function gets the memory, and the id, of the one that is gone."""
+    model, validation = lora
+    norm = model.get_base_model().model.norm
+    norm.forward = lambda x: x
+    before, held = token(validation), referred(validation)
+    for scale in range(50):
+        del norm.forward
+        norm.forward = lambda x, scale=scale: scale * x
+        assert token(validation) != before
+    assert held[0] is validation.model
 
 
 @contextmanager

@@ -114,7 +114,7 @@ any_move = st.one_of(
 members = st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 70), st.integers(0, 9)), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(members, st.lists(any_move, max_size=6), st.integers(0, 1000))
 def test_any_table_any_sequence(layout, sequence, seed):
     if not ops.available()["cpp"].ok:

@@ -43,7 +43,7 @@ def test_arena_segments_are_aligned(dtype):
         assert view.data_ptr() % ALIGNMENT == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=8), st.integers(1, 300))
 def test_rows_cover_every_element_once(numels, chunk):
     starts = [10**6 * (i + 1) for i in range(len(numels))]
@@ -171,6 +171,17 @@ def test_a_table_follows_its_weights_and_keeps_what_it_holds(impl):
     plan = table.plan
     weights[0].data = weights[0].data.bfloat16()
     assert not table.follow() and table.plan is plan
+
+
+def test_a_table_does_not_follow_to_another_layout_or_into_one_memory(impl):
+    weights = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+    table = ops.TensorTable(weights, impl=impl)
+    plan, old = table.plan, table.weights
+    weights[0].data = torch.ones(3, 2).t()
+    assert not table.follow() and table.plan is plan
+    weights[0].data = weights[1].data
+    others = [torch.nn.Parameter(weights[1].data) for _ in range(2)]
+    assert not table.follow(others) and table.plan is plan and table.weights is old
 
 
 def test_tables_do_not_share_memory():

@@ -125,6 +125,7 @@ PULL = {
 def test_what_is_left_of_a_shift(name, dtype):
     make, stays = PULL.get(name, (LEAVE.get(name), 1.0))
     model = Factors().to(dtype)
+    torch.manual_seed(1)  # one steps by chance
     optimizer = make(list(model.parameters()))
     # Rounding of 16-bit weights is of the size of a tenth of a shift of a tenth.
     assert what_stays(optimizer) == pytest.approx(stays, abs=0.02 if dtype == torch.float32 else 0.06)

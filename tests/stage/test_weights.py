@@ -185,8 +185,15 @@ def test_a_dtensor_is_moved_by_its_shard_beside_plain_tensors(mesh):
     assert torch.equal(net.scale, torch.full((3,), 2.0))
     assert signature(weights) == before
 
+    moved = MovedWeights(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert not moved.is_stale() and moved.follow()
     net.lora_A.weight._local_tensor = net.lora_A.weight._local_tensor.clone()  # as `.to()` does under FSDP
     assert signature(weights) != before
+    assert moved.is_stale() and not moved.table.is_stale(), "the old shard lies where it lay"
+    assert moved.follow() and not moved.is_stale()
+    table = moved.table
+    shard = table.weights[table.names.index("lora_A.weight")]
+    assert shard.data_ptr() == net.lora_A.weight._local_tensor.data_ptr()
 
 
 def test_parameters_that_fsdp_has_gathered_are_not_missed(mesh):
@@ -220,13 +227,31 @@ def test_the_table_is_taken_along_to_other_memory_and_made_anew_for_other_weight
         return moved.refresh(lambda: let_go.append(1)), len(let_go)
 
     assert refresh() == (False, 0) and (table.numel, fingerprint[0], moved.sharded) == (8, 2, False)
-    model.weight.data = model.weight.data.clone()
-    assert refresh() == (False, 1) and moved.table is table
+    here, there = model.weight.data, model.weight.data.clone()
+    model.weight.data = there
+    assert moved.is_stale() and refresh() == (False, 1) and moved.table is table and not moved.is_stale()
     assert table.weights[0].data_ptr() == model.weight.data_ptr()
+    model.weight.data = here
+    assert moved.follow() and not moved.is_stale() and refresh() == (False, 1)
+    model.weight.data = there  # where the last refresh saw it, and the table does not have it any more
+    assert moved.is_stale() and refresh() == (False, 2) and not table.is_stale()
+    model.weight.data = there.t().contiguous().t()
+    with pytest.warns(UserWarning, match="1 of another shape, layout"):
+        assert moved.is_stale() and not moved.follow() and moved.table is table
+    model.weight.data = there
+    assert not moved.is_stale()
     model.bias.requires_grad_(False)
+    assert moved.is_stale()
     with pytest.warns(UserWarning, match=r"1 gone, such as 'bias'\); the table was rebuilt"):
-        assert refresh() == (True, 2)
+        assert refresh() == (True, 3)
     assert moved.table is not table and (moved.table.numel, list(moved.parameters)) == (6, ["weight"])
     assert moved.fingerprint[0] == 1 and moved.fingerprint != fingerprint
     moved.free()
-    assert moved.table is None and refresh() == (True, 3) and moved.table.numel == 6
+    assert moved.table is None and moved.is_stale()
+    assert refresh() == (True, 4) and moved.table.numel == 6 and not moved.is_stale()
+    model.weight = nn.Parameter(model.weight.detach())
+    assert not moved.is_stale(), "the optimizer's is the one that moves"
+    optimizer.param_groups[0]["params"] = [model.weight]
+    assert moved.is_stale()
+    with pytest.warns(UserWarning, match=r"1 another parameter, such as 'weight'"):
+        assert refresh() == (True, 5) and moved.table.weights == [model.weight]

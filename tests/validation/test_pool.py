@@ -77,8 +77,9 @@ def test_a_dataset_and_what_has_no_fast_path(tiny_model, padded_batch, own_loss)
         torch.rand(2)
         return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
 
+    model = tiny_model("llama")
     state = torch.get_rng_state()
-    pool = ValidationPool(tiny_model("llama"), rows, size=4, collator=collator)
+    pool = ValidationPool(model, rows, size=4, collator=collator)
     assert torch.equal(torch.get_rng_state(), state) and set(sizes) == {1}
     assert pool.draw(1) is True and pool.examples == 4
     model = tiny_model("granite")
