@@ -209,7 +209,7 @@ def test_where_no_learning_rate_is_worse_than_one_is_said():
 
 
 def test_what_no_learning_rate_leaves_is_in_the_result_file():
-    data = load("rate_workloads_2026-11-29.json")
+    data = load("rate_workloads_2026-11-30.json")
     entries = data["evaluation"]
     tuned = [entry["tuned_lr"] for entry in entries]
     assert max(tuned) / min(tuned) == 4000 and not any(entry["seeds"][0] >= 10 for entry in entries)
@@ -229,9 +229,9 @@ def test_what_no_learning_rate_leaves_is_in_the_result_file():
     ) in SAID
     assert len(others) == 14 and "[all fourteen others]" in SAID
     few = [entry for entry in entries if "batch 4, 100 steps" not in entry["workload"]]
-    count = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+    count = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     runs = count[sum(len(entry["seeds"]) for entry in few)]
-    assert f"100 steps of batch 4; {runs} of the runs with batch 32 or 1,000 steps" in SAID
+    assert f"100 steps of batch 4; {runs} of the runs with batch 32, 128 or 1,000 steps" in SAID
 
 
 def test_what_a_real_model_says_is_in_the_result_file(benchmarks):
