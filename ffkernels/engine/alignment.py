@@ -5,8 +5,9 @@
 
 −⟨g, d⟩ is to first order what repeating the last update would gain: c < 0 says that it would, c > 0 that the
 step went too far. c has no scale, so neither clipping nor loss scaling shows in it. Where there is no such
-pair it is not known: at the first step, after a Fast Forward stage or anything else that wrote the weights,
-for a gradient or an update that is zero, and with a closure, whose gradients come later.
+pair it is not known: at the first step, after a Fast Forward stage or anything else that wrote the weights in
+place (`.data =` counts as a move of their memory), for a gradient or an update that is zero, and with a
+closure, whose gradients come later.
 
 On a GPU nothing waits: the three sums go to pinned memory and are read one step later. Of weights that are
 spread over ranks (FSDP2) they are added over the ranks, which takes one exchange a step. Ranks that hold the
@@ -66,7 +67,7 @@ class Alignment:
         self.strongest = 0.0
         self._written = 0  # steps before which somebody else wrote the weights, since c was known
         self._whole = False  # best holds the weights before the last step
-        self._versions: list[tuple[int, int]] | None = None  # of the weights after the last step; None is any
+        self._versions: list[int] | None = None  # of the weights after the last step; None is any
         self._sums: Tensor | None = None
         self._read: Callable[[], Sequence[float]] | None = None
 
@@ -81,23 +82,28 @@ class Alignment:
             at_once: wait for c, also on a GPU.
         """
         self._collect()
-        if not self.paired(table):
-            self.last = None
+        paired = self.paired(table)
+        if paired:
+            self._sums = ops.align_(table, [_gradient(weight) for weight in weights], self._sums)
+            self._read = read_later(self._sums)
+        else:
             self._written += self._whole
-            if self._written == WRITTEN:
-                announce_once(
-                    "alignment-written",
-                    "the weights are written between optimizer steps, so that it is not "
-                    "known whether the last update still helps: stages run as long as the last one paid, and "
-                    'a rate of learning_rate="auto" does not move',
-                )
             ops.checkpoint_(table)
-            return
-        self._written = 0
-        self._sums = ops.align_(table, [_gradient(weight) for weight in weights], self._sums)
-        self._read = read_later(self._sums)
-        if at_once or _reads_at_once(table.device) or self._ranks is not None:
+        if self._ranks is not None:
+            paired = self._exchange(paired)
+        elif paired and (at_once or _reads_at_once(table.device)):
             self._collect()
+        if paired:
+            self._written = 0
+            return
+        self.last = None
+        if self._written == WRITTEN:
+            announce_once(
+                "alignment-written",
+                "the weights are written between optimizer steps, or others take their place, so that it is "
+                "not known whether the last update still helps: stages run as long as the last one paid, and "
+                'a rate of learning_rate="auto" does not move',
+            )
 
     def paired(self, table: ops.TensorTable) -> bool:
         """Whether best holds the weights before the last step, and nobody has written them since."""
@@ -107,17 +113,12 @@ class Alignment:
         """The optimizer has stepped from what ``before_step`` saw."""
         self._whole, self._versions = True, _versions(table)
 
-    def forget(self) -> None:
-        """The weights were written since the last step: the next c is not known."""
+    def forget(self, others: bool = False) -> None:
+        """The weights were written since the last step, or are ``others``: the next c is not known."""
         self._collect()
+        self._written += others and self._whole
         self._whole, self.last = False, None
         self._sums = None  # the table may be on another device from now on
-
-    def agree(self) -> None:
-        """After a state was loaded: no rank takes a c that another one does not. Collective where sharded."""
-        ranks = self._ranks
-        if ranks is not None and ranks.add(ALIGNMENT, [float(self._whole)])[0] < ranks.size:
-            self.forget()
 
     def take(self) -> list[list[float]]:
         """⟨g, d⟩, ⟨g, g⟩, ⟨d, d⟩ of each step since the last call, where there is a pair and it is read."""
@@ -146,11 +147,24 @@ class Alignment:
     def _collect(self) -> None:
         """Note the c that was asked for last, where that has not happened."""
         read, self._read = self._read, None
-        if read is None:
-            return
-        sums = read()
-        if self._ranks is not None:
-            sums = self._ranks.add(ALIGNMENT, sums)
+        if read is not None:
+            self._note(read())
+
+    def _exchange(self, paired: bool) -> bool:
+        """Take the sums over all ranks, where they have a pair on each; whether they have. Collective.
+
+        So no rank waits for sums that another one has not: of a state that it did not load, or where its
+        shards, which may be empty, have not been replaced.
+        """
+        read, self._read = self._read, None
+        sums = read() if paired else (0.0, 0.0, 0.0)
+        known, *sums = self._ranks.add(ALIGNMENT, [float(paired), *sums])
+        if known < self._ranks.size:
+            return False
+        self._note(sums)
+        return True
+
+    def _note(self, sums: Sequence[float]) -> None:
         if self._heard is not None:
             self._heard.append(list(sums))
         self.last = cosine(*sums)
@@ -195,9 +209,8 @@ class Alignment:
             self._whole, self._versions = True, None
 
 
-def _versions(table: ops.TensorTable) -> list[tuple[int, int]]:
-    """Writing in place counts up the one, `.data =` takes another address."""
-    return [(weight._version, weight.data_ptr()) for weight in table.weights]
+def _versions(table: ops.TensorTable) -> list[int]:
+    return [weight._version for weight in table.weights]
 
 
 def _gradient(weight: nn.Parameter) -> Tensor | None:

@@ -137,8 +137,6 @@ class StageDecision:
         self.watch.before_step(table)
         if self._ranks is not None and self._unconfirmed:
             self.in_step(step - 1)
-            if self.alignment is not None:
-                self.alignment.agree()
             if self.auto is not None:
                 self._compare()
             self._unconfirmed = False
@@ -174,9 +172,9 @@ class StageDecision:
             return stale
         return self._ranks.in_step(step, self.schedule.fingerprint, stale)
 
-    def forget_update(self) -> None:
+    def forget_update(self, others: bool = False) -> None:
         if self.alignment is not None:
-            self.alignment.forget()
+            self.alignment.forget(others)
 
     def state_dict(self, table: ops.TensorTable | None) -> dict[str, Any]:
         parts = (self.schedule, self._price, self._rate, *([self.auto] if self.auto else []))

@@ -251,13 +251,13 @@ class FastForward:
         if missing:
             raise ValueError(f"the FastForward state is incomplete: {', '.join(missing)} missing")
         self.config.warn_of_others(state["config"])
+        self._armed = self._due_now = False
         self.optimizer_steps = int(state["optimizer_steps"])
         self._refresh()
         self._decision.load_state_dict(state, self._moved.table)
         self.stages = [Stage.from_dict(stage) for stage in state["stages"]]
         if self.ranks is None:  # there each draws together with the others, at its next stage
             draw_for_stage(self.validation, max(0, len(self.stages) - 1))
-        self._armed = self._due_now = False
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._armed = self._due_now = False
@@ -268,7 +268,7 @@ class FastForward:
         start = perf_counter()
         with telling(self.ranks if self._decision.exchanges else None):
             refuse_late_ranks(self.validation or self)
-            if due or self._moved.is_stale():
+            if due or self._moved.is_stale(others=self.config.interval is None):
                 self._refresh()
             name = type(self.optimizer).__name__ if closure else ""
             self._armed = self._decision.before_step(self._moved, name)
@@ -296,7 +296,7 @@ class FastForward:
 
     def _refresh(self) -> None:
         if self._moved.refresh(self._let_go):
-            self._decision.forget_update()
+            self._decision.forget_update(others=True)
 
     def _let_go(self) -> None:
         if self._executor is not None:

@@ -85,14 +85,15 @@ class TensorTable:
         with torch.inference_mode(False), torch.no_grad():
             self.delta_flats, self.deltas = _arena(self.weights, self.device)
             self.best_flats, self.best = _arena(self.weights, self.device)
-            self._lay_out()
+            self._lay_out(self.weights)
             if self.weights:
                 torch._foreach_copy_(self.best, self.weights)
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, weights: Sequence[Tensor]) -> None:
         chunk = GPU_CHUNK if self.impl == "triton" else None
-        self.plan = make_plan(self.weights, self.deltas, self.best, self.names, chunk=chunk)
-        self.plan.impl = self.impl
+        plan = make_plan(weights, self.deltas, self.best, self.names, chunk=chunk)
+        plan.impl = self.impl
+        self.weights, self.plan = weights, plan
         self._identity = _look(self.weights)
         self._addresses = [weight.data_ptr() for weight in self.weights]
 
@@ -111,12 +112,10 @@ class TensorTable:
             (b.shape, b.dtype, b.device) for b in self.best
         ] or not all(map(lie_alike, weights, self.best)):
             return False
-        before, self.weights = self.weights, weights
         try:
             with torch.inference_mode(False):
-                self._lay_out()
+                self._lay_out(weights)
         except ValueError:
-            self.weights = before
             return False
         return True
 

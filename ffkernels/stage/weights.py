@@ -152,7 +152,7 @@ def local_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     A shard is the memory that the parameter trains in, so moving it moves the parameter. It is empty on a
     rank that got no row.
     """
-    # Without a gradient to route, to_local() returns the shard itself instead of a view of it.
+    # Without a gradient to route, to_local() returns the shard itself or a plain view of it.
     with torch.no_grad():
         return {
             name: weight.to_local() if hasattr(weight, "to_local") else weight
@@ -209,28 +209,25 @@ class MovedWeights:
         self._optimizer, self._impl = optimizer, impl
         self.table: TensorTable | None = None
         self._make(self._present())
-        self._look()
+        self._given = self._in_optimizer()  # held, so that no other parameter gets the id of one
 
     def _make(self, weights: dict[str, nn.Parameter]) -> None:
         tell_of_rounding(weights)
         self.table = TensorTable(local_tensors(weights), impl=self._impl)
         self.parameters, self._signature = weights, signature(weights)
 
-    def _given(self) -> list[nn.Parameter]:
+    def _in_optimizer(self) -> list[nn.Parameter]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _look(self) -> None:
-        """Note what the optimizer has, held, so that no other parameter gets the id of one."""
-        self._held = self._given()
-        self._trained = [(id(p), p.requires_grad) for p in self._held]
+    def is_stale(self, others: bool = False) -> bool:
+        """Whether the table is missing or of memory that the weights have left.
 
-    def is_stale(self) -> bool:
-        """Whether ``refresh`` has something to do: other parameters, others that train, or other memory."""
-        return (
-            self.table is None
-            or [(id(p), p.requires_grad) for p in self._given()] != self._trained
-            or self._is_elsewhere()
-        )
+        Args:
+            others: or the optimizer has other parameters than when it was looked at last.
+        """
+        if self.table is None or self._is_elsewhere():
+            return True
+        return others and list(map(id, self._in_optimizer())) != list(map(id, self._given))
 
     def _is_elsewhere(self) -> bool:
         """Of a DTensor the table has a shard that stays where it lay when the parameter gets another one."""
@@ -243,14 +240,14 @@ class MovedWeights:
         """
         weights = self._present()
         now = signature(weights)
-        rebuilt = self.table is None or now != self._signature or self._is_elsewhere()
-        if rebuilt:
+        given, rebuilt = self._in_optimizer(), False
+        if self.table is None or now != self._signature or self._is_elsewhere():
             let_go()
             rebuilt = self.table is None or not self._follow(weights, now)
-        if rebuilt:
-            self.table = None  # free the old arenas first
-            self._make(weights)
-        self._look()
+            if rebuilt:
+                self.table = None  # free the old arenas first
+                self._make(weights)
+        self._given = given
         return rebuilt
 
     def follow(self) -> bool:
@@ -259,7 +256,7 @@ class MovedWeights:
 
     def free(self) -> None:
         """Let the table go with its arenas."""
-        self.table, self.parameters, self._held = None, {}, []
+        self.table, self.parameters, self._given = None, {}, []
 
     @property
     def sharded(self) -> bool:
@@ -274,10 +271,9 @@ class MovedWeights:
 
     def _follow(self, weights: dict[str, nn.Parameter], now: tuple) -> bool:
         """Whether only the memory is another, and the table is there now. Else it is said what changed."""
-        if [entry[:2] + entry[3:] for entry in now] != [entry[:2] + entry[3:] for entry in self._signature]:
+        names, before = ([entry[:2] for entry in one] for one in (now, self._signature))
+        if names != before or not self.table.follow(list(local_tensors(weights).values())):
             _tell_of_changes(self._signature, now)
-            return False
-        if not self.table.follow(list(local_tensors(weights).values())):
             return False
         self.parameters, self._signature = weights, now
         return True
@@ -292,11 +288,12 @@ def _tell_of_changes(before: tuple, now: tuple) -> None:
         "another parameter": [name for name in shared if old[name][1] != new[name][1]],
         "of another shape, layout, dtype or device": [n for n in shared if old[n][3:] != new[n][3:]],
     }
-    told = "; ".join(f"{len(names)} {what}, such as {names[0]!r}" for what, names in changes.items() if names)
+    changes = {what: names for what, names in changes.items() if names}
+    told = "; ".join(f"{len(names)} {what}, such as {names[0]!r}" for what, names in changes.items())
     announce_once(
-        f"weights-changed-{told}",
-        f"the trainable parameters changed since the last Fast Forward stage ({told or 'in another order'}); "
-        "the table was rebuilt for the present ones",
+        f"weights-changed-{', '.join(changes)}",
+        f"the trainable parameters changed since Fast Forward looked last ({told or 'in another order'}); "
+        "the table is rebuilt for the present ones",
     )
 
 

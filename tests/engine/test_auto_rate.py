@@ -516,7 +516,7 @@ def test_groups_that_are_unfrozen_later_are_taken_along():
     )
     train(model, optimizer, 2)
     model.b.requires_grad_(True)
-    with pytest.warns(FFKernelsNotice, match="the table was rebuilt"):
+    with pytest.warns(FFKernelsNotice, match="the table is rebuilt"):
         train(model, optimizer, 28, first=2)
     assert len(ff._moved.parameters) == 2 and not auto(ff).rising and bowl_loss(model) < 5.0
     assert optimizer.param_groups[1]["lr"] == pytest.approx(10 * optimizer.param_groups[0]["lr"])
@@ -642,7 +642,7 @@ def test_without_an_interval_other_parameters_are_seen_as_well():
     rate = ff.learning_rate
     model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
     optimizer.param_groups[0]["params"] = list(model.parameters())
-    with pytest.warns(FFKernelsNotice, match="2 another parameter, such as 'w'.*rebuilt"):
+    with pytest.warns(FFKernelsNotice, match="2 another parameter, such as 'w'.*is rebuilt"):
         train(model, optimizer, 1, first=5)
     assert ff.alignment is None and ff.learning_rate == rate
     train(model, optimizer, 34, first=6)

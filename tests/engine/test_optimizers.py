@@ -371,7 +371,7 @@ def test_parameters_added_in_mid_run_move_from_their_first_full_interval_on():
     optimizer.add_param_group({"params": [model.a], "lr": 1e-4})
     take_step(model, optimizer)
     before = weights_of(model)["a"]
-    told = r"the trainable parameters changed .* \(1 new, such as 'a'\); the table was rebuilt"
+    told = r"the trainable parameters changed .* \(1 new, such as 'a'\); the table is rebuilt"
     with pytest.warns(UserWarning, match=told):
         take_step(model, optimizer)
     assert ff.trainable_numel == 128

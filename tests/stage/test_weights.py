@@ -241,8 +241,8 @@ def test_the_table_is_taken_along_to_other_memory_and_made_anew_for_other_weight
     model.weight.data = there
     assert not moved.is_stale()
     model.bias.requires_grad_(False)
-    assert moved.is_stale()
-    with pytest.warns(UserWarning, match=r"1 gone, such as 'bias'\); the table was rebuilt"):
+    assert not moved.is_stale(others=True), "who trains is looked at where a stage may come"
+    with pytest.warns(UserWarning, match=r"1 gone, such as 'bias'\); the table is rebuilt"):
         assert refresh() == (True, 3)
     assert moved.table is not table and (moved.table.numel, list(moved.parameters)) == (6, ["weight"])
     assert moved.fingerprint[0] == 1 and moved.fingerprint != fingerprint
@@ -250,8 +250,8 @@ def test_the_table_is_taken_along_to_other_memory_and_made_anew_for_other_weight
     assert moved.table is None and moved.is_stale()
     assert refresh() == (True, 4) and moved.table.numel == 6 and not moved.is_stale()
     model.weight = nn.Parameter(model.weight.detach())
-    assert not moved.is_stale(), "the optimizer's is the one that moves"
+    assert not moved.is_stale(others=True), "the optimizer's is the one that moves"
     optimizer.param_groups[0]["params"] = [model.weight]
-    assert moved.is_stale()
+    assert moved.is_stale(others=True) and not moved.is_stale()
     with pytest.warns(UserWarning, match=r"1 another parameter, such as 'weight'"):
         assert refresh() == (True, 5) and moved.table.weights == [model.weight]
