@@ -208,7 +208,7 @@ def test_where_no_learning_rate_is_worse_than_one_is_said():
     assert f"it is there after {min(steps)} to {max(steps)} of 240" in doc
 
 
-def test_what_no_learning_rate_leaves_is_in_the_result_file():
+def test_what_no_learning_rate_leaves_is_in_the_result_file(benchmarks):
     data = load("rate_workloads_2026-11-30.json")
     entries = data["evaluation"]
     tuned = [entry["tuned_lr"] for entry in entries]
@@ -229,6 +229,8 @@ def test_what_no_learning_rate_leaves_is_in_the_result_file():
     ) in SAID
     assert len(others) == 14 and "[all fourteen others]" in SAID
     few = [entry for entry in entries if "batch 4, 100 steps" not in entry["workload"]]
+    took = f"{data['seconds'] / 3600:.1f} hours for {len(data['runs'])} runs"
+    assert took in " ".join(benchmarks("learning_rate").__doc__.split())
     count = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     runs = count[sum(len(entry["seeds"]) for entry in few)]
     assert f"100 steps of batch 4; {runs} of the runs with batch 32, 128 or 1,000 steps" in SAID
