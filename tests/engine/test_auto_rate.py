@@ -649,6 +649,17 @@ def test_without_an_interval_other_parameters_are_seen_as_well():
     assert not ff.rising and ff.alignment is not None and ff.learning_rate < 1.0
 
 
+def test_parameters_that_are_others_in_every_step_are_told():
+    model, optimizer, _, ff = make()
+    with pytest.warns(FFKernelsNotice, match="or others take their place.* does not move"):
+        for step in range(6):
+            train(model, optimizer, 1, first=step)
+            copies = {key: value.clone() for key, value in model.state_dict().items()}
+            model.load_state_dict(copies, assign=True)
+            optimizer.param_groups[0]["params"] = list(model.parameters())
+    assert ff.learning_rate == START
+
+
 def test_where_c_is_not_known_nothing_happens():
     model, optimizer, _, ff = make()
     train(model, optimizer, 3)

@@ -3,6 +3,7 @@
 import copy
 import math
 import signal
+import weakref
 from functools import partial
 
 import pytest
@@ -521,6 +522,20 @@ def test_a_table_that_followed_its_weights_is_captured_again(name, fake):
     assert executor.captures == 2
     executor.close()
     assert fake.alive() == {}
+
+
+@BOTH
+def test_what_is_compared_by_id_lives_as_long_as_the_graphs(name, fake):
+    """Else another forward may get the id of the one that was captured, and pass for it."""
+    setting, executor = Setting(), GRAPHS[name]()
+    model = setting.model
+    model.forward = lambda: Landscape.forward(model)
+    captured = weakref.ref(model.forward)
+    setting.stage(executor)
+    del model.forward
+    assert captured() is not None
+    executor.close()
+    assert captured() is None
 
 
 @BOTH
